@@ -1,0 +1,81 @@
+"""Turns pydantic's findings into one message that names key, value and choices."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from dpo.errors import ConfigError
+
+
+def validation_error(
+    error: ValidationError, schema: type[BaseModel], *, where: str | None = None
+) -> ConfigError:
+    """One ConfigError for all that ``error`` found.
+
+    Args:
+        error: pydantic's findings.
+        schema: The class that was validated, to suggest keys from.
+        where: File or command that the values came from.
+    """
+    lines = [_finding(item, schema) for item in error.errors(include_url=False)]
+    found = lines[0] if len(lines) == 1 else "\n  ".join(["settings that cannot work:", *lines])
+    return ConfigError(found, where=where, fix="`dpo config` prints every key with its value")
+
+
+def _finding(item: Any, schema: type[BaseModel]) -> str:
+    path = [str(part) for part in item["loc"]]
+    kind = item["type"]
+    if kind == "extra_forbidden":
+        section, path = _section_at(schema, path)
+        key = ".".join(path)
+        return f"unknown key {key}{suggestion(path[-1], section)}"
+    if kind == "value_error":
+        return str(item["ctx"]["error"])
+    if kind == "union_tag_invalid":
+        return f"loss={item['ctx']['tag']}: the choices are {item['ctx']['expected_tags']}"
+    if kind == "union_tag_not_found":
+        return "loss.name is missing: choose a loss, such as loss=dpo"
+    key = ".".join(_without_tags(schema, path))
+    return f"{key}={item['input']!r}: {item['msg'].lower()}"
+
+
+def suggestion(key: str, choices: Iterable[str]) -> str:
+    """`` (did you mean X?)``, or the choices when nothing is near."""
+    known = sorted(choices)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if near:
+        return f" (did you mean {near[0]}?)"
+    return f": the choices are {', '.join(known)}" if known else ""
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in typing.get_args(annotation) for model in _models_in(part)]
+
+
+def _without_tags(schema: type[BaseModel], path: list[str]) -> list[str]:
+    """``loss.dpo.beta`` as pydantic reports it is ``loss.beta`` as people write it."""
+    if len(path) > 1 and path[0] == "loss":
+        return [path[0], *path[2:]]
+    return path
+
+
+def _section_at(schema: type[BaseModel], path: list[str]) -> tuple[list[str], list[str]]:
+    """The keys known at the parent of ``path``, and the path as people write it."""
+    section: type[BaseModel] | None = schema
+    for part in path[:-1]:
+        field = section.model_fields.get(part) if section else None
+        if field is not None:
+            models = _models_in(field.annotation)
+            section = models[0] if len(models) == 1 else None
+            union = models
+        elif section is None:
+            section = next((m for m in union if m.model_fields["name"].default == part), None)
+    keys = list(section.model_fields) if section else []
+    return keys, _without_tags(schema, path)

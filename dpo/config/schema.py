@@ -1,0 +1,231 @@
+"""The types of every setting: what may be written in YAML or on a command line.
+
+``config/schemas/*.json`` is generated from here (``make schemas``). Counts have no unit in their
+names; everything else carries it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from dpo.config.base import Section
+from dpo.config.losses import AnyLoss, DPOLoss
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+CheckpointingMode = Literal["none", "selective", "full"]
+
+
+def _checkpointing_mode(value: object) -> object:
+    """The reference code's boolean: true means full."""
+    return {True: "full", False: "none"}.get(value, value) if isinstance(value, bool) else value
+
+
+class ModelConfig(Section):
+    """The base model, and the weights to start from."""
+
+    name_or_path: str = "builtin:tiny"
+    """Hub id, folder, or ``builtin:NAME`` for a model that travels with this package."""
+    tokenizer_name_or_path: str | None = None
+    """Tokenizer to use when it is not the model's own."""
+    revision: str | None = None
+    """Commit or tag on the hub; the pipeline pins the commit it resolved."""
+    archive: str | None = None
+    """Weights to start from: a ``policy.pt``, a checkpoint folder of ours, or its ``LATEST``."""
+    block_name: str | None = None
+    """Class name of a transformer block (FSDP unit); found from the model when left out."""
+    policy_dtype: Dtype = "float32"
+    """Type of the master weights of the policy."""
+    reference_dtype: Dtype = "float32"
+    """Type of the reference's weights; differs from ``policy_dtype`` only by explicit choice."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of matrix products; ``auto`` takes bfloat16 where the processor has it in hardware."""
+    fsdp_policy_mp: Dtype | None = None
+    """Mixed precision of the FSDP trainer (overrides ``compute_dtype`` there)."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model; only for a source you trust."""
+
+
+class TrainerConfig(Section):
+    """How the work is spread over processes and devices."""
+
+    name: Literal["BasicTrainer", "FSDPTrainer", "TensorParallelTrainer"] = "BasicTrainer"
+    """One process, sharded data parallel, or tensor parallel."""
+
+
+class SourceConfig(Section):
+    """One source of preference pairs."""
+
+    format: Literal["auto", "pairs", "hh", "shp", "se", "novalto"] = "auto"
+    """How a row is read; ``auto`` decides by the keys of the first rows."""
+    path: str | None = None
+    """File, folder, glob or URL; ``builtin:NAME`` for data that travels with this package."""
+    hub: str | None = None
+    """Data set id on the hub, used when ``path`` is not set."""
+    hub_subset: str | None = None
+    """Folder or configuration inside the hub data set."""
+    max_pairs: int | None = Field(None, gt=0)
+    """Take at most so many pairs of this source (a seeded choice)."""
+    weight: float = Field(1.0, gt=0)
+    """Share of this source's training pairs relative to the others; 1 takes each pair once."""
+
+
+class WandbConfig(Section):
+    """Weights & Biases."""
+
+    enabled: bool = False
+    """Log there as well."""
+    entity: str | None = None
+    """Team or user."""
+    project: str = "direct-preference-optimization"
+    """Project name."""
+
+
+class EvaluationConfig(Section):
+    """Held-out figures and samples."""
+
+    n_samples: int = Field(4, ge=0)
+    """Held-out prompts that SFT model and policy both answer."""
+    max_new_tokens: int = Field(64, gt=0)
+    """Longest sampled answer, in tokens."""
+    temperature: float = Field(0.0, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling."""
+    n_bootstrap: int = Field(1000, ge=100)
+    """Resamples of the prompts for each 95 % interval."""
+
+
+class GateConfig(Section):
+    """Rules that a policy must pass before it is published."""
+
+    min_reward_accuracy: float = Field(0.5, ge=0, le=1)
+    """The lower 95 % bound of held-out reward accuracy must exceed this."""
+    force: bool = False
+    """Publish although a rule fails; recorded in the verdict."""
+
+
+class PublishConfig(Section):
+    """Where the model goes."""
+
+    store: str | None = None
+    """``file://``, ``s3://`` or ``minio://`` URL with bucket and optional prefix."""
+    name: str = Field("policy", pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")
+    """Name under which the model is published."""
+    create_bucket: bool = False
+    """Create the bucket where it does not exist."""
+
+
+class RunConfig(Section):
+    """All settings of a run. Names and meanings follow the reference code where it has them."""
+
+    # What to train
+    model: ModelConfig = ModelConfig()
+    """Base model and starting weights."""
+    loss: AnyLoss = DPOLoss()
+    """``loss=sft`` trains the SFT stage, any other one the preference stage."""
+    trainer: TrainerConfig = TrainerConfig()
+    """Process layout."""
+
+    # Data
+    datasets: list[str] = ["hh_sample"]
+    """Names of ``dataset/`` entries, or files, folders and URLs."""
+    sources: dict[str, SourceConfig] = {}
+    """The sources behind ``datasets``, filled in when the configuration is composed."""
+    test_fraction: float = Field(0.2, gt=0, lt=1)
+    """Share of prompts held out, by hash of the prompt, where a source has no split of its own."""
+    max_rejected_share: float = Field(0.05, ge=0, le=1)
+    """Ingest fails when a larger share of rows is rejected."""
+    prompt_format: Literal["raw", "chat"] = "raw"
+    """Dialogue text as it is, or through the tokenizer's chat template."""
+    max_length: int = Field(512, gt=1)
+    """Longest prompt + response, in tokens."""
+    max_prompt_length: int = Field(256, gt=0)
+    """What a prompt is cut to when prompt + response exceed ``max_length``, in tokens."""
+    truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"
+    """Which end of a too long prompt survives."""
+
+    # Optimisation
+    batch_size: int = Field(4, gt=0)
+    """Examples in an optimiser step, over all processes and accumulation steps."""
+    eval_batch_size: int = Field(16, gt=0)
+    """Examples in an evaluation batch, over all processes."""
+    gradient_accumulation_steps: int = Field(1, gt=0)
+    """Micro-batches in an optimiser step."""
+    n_epochs: int | None = Field(1, gt=0)
+    """Passes over the training pairs."""
+    n_examples: int | None = Field(None, gt=0)
+    """Stop after so many training examples, if that comes before ``n_epochs``."""
+    lr: float = Field(5e-7, gt=0)
+    """Learning rate after warm-up."""
+    lr_schedule: Literal["constant", "linear"] = "constant"
+    """After warm-up: constant as in the paper, or linear to zero at the last step."""
+    warmup_steps: int = Field(150, ge=0)
+    """Step s runs at lr * min(1, (s + 1) / (warmup_steps + 1))."""
+    optimizer: Literal["RMSprop", "AdamW"] = "RMSprop"
+    """RMSprop with torch's defaults as in the paper, or AdamW without weight decay."""
+    max_grad_norm: float = Field(10.0, gt=0)
+    """Gradients are scaled down to this L2 norm."""
+    activation_checkpointing: Annotated[CheckpointingMode, BeforeValidator(_checkpointing_mode)] = (
+        "none"
+    )
+    """Recompute activations in the backward pass; true means full."""
+    seed: int = Field(0, ge=0)
+    """Order of the examples, choice of subsets, sampling."""
+
+    # Evaluation while training
+    eval_every: int = Field(20_000, ge=0)
+    """Evaluate each time so many examples were trained on; 0 evaluates before and after only."""
+    n_eval_examples: int | None = Field(256, gt=0)
+    """Held-out pairs to evaluate on; null takes all."""
+    do_first_eval: bool = True
+    """Evaluate before the first step."""
+    sample_during_eval: bool = False
+    """Generate answers in each evaluation while training."""
+    n_eval_model_samples: int = Field(16, gt=0)
+    """How many answers ``sample_during_eval`` generates."""
+
+    # Checkpoints, logs, places
+    checkpoint_every: int = Field(0, ge=0)
+    """Write a checkpoint each time so many examples were trained on; 0 writes the last one only."""
+    keep_checkpoints: int = Field(2, gt=0)
+    """How many periodic checkpoints to keep."""
+    exp_name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    """Name of the run: folder and wandb name."""
+    local_dirs: list[str] = [".cache"]
+    """Folders to keep runs in; the first that can be written to is used."""
+    local_run_dir: str | None = None
+    """Folder of this run; chosen under ``local_dirs`` when left out."""
+    debug: bool = False
+    """No wandb, no periodic checkpoints; the final artifact is still written."""
+    minimum_log_interval_secs: float = Field(1.0, ge=0)
+    """Shortest time between two lines on the terminal or in wandb, in seconds."""
+    fsdp_port: int | None = Field(None, ge=1024, le=65535)
+    """Port of the rendezvous; a free one when left out."""
+    wandb: WandbConfig = WandbConfig()
+    """Weights & Biases."""
+
+    # After training
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Held-out figures and samples."""
+    gate: GateConfig = GateConfig()
+    """What a policy must reach to be published."""
+    publish: PublishConfig = PublishConfig()
+    """Where the model goes."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length ({self.max_prompt_length}) must be below max_length "
+                f"({self.max_length}): nothing would be left for the response"
+            )
+        if self.batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of "
+                f"gradient_accumulation_steps ({self.gradient_accumulation_steps})"
+            )
+        if self.n_epochs is None and self.n_examples is None:
+            raise ValueError("one of n_epochs and n_examples must be set: training would not end")
+        return self

@@ -1,0 +1,108 @@
+"""The errors that this project raises on purpose.
+
+    DpoError
+    ├── ConfigError              a key, a value or a combination that cannot work
+    ├── DataError                preference data that is missing, unreadable or not what it should be
+    ├── ArtifactError            a step's output that is missing, incomplete or changed since written
+    ├── ModelError               a model, tokenizer or archive that cannot be loaded or does not fit
+    ├── TrainingError            training that cannot go on
+    │   ├── InvariantError       policy and reference differ where they must agree (step 0)
+    │   └── NonFiniteError       NaN or infinity in a loss or a gradient
+    ├── StoreError               a store that refuses or does not answer
+    │   ├── StoreUnavailable     no answer, or the connection broke and retries ran out
+    │   ├── StoreAccessDenied    wrong or missing credentials, or no permission
+    │   ├── ObjectMissing        no such object or bucket
+    │   └── WriteConflict        a conditional write lost against another writer
+    ├── PipelineError            a run that failed, or a backend that refuses it
+    └── MissingDependency        an optional package that this command needs is not installed
+
+Each message says what was found, where, and what to do. A command prints that message alone, with
+no traceback, and exits with ``exit_code``: 2 for a mistake in the command or its configuration,
+1 for everything else.
+"""
+
+from __future__ import annotations
+
+
+class DpoError(Exception):
+    """What was found, where, and what to do about it.
+
+    Args:
+        found: What was found, one sentence.
+        where: File and line, key, row, URL: the place to look at.
+        fix: What the reader can do, an imperative sentence.
+    """
+
+    exit_code = 1
+
+    def __init__(self, found: str, *, where: str | None = None, fix: str | None = None) -> None:
+        super().__init__(found, where, fix)
+        self.found = found
+        self.where = where
+        self.fix = fix
+
+    def __str__(self) -> str:
+        lines = [self.found]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.fix:
+            lines.append(f"  fix:   {self.fix}")
+        return "\n".join(lines)
+
+
+class ConfigError(DpoError):
+    """A key, a value or a combination that cannot work; found before anything heavy is loaded."""
+
+    exit_code = 2
+
+
+class DataError(DpoError):
+    """Preference data that is missing, unreadable or not what it should be."""
+
+
+class ArtifactError(DpoError):
+    """A step's output that is missing, incomplete, or changed since it was written."""
+
+
+class ModelError(DpoError):
+    """A model, tokenizer or archive that cannot be loaded or does not fit the others."""
+
+
+class TrainingError(DpoError):
+    """Training that cannot go on."""
+
+
+class InvariantError(TrainingError):
+    """Policy and reference differ where they must agree: before the first update."""
+
+
+class NonFiniteError(TrainingError):
+    """NaN or infinity in a loss or a gradient."""
+
+
+class StoreError(DpoError):
+    """A store that refuses or does not answer."""
+
+
+class StoreUnavailable(StoreError):
+    """The store gave no answer, or the connection broke and the retries ran out."""
+
+
+class StoreAccessDenied(StoreError):
+    """Wrong or missing credentials, or no permission for this object."""
+
+
+class ObjectMissing(StoreError):
+    """No such object or bucket."""
+
+
+class WriteConflict(StoreError):
+    """A conditional write lost against another writer."""
+
+
+class PipelineError(DpoError):
+    """A run that failed, or a backend that refuses it."""
+
+
+class MissingDependency(DpoError):
+    """An optional package that this command needs is not installed."""

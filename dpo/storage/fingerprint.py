@@ -1,0 +1,87 @@
+"""Fingerprints: of the code that a step runs, and of files and folders.
+
+The code fingerprint of a step covers the modules of ``dpo`` that its entry module reaches by
+imports (those inside functions too), the lock file and the Python version. So a change in
+``dpo/evaluate`` gives a new fingerprint to the evaluation and to no other step.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import platform
+from functools import cache
+from pathlib import Path
+
+from dpo.config.places import lock_file
+from dpo.config.stages import Stage
+from dpo.storage.manifest import content_hash, sha256_file
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+ENTRY_MODULES: dict[Stage, str] = {
+    "ingest": "dpo.data.stage",
+    "sft": "dpo.train.stage",
+    "reference": "dpo.train.reference",
+    "preference": "dpo.train.stage",
+    "evaluate": "dpo.evaluate.stage",
+    "gate": "dpo.evaluate.gate",
+    "publish": "dpo.publish.stage",
+}
+"""Where each step's code starts."""
+
+
+@cache
+def code_fingerprint(stage: Stage) -> str:
+    """sha256, in hex, of the code that ``stage`` runs and of what it was locked to."""
+    digest = hashlib.sha256(f"python {platform.python_version()}\n".encode())
+    lock = lock_file()
+    digest.update(b"no lock file" if lock is None else sha256_file(lock).encode())
+    for module, path in sorted(imported_modules(ENTRY_MODULES[stage]).items()):
+        digest.update(f"\n{module}\0{sha256_file(path)}".encode())
+    return digest.hexdigest()
+
+
+def imported_modules(entry: str) -> dict[str, Path]:
+    """Modules of ``dpo`` that ``entry`` reaches by imports, with their files."""
+    found: dict[str, Path] = {}
+    waiting = [entry]
+    while waiting:
+        module = waiting.pop()
+        path = _module_file(module)
+        if path is None or module in found:
+            continue
+        found[module] = path
+        waiting.extend(_imports_of(path))
+        # importing a.b.c runs a and a.b first
+        waiting.append(module.rpartition(".")[0])
+    return found
+
+
+def _imports_of(path: Path) -> list[str]:
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            # ``from dpo.data import schema`` may name a module or an attribute
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return [name for name in names if name == "dpo" or name.startswith("dpo.")]
+
+
+def _module_file(module: str) -> Path | None:
+    if not module.startswith("dpo"):
+        return None
+    base = _PACKAGE.joinpath(*module.split(".")[1:])
+    if base.is_dir():
+        return base / "__init__.py" if (base / "__init__.py").is_file() else None
+    file = base.with_suffix(".py")
+    return file if file.is_file() else None
+
+
+def path_fingerprint(path: Path) -> str:
+    """sha256 of a file's bytes, or over the names and hashes of all files in a folder."""
+    if path.is_file():
+        return sha256_file(path)
+    files = {p.relative_to(path).as_posix(): sha256_file(p) for p in path.rglob("*") if p.is_file()}
+    return content_hash(files)

@@ -1,0 +1,202 @@
+"""A step's output is a folder; its manifest, written last, says that it is complete.
+
+``staged`` gives a step a temporary folder beside the final one and renames it into place when the
+manifest has been written. What has no manifest is not an output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpo.errors import ArtifactError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of an output: path relative to the folder (POSIX), size in bytes, sha256 in hex."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a step wrote, from what, and with which settings."""
+
+    stage: str
+    """Which step wrote it."""
+    files: tuple[FileEntry, ...]
+    """Every file but the manifest itself, sorted by path."""
+    content_hash: str
+    """sha256 over the paths and hashes of ``files``: equal content, equal hash."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The settings that the step read."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Content hash of each input artifact, by name."""
+    code: str = ""
+    """Fingerprint of the code that wrote it."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """Figures and facts that the next step or a person may want."""
+    format_version: int = FORMAT_VERSION
+
+
+def sha256_file(path: Path) -> str:
+    """Hash of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_hash(files: Mapping[str, str]) -> str:
+    """sha256 over sorted ``path NUL sha256 LF`` lines; independent of the file order."""
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(f"{path}\0{files[path]}\n".encode())
+    return digest.hexdigest()
+
+
+def list_files(folder: Path) -> list[FileEntry]:
+    """All files under ``folder`` but its manifest, sorted by path."""
+    paths = (p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+    entries = [
+        FileEntry(p.relative_to(folder).as_posix(), p.stat().st_size, sha256_file(p)) for p in paths
+    ]
+    return sorted(entries, key=lambda entry: entry.path)
+
+
+def write_manifest(
+    folder: Path,
+    stage: str,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, str] | None = None,
+    code: str = "",
+    details: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Hash every file in ``folder`` and write its manifest: temporary name, fsync, rename."""
+    files = tuple(list_files(folder))
+    manifest = Manifest(
+        stage=stage,
+        files=files,
+        content_hash=content_hash({entry.path: entry.sha256 for entry in files}),
+        settings=dict(settings or {}),
+        inputs=dict(inputs or {}),
+        code=code,
+        details=dict(details or {}),
+    )
+    write_atomically(folder / MANIFEST, json.dumps(asdict(manifest), indent=1, sort_keys=True))
+    return manifest
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old bytes or the new ones, never a part."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_manifest(folder: Path, *, stage: str | None = None, verify: bool = True) -> Manifest:
+    """The manifest of a complete output.
+
+    Args:
+        folder: The step's output.
+        stage: The step that must have written it; None accepts any.
+        verify: Also compare every file's size and sha256.
+
+    Raises:
+        ArtifactError: no manifest, another step's, a newer format, or a file that differs.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ArtifactError(
+            f"no complete output of step {stage or '(any)'}: {MANIFEST} is missing",
+            where=str(folder),
+            fix="run that step again; a folder without a manifest was interrupted while written",
+        )
+    manifest = _parse(path)
+    if stage is not None and manifest.stage != stage:
+        raise ArtifactError(
+            f"expected the output of step {stage}, found that of step {manifest.stage}",
+            where=str(folder),
+            fix=f"pass the folder that {stage} wrote",
+        )
+    if verify:
+        _verify(folder, manifest)
+    return manifest
+
+
+def _parse(path: Path) -> Manifest:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        version = raw["format_version"]
+        if version > FORMAT_VERSION:
+            raise ArtifactError(
+                f"the manifest has format {version}; this version reads up to {FORMAT_VERSION}",
+                where=str(path),
+                fix="use the version of this package that wrote it, or a newer one",
+            )
+        raw["files"] = tuple(FileEntry(**entry) for entry in raw["files"])
+        return Manifest(**raw)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"the manifest cannot be read: {error}", where=str(path), fix="run that step again"
+        ) from None
+
+
+def _verify(folder: Path, manifest: Manifest) -> None:
+    for entry in manifest.files:
+        file = folder / entry.path
+        if not file.is_file():
+            problem = "is missing"
+        elif file.stat().st_size != entry.size:
+            problem = f"has {file.stat().st_size} bytes, expected {entry.size}"
+        elif sha256_file(file) != entry.sha256:
+            problem = "has other bytes than when it was written (sha256 differs)"
+        else:
+            continue
+        raise ArtifactError(
+            f"{entry.path} of step {manifest.stage} {problem}",
+            where=str(folder),
+            fix="run that step again, or restore the file",
+        )
+
+
+@contextmanager
+def staged(output: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``output`` when the block ends and left a manifest in it.
+
+    An existing ``output`` that is empty or incomplete is replaced; a complete one is replaced only
+    once the new one is complete. When the block raises, the temporary folder is removed.
+    """
+    output = output.absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        if not (partial / MANIFEST).is_file():
+            raise ArtifactError(
+                "the step ended without writing its manifest", where=str(output), fix="report a bug"
+            )
+        previous = output.with_name(f".{output.name}.{os.getpid()}.previous")
+        if output.exists():
+            output.rename(previous)
+        partial.rename(output)
+        shutil.rmtree(previous, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
