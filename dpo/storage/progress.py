@@ -26,6 +26,7 @@ from rich.progress import (
 )
 
 from dpo.errors import DpoError
+from dpo.storage.processes import DIE_WITH_PARENT, die_with_parent
 
 FILE_VARIABLE = "DPO_PROGRESS_FILE"
 _LOG_INTERVAL_SECONDS = 10.0
@@ -122,8 +123,9 @@ class Bar:
                 note=note,
             )
         elif self._rich is not None and self._task is not None:
-            fields = {"note": note} if note else {}
-            self._rich.update(self._task, completed=self.done, **fields)
+            self._rich.update(self._task, completed=self.done)
+            if note:
+                self._rich.update(self._task, note=note)
         elif not force or self.done:
             of = f"/{self.total}" if self.total else ""
             print(f"{self.step}: {self.done}{of} {self.unit}  {note}".rstrip(), file=sys.stderr)
@@ -140,6 +142,8 @@ def reported(step: str) -> Iterator[None]:
 
     Every other exception is a bug of ours and keeps its traceback; its last line is reported too.
     """
+    if os.environ.get(DIE_WITH_PARENT):
+        die_with_parent()
     emit("start", step)
     try:
         yield

@@ -1,0 +1,1 @@
+"""The steps of the pipeline as Kubeflow components: signature, docstring, one call into ``dpo``."""

@@ -1,0 +1,52 @@
+"""Held-out figures, samples and the report."""
+
+from kfp import dsl
+
+from components.images import TRAIN_IMAGE
+
+
+@dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
+def evaluate(
+    pairs: dsl.Input[dsl.Dataset],
+    sft: dsl.Input[dsl.Model],
+    policy: dsl.Input[dsl.Model],
+    log_probs: dsl.Input[dsl.Dataset],
+    evaluation: dsl.Output[dsl.Artifact],
+    report: dsl.Output[dsl.HTML],
+    summary: dsl.Output[dsl.Markdown],
+    metrics: dsl.Output[dsl.Metrics],
+    settings: str = "{}",
+    fingerprint: str = "",
+):
+    """Compares the policy with the SFT model on pairs that neither was trained on.
+
+    Args:
+        pairs: Output of ingest.
+        sft: Output of sft.
+        policy: Output of preference.
+        log_probs: Output of reference.
+        evaluation: Folder with evaluation.json, samples.json and both forms of the report.
+        report: The report for a browser.
+        summary: The report as Markdown.
+        metrics: The held-out figures.
+        settings: JSON of the settings that this step reads (see config/README.md).
+        fingerprint: JSON with the fingerprint of the code that the run was planned with.
+    """
+    from pathlib import Path
+
+    from dpo.evaluate.stage import run_evaluate
+    from dpo.storage.step import copy_report, log_metrics, step
+
+    with step("evaluate", settings, fingerprint) as run:
+        manifest = run_evaluate(
+            run.config,
+            Path(evaluation.path),
+            pairs=Path(pairs.path),
+            sft=Path(sft.path),
+            policy=Path(policy.path),
+            reference=Path(log_probs.path),
+            code=run.code,
+        )
+        copy_report(Path(evaluation.path, "report.html"), Path(report.path))
+        copy_report(Path(evaluation.path, "report.md"), Path(summary.path))
+        log_metrics(metrics, manifest)

@@ -1,0 +1,47 @@
+"""The decision whether a policy is published."""
+
+from typing import NamedTuple
+
+from kfp import dsl
+
+from components.images import DATA_IMAGE
+
+
+@dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
+def gate(
+    evaluation: dsl.Input[dsl.Artifact],
+    verdict: dsl.Output[dsl.Artifact],
+    settings: str = "{}",
+    run_id: str = "",
+) -> NamedTuple("Decision", [("approved", bool)]):
+    """Applies the rules to the held-out figures; a refusal is a result, not a failure.
+
+    Never cached. The verdict and the run's manifest are written to the store either way.
+
+    Args:
+        evaluation: Output of evaluate.
+        verdict: Folder with verdict.json: each rule with its figure and limit.
+        settings: JSON of the settings that this step reads (see config/README.md).
+        run_id: Names the run's folder in the store.
+
+    Returns:
+        approved: Whether the policy is to be published.
+    """
+    from collections import namedtuple
+    from pathlib import Path
+
+    from dpo.evaluate.gate import run_gate
+    from dpo.publish.runs import record_verdict
+    from dpo.storage.step import step
+
+    with step("gate", settings) as run:
+        decision = run_gate(
+            run.config, Path(verdict.path), evaluation=Path(evaluation.path), code=run.code
+        )
+        record_verdict(
+            run.config.publish,
+            run_id,
+            evaluation=Path(evaluation.path),
+            verdict=Path(verdict.path),
+        )
+    return namedtuple("Decision", ["approved"])(decision.approved)

@@ -1,0 +1,36 @@
+"""Preference data from wherever it is, validated, as Parquet pairs."""
+
+from kfp import dsl
+
+from components.images import DATA_IMAGE
+
+
+@dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
+def ingest(
+    pairs: dsl.Output[dsl.Dataset],
+    data_report: dsl.Output[dsl.HTML],
+    metrics: dsl.Output[dsl.Metrics],
+    settings: str = "{}",
+    fingerprint: str = "",
+):
+    """Reads the sources, validates each row, splits by prompt and writes Parquet pairs.
+
+    Args:
+        pairs: Folder of Parquet files with prompt, chosen, rejected, sft_target, dataset, split
+            and pair_id, the rejected rows with their reasons, and a manifest.
+        data_report: What was accepted and rejected, and why.
+        metrics: Counts of rows.
+        settings: JSON of the settings that this step reads (see config/README.md).
+        fingerprint: JSON with the fingerprints of code and data that the run was planned with.
+    """
+    from pathlib import Path
+
+    from dpo.data.plan import data_fingerprint
+    from dpo.data.stage import run_ingest
+    from dpo.storage.step import copy_report, log_metrics, step
+
+    with step("ingest", settings, fingerprint) as run:
+        run.expect("data", data_fingerprint(run.config))
+        manifest = run_ingest(run.config, Path(pairs.path), code=run.code)
+        copy_report(Path(pairs.path, "report.html"), Path(data_report.path))
+        log_metrics(metrics, manifest)

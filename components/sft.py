@@ -1,0 +1,37 @@
+"""Supervised fine-tuning on the chosen responses."""
+
+from kfp import dsl
+
+from components.images import TRAIN_IMAGE
+
+
+@dsl.component(base_image=TRAIN_IMAGE, install_kfp_package=False)
+def sft(
+    pairs: dsl.Input[dsl.Dataset],
+    checkpoint: dsl.Output[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+    settings: str = "{}",
+    fingerprint: str = "",
+):
+    """Trains the base model on the chosen responses; the result is policy and reference at once.
+
+    Args:
+        pairs: Output of ingest.
+        checkpoint: Hugging Face folder with the settings, figures and fingerprints beside it.
+        metrics: Last figures of the training.
+        settings: JSON of the settings that this step reads (see config/README.md).
+        fingerprint: JSON with the fingerprints of code and base model that the run was planned
+            with.
+    """
+    from pathlib import Path
+
+    from dpo.storage.base_model import model_fingerprint
+    from dpo.storage.step import log_metrics, step
+    from dpo.train.stage import run_train
+
+    with step("sft", settings, fingerprint) as run:
+        run.expect("model", model_fingerprint(run.config.model))
+        manifest = run_train(
+            run.config, Path(checkpoint.path), pairs=Path(pairs.path), code=run.code
+        )
+        log_metrics(metrics, manifest)

@@ -1,0 +1,252 @@
+"""Pipeline parameters: what the Kubeflow form shows, and the configuration keys behind them.
+
+A pipeline run composes two configurations, one of the SFT stage and one of the preference stage.
+A parameter sets one key in one of them or in both; every other key is reached through
+``sft_overrides`` and ``preference_overrides``, which are applied last.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dpo.config.compose import compose
+from dpo.config.describe import suggestion
+from dpo.config.schema import RunConfig
+from dpo.config.stages import Stage, restrict
+from dpo.errors import ConfigError
+
+Side = Literal["sft", "preference"]
+Value = str | int | float | bool | list[str]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One pipeline parameter."""
+
+    key: str
+    """The configuration key that it sets."""
+    sides: tuple[Side, ...] = ("sft", "preference")
+    """Whose configuration it sets."""
+    unset: Value | None = None
+    """This value means: leave the key at its default (Kubeflow forms know no null)."""
+    none: Value | None = None
+    """This value means null."""
+
+
+_SFT: tuple[Side, ...] = ("sft",)
+_PREFERENCE: tuple[Side, ...] = ("preference",)
+
+PARAMETERS: Mapping[str, Parameter] = {
+    "model": Parameter("model"),
+    "datasets": Parameter("datasets"),
+    "prompt_format": Parameter("prompt_format"),
+    "max_length": Parameter("max_length"),
+    "max_prompt_length": Parameter("max_prompt_length"),
+    "test_fraction": Parameter("test_fraction"),
+    "max_rejected_share": Parameter("max_rejected_share"),
+    "seed": Parameter("seed"),
+    "sft_n_examples": Parameter("n_examples", _SFT, none=0),
+    "sft_n_epochs": Parameter("n_epochs", _SFT),
+    "sft_batch_size": Parameter("batch_size", _SFT),
+    "sft_optimizer": Parameter("optimizer", _SFT),
+    "sft_lr": Parameter("lr", _SFT),
+    "sft_lr_schedule": Parameter("lr_schedule", _SFT),
+    "sft_warmup_steps": Parameter("warmup_steps", _SFT),
+    "preference_loss": Parameter("loss", _PREFERENCE),
+    "preference_beta": Parameter("loss.beta", _PREFERENCE, unset=0.0),
+    "preference_label_smoothing": Parameter("loss.label_smoothing", _PREFERENCE, unset=0.0),
+    "preference_n_examples": Parameter("n_examples", _PREFERENCE, none=0),
+    "preference_n_epochs": Parameter("n_epochs", _PREFERENCE),
+    "preference_batch_size": Parameter("batch_size", _PREFERENCE),
+    "preference_optimizer": Parameter("optimizer", _PREFERENCE),
+    "preference_lr": Parameter("lr", _PREFERENCE),
+    "preference_lr_schedule": Parameter("lr_schedule", _PREFERENCE),
+    "preference_warmup_steps": Parameter("warmup_steps", _PREFERENCE),
+    "evaluate_n_pairs": Parameter("n_eval_examples", _PREFERENCE, none=0),
+    "evaluate_n_samples": Parameter("evaluation.n_samples", _PREFERENCE),
+    "gate_min_reward_accuracy": Parameter("gate.min_reward_accuracy", _PREFERENCE),
+    "gate_force": Parameter("gate.force", _PREFERENCE),
+    "publish_store": Parameter("publish.store", _PREFERENCE, none=""),
+    "publish_name": Parameter("publish.name", _PREFERENCE),
+}
+"""Every parameter but the two lists of overrides, in the order of the form."""
+
+OVERRIDES: Mapping[str, Side] = {"sft_overrides": "sft", "preference_overrides": "preference"}
+
+_SHARED_SECTIONS = {"model", "datasets", "sources", "trainer", "wandb"}
+_SHARED_KEYS = {parameter.key for parameter in PARAMETERS.values() if len(parameter.sides) == 2} | {
+    "truncation_mode",
+    "exp_name",
+    "debug",
+    "eval_batch_size",
+    "activation_checkpointing",
+}
+_PREFERENCE_SECTIONS = {"loss", "evaluation", "gate", "publish"}
+_SIDE_OF_STAGE: Mapping[Stage, Side] = {
+    "ingest": "preference",
+    "sft": "sft",
+    "reference": "preference",
+    "preference": "preference",
+    "evaluate": "preference",
+    "gate": "preference",
+    "publish": "preference",
+}
+
+
+def stage_configs(parameters: Mapping[str, Any]) -> dict[Stage, RunConfig]:
+    """The restricted configuration of every step of a pipeline run.
+
+    Args:
+        parameters: Values by parameter name; what is left out keeps the configuration's default.
+
+    Raises:
+        ConfigError: an unknown parameter, or a value that cannot work.
+    """
+    check_names(parameters)
+    sides = {side: _compose_side(side, parameters) for side in ("sft", "preference")}
+    if sides["preference"].loss.name == "sft":
+        raise ConfigError(
+            "preference_loss=sft: the preference stage needs a preference loss",
+            fix="choose dpo or ipo",
+        )
+    return {stage: restrict(sides[side], stage) for stage, side in _SIDE_OF_STAGE.items()}
+
+
+def check_names(parameters: Iterable[str]) -> None:
+    """Refuse a name that no parameter has.
+
+    Raises:
+        ConfigError: with the nearest name, or all of them.
+    """
+    for name in parameters:
+        if name not in PARAMETERS and name not in OVERRIDES:
+            known = [*PARAMETERS, *OVERRIDES]
+            raise ConfigError(
+                f"unknown pipeline parameter {name}{suggestion(name, known)}",
+                fix="`python pipelines/submit.py --help` lists the parameters",
+            )
+
+
+def _compose_side(side: Side, parameters: Mapping[str, Any]) -> RunConfig:
+    overrides = ["loss=sft"] if side == "sft" else []
+    overrides += [
+        override
+        for name, parameter in PARAMETERS.items()
+        if side in parameter.sides and name in parameters
+        for override in _override(parameter, parameters[name])
+    ]
+    name = f"{side}_overrides"
+    own = parameters.get(name) or []
+    if not isinstance(own, list) or not all(isinstance(item, str) for item in own):
+        raise ConfigError(
+            f"{name}={own!r}: expected a list of overrides", fix='for example ["lr=1e-6"]'
+        )
+    return compose([*overrides, *own]).config
+
+
+def _override(parameter: Parameter, value: Value) -> list[str]:
+    if parameter.unset is not None and value == parameter.unset:
+        return []
+    if parameter.none is not None and value == parameter.none:
+        return [f"{parameter.key}=null"]
+    if parameter.key == "model" and isinstance(value, str) and set(value) & set("/:\\"):
+        # not one of ours: a hub id or a folder
+        return ["model=blank_model", f"model.name_or_path={_hydra_value(value)}"]
+    return [f"{parameter.key}={_hydra_value(value)}"]
+
+
+def _hydra_value(value: Value) -> str:
+    """A value in Hydra's override grammar: strings quoted, so that no text is taken for syntax."""
+    if isinstance(value, list):
+        return "[" + ",".join(_hydra_value(item) for item in value) + "]"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"'{escaped}'"
+    return json.dumps(value)
+
+
+def route(assignment: str) -> tuple[str, Value]:
+    """Where ``KEY=VALUE`` of a command line goes: a parameter's value, or one more override.
+
+    ``KEY`` is a pipeline parameter (``preference_beta``), a configuration key that belongs to one
+    stage or to both (``loss.beta``, ``model.name_or_path``), or one with its stage in front
+    (``sft.lr``, ``preference.lr``).
+
+    Returns:
+        Parameter name and value. For ``sft_overrides`` and ``preference_overrides`` the value is
+        one override to append; the name ``both_overrides`` means that both lists get it.
+
+    Raises:
+        ConfigError: no ``=``, or a key that both stages have with values of their own.
+    """
+    key, separator, value = assignment.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"{assignment!r} is not KEY=VALUE", fix="for example loss.beta=0.2")
+    if key in PARAMETERS:
+        return key, _parse(value)
+    side, _, rest = key.partition(".")
+    if side in OVERRIDES.values() and rest:
+        return _to_side(side, rest, value)
+    section = key.partition(".")[0]
+    if section in _PREFERENCE_SECTIONS:
+        return _to_side("preference", key, value)
+    if section in _SHARED_SECTIONS or key in _SHARED_KEYS:
+        return "both_overrides", assignment
+    if section in RunConfig.model_fields:
+        raise ConfigError(
+            f"{key} belongs to both training stages",
+            fix=f"write sft.{key}={value} or preference.{key}={value}",
+        )
+    known = [*PARAMETERS, *RunConfig.model_fields]
+    raise ConfigError(
+        f"unknown key {key}{suggestion(key, known)}", fix="`dpo config` prints every key"
+    )
+
+
+def _to_side(side: str, key: str, value: str) -> tuple[str, Value]:
+    for name, parameter in PARAMETERS.items():
+        if parameter.key == key and parameter.sides == (side,):
+            return name, _parse(value)
+    return f"{side}_overrides", f"{key}={value}"
+
+
+def _parse(value: str) -> Value:
+    """A command line's text as JSON where it is JSON, as ``[a,b]`` where it is that, else text."""
+    try:
+        parsed = json.loads(value)
+    except json.JSONDecodeError:
+        if value.startswith("[") and value.endswith("]"):
+            return [item.strip() for item in value[1:-1].split(",") if item.strip()]
+        lowered = value.lower()
+        return {"true": True, "false": False}.get(lowered, value)
+    if parsed is None or isinstance(parsed, dict):
+        return value
+    return parsed  # type: ignore[no-any-return]  # int, float, bool, str or list
+
+
+def typed(name: str, value: Value, default: Value) -> Value:
+    """``value`` in the type of the parameter's ``default``, as Kubeflow wants it.
+
+    Raises:
+        ConfigError: the value is not of that type.
+    """
+    if isinstance(default, bool):
+        good = isinstance(value, bool)
+    elif isinstance(default, int):
+        good = isinstance(value, int) and not isinstance(value, bool)
+    elif isinstance(default, float):
+        good = isinstance(value, int | float) and not isinstance(value, bool)
+        value = float(value) if good else value  # type: ignore[arg-type]
+    elif isinstance(default, list):
+        value = value if isinstance(value, list) else [str(value)]
+        good = True
+    else:
+        value, good = str(value), not isinstance(value, list)
+    if not good:
+        raise ConfigError(
+            f"{name}={value!r}: expected a {type(default).__name__}, such as {default!r}"
+        )
+    return value

@@ -1,0 +1,56 @@
+"""What a pipeline run will do: each step's settings, and fingerprints of all that it reads.
+
+The first step of the pipeline calls ``plan_run``. What it returns are the arguments of the other
+steps, so Kubeflow's cache sees each change of data, base model, settings or code, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from dpo.config.parameters import stage_configs
+from dpo.config.schema import RunConfig
+from dpo.config.stages import Stage, stage_json
+from dpo.data.sources import source_fingerprint
+from dpo.storage.base_model import model_fingerprint
+from dpo.storage.fingerprint import code_fingerprint
+from dpo.storage.progress import reported
+from dpo.storage.store import open_store
+
+_CACHED: tuple[Stage, ...] = ("ingest", "sft", "reference", "preference", "evaluate")
+_NEVER_CACHED: tuple[Stage, ...] = ("gate", "publish")
+
+
+def plan_run(parameters: Mapping[str, Any]) -> dict[str, str]:
+    """Settings and fingerprints by output name (``sft_settings``, ``sft_fingerprint``, ...).
+
+    Everything that can be known to be wrong before training is found here: a setting, a source or a
+    base model that is missing, a store that does not answer.
+    """
+    with reported("fingerprint"):
+        configs = stage_configs(parameters)
+        if store_url := configs["publish"].publish.store:
+            open_store(store_url).check()
+        data = data_fingerprint(configs["ingest"])
+        model = model_fingerprint(configs["sft"].model)
+        sources: dict[Stage, dict[str, str]] = {"ingest": {"data": data}, "sft": {"model": model}}
+        if configs["ingest"].prompt_format == "chat":
+            # the chat template comes with the base model's tokenizer
+            sources["ingest"]["model"] = model
+        plan = {f"{stage}_settings": stage_json(configs[stage], stage) for stage in _NEVER_CACHED}
+        for stage in _CACHED:
+            known = {"code": code_fingerprint(stage), **sources.get(stage, {})}
+            plan[f"{stage}_settings"] = stage_json(configs[stage], stage)
+            plan[f"{stage}_fingerprint"] = json.dumps(known, sort_keys=True)
+        return plan
+
+
+def data_fingerprint(config: RunConfig) -> str:
+    """sha256 over the fingerprints of all sources, by name."""
+    digest = hashlib.sha256()
+    for name, source in sorted(config.sources.items()):
+        digest.update(f"{name}\0{source_fingerprint(source)}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,98 @@
+"""What every component does around its stage: read settings, check the code, report one message."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from dpo.config.schema import RunConfig
+from dpo.config.stages import Stage, load_stage
+from dpo.errors import ConfigError
+from dpo.storage.fingerprint import code_fingerprint
+from dpo.storage.manifest import Manifest
+from dpo.storage.progress import reported
+
+
+@dataclass(frozen=True)
+class Step:
+    """A running step of the pipeline."""
+
+    stage: Stage
+    config: RunConfig
+    """The settings that this step reads, and no others."""
+    code: str
+    """Fingerprint of the code that runs."""
+    planned: dict[str, str]
+    """What the run was planned with: fingerprints of ``code``, ``data``, ``model``."""
+
+    def expect(self, name: str, found: str) -> None:
+        """Stop when ``name`` is no longer what the run was planned with.
+
+        Raises:
+            ConfigError: its fingerprint differs; a result would be cached under the wrong key.
+        """
+        planned = self.planned.get(name)
+        if planned and planned != found:
+            raise ConfigError(
+                f"the {name} of step {self.stage} changed after the run was planned: "
+                f"fingerprint {found[:12]}, planned {planned[:12]}",
+                fix="start the run again; in containers, build images and pipeline from one commit",
+            )
+
+
+@contextmanager
+def step(stage: Stage, settings: str, fingerprint: str = "") -> Iterator[Step]:
+    """Run a stage inside a component.
+
+    Args:
+        stage: Which one.
+        settings: JSON of the settings that it reads; keys left out take their defaults.
+        fingerprint: JSON of what the run was planned with; empty skips the comparison.
+    """
+    with reported(stage):
+        running = Step(
+            stage=stage,
+            config=load_stage(stage, settings),
+            code=code_fingerprint(stage),
+            planned=json.loads(fingerprint) if fingerprint else {},
+        )
+        running.expect("code", running.code)
+        yield running
+
+
+class MetricsArtifact(Protocol):
+    """What this module needs of ``kfp.dsl.Metrics``."""
+
+    def log_metric(self, metric: str, value: float) -> None:
+        """Show ``value`` in the UI."""
+
+
+def log_metrics(artifact: MetricsArtifact, manifest: Manifest) -> None:
+    """Show every number of the manifest's ``details`` in the UI; nested names joined by dots."""
+    for name, value in _numbers("", manifest.details):
+        artifact.log_metric(name, value)
+
+
+def _numbers(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _numbers(f"{name}.", value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            if math.isfinite(value):
+                yield name, value
+
+
+def copy_report(source: Path, target: Path) -> None:
+    """Copy a report to where the UI looks for it; a step without one leaves a line saying so."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_file():
+        shutil.copyfile(source, target)
+    else:
+        target.write_text("This step wrote no report.\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""The pipeline, its compiled package, and how runs of it are started and watched."""

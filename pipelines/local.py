@@ -1,0 +1,250 @@
+"""Runs the compiled pipeline on this machine: kfp.local, in processes or in containers.
+
+Everything a run leaves is in one folder (``runs/`` by default):
+
+    artifacts/   outputs of steps, as kfp.local lays them out
+    cache/       kfp.local's cache: which outputs belong to which inputs
+    history/     one folder a run: its log, its progress events and run.json
+    published/   the default store
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dpo.errors import DpoError, PipelineError
+from dpo.storage import progress
+from dpo.storage.manifest import MANIFEST, write_atomically
+from dpo.storage.processes import DIE_WITH_PARENT
+from pipelines.artifacts import Artifacts, drop_broken_cache_entries
+from pipelines.display import Display, RunView
+from pipelines.package import STEPS, save_package
+
+_POLL_SECONDS = 0.2
+_STOP_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class LocalRun:
+    """How a local run ended and where its parts are."""
+
+    run_id: str
+    folder: Path
+    """The run's folder in ``history/``."""
+    succeeded: bool
+    states: dict[str, str]
+    """State of each step: done, cached, failed or skipped."""
+    seconds: dict[str, float]
+    """Time of each executed step."""
+    artifacts: dict[str, Path]
+    """Output folder of each step that has one."""
+    message: str = ""
+    """Why it failed."""
+    exit_code: int = 0
+
+
+@dataclass
+class Job:
+    """A run to be made."""
+
+    documents: list[dict[str, Any]]
+    parameters: Mapping[str, Any]
+    runs: Path
+    runner: str = "processes"
+    environment: dict[str, str] = field(default_factory=dict)
+    docker: dict[str, Any] = field(default_factory=dict)
+
+
+def run_local(job: Job, console: Console, *, timeout_seconds: float | None = None) -> LocalRun:
+    """Run a package here and wait for its end.
+
+    Raises:
+        PipelineError: another run is using the same folder, or the time is over.
+        KeyboardInterrupt: after the steps were stopped.
+    """
+    with locked(job.runs) as lock:
+        drop_broken_cache_entries(job.runs / "cache")
+        run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")[:-3]
+        folder = job.runs / "history" / run_id
+        folder.mkdir(parents=True)
+        events = folder / "progress.jsonl"
+        started = time.time()
+        worker = _start_worker(job, folder, events, lock)
+        view = RunView.of(STEPS)
+        try:
+            _watch(worker, events, Display(view, console), timeout_seconds)
+        finally:
+            _stop(worker)
+        succeeded = worker.returncode == 0
+        view.finish(succeeded=succeeded)
+        run = _outcome(job, folder, run_id, view, succeeded, started)
+        _record(run, job)
+        return run
+
+
+def _start_worker(job: Job, folder: Path, events: Path, lock: int) -> subprocess.Popen[bytes]:
+    save_package(job.documents, folder / "package.yaml")
+    description = {
+        "package": str(folder / "package.yaml"),
+        "arguments": dict(job.parameters),
+        "pipeline_root": str(job.runs / "artifacts"),
+        "cache_root": str(job.runs / "cache"),
+        "runner": job.runner,
+        "environment": job.environment,
+        "docker": job.docker,
+    }
+    job_file = folder / "job.json"
+    job_file.write_text(json.dumps(description, indent=1), encoding="utf-8")
+    environment = {
+        **os.environ,
+        progress.FILE_VARIABLE: str(events),
+        DIE_WITH_PARENT: "1",
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "true"),
+    }
+    with (folder / "log.txt").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pipelines.local_worker", str(job_file)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            # a group of its own: Ctrl-C reaches this process alone, which then ends the group
+            start_new_session=True,
+            # the lock is held until the last process of the run is gone
+            pass_fds=(lock,),
+            cwd=Path(__file__).resolve().parent.parent,
+        )
+
+
+def _watch(
+    worker: subprocess.Popen[bytes], events: Path, display: Display, timeout_seconds: float | None
+) -> None:
+    deadline = time.monotonic() + timeout_seconds if timeout_seconds else None
+    offset = 0
+    with display.shown():
+        while True:
+            ended = worker.poll() is not None
+            found, offset = progress.read_events(events, offset)
+            for event in found:
+                display.view.apply(event)
+            display.update()
+            if ended:
+                return
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimeoutError
+            time.sleep(_POLL_SECONDS)
+
+
+def _stop(worker: subprocess.Popen[bytes]) -> None:
+    """End the worker and its steps: politely, then not."""
+    if worker.poll() is not None:
+        return
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(worker.pid, how)
+            worker.wait(_STOP_SECONDS)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+        else:
+            return
+
+
+def _outcome(
+    job: Job, folder: Path, run_id: str, view: RunView, succeeded: bool, started: float
+) -> LocalRun:
+    message, exit_code = "", 0
+    if not succeeded:
+        message, exit_code = _failure(folder, view)
+    return LocalRun(
+        run_id=run_id,
+        folder=folder,
+        succeeded=succeeded,
+        states={name: step.state for name, step in view.steps.items()},
+        seconds={name: round(s.seconds, 1) for name, s in view.steps.items() if s.started},
+        artifacts=Artifacts(job.runs / "artifacts").of_run(started) if succeeded else {},
+        message=message,
+        exit_code=exit_code,
+    )
+
+
+def _failure(folder: Path, view: RunView) -> tuple[str, int]:
+    log = folder / "log.txt"
+    if view.error is not None and not view.error.get("bug"):
+        return f"step {view.error['step']}: {view.error['text']}", view.error["exit_code"]
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    failed = [name for name, step in view.steps.items() if step.state == "failed"]
+    what = f"step {failed[0]} ended without a message" if failed else "the run ended unexpectedly"
+    if view.error is not None:
+        what = f"step {view.error['step']}: {view.error['text']}"
+    tail = "\n".join(f"  | {line}" for line in lines[-5:] if line.strip())
+    return str(DpoError(f"{what}\n{tail}".rstrip(), where=str(log))), 1
+
+
+def _record(run: LocalRun, job: Job) -> None:
+    record = {
+        "run_id": run.run_id,
+        "succeeded": run.succeeded,
+        "states": run.states,
+        "seconds": run.seconds,
+        "parameters": dict(job.parameters),
+        "artifacts": {name: str(path) for name, path in run.artifacts.items()},
+        "message": run.message,
+    }
+    write_atomically(run.folder / "run.json", json.dumps(record, indent=1, sort_keys=True))
+
+
+@contextmanager
+def locked(runs: Path) -> Iterator[int]:
+    """Hold ``runs`` alone; yields the descriptor that holds the lock.
+
+    Raises:
+        PipelineError: another run holds it, or the folder cannot be written to.
+    """
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(runs / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise PipelineError(
+            f"the folder for runs cannot be written to: {error.strerror}",
+            where=str(runs),
+            fix="choose another one with --runs-dir",
+        ) from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 32, 0).decode() or "unknown"
+            raise PipelineError(
+                f"another run is using this folder (process {holder.strip()})",
+                where=str(runs),
+                fix="wait for it, or use another folder with --runs-dir",
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def remove_runs(runs: Path) -> None:
+    """Delete what local runs left; the published models too."""
+    with locked(runs):
+        shutil.rmtree(runs)

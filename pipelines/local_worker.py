@@ -1,0 +1,50 @@
+"""Runs a package with kfp.local; started by ``pipelines.local`` with its output in a log file.
+
+A process of its own because kfp prints much, ends a failed step in a traceback, and is stopped
+best by ending its whole process group.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dpo.storage.processes import die_with_parent
+
+
+def main(job_file: str) -> int:
+    """Run the job described in ``job_file``; 0 when the pipeline succeeded."""
+    die_with_parent()
+    job: dict[str, Any] = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    from kfp import components, local
+
+    local.init(
+        runner=_runner(local, job),
+        pipeline_root=job["pipeline_root"],
+        # kfp deletes this folder after the run
+        workspace_root=tempfile.mkdtemp(prefix="kfp-workspace-"),
+        enable_caching=True,
+        cache_root=job["cache_root"],
+    )
+    pipeline = components.load_component_from_file(job["package"])
+    try:
+        pipeline(**job["arguments"])
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _runner(local: Any, job: dict[str, Any]) -> Any:
+    if job["runner"] == "processes":
+        return local.SubprocessRunner(use_venv=False)
+    return local.DockerRunner(environment=job["environment"], **job["docker"])
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    sys.exit(main(sys.argv[1]))
