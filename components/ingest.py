@@ -25,8 +25,9 @@ def ingest(
     """
     from pathlib import Path
 
-    from dpo.data.plan import data_fingerprint
     from dpo.data.stage import run_ingest
+
+    from dpo.data.plan import data_fingerprint
     from dpo.storage.step import copy_report, log_metrics, step
 
     with step("ingest", settings, fingerprint) as run:

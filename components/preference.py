@@ -28,8 +28,9 @@ def preference(
     """
     from pathlib import Path
 
-    from dpo.storage.step import log_metrics, step
     from dpo.train.stage import run_train
+
+    from dpo.storage.step import log_metrics, step
 
     with step("preference", settings, fingerprint) as run:
         manifest = run_train(

@@ -31,6 +31,7 @@ def publish(
     from pathlib import Path
 
     from dpo.publish.stage import run_publish
+
     from dpo.storage.step import log_metrics, step
 
     with step("publish", settings) as run:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +83,6 @@ def _is_whole(output: Any) -> bool:
     except ArtifactError:
         return False
     return all(
-        os.path.isfile(folder / file.path) and (folder / file.path).stat().st_size == file.size
+        (folder / file.path).is_file() and (folder / file.path).stat().st_size == file.size
         for file in manifest.files
     )

@@ -29,7 +29,7 @@ from rich.console import Console
 
 from dpo.errors import DpoError, PipelineError
 from dpo.storage import progress
-from dpo.storage.manifest import MANIFEST, write_atomically
+from dpo.storage.manifest import write_atomically
 from dpo.storage.processes import DIE_WITH_PARENT
 from pipelines.artifacts import Artifacts, drop_broken_cache_entries
 from pipelines.display import Display, RunView

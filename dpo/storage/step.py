@@ -84,9 +84,12 @@ def _numbers(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, floa
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
             yield from _numbers(f"{name}.", value)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            if math.isfinite(value):
-                yield name, value
+        elif _is_number(value):
+            yield name, value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def copy_report(source: Path, target: Path) -> None:

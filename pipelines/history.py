@@ -1,0 +1,124 @@
+"""What would run and why: each step's key compared with those of earlier local runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.package import STEPS
+
+INPUTS: Mapping[str, tuple[str, ...]] = {
+    "ingest": (),
+    "sft": ("ingest",),
+    "reference": ("ingest", "sft"),
+    "preference": ("ingest", "sft", "reference"),
+    "evaluate": ("ingest", "sft", "reference", "preference"),
+}
+"""Which cached steps each cached step reads from."""
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What will happen to a step."""
+
+    step: str
+    runs: bool
+    reason: str
+
+
+def step_keys(plan: Mapping[str, str]) -> dict[str, str]:
+    """One key for all that a step's result depends on: settings, fingerprints, steps before it."""
+    keys: dict[str, str] = {}
+    for step, inputs in INPUTS.items():
+        digest = hashlib.sha256()
+        for part in (plan[f"{step}_settings"], plan[f"{step}_fingerprint"]):
+            digest.update(part.encode() + b"\0")
+        for name in inputs:
+            digest.update(keys[name].encode())
+        keys[step] = digest.hexdigest()
+    return keys
+
+
+def expectations(
+    plan: Mapping[str, str], history: Path, rerun: Iterable[str] = ()
+) -> list[Expectation]:
+    """For every step whether it will run, and why, as far as earlier runs tell."""
+    keys = step_keys(plan)
+    earlier = _earlier(history)
+    finished = {key for record in earlier for key in record["keys"].values()}
+    last = earlier[-1]["plan"] if earlier else None
+    forced = set(rerun)
+    running: list[str] = []
+    result = []
+    for step in STEPS:
+        if step not in INPUTS:
+            result.append(Expectation(step, True, "never cached"))
+            continue
+        upstream = [name for name in INPUTS[step] if name in running]
+        if step in forced:
+            reason = "asked for with --rerun"
+        elif upstream:
+            reason = f"reads the new output of {upstream[0]}"
+        elif keys[step] in finished:
+            result.append(Expectation(step, False, "nothing that it reads changed"))
+            continue
+        else:
+            reason = _difference(step, plan, last)
+        running.append(step)
+        result.append(Expectation(step, True, reason))
+    return result
+
+
+def remember(folder: Path, plan: Mapping[str, str], states: Mapping[str, str]) -> None:
+    """Keep a run's plan and the keys of the steps that it finished or found cached."""
+    keys = step_keys(plan)
+    whole = {step: key for step, key in keys.items() if states.get(step) in ("done", "cached")}
+    text = json.dumps({"plan": dict(plan), "keys": whole}, indent=1, sort_keys=True)
+    (folder / "plan.json").write_text(text, encoding="utf-8")
+
+
+def _earlier(history: Path) -> list[dict[str, Any]]:
+    records = []
+    for path in sorted(history.glob("*/plan.json")):
+        try:
+            records.append(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError:
+            continue
+    return records
+
+
+def _difference(step: str, plan: Mapping[str, str], last: Mapping[str, str] | None) -> str:
+    """Which of the step's inputs differs from the last run's."""
+    if last is None:
+        return "no earlier run"
+    changed = []
+    for part in ("settings", "fingerprint"):
+        name = f"{step}_{part}"
+        now, before = _flat(json.loads(plan[name])), _flat(json.loads(last.get(name, "{}")))
+        for key in sorted({*now, *before}):
+            if now.get(key) != before.get(key):
+                changed.append(_describe(part, key, before.get(key), now.get(key)))
+    if not changed:
+        return "the last run did not finish it"
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return ", ".join(changed[:3]) + more
+
+
+def _describe(part: str, key: str, before: Any, now: Any) -> str:
+    if part == "fingerprint":
+        return f"{key} changed"
+    return f"{key}: {json.dumps(before)} → {json.dumps(now)}"
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

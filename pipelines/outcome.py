@@ -1,0 +1,170 @@
+"""How a run ended, in the words and exit codes that CI relies on, and what to show of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from dpo.storage.manifest import read_manifest
+
+State = Literal["succeeded", "failed", "refused", "cancelled", "timed out", "submitted"]
+
+EXIT_CODES: dict[State, int] = {
+    "succeeded": 0,
+    "submitted": 0,
+    "failed": 1,
+    "refused": 3,
+    "cancelled": 4,
+    "timed out": 5,
+}
+"""2 is a mistake in the command or its configuration, as everywhere in this project."""
+
+
+@dataclass
+class Outcome:
+    """The end of a run."""
+
+    state: State
+    run_id: str
+    where: str = ""
+    """Link to the run in the UI, or its folder."""
+    message: str = ""
+    """Why it failed."""
+    steps: dict[str, str] = field(default_factory=dict)
+    """done, cached, failed or skipped."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    verdict: dict[str, Any] = field(default_factory=dict)
+    published: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    """Last figures of sft and preference."""
+    places: dict[str, str] = field(default_factory=dict)
+    """Report, checkpoints, published model."""
+
+    @property
+    def exit_code(self) -> int:
+        """See ``EXIT_CODES``."""
+        return EXIT_CODES[self.state]
+
+    def as_json(self) -> str:
+        """One object on one line."""
+        return json.dumps({**asdict(self), "exit_code": self.exit_code}, sort_keys=True)
+
+
+def read_outputs(outcome: Outcome, artifacts: dict[str, Path]) -> None:
+    """Fill an outcome from the step outputs of a local run."""
+    if folder := artifacts.get("gate"):
+        outcome.verdict = _json(folder / "verdict.json")
+        outcome.state = "succeeded" if outcome.verdict["approved"] else "refused"
+    if folder := artifacts.get("evaluate"):
+        outcome.evaluation = _json(folder / "evaluation.json")
+        outcome.places["report"] = str(folder / "report.html")
+    if folder := artifacts.get("publish"):
+        outcome.published = _json(folder / "published.json")
+        outcome.places["published model"] = outcome.published["url"]
+    for step, name in (
+        ("ingest", "data report"),
+        ("sft", "SFT checkpoint"),
+        ("preference", "policy checkpoint"),
+    ):
+        if folder := artifacts.get(step):
+            report = folder / "report.html"
+            outcome.places[name] = str(report if step == "ingest" and report.is_file() else folder)
+            if step != "ingest":
+                outcome.training[step] = read_manifest(folder, stage=step, verify=False).details
+
+
+def _json(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
+
+
+def show(outcome: Outcome, console: Console, *, next_command: str = "") -> None:
+    """The summary at the end of a run."""
+    console.print()
+    if outcome.evaluation:
+        _show_evaluation(outcome, console)
+    if outcome.verdict:
+        _show_verdict(outcome.verdict, console)
+    if outcome.published:
+        _show_published(outcome.published, console)
+    if outcome.places:
+        _show_places(outcome.places, console)
+    if outcome.message:
+        console.print(f"[red]{outcome.state}[/red]", highlight=False)
+        console.print(outcome.message, markup=False, highlight=False, soft_wrap=True)
+    if next_command:
+        console.print(f"\nNext: [bold]{next_command}[/bold]", highlight=False)
+
+
+def _show_evaluation(outcome: Outcome, console: Console) -> None:
+    evaluation = outcome.evaluation
+    table = Table(title=f"Held out: {evaluation['n_pairs']} pairs", title_justify="left", box=None)
+    table.add_column("")
+    table.add_column("before (SFT)", justify="right")
+    table.add_column("after (policy)", justify="right")
+    table.add_column("chance", justify="right")
+    chance = f"{evaluation['chance']:.2f}"
+    before, after = evaluation["before"], evaluation["after"]
+    rows = (
+        ("reward accuracy", "reward_accuracy", chance),
+        ("log-prob accuracy, summed", "accuracy_sum", chance),
+        ("log-prob accuracy, per token", "accuracy_per_token", chance),
+        ("reward margin", "reward_margin", ""),
+        ("preference loss", "loss", ""),
+    )
+    for label, key, shown_chance in rows:
+        table.add_row(label, _interval(before.get(key)), _interval(after.get(key)), shown_chance)
+    console.print(table)
+    for step, name in (("sft", "SFT"), ("preference", "Preference")):
+        if line := _training_line(outcome.training.get(step, {})):
+            console.print(f"{name}: {line}", highlight=False)
+
+
+def _training_line(details: dict[str, Any]) -> str:
+    parts = []
+    for key, label in (("examples", "examples"), ("steps", "steps")):
+        if key in details:
+            parts.append(f"{details[key]:,} {label}")
+    losses = [details.get("first_train_loss"), details.get("last_train_loss")]
+    if all(isinstance(loss, float) for loss in losses):
+        parts.append(f"training loss {losses[0]:.3f} → {losses[1]:.3f}")
+    return ", ".join(parts)
+
+
+def _interval(figure: dict[str, float] | None) -> str:
+    if not figure:
+        return "–"
+    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
+
+
+def _show_verdict(verdict: dict[str, Any], console: Console) -> None:
+    word = "[green]approved[/green]" if verdict["approved"] else "[yellow]refused[/yellow]"
+    forced = " (forced)" if verdict.get("forced") else ""
+    console.print(f"\nGate: {word}{forced}", highlight=False)
+    for rule in verdict["rules"]:
+        mark = "✓" if rule["passed"] else "✗"
+        console.print(f"  {mark} {rule['explanation']}", markup=False, highlight=False)
+
+
+def _show_published(published: dict[str, Any], console: Console) -> None:
+    if published["unchanged"]:
+        moved = "this content was published before: no bytes moved"
+    else:
+        moved = f"{published['files']} files, {published['bytes_moved'] / 2**20:,.1f} MiB"
+    console.print(
+        f"Published: {published['name']} {published['content_hash'][:12]} ({moved})",
+        markup=False,
+        highlight=False,
+    )
+
+
+def _show_places(places: dict[str, str], console: Console) -> None:
+    console.print()
+    for name, place in places.items():
+        console.print(f"{name:18} {place}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,73 @@
+"""What a person asks for: a preset, ``--set`` assignments and steps to run again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo.config.describe import suggestion
+from dpo.config.parameters import OVERRIDES, check_names, route, stage_configs, typed
+from dpo.config.places import config_dir
+from dpo.errors import ConfigError
+
+
+def presets() -> list[str]:
+    """Names of the shipped presets."""
+    return sorted(path.stem for path in (config_dir() / "presets").glob("*.yaml"))
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Parameters of a preset.
+
+    Raises:
+        ConfigError: no preset has that name.
+    """
+    path = config_dir() / "presets" / f"{name}.yaml"
+    if name not in presets():
+        raise ConfigError(f"no preset is called {name}{suggestion(name, presets())}")
+    values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    return values
+
+
+def parameters(
+    defaults: Mapping[str, Any],
+    *,
+    preset_name: str | None = None,
+    assignments: Iterable[str] = (),
+    store: str | None = None,
+) -> dict[str, Any]:
+    """Values of all pipeline parameters for one run, checked.
+
+    Args:
+        defaults: Name and default of each parameter, from the package.
+        preset_name: Preset to start from; None starts from ``defaults``.
+        assignments: ``KEY=VALUE`` of the command line, later ones win.
+        store: Where to publish, when no assignment says.
+
+    Raises:
+        ConfigError: an unknown key, a value of another type, settings that cannot work.
+    """
+    values = {**defaults, **(preset(preset_name) if preset_name else {})}
+    check_names(values)
+    for assignment in assignments:
+        name, value = route(assignment)
+        if name == "both_overrides":
+            for list_name in OVERRIDES:
+                values[list_name] = [*values[list_name], value]
+        elif name in OVERRIDES:
+            values[name] = [*values[name], value]
+        else:
+            values[name] = value
+    if store and not values["publish_store"]:
+        values["publish_store"] = store
+    values = {name: typed(name, value, defaults[name]) for name, value in values.items()}
+    stage_configs(values)
+    return values
+
+
+def local_store(runs: Path) -> str:
+    """The folder that local runs publish to unless told otherwise."""
+    return (runs / "published").absolute().as_uri()

@@ -1,0 +1,295 @@
+"""Starts the pipeline: on this machine (``--local``) or on a Kubeflow Pipelines endpoint.
+
+Exit codes: 0 success, 1 the run failed, 2 a mistake in the command or its settings, 3 the gate
+refused the model, 4 the run was cancelled, 5 the time was over, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    # ``python pipelines/submit.py``: the checkout is what is run, wherever this is started
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from rich.console import Console
+from rich.table import Table
+
+from dpo.errors import DpoError, PipelineError
+from pipelines import history, package
+from pipelines.outcome import Outcome, read_outputs, show
+from pipelines.request import local_store, parameters, presets
+
+INTERRUPTED = 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    this = argparse.ArgumentParser(
+        prog="python pipelines/submit.py",
+        description="Run the preference fine-tuning pipeline here or on Kubeflow Pipelines.",
+        epilog=__doc__.partition("\n\n")[2] + "\n`--list` prints the parameters.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = this.add_argument_group("what to run")
+    what.add_argument("--preset", choices=presets(), help="a shipped set of parameters")
+    what.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="assignments",
+        help="a pipeline parameter (preference_beta=0.2) or any configuration key (loss.beta=0.2, "
+        "sft.lr=1e-5); may be repeated",
+    )
+    what.add_argument("--store", help="where to publish: s3://, minio:// or file:// URL")
+    what.add_argument(
+        "--rerun",
+        default="",
+        metavar="STEP[,STEP]",
+        help="run these steps although they are cached, and what follows",
+    )
+    what.add_argument("--list", action="store_true", help="print all parameters and stop")
+    where = this.add_argument_group("where")
+    where.add_argument(
+        "--local",
+        nargs="?",
+        const="processes",
+        choices=["processes", "docker"],
+        help="on this machine, in processes or in containers",
+    )
+    where.add_argument("--runs-dir", type=Path, help="folder of local runs (default: runs)")
+    where.add_argument("--endpoint", help="Kubeflow Pipelines (default: KF_PIPELINES_ENDPOINT)")
+    where.add_argument("--namespace", help="profile namespace, where the backend has several users")
+    where.add_argument("--experiment", help="default: KF_PIPELINES_DEFAULT_EXPERIMENT_NAME")
+    where.add_argument("--run-name", help="name in the UI")
+    how = this.add_argument_group("how")
+    how.add_argument(
+        "--dry-run", action="store_true", help="say what would run and why; run nothing"
+    )
+    how.add_argument("--package", type=Path, help="with --dry-run: write the package here")
+    how.add_argument(
+        "--wait", action="store_true", help="wait for the end (always so with --local)"
+    )
+    how.add_argument(
+        "--timeout-seconds",
+        type=float,
+        metavar="N",
+        help="with --wait: exit 5 when it takes longer",
+    )
+    how.add_argument(
+        "--cancel-on-interrupt",
+        action="store_true",
+        help="Ctrl-C also cancels the run on the cluster",
+    )
+    how.add_argument(
+        "--output",
+        choices=["text", "json"],
+        default="text",
+        help="json: one object on stdout, for CI",
+    )
+    return this
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except DpoError as error:
+        print(error, file=sys.stderr)
+        if options.output == "json":
+            print(json.dumps({"state": "failed", "message": str(error)}))
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(
+            "\nStopped. Finished steps are kept: the same command goes on from there.",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+
+
+def _run(options: argparse.Namespace) -> int:
+    documents = package.load_package()
+    if options.list:
+        return _list_parameters(documents)
+    _check_package_is_current()
+    runs = (options.runs_dir or Path(os.environ.get("DPO_RUNS_DIR") or "runs")).absolute()
+    store = options.store or (local_store(runs) if options.local == "processes" else None)
+    values = parameters(
+        package.defaults(documents),
+        preset_name=options.preset,
+        assignments=options.assignments,
+        store=store,
+    )
+    if not values["publish_store"]:
+        raise PipelineError(
+            "no store to publish to is given",
+            fix="pass --store s3://bucket/prefix (credentials come from the environment or Secrets)",
+        )
+    rerun = [step for step in options.rerun.split(",") if step]
+    package.set_uncached(documents, rerun)
+    if options.dry_run:
+        return _dry_run(options, documents, values, runs, rerun)
+    outcome = (
+        _run_locally(options, documents, values, runs)
+        if options.local
+        else _run_on_cluster(options, documents, values)
+    )
+    _finish(options, outcome)
+    return outcome.exit_code
+
+
+def _check_package_is_current() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = Path(folder, "fresh.yaml")
+        package.compile_pipeline(fresh)
+        if fresh.read_bytes() != package.PACKAGE.read_bytes():
+            raise PipelineError(
+                "the compiled pipeline is not that of the sources beside it",
+                where=package.PACKAGE.name,
+                fix="run `make pipeline`",
+            )
+
+
+def _list_parameters(documents: list[dict[str, Any]]) -> int:
+    table = Table(box=None)
+    for heading in ("parameter", "default", "meaning"):
+        table.add_column(heading, overflow="fold")
+    texts = package.help_texts(documents)
+    defaults = package.defaults(documents)
+    # the sources' order groups them by stage; the compiled form is sorted by name
+    from dpo.config.parameters import OVERRIDES, PARAMETERS
+
+    for name in [*PARAMETERS, *OVERRIDES]:
+        table.add_row(name, json.dumps(defaults[name]), " ".join(texts[name].split()))
+    Console().print(table)
+    return 0
+
+
+def _dry_run(
+    options: argparse.Namespace,
+    documents: list[dict[str, Any]],
+    values: dict[str, Any],
+    runs: Path,
+    rerun: list[str],
+) -> int:
+    target = options.package or runs / "package.yaml"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    package.save_package(documents, target)
+    from dpo.data.plan import plan_run
+
+    _obtain_model(values)
+    expected = history.expectations(plan_run(values), runs / "history", rerun)
+    if options.output == "json":
+        steps = {e.step: {"runs": e.runs, "reason": e.reason} for e in expected}
+        print(json.dumps({"package": str(target), "parameters": values, "steps": steps}))
+        return 0
+    table = Table(box=None)
+    for heading in ("step", "", "why"):
+        table.add_column(heading, overflow="fold")
+    for item in expected:
+        table.add_row(item.step, "runs" if item.runs else "cached", item.reason)
+    console = Console()
+    console.print(table)
+    console.print(f"\npackage: {target}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _obtain_model(values: dict[str, Any]) -> None:
+    """Have the base model here before the run, where its absence would end it."""
+    command = [sys.executable, "-m", "dpo", "fetch", f"model={values['model']}"]
+    if subprocess.run(command, check=False, stdout=sys.stderr).returncode:
+        raise PipelineError(
+            f"the base model {values['model']} could not be obtained",
+            fix="see the message above",
+        )
+
+
+def _run_locally(
+    options: argparse.Namespace, documents: list[dict[str, Any]], values: dict[str, Any], runs: Path
+) -> Outcome:
+    from dpo.data.plan import plan_run
+    from pipelines.local import Job, run_local
+
+    console = Console(stderr=True)
+    _obtain_model(values)
+    plan = plan_run(values)
+    job = Job(documents, values, runs, runner=options.local)
+    try:
+        run = run_local(job, console, timeout_seconds=options.timeout_seconds)
+    except TimeoutError:
+        return Outcome(
+            "timed out", "", message=f"stopped after {options.timeout_seconds:.0f} seconds"
+        )
+    history.remember(run.folder, plan, run.states)
+    outcome = Outcome(
+        "failed",
+        run.run_id,
+        where=str(run.folder),
+        message=run.message,
+        steps=run.states,
+        seconds=run.seconds,
+    )
+    if run.succeeded:
+        read_outputs(outcome, run.artifacts)
+    return outcome
+
+
+def _run_on_cluster(
+    options: argparse.Namespace, documents: list[dict[str, Any]], values: dict[str, Any]
+) -> Outcome:
+    from pipelines import cluster
+
+    target = cluster.endpoint(options.endpoint, options.namespace, options.experiment)
+    client = cluster.connect(target)
+    name = options.run_name or f"{values['publish_name']} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "package.yaml")
+        package.save_package(documents, path)
+        run_id = cluster.submit(client, target, path, values, name)
+    print(cluster.link(target, run_id), file=sys.stderr)
+    if not options.wait:
+        return Outcome("submitted", run_id, where=cluster.link(target, run_id))
+    try:
+        return cluster.wait(
+            client,
+            target,
+            run_id,
+            store=values["publish_store"],
+            timeout_seconds=options.timeout_seconds,
+            say=lambda text: print(text, file=sys.stderr),
+        )
+    except KeyboardInterrupt:
+        if not options.cancel_on_interrupt:
+            raise
+        cluster.cancel(client, run_id)
+        return Outcome("cancelled", run_id, where=cluster.link(target, run_id))
+
+
+def _finish(options: argparse.Namespace, outcome: Outcome) -> None:
+    if options.output == "json":
+        print(outcome.as_json())
+        return
+    console = Console(stderr=outcome.state in ("failed", "timed out"))
+    show(outcome, console, next_command=_next_command(options, outcome))
+
+
+def _next_command(options: argparse.Namespace, outcome: Outcome) -> str:
+    if not options.local or outcome.state not in ("succeeded", "refused"):
+        return ""
+    if options.preset == "full" or outcome.state == "refused":
+        return "python pipelines/submit.py --local --set loss.beta=0.2 --dry-run"
+    return "make run PRESET=full"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
