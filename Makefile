@@ -1,0 +1,97 @@
+# `make help` lists the targets.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+PRESET ?= quick
+BIN := .venv/bin
+READY := .venv/.ready
+FAST := not long and not gpu and not containers and not cluster
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## List the targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo '  make run PRESET=full                     all pairs of the packaged data'
+	@echo '  make run SET="loss.beta=0.2 seed=1"      other settings'
+	@echo '  make run STORE=s3://bucket/prefix        publish to MinIO or another S3 store'
+	@echo '  make run ARGS="--rerun sft"              any option of pipelines/submit.py'
+
+.PHONY: setup
+setup: $(READY) ## Make .venv from the lock file (about 5 GB, once)
+
+$(READY): images/requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or pass PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) lacks the venv module: install it (Debian: apt-get install python3-venv)" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing the locked packages into .venv (about 5 GB, a few minutes, once) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r images/requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+.PHONY: run
+run: setup ## Run the whole pipeline here (PRESET, SET, STORE, ARGS)
+	@$(BIN)/python pipelines/submit.py --local --preset $(PRESET) $(if $(STORE),--store '$(STORE)') $(foreach s,$(SET),--set '$(s)') $(ARGS)
+
+.PHONY: test
+test: setup ## Every test that needs no system package and no container engine
+	@$(BIN)/python -m tests.support.minio --ensure
+	@$(BIN)/python -m pytest -m "$(FAST)" $(PYTEST)
+
+.PHONY: test-long
+test-long: setup ## The tests that take minutes
+	@$(BIN)/python -m tests.support.minio --ensure
+	@$(BIN)/python -m pytest -m "long and not gpu and not containers and not cluster" --timeout 3600 $(PYTEST)
+
+.PHONY: test-gpu
+test-gpu: setup ## The GPU tests; fails without a GPU
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("no GPU was found: torch.cuda.is_available() is false")'
+	@$(BIN)/python -m pytest -m gpu $(PYTEST)
+
+.PHONY: test-cluster
+test-cluster: setup ## The tests against the endpoint in KF_PIPELINES_ENDPOINT
+	@test -n "$$KF_PIPELINES_ENDPOINT" || { echo "set KF_PIPELINES_ENDPOINT to a Kubeflow Pipelines endpoint" >&2; exit 1; }
+	@$(BIN)/python -m pytest -m cluster $(PYTEST)
+
+.PHONY: bench
+bench: setup ## The benchmarks, one JSON object a line
+	@$(BIN)/python -m tests.benchmarks $(ARGS)
+
+.PHONY: lint
+lint: setup ## ruff, mypy, and that generated files are current
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pipelines.package --check
+	@$(BIN)/python -m dpo.config.schemas --check
+
+.PHONY: format
+format: setup ## Let ruff format and fix
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+.PHONY: pipeline
+pipeline: setup ## Compile the pipeline into pipelines/preference_pipeline.yaml
+	@$(BIN)/python -m pipelines.package
+
+.PHONY: schemas
+schemas: setup ## Write config/schemas/*.json from the types
+	@$(BIN)/python -m dpo.config.schemas
+
+.PHONY: lock
+lock: setup ## Resolve images/requirements.lock again from pyproject.toml
+	@$(BIN)/python -m pip install --quiet uv
+	@$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet -o images/requirements.lock
+
+.PHONY: setup-system
+setup-system: ## Install the system packages that further tests use (Debian, as root)
+	@command -v apt-get >/dev/null || { echo "apt-get was not found: install Chromium by hand for the browser tests" >&2; exit 1; }
+	@apt-get update -qq
+	@DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null
+	@echo "installed: chromium"
+
+.PHONY: clean
+clean: ## Remove what runs, builds and tests left (not .venv, not the model cache)
+	@rm -rf runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+	@echo "removed runs, builds and caches"

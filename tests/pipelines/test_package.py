@@ -1,0 +1,152 @@
+"""The compiled pipeline in the repository: current, complete, documented, cached where it may be."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+import yaml
+
+from components import images
+from dpo.config.parameters import OVERRIDES, PARAMETERS
+from dpo.errors import ConfigError, PipelineError
+from pipelines import package
+from pipelines.preference import preference_pipeline
+
+ROOT = Path(package.__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return package.load_package()
+
+
+def tasks(documents):
+    spec = documents[0]
+    found = {}
+    for component in [spec["root"], *spec["components"].values()]:
+        found.update(component.get("dag", {}).get("tasks", {}))
+    return found
+
+
+def test_the_compiled_package_is_that_of_the_sources(tmp_path):
+    package.compile_pipeline(tmp_path / "fresh.yaml")
+    assert (tmp_path / "fresh.yaml").read_bytes() == package.PACKAGE.read_bytes()
+
+
+def test_check_reports_drift(monkeypatch, tmp_path, capsys):
+    stale = tmp_path / "stale.yaml"
+    stale.write_text(package.PACKAGE.read_text() + "# edited by hand\n")
+    monkeypatch.setattr(package, "PACKAGE", stale)
+    assert package.main(["--check"]) == 1
+    assert "run `make pipeline`" in capsys.readouterr().err
+
+
+def test_every_step_is_there(documents):
+    steps = {name for name in tasks(documents) if not name.startswith("condition")}
+    assert steps == set(package.STEPS)
+
+
+def test_fingerprint_gate_and_publish_are_never_cached(documents):
+    cached = {
+        name
+        for name, task in tasks(documents).items()
+        if task.get("cachingOptions", {}).get("enableCache")
+    }
+    assert cached == {"ingest", "sft", "reference", "preference", "evaluate"}
+
+
+def test_the_only_condition_compares_a_boolean_that_the_gate_computed(documents):
+    conditions = [
+        task["triggerPolicy"]["condition"]
+        for task in tasks(documents).values()
+        if "triggerPolicy" in task
+    ]
+    assert conditions == ["inputs.parameter_values['pipelinechannel--gate-approved'] == true"]
+
+
+def test_every_parameter_is_explained_in_the_form(documents):
+    texts = package.help_texts(documents)
+    assert [name for name, text in texts.items() if len(text) < 15] == []
+
+
+def test_parameters_of_form_table_and_first_step_are_the_same(documents):
+    names = set(PARAMETERS) | set(OVERRIDES)
+    assert set(package.defaults(documents)) == names
+    spec = documents[0]["components"]["comp-fingerprint"]["inputDefinitions"]["parameters"]
+    assert set(spec) == names
+
+
+def test_defaults_of_the_form_are_the_preset_quick(documents):
+    quick = yaml.safe_load((ROOT / "config/presets/quick.yaml").read_text())
+    defaults = package.defaults(documents)
+    assert {name: defaults[name] for name in quick} == quick
+
+
+def test_integers_stay_integers(documents):
+    assert isinstance(package.defaults(documents)["seed"], int)
+
+
+def test_images_are_placeholders_until_a_package_is_made(documents):
+    used = {
+        executor["container"]["image"]
+        for executor in documents[0]["deploymentSpec"]["executors"].values()
+    }
+    assert used == {images.DATA_IMAGE, images.TRAIN_IMAGE}
+    package.set_images(documents, {images.DATA_IMAGE: "registry/data@sha256:1"})
+    used = {
+        executor["container"]["image"]
+        for executor in documents[0]["deploymentSpec"]["executors"].values()
+    }
+    assert used == {"registry/data@sha256:1", images.TRAIN_IMAGE}
+
+
+def test_no_step_installs_packages_in_its_pod(documents):
+    for name, executor in documents[0]["deploymentSpec"]["executors"].items():
+        assert "pip install" not in " ".join(executor["container"]["command"]), name
+
+
+def test_uncached_steps_are_switched_off_wherever_they_are():
+    documents = package.load_package()
+    package.set_uncached(documents, ["sft", "publish"])
+    cached = {
+        name
+        for name, task in tasks(documents).items()
+        if task.get("cachingOptions", {}).get("enableCache")
+    }
+    assert cached == {"ingest", "reference", "preference", "evaluate"}
+
+
+def test_an_unknown_step_names_the_choices():
+    with pytest.raises(ConfigError, match="no step is called stf") as caught:
+        package.set_uncached(package.load_package(), ["stf"])
+    assert "reference" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "- just\n- a list\n", "a: [unclosed"])
+def test_what_is_no_package_is_refused(tmp_path, text):
+    path = tmp_path / "package.yaml"
+    path.write_text(text)
+    with pytest.raises(PipelineError, match="make pipeline"):
+        package.load_package(path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "components").glob("*.py")), ids=lambda p: p.stem)
+def test_components_stay_thin(path):
+    """kfp serialises the body alone: imports inside, no module names in defaults, few lines."""
+    source = path.read_text()
+    assert "from __future__" not in source
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        body = node.body[1:]
+        assert len(body) <= 8, "a component calls into dpo, it does not compute"
+        assert ast.get_docstring(node)
+        for default in node.args.defaults:
+            assert isinstance(default, ast.Constant), "kfp evaluates defaults in the pod"
+
+
+def test_the_pipeline_documents_each_of_its_parameters():
+    documentation = inspect.getdoc(preference_pipeline.pipeline_func)
+    for name in preference_pipeline.pipeline_spec.root.input_definitions.parameters:
+        assert f"    {name}: " in documentation

@@ -1,0 +1,81 @@
+"""Code fingerprints follow imports: what a step does not import cannot make it run again."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dpo
+from dpo.storage.fingerprint import ENTRY_MODULES, imported_modules, path_fingerprint
+
+PACKAGE = Path(dpo.__file__).parent
+
+
+@pytest.mark.parametrize("stage", ENTRY_MODULES)
+def test_entry_modules_exist(stage):
+    assert ENTRY_MODULES[stage] in imported_modules(ENTRY_MODULES[stage])
+
+
+def test_training_does_not_depend_on_evaluation_or_publishing():
+    for stage in ("sft", "reference", "preference"):
+        modules = imported_modules(ENTRY_MODULES[stage])
+        assert not [name for name in modules if name.startswith(("dpo.evaluate", "dpo.publish"))]
+
+
+def test_training_does_not_depend_on_how_sources_are_read():
+    modules = imported_modules(ENTRY_MODULES["preference"])
+    assert "dpo.data.stage" not in modules
+    assert not [name for name in modules if name.startswith("dpo.data.sources")]
+
+
+def test_gate_and_publish_need_no_torch():
+    for stage in ("gate", "publish", "ingest"):
+        command = f"import sys, {ENTRY_MODULES[stage]}; sys.exit('torch' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0, stage
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the package whose sources may be edited."""
+    shutil.copytree(PACKAGE, tmp_path / "dpo", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def fingerprints(root):
+    code = (
+        "from dpo.storage.fingerprint import code_fingerprint, ENTRY_MODULES\n"
+        "print(*(code_fingerprint(stage) for stage in ENTRY_MODULES))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    return dict(zip(ENTRY_MODULES, result.stdout.split(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("edited", "changed"),
+    [
+        ("train/stage.py", {"sft", "preference"}),
+        ("evaluate/stage.py", {"evaluate"}),
+        ("data/stage.py", {"ingest"}),
+        ("publish/stage.py", {"publish"}),
+        ("errors.py", set(ENTRY_MODULES)),
+    ],
+)
+def test_an_edited_line_changes_the_steps_that_import_it(copy, edited, changed):
+    before = fingerprints(copy)
+    with (copy / "dpo" / edited).open("a") as file:
+        file.write("\n# one more line\n")
+    after = fingerprints(copy)
+    assert {stage for stage in ENTRY_MODULES if before[stage] != after[stage]} == changed
+
+
+def test_equal_folders_have_equal_fingerprints(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name / "sub").mkdir(parents=True)
+        (tmp_path / name / "sub" / "file").write_text("same")
+    assert path_fingerprint(tmp_path / "one") == path_fingerprint(tmp_path / "two")
+    (tmp_path / "two" / "sub" / "file").write_text("other")
+    assert path_fingerprint(tmp_path / "one") != path_fingerprint(tmp_path / "two")

@@ -1,0 +1,109 @@
+"""Manifests: written last, verified, and nothing without one counts as an output."""
+
+import hashlib
+import json
+
+import pytest
+
+from dpo.errors import ArtifactError
+from dpo.storage.manifest import (
+    MANIFEST,
+    content_hash,
+    read_manifest,
+    staged,
+    write_atomically,
+    write_manifest,
+)
+
+
+@pytest.fixture
+def output(tmp_path):
+    folder = tmp_path / "out"
+    with staged(folder) as partial:
+        (partial / "sub").mkdir()
+        (partial / "a.txt").write_text("alpha")
+        (partial / "sub" / "b.txt").write_text("beta")
+        write_manifest(partial, "sft", settings={"seed": 1}, inputs={"pairs": "f00"}, code="c0de")
+    return folder
+
+
+def test_what_was_written_is_read_back(output):
+    manifest = read_manifest(output, stage="sft")
+    assert [(f.path, f.size) for f in manifest.files] == [("a.txt", 5), ("sub/b.txt", 4)]
+    assert manifest.files[0].sha256 == hashlib.sha256(b"alpha").hexdigest()
+    assert manifest.settings == {"seed": 1}
+    assert manifest.inputs == {"pairs": "f00"}
+    assert manifest.code == "c0de"
+
+
+def test_the_content_hash_is_that_of_sorted_path_and_hash_lines(output):
+    """By hand: sha256 of ``path NUL sha256 LF`` for each file in order of path."""
+    a, b = hashlib.sha256(b"alpha").hexdigest(), hashlib.sha256(b"beta").hexdigest()
+    expected = hashlib.sha256(f"a.txt\0{a}\nsub/b.txt\0{b}\n".encode()).hexdigest()
+    assert read_manifest(output).content_hash == expected
+    assert content_hash({"sub/b.txt": b, "a.txt": a}) == expected
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "a.txt").unlink(), "a.txt of step sft is missing"),
+        (lambda folder: (folder / "a.txt").write_text("alph"), "has 4 bytes, expected 5"),
+        (lambda folder: (folder / "a.txt").write_text("alphA"), "sha256 differs"),
+        (lambda folder: (folder / MANIFEST).unlink(), "manifest.json is missing"),
+        (lambda folder: (folder / MANIFEST).write_text("{"), "cannot be read"),
+        (lambda folder: (folder / MANIFEST).write_text("{}"), "cannot be read"),
+    ],
+)
+def test_damage_is_named(output, damage, message):
+    damage(output)
+    with pytest.raises(ArtifactError, match=message) as caught:
+        read_manifest(output)
+    assert str(output) in str(caught.value)
+
+
+def test_another_steps_output_is_refused(output):
+    with pytest.raises(ArtifactError, match="expected the output of step ingest, found that of"):
+        read_manifest(output, stage="ingest")
+
+
+def test_a_newer_format_is_refused(output):
+    raw = json.loads((output / MANIFEST).read_text())
+    raw["format_version"] = 99
+    (output / MANIFEST).write_text(json.dumps(raw))
+    with pytest.raises(ArtifactError, match="format 99; this version reads up to 1"):
+        read_manifest(output)
+
+
+def test_a_failed_step_leaves_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError), staged(tmp_path / "out") as partial:
+        (partial / "half.txt").write_text("half")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_that_forgot_its_manifest_fails(tmp_path):
+    with pytest.raises(ArtifactError, match="without writing its manifest"), staged(tmp_path / "o"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_complete_output_survives_a_failed_repetition(output):
+    with pytest.raises(ZeroDivisionError), staged(output):
+        raise ZeroDivisionError
+    assert read_manifest(output).stage == "sft"
+
+
+def test_a_complete_output_is_replaced_by_a_new_one(output):
+    with staged(output) as partial:
+        (partial / "c.txt").write_text("gamma")
+        write_manifest(partial, "sft")
+    assert [f.path for f in read_manifest(output).files] == ["c.txt"]
+    assert [path.name for path in output.parent.iterdir()] == ["out"]
+
+
+def test_atomic_write_leaves_no_partial_file(tmp_path):
+    write_atomically(tmp_path / "x.json", "1")
+    write_atomically(tmp_path / "x.json", "2")
+    assert (tmp_path / "x.json").read_text() == "2"
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
