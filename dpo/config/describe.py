@@ -31,7 +31,11 @@ def _finding(item: Any, schema: type[BaseModel]) -> str:
     path = [str(part) for part in item["loc"]]
     kind = item["type"]
     if kind == "extra_forbidden":
+        loss = path[1] if path[0] == "loss" and len(path) > 2 else None
         section, path = _section_at(schema, path)
+        if loss:
+            options = ", ".join(name for name in section if name != "name") or "none"
+            return f"{'.'.join(path)}: the loss {loss} ignores it (its options: {options})"
         key = ".".join(path)
         return f"unknown key {key}{suggestion(path[-1], section)}"
     if kind == "value_error":

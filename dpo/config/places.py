@@ -30,6 +30,12 @@ def lock_file() -> Path | None:
     return None
 
 
+def packaged_model_lock() -> Path:
+    """The pinned package that holds SmolLM2."""
+    shipped = _SHIPPED / "smollm2.lock"
+    return shipped if shipped.is_file() else _REPOSITORY / "images" / "smollm2.lock"
+
+
 def builtin(name: str) -> Path | None:
     """The file or folder behind ``builtin:NAME``; None for any other name."""
     return _BUILTINS.get(name)

@@ -1,0 +1,167 @@
+"""Where a base model comes from, and a fingerprint of it, without torch.
+
+    builtin:NAME    travels with this package
+    a folder        a Hugging Face directory
+    org/name        the hub, at a commit; SmolLM2-135M-Instruct also from a Python package, converted
+                    once into the user's cache (``dpo.modeling.obtain``)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from dpo.config.places import BUILTIN_PREFIX, builtin, builtins, cache_dir
+from dpo.config.schema import ModelConfig
+from dpo.errors import ModelError
+from dpo.storage.fingerprint import path_fingerprint
+from dpo.storage.manifest import MANIFEST, read_manifest, write_atomically
+
+PACKAGED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The model that a Python package holds as well."""
+_HUB_TIMEOUT_SECONDS = 10.0
+_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+
+
+def packaged_folder() -> Path:
+    """Where the converted ``PACKAGED_ID`` is kept."""
+    return cache_dir() / "models" / PACKAGED_ID.rpartition("/")[2]
+
+
+def local_model(model: ModelConfig) -> Path:
+    """A folder to load the base model from; downloads from the hub where that is its place.
+
+    Raises:
+        ModelError: it is nowhere, or not a model's folder.
+    """
+    name = model.name_or_path
+    folder = _without_network(name)
+    if folder is None:
+        folder = _from_hub(model)
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            "not a Hugging Face model folder: config.json is missing",
+            where=str(folder),
+            fix="give model.name_or_path a folder with config.json, weights and tokenizer",
+        )
+    return folder
+
+
+def model_fingerprint(model: ModelConfig) -> str:
+    """What identifies weights and tokenizer: the hash of a folder's bytes, or a hub commit.
+
+    Raises:
+        ModelError: the model is nowhere.
+    """
+    folder = _without_network(model.name_or_path)
+    if folder is None:
+        return f"{model.name_or_path}@{_hub_commit(model)}"
+    tokenizer = model.tokenizer_name_or_path
+    prints = [_folder_fingerprint(folder)]
+    if tokenizer:
+        place = _without_network(tokenizer)
+        prints.append(tokenizer if place is None else _folder_fingerprint(place))
+    return "+".join(prints)
+
+
+def _without_network(name: str) -> Path | None:
+    """The folder behind a name that needs no hub; None for a hub id."""
+    if not name:
+        raise ModelError(
+            "no model is given", fix="set model.name_or_path to a hub id or a folder"
+        )
+    if name.startswith(BUILTIN_PREFIX):
+        place = builtin(name)
+        if place is None or not place.is_dir():
+            known = [item for item in builtins() if (builtin(item) or Path()).is_dir()]
+            raise ModelError(f"there is no model {name}", fix=f"use one of {', '.join(known)}")
+        return place
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelError(
+            "there is no such model folder", where=name, fix="check model.name_or_path"
+        )
+    if name == PACKAGED_ID and (packaged_folder() / MANIFEST).is_file():
+        read_manifest(packaged_folder(), stage="base model", verify=False)
+        return packaged_folder()
+    return None
+
+
+def _folder_fingerprint(folder: Path) -> str:
+    """Hash of all files, kept in the cache by path, sizes and times so that it is read once."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    state = [[str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+    memory = cache_dir() / "fingerprints.json"
+    known = _read_memory(memory)
+    key = str(folder.resolve())
+    if key in known and known[key]["state"] == state:
+        return str(known[key]["fingerprint"])
+    fingerprint = path_fingerprint(folder)
+    known[key] = {"state": state, "fingerprint": fingerprint}
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(memory, json.dumps(known))
+    except OSError:
+        # a read-only home only costs the time to hash again
+        pass
+    return fingerprint
+
+
+def _read_memory(path: Path) -> dict[str, dict[str, object]]:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _from_hub(model: ModelConfig) -> Path:
+    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", str(int(_HUB_TIMEOUT_SECONDS)))
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                model.name_or_path,
+                revision=model.revision,
+                allow_patterns=_PATTERNS,
+                etag_timeout=_HUB_TIMEOUT_SECONDS,
+            )
+        )
+    except Exception as error:
+        raise _hub_error(model, error) from None
+
+
+def _hub_commit(model: ModelConfig) -> str:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        info = HfApi().model_info(
+            model.name_or_path, revision=model.revision, timeout=_HUB_TIMEOUT_SECONDS
+        )
+        return str(info.sha)
+    except Exception as error:
+        cached = try_to_load_from_cache(
+            model.name_or_path, "config.json", revision=model.revision or "main"
+        )
+        if isinstance(cached, str):
+            # snapshots/<commit>/config.json
+            return Path(cached).parent.name
+        raise _hub_error(model, error) from None
+
+
+def _hub_error(model: ModelConfig, error: Exception) -> ModelError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    other = (
+        "run `dpo fetch model=smollm2`, which takes it from a Python package"
+        if model.name_or_path == PACKAGED_ID
+        else "give model.name_or_path the folder of a model that you have"
+    )
+    return ModelError(
+        f"the model {model.name_or_path} cannot be had from the hub: {reason}",
+        where="model.name_or_path",
+        fix=f"check the name, the network and HF_TOKEN; or {other}",
+    )
