@@ -52,5 +52,5 @@ def data_fingerprint(config: RunConfig) -> str:
     """sha256 over the fingerprints of all sources, by name."""
     digest = hashlib.sha256()
     for name, source in sorted(config.sources.items()):
-        digest.update(f"{name}\0{source_fingerprint(source)}\n".encode())
+        digest.update(f"{name}\0{source_fingerprint(name, source)}\n".encode())
     return digest.hexdigest()

@@ -21,6 +21,7 @@ from dpo.storage.manifest import MANIFEST, read_manifest, write_atomically
 PACKAGED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The model that a Python package holds as well."""
 _HUB_TIMEOUT_SECONDS = 10.0
+_TOKENIZER_PATTERNS = ["tokenizer*", "special_tokens_map.json", "*.jinja", "vocab*", "merges.txt"]
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
@@ -46,6 +47,17 @@ def local_model(model: ModelConfig) -> Path:
             fix="give model.name_or_path a folder with config.json, weights and tokenizer",
         )
     return folder
+
+
+def local_tokenizer(model: ModelConfig) -> Path:
+    """A folder with the tokenizer; of a hub model its tokenizer files alone are fetched.
+
+    Raises:
+        ModelError: it is nowhere.
+    """
+    other = model.tokenizer_name_or_path
+    wanted = model if other is None else model.model_copy(update={"name_or_path": other})
+    return _without_network(wanted.name_or_path) or _from_hub(wanted, _TOKENIZER_PATTERNS)
 
 
 def model_fingerprint(model: ModelConfig) -> str:
@@ -118,7 +130,7 @@ def _read_memory(path: Path) -> dict[str, dict[str, object]]:
     return known if isinstance(known, dict) else {}
 
 
-def _from_hub(model: ModelConfig) -> Path:
+def _from_hub(model: ModelConfig, patterns: list[str] = _PATTERNS) -> Path:
     os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", str(int(_HUB_TIMEOUT_SECONDS)))
     from huggingface_hub import snapshot_download
 
@@ -127,7 +139,7 @@ def _from_hub(model: ModelConfig) -> Path:
             snapshot_download(
                 model.name_or_path,
                 revision=model.revision,
-                allow_patterns=_PATTERNS,
+                allow_patterns=patterns,
                 etag_timeout=_HUB_TIMEOUT_SECONDS,
             )
         )

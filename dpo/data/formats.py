@@ -1,0 +1,193 @@
+"""From a source's row to prompt, chosen and rejected: one function a format.
+
+A parser gets a row (a JSON object) and returns candidates, or raises ``RowError`` with the reason
+for which the row is rejected. It decides nothing about other rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+ASSISTANT = "\n\nAssistant:"
+HUMAN = "\n\nHuman:"
+_SHP_MIN_SCORE_RATIO = 2.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A pair that has not been validated yet."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    sft_target: str | None = None
+    split: str | None = None
+
+
+class RowError(Exception):
+    """Why a row is rejected.
+
+    Args:
+        reason: A word of the report, such as ``missing_field``.
+        advice: One sentence for a person: what is wrong and what to do.
+        field: The field at fault.
+    """
+
+    def __init__(self, reason: str, advice: str, field: str = "") -> None:
+        super().__init__(reason, advice, field)
+        self.reason, self.advice, self.field = reason, advice, field
+
+
+Parser = Callable[[Mapping[str, Any]], list[Candidate]]
+
+
+def pairs(row: Mapping[str, Any]) -> list[Candidate]:
+    """``{prompt, chosen, rejected}`` as text; ``sft_target`` and ``split`` may be there."""
+    target = row.get("sft_target")
+    return [
+        Candidate(
+            text_field(row, "prompt"),
+            text_field(row, "chosen"),
+            text_field(row, "rejected"),
+            text_field(row, "sft_target") if target is not None else None,
+            _split_field(row),
+        )
+    ]
+
+
+def hh(row: Mapping[str, Any]) -> list[Candidate]:
+    """Anthropic's dialogues: the prompt ends with the last ``\\n\\nAssistant:`` of both."""
+    chosen, rejected = text_field(row, "chosen"), text_field(row, "rejected")
+    prompts = []
+    for field, text in (("chosen", chosen), ("rejected", rejected)):
+        end = text.rfind(ASSISTANT)
+        if end < 0:
+            raise RowError(
+                "no_assistant_turn",
+                f"{field} has no {ASSISTANT.strip()!r} turn: write dialogues as "
+                "'\\n\\nHuman: ...\\n\\nAssistant: ...'",
+                field,
+            )
+        prompts.append(text[: end + len(ASSISTANT)])
+    if prompts[0] != prompts[1]:
+        raise RowError(
+            "prompts_differ",
+            "chosen and rejected answer different dialogues: their text up to the last "
+            "'Assistant:' must be the same",
+            "rejected",
+        )
+    prompt = prompts[0]
+    return [
+        Candidate(prompt, chosen[len(prompt) :], rejected[len(prompt) :], split=_split_field(row))
+    ]
+
+
+def shp(row: Mapping[str, Any]) -> list[Candidate]:
+    """Stanford Human Preferences: two comments on a post; kept when the score ratio is 2 or more."""
+    prompt = f"{HUMAN} {text_field(row, 'history')}{ASSISTANT}"
+    scores = [_number_field(row, "score_A"), _number_field(row, "score_B")]
+    responses = [f" {text_field(row, name)}" for name in ("human_ref_A", "human_ref_B")]
+    label = row.get("labels")
+    if label not in (0, 1):
+        raise RowError("wrong_type", "labels must be 0 (B is better) or 1 (A is better)", "labels")
+    if min(scores) <= 0 or max(scores) / min(scores) < _SHP_MIN_SCORE_RATIO:
+        raise RowError(
+            "score_ratio_below_2", "the two scores are too close to tell which is better"
+        )
+    chosen, rejected = responses if label == 1 else reversed(responses)
+    return [Candidate(prompt, chosen, rejected, split=_split_field(row))]
+
+
+def se(row: Mapping[str, Any]) -> list[Candidate]:
+    """StackExchange: one question, several scored answers; each two of unlike score are a pair."""
+    prompt = f"{HUMAN} {_plain_text(text_field(row, 'question'))}{ASSISTANT}"
+    answers = row.get("answers")
+    if not isinstance(answers, list):
+        raise RowError("wrong_type", "answers must be a list of {text, pm_score}", "answers")
+    scored = []
+    for answer in answers:
+        if not isinstance(answer, Mapping):
+            raise RowError("wrong_type", "each answer must be {text, pm_score}", "answers")
+        text = _plain_text(text_field(answer, "text"))
+        scored.append((_number_field(answer, "pm_score"), f" {text}"))
+    if len(scored) < 2:
+        raise RowError("one_answer", "a question with one answer gives no pair", "answers")
+    best = max(scored, key=lambda item: item[0])[1]
+    found = [
+        Candidate(prompt, *((a, b) if score_a > score_b else (b, a)), sft_target=best)
+        for (score_a, a), (score_b, b) in combinations(scored, 2)
+        if score_a != score_b
+    ]
+    if not found:
+        raise RowError("equal_scores", "all answers have the same score", "answers")
+    return found
+
+
+def _plain_text(html: str) -> str:
+    """HTML to text as the reference code does it: code and lists become plain lines."""
+    from bs4 import BeautifulSoup
+
+    soup = BeautifulSoup(html, "html.parser")
+    for element in soup.find_all("li"):
+        element.insert(0, "\n- ")
+    return soup.get_text().strip()
+
+
+PARSERS: Mapping[str, Parser] = {"pairs": pairs, "novalto": pairs, "hh": hh, "shp": shp, "se": se}
+"""By ``sources.NAME.format``."""
+
+
+def detect(row: Any) -> str | None:
+    """The format of a row by its keys; None when no format fits."""
+    if not isinstance(row, Mapping):
+        return None
+    keys = set(row)
+    for name, needed in (
+        ("pairs", {"prompt", "chosen", "rejected"}),
+        ("hh", {"chosen", "rejected"}),
+        ("shp", {"history", "human_ref_A", "human_ref_B"}),
+        ("se", {"question", "answers"}),
+    ):
+        if needed <= keys:
+            return name
+    return None
+
+
+def text_field(row: Mapping[str, Any], name: str) -> str:
+    """The text of a field.
+
+    Raises:
+        RowError: it is missing, or not a text.
+    """
+    if name not in row or row[name] is None:
+        raise RowError("missing_field", f"the field {name} is missing", name)
+    value = row[name]
+    if not isinstance(value, str):
+        kind = type(value).__name__
+        raise RowError("wrong_type", f"{name} must be a text, found a {kind}", name)
+    return value
+
+
+def _number_field(row: Mapping[str, Any], name: str) -> float:
+    value = row.get(name)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise RowError("wrong_type", f"{name} must be a number", name)
+    return float(value)
+
+
+def _split_field(row: Mapping[str, Any]) -> str | None:
+    value = row.get("split")
+    if value is None:
+        return None
+    known = {"train": "train", "test": "test", "validation": "test", "valid": "test"}
+    if not isinstance(value, str) or value not in known:
+        raise RowError("wrong_split", f"split must be train or test, found {value!r}", "split")
+    return known[value]
+
+
+def with_split(candidate: Candidate, split: str) -> Candidate:
+    """The candidate in the split of its file."""
+    return replace(candidate, split=split)

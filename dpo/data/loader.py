@@ -1,0 +1,91 @@
+"""Which examples each optimiser step sees: a seeded order, nothing dropped, resumable.
+
+An epoch is a permutation of all pairs, seeded by (seed, epoch). The last batch of an epoch may be
+smaller than the others; it is trained on too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+_EVALUATION_STREAM = 1_000_003
+
+
+@dataclass(frozen=True)
+class LoaderState:
+    """Where an iterator stands; JSON by ``asdict``."""
+
+    epoch: int = 0
+    position: int = 0
+    """Pairs of this epoch that were given out."""
+    examples: int = 0
+    """Pairs given out since the start."""
+
+    def as_json(self) -> dict[str, int]:
+        """Plain values; ``LoaderState(**values)`` restores it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order in which a run sees its training pairs."""
+
+    n_pairs: int
+    batch_size: int
+    n_epochs: int | None
+    n_examples: int | None
+    seed: int
+
+    @property
+    def total_examples(self) -> int:
+        """Examples of the whole run."""
+        by_epochs = self.n_pairs * self.n_epochs if self.n_epochs else None
+        bounds = [bound for bound in (by_epochs, self.n_examples) if bound is not None]
+        return min(bounds)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        full_epochs, rest = divmod(self.total_examples, self.n_pairs)
+        steps_an_epoch = -(-self.n_pairs // self.batch_size)
+        return full_epochs * steps_an_epoch + -(-rest // self.batch_size)
+
+    def batches(self, state: LoaderState | None = None) -> Iterator[tuple[list[int], LoaderState]]:
+        """(indices of one optimiser step, state after it), from ``state`` on."""
+        state = state or LoaderState()
+        while state.examples < self.total_examples:
+            permutation = self._permutation(state.epoch)
+            size = min(
+                self.batch_size,
+                self.n_pairs - state.position,
+                self.total_examples - state.examples,
+            )
+            indices = permutation[state.position : state.position + size]
+            position, examples = state.position + size, state.examples + size
+            if position == self.n_pairs:
+                state = LoaderState(state.epoch + 1, 0, examples)
+            else:
+                state = LoaderState(state.epoch, position, examples)
+            yield indices, state
+
+    def indices(self) -> list[int]:
+        """Every index that the run sees, sorted."""
+        if self.total_examples >= self.n_pairs:
+            return list(range(self.n_pairs))
+        return sorted(self._permutation(0)[: self.total_examples])
+
+    def _permutation(self, epoch: int) -> list[int]:
+        generator = np.random.default_rng([self.seed, epoch])
+        return [int(index) for index in generator.permutation(self.n_pairs)]
+
+
+def evaluation_indices(n_pairs: int, n_eval_examples: int | None, seed: int) -> list[int]:
+    """A seeded choice of held-out pairs, sorted; all of them when there are not more."""
+    if n_eval_examples is None or n_eval_examples >= n_pairs:
+        return list(range(n_pairs))
+    generator = np.random.default_rng([seed, _EVALUATION_STREAM])
+    chosen = generator.choice(n_pairs, n_eval_examples, replace=False)
+    return sorted(int(index) for index in chosen)

@@ -1,0 +1,72 @@
+"""Reads the pairs that ingest wrote, after checking that they are whole and of a known schema."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpo.data.schema import (
+    COLUMNS,
+    PROMPT_FORMAT_KEY,
+    SCHEMA_VERSION,
+    VERSION_KEY,
+    Pair,
+)
+from dpo.errors import ArtifactError
+from dpo.storage.manifest import read_manifest
+
+PATTERN = "pairs-*.parquet"
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs of one split."""
+
+    rows: list[Pair]
+    prompt_format: str
+    """``raw`` or ``chat``: whether prompts hold special tokens of a chat template."""
+    content_hash: str
+    """Of the whole ingest output: the data's fingerprint in later manifests."""
+
+
+def read_pairs(folder: Path, split: str) -> Pairs:
+    """The pairs of ``split`` (``train`` or ``test``), in the order in which ingest wrote them.
+
+    Raises:
+        ArtifactError: the output is incomplete or changed, or has another schema.
+    """
+    manifest = read_manifest(folder, stage="ingest")
+    files = sorted(folder.glob(PATTERN))
+    if not files:
+        raise ArtifactError(f"no {PATTERN} in the output of ingest", where=str(folder))
+    tables = [_read(path) for path in files]
+    prompt_formats = {(t.schema.metadata or {})[PROMPT_FORMAT_KEY].decode() for t in tables}
+    table = pa.concat_tables(tables)
+    table = table.filter(pa.compute.equal(table["split"], split))
+    columns = [table[name].to_pylist() for name in COLUMNS]
+    return Pairs(
+        rows=[Pair(*values) for values in zip(*columns, strict=True)],
+        prompt_format=prompt_formats.pop(),
+        content_hash=manifest.content_hash,
+    )
+
+
+def _read(path: Path) -> pa.Table:
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ArtifactError(f"not a readable Parquet file: {error}", where=str(path)) from None
+    version = (table.schema.metadata or {}).get(VERSION_KEY)
+    if version is None or int(version) > SCHEMA_VERSION:
+        found = "none" if version is None else version.decode()
+        raise ArtifactError(
+            f"pairs of schema version {found}; this code reads up to {SCHEMA_VERSION}",
+            where=str(path),
+            fix="run ingest again with this version",
+        )
+    if missing := [name for name in COLUMNS if name not in table.column_names]:
+        raise ArtifactError(f"columns are missing: {', '.join(missing)}", where=str(path))
+    return table

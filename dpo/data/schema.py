@@ -1,0 +1,58 @@
+"""The pair row: the contract between ingest and every later step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+VERSION_KEY = b"dpo.schema_version"
+PROMPT_FORMAT_KEY = b"dpo.prompt_format"
+
+TRAIN, TEST = "train", "test"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One preference: for ``prompt`` people preferred ``chosen`` to ``rejected``."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    sft_target: str
+    """What SFT trains on: the chosen response, unless the source names another."""
+    dataset: str
+    """Name of the source."""
+    split: str
+    """``train`` or ``test``."""
+    pair_id: str
+    """Stable over runs and machines: see ``pair_id``."""
+
+
+COLUMNS = tuple(Pair.__dataclass_fields__)
+
+
+def arrow_schema(prompt_format: str) -> pa.Schema:
+    """Columns of the Parquet files, with the schema version in their metadata."""
+    return pa.schema(
+        [pa.field(name, pa.string(), nullable=False) for name in COLUMNS],
+        metadata={
+            VERSION_KEY: str(SCHEMA_VERSION).encode(),
+            PROMPT_FORMAT_KEY: prompt_format.encode(),
+        },
+    )
+
+
+def pair_id(prompt: str, chosen: str, rejected: str) -> str:
+    """The first 32 hex digits of sha256 over the three texts as a JSON list."""
+    text = json.dumps([prompt, chosen, rejected], ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:32]
+
+
+def split_of(prompt: str, test_fraction: float) -> str:
+    """``test`` for a fixed share of all prompts, by their hash: added data moves no old row."""
+    digest = hashlib.sha256(b"split\0" + prompt.encode("utf-8")).digest()
+    return TEST if int.from_bytes(digest[:8], "big") / 2**64 < test_fraction else TRAIN

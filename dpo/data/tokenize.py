@@ -1,0 +1,138 @@
+"""Text to token ids, with the truncation of the DPO reference code.
+
+Prompt and responses are tokenised apart, without special tokens, and the end-of-sequence token is
+appended to each response. When the prompt with its longest response exceeds ``max_length``, the
+prompt is cut to ``max_prompt_length``; when that is not enough, the responses are cut to
+``max_length - max_prompt_length``. (A prompt shorter than ``max_prompt_length`` is cut nowhere, and
+the responses keep the same limit: so does the reference code.)
+
+Axes: T tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dpo.errors import DataError, ModelError
+
+Ids = npt.NDArray[np.int32]
+TruncationMode = Literal["keep_end", "keep_start"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long examples may be, in tokens."""
+
+    max_length: int
+    max_prompt_length: int
+    truncation_mode: TruncationMode
+
+
+@dataclass(frozen=True)
+class TokenizedExample:
+    """A prompt and its responses: chosen and rejected, or the SFT target alone."""
+
+    pair_id: str
+    prompt_T: Ids
+    responses: tuple[Ids, ...]
+    """Each ends with the end-of-sequence token, unless truncation cut it off."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens with the prompt counted once."""
+        return len(self.prompt_T) + sum(map(len, self.responses))
+
+    def tokens_hash(self) -> str:
+        """Changes with the tokenizer, the truncation and the text."""
+        digest = hashlib.sha256()
+        for ids_T in (self.prompt_T, *self.responses):
+            digest.update(len(ids_T).to_bytes(4, "big") + ids_T.tobytes())
+        return digest.hexdigest()[:16]
+
+
+def load_tokenizer(folder: Path | str) -> Any:
+    """A tokenizer without its model; imports no torch.
+
+    Raises:
+        ModelError: there is none, or it has no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"the tokenizer cannot be loaded: {reason}",
+            where=str(folder),
+            fix="set model.tokenizer_name_or_path to a folder or hub id that has one",
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            "the tokenizer has no end-of-sequence token: responses would never end",
+            where=str(folder),
+            fix="use a tokenizer with eos_token set in tokenizer_config.json",
+        )
+    return tokenizer
+
+
+def tokenize_pair(
+    prompt: str,
+    responses: Sequence[str],
+    tokenizer: Any,
+    limits: Limits,
+    *,
+    prompt_format: str = "raw",
+    pair_id: str = "",
+) -> TokenizedExample:
+    """Token ids of a prompt and its responses, truncated.
+
+    Args:
+        prompt: The text before the response. With ``prompt_format="chat"`` it holds the chat
+            template's own special tokens.
+        responses: Texts that may follow it.
+        tokenizer: A transformers tokenizer.
+        limits: Longest lengths, in tokens.
+        prompt_format: ``raw`` or ``chat``.
+        pair_id: Named in errors.
+
+    Raises:
+        DataError: the end-of-sequence token stands inside a text.
+    """
+    eos = tokenizer.eos_token_id
+    prompt_ids = _ids(tokenizer, prompt)
+    response_ids = [_ids(tokenizer, text) for text in responses]
+    checked = response_ids if prompt_format == "chat" else [prompt_ids, *response_ids]
+    if any(eos in ids for ids in checked):
+        raise DataError(
+            f"the end-of-sequence token {tokenizer.eos_token!r} stands inside a text",
+            where=f"pair {pair_id}" if pair_id else prompt[:60],
+            fix="remove it from the data: training on it would teach the model to stop there",
+        )
+    response_ids = [[*ids, eos] for ids in response_ids]
+    longest = max(map(len, response_ids))
+    if len(prompt_ids) + longest > limits.max_length:
+        if limits.truncation_mode == "keep_end":
+            prompt_ids = prompt_ids[-limits.max_prompt_length :]
+        else:
+            prompt_ids = prompt_ids[: limits.max_prompt_length]
+    if len(prompt_ids) + longest > limits.max_length:
+        room = limits.max_length - limits.max_prompt_length
+        response_ids = [ids[:room] for ids in response_ids]
+    return TokenizedExample(
+        pair_id=pair_id,
+        prompt_T=np.asarray(prompt_ids, dtype=np.int32),
+        responses=tuple(np.asarray(ids, dtype=np.int32) for ids in response_ids),
+    )
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids

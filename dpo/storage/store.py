@@ -1,0 +1,155 @@
+"""Object stores behind one small interface: a folder, or a bucket of any S3-compatible service.
+
+    file:///folder               a folder on this machine or a mounted volume
+    s3://bucket/prefix           S3; minio:// is the same
+    minio://bucket/prefix
+
+Endpoint and credentials come from the environment (``AWS_*``, ``S3_ENDPOINT``, ``MINIO_*``), never
+from the URL.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from dpo.errors import ConfigError, StoreError
+
+_SCHEMES = ("file", "s3", "minio")
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes that were just moved."""
+
+
+@dataclass(frozen=True)
+class ObjectStat:
+    """What a store says of one object."""
+
+    size: int
+    """In bytes."""
+    etag: str
+    """Changes with every write; for conditional writes."""
+
+
+class Store(ABC):
+    """A place for objects. Keys are relative to the store's URL, with ``/`` between parts."""
+
+    def __init__(self, url: str) -> None:
+        self.root = url.rstrip("/")
+
+    def url(self, key: str) -> str:
+        """The URL of an object."""
+        return f"{self.root}/{key}"
+
+    @abstractmethod
+    def check(self, *, create: bool = False) -> None:
+        """Make sure that the store answers and its bucket or folder is there.
+
+        Raises:
+            StoreError: it is not; ``create`` makes it where it may.
+        """
+
+    @abstractmethod
+    def stat(self, key: str) -> ObjectStat | None:
+        """Size and etag, or None where there is no such object."""
+
+    @abstractmethod
+    def read(self, key: str) -> bytes:
+        """A small object whole.
+
+        Raises:
+            ObjectMissing: there is none.
+        """
+
+    @abstractmethod
+    def write(self, key: str, data: bytes, *, expected: str | None = None) -> None:
+        """Write a small object in one piece.
+
+        Args:
+            key: Where.
+            data: What.
+            expected: Etag that the object must have now, or ``""``: it must not exist. None writes
+                in any case.
+
+        Raises:
+            WriteConflict: the object is another by now.
+        """
+
+    @abstractmethod
+    def upload(self, path: Path, key: str, sha256: str, progress: Progress | None = None) -> None:
+        """Store a file; what arrived is compared with ``sha256`` (hex) or its size."""
+
+    @abstractmethod
+    def download(self, key: str, path: Path, progress: Progress | None = None) -> None:
+        """Fetch an object into a file: temporary name, then renamed.
+
+        Raises:
+            ObjectMissing: there is none.
+        """
+
+    @abstractmethod
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """Keys that begin with ``prefix``, in order."""
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Remove an object; nothing happens where there is none."""
+
+
+def is_store_url(text: str) -> bool:
+    """Whether ``text`` names a store rather than a local path."""
+    return text.partition("://")[0] in _SCHEMES and "://" in text
+
+
+def open_store(url: str) -> Store:
+    """The store behind a URL; nothing is asked of it yet.
+
+    Raises:
+        ConfigError: not a URL of a store, or one with credentials in it.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in _SCHEMES:
+        raise ConfigError(
+            f"{url!r} is not the URL of a store",
+            fix="write s3://bucket/prefix, minio://bucket/prefix or file:///folder",
+        )
+    if parts.username or parts.password:
+        raise ConfigError(
+            "the store's URL has credentials in it",
+            fix="put them into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and leave them out here",
+        )
+    if parts.query or parts.fragment:
+        raise ConfigError(f"{url!r}: a store's URL has no ? or # part")
+    if parts.scheme == "file":
+        from dpo.storage.folder import FolderStore
+
+        if parts.netloc not in ("", "localhost") or not parts.path.strip("/"):
+            raise ConfigError(
+                f"{url!r} does not name an absolute folder", fix="write file:///absolute/folder"
+            )
+        return FolderStore(Path(unquote(parts.path)))
+    if not _BUCKET.fullmatch(parts.netloc):
+        raise ConfigError(
+            f"{url!r} does not name a bucket",
+            fix="write s3://bucket/prefix; the endpoint comes from AWS_ENDPOINT_URL or S3_ENDPOINT",
+        )
+    from dpo.storage.s3 import S3Store
+
+    return S3Store(parts.netloc, parts.path.strip("/"), url)
+
+
+def safe_key(key: str) -> str:
+    """``key``, if it stays inside the store.
+
+    Raises:
+        StoreError: it is absolute, empty, or goes up.
+    """
+    parts = key.split("/")
+    if not key or any(part in ("", ".", "..") for part in parts) or "\\" in key or "\0" in key:
+        raise StoreError(f"not a key of an object: {key!r}", fix="report a bug")
+    return key
