@@ -1,0 +1,132 @@
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpo.config.places import builtin
+from dpo.data.text_tokenizer import load_text_tokenizer
+from dpo.data.tokenize import Limits, load_tokenizer, tokenize_pair
+from dpo.errors import DataError, ModelError
+
+GOLDEN = Path(os.environ.get("DPO_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
+CASES = json.loads((GOLDEN / "tokenization.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return load_tokenizer(GOLDEN / "model")
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tokenizer with one token a word, so that truncation can be counted by hand."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("words")
+    names = ["<end>", "?", *"abcdefghijklmnop"]
+    vocabulary = {word: index for index, word in enumerate(names)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<end>"])
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return load_text_tokenizer(folder)
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_golden_ids_and_labels(number: int, tokenizer: Any) -> None:
+    case = CASES[number]
+    limits = Limits(case["max_length"], case["max_prompt_length"], case["truncation_mode"])
+    texts = [case["chosen"], case["rejected"]]
+    example = tokenize_pair(case["prompt"], texts, tokenizer, limits)
+    prompt = example.prompt_T.tolist()
+    assert prompt == case["prompt_input_ids"]
+    for name, response in zip(("chosen", "rejected"), example.responses, strict=True):
+        assert [*prompt, *response.tolist()] == case[f"{name}_input_ids"]
+        assert [-100] * len(prompt) + response.tolist() == case[f"{name}_labels"]
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_golden_ids_with_the_light_tokenizer(number: int) -> None:
+    case = CASES[number]
+    limits = Limits(case["max_length"], case["max_prompt_length"], case["truncation_mode"])
+    light = load_text_tokenizer(GOLDEN / "model")
+    example = tokenize_pair(case["prompt"], [case["chosen"], case["rejected"]], light, limits)
+    assert example.prompt_T.tolist() == case["prompt_input_ids"]
+
+
+def ids(words: str) -> list[int]:
+    return ["abcdefghijklmnop".index(word) + 2 for word in words]
+
+
+def test_keeps_everything_that_fits(words: Any) -> None:
+    example = tokenize_pair("a b c", ["d", "e f"], words, Limits(6, 2, "keep_end"))
+    assert example.prompt_T.tolist() == ids("abc")
+    assert [r.tolist() for r in example.responses] == [[*ids("d"), 0], [*ids("ef"), 0]]
+    assert example.n_tokens == 3 + 2 + 3
+    assert example.prompt_T.dtype == np.int32
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("keep_end", "bc"), ("keep_start", "ab")])
+def test_cuts_the_prompt_first(words: Any, mode: Any, kept: str) -> None:
+    # 3 + (2 + end) = 6 tokens > 5: the prompt goes down to 2, and 2 + 3 = 5 fits
+    example = tokenize_pair("a b c", ["d", "e f"], words, Limits(5, 2, mode))
+    assert example.prompt_T.tolist() == ids(kept)
+    assert example.responses[1].tolist() == [*ids("ef"), 0]
+
+
+def test_cuts_the_responses_to_what_is_left(words: Any) -> None:
+    # 2 + 5 > 5 even after the cut of the prompt: the responses keep 5 - 2 = 3 tokens, without end
+    example = tokenize_pair("a b c", ["d", "e f g h"], words, Limits(5, 2, "keep_end"))
+    assert [r.tolist() for r in example.responses] == [[*ids("d"), 0], ids("efg")]
+
+
+def test_the_longer_response_decides_for_both(words: Any) -> None:
+    # alone, the short response would leave the prompt whole
+    example = tokenize_pair("a b c", ["d", "e f g"], words, Limits(6, 2, "keep_end"))
+    assert example.prompt_T.tolist() == ids("bc")
+
+
+def test_end_of_sequence_inside_a_text_is_an_error(words: Any) -> None:
+    limits = Limits(20, 10, "keep_end")
+    for prompt, response in (("a <end> b", "c"), ("a", "b <end> c")):
+        with pytest.raises(DataError, match=r"'<end>' stands inside a text(.|\n)*pair 17"):
+            tokenize_pair(prompt, [response], words, limits, pair_id="17")
+
+
+def test_a_chat_template_may_put_it_into_the_prompt(words: Any) -> None:
+    limits = Limits(20, 10, "keep_end")
+    example = tokenize_pair("a <end> b", ["c"], words, limits, prompt_format="chat")
+    assert example.prompt_T.tolist() == [2, 0, 3]
+    with pytest.raises(DataError):
+        tokenize_pair("a", ["b <end>"], words, limits, prompt_format="chat")
+
+
+def test_the_hash_follows_the_ids(words: Any) -> None:
+    def hash_of(prompt: str, response: str, length: int = 20) -> str:
+        example = tokenize_pair(prompt, [response], words, Limits(length, 2, "keep_end"))
+        return example.tokens_hash()
+
+    assert hash_of("a b", "c") == hash_of("a  b", "c")
+    assert len({hash_of("a b", "c"), hash_of("a", "b c"), hash_of("a b c", "d", 4)}) == 3
+
+
+def test_no_tokenizer_is_one_message(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="the tokenizer cannot be loaded"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="the tokenizer cannot be loaded"):
+        load_text_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
+    place = builtin("builtin:tiny")
+    assert place is not None
+    (tmp_path / "tokenizer.json").write_bytes((place / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="no end-of-sequence token"):
+        load_text_tokenizer(tmp_path)
