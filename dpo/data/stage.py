@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from dpo.config.schema import RunConfig, SourceConfig
 from dpo.config.stages import stage_settings
 from dpo.data import formats, validate
-from dpo.data.files import RawRow, rows
+from dpo.data.readers import RawRow, rows
 from dpo.data.report import write_report
 from dpo.data.schema import COLUMNS, TEST, TRAIN, Pair, arrow_schema
 from dpo.data.sources import opened, source_fingerprint
@@ -114,7 +114,9 @@ def _read_source(
                     result.rejected.append(_rejection(name, row, error))
     if not result.rows[name]:
         raise DataError(
-            "the data set is empty", where=f"sources.{name}", fix="give a file with at least one row"
+            "the data set is empty",
+            where=f"sources.{name}",
+            fix="give a file with at least one row",
         )
     result.pairs += _subset(accepted, source.max_pairs, config.seed)
 
@@ -246,4 +248,6 @@ def _write_quarantine(result: Ingested, folder: Path) -> None:
 def _tell(figures: dict[str, Any], output: Path) -> None:
     if figures["rejected"]:
         reasons = ", ".join(f"{count} {name}" for name, count in figures["reasons"].items())
-        message("ingest", f"{figures['rejected']:,} of {figures['rows']:,} rows rejected: {reasons}")
+        message(
+            "ingest", f"{figures['rejected']:,} of {figures['rows']:,} rows rejected: {reasons}"
+        )

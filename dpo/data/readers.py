@@ -1,0 +1,335 @@
+"""Files as rows: JSON Lines, JSON, CSV, Parquet and Arrow; plain, gzip or zstd.
+
+Everything streams: memory does not grow with the file. A row that cannot be read becomes a row with
+a problem and the next one is read; a file that cannot be read on becomes one ``DataError``.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpo.data.json_stream import JsonSyntax, iter_document, unique_keys
+from dpo.data.unpack import CHUNK_BYTES, COMPRESSED, GZIP_MAGIC, ZSTD_MAGIC, Text, named_errors
+from dpo.errors import DataError
+
+MAX_ROW_BYTES = 8 * 2**20
+"""A longer row is rejected without being held in memory."""
+_BATCH_ROWS = 1000
+_SHOWN_BYTES = 4000
+
+Container = Literal["jsonl", "json", "csv", "parquet", "arrow"]
+_SUFFIXES: dict[str, Container] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+}
+READABLE = tuple(_SUFFIXES)
+
+
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """One row of a file, or why it could not be read."""
+
+    file: str
+    """Name to show; relative to the source where it is a folder."""
+    line: int
+    """Line (text) or row number (tables), from 1."""
+    value: Any
+    """The row; its text, shortened, where it could not be read."""
+    problem: str = ""
+    """Why ``value`` is not a row."""
+
+
+def container_of(path: Path) -> Container | None:
+    """By suffix (that of the compression left out) or, without a known one, None."""
+    name = path.name.lower()
+    for suffix in COMPRESSED:
+        name = name.removesuffix(suffix)
+    return _SUFFIXES.get(Path(name).suffix)
+
+
+def rows(path: Path, shown: str) -> Iterator[RawRow]:
+    """Every row of a file, in order. Rows that cannot be read come with their problem.
+
+    Args:
+        path: The file.
+        shown: Its name in messages.
+
+    Raises:
+        DataError: the file as a whole cannot be read, or cannot be read any further.
+    """
+    with named_errors(shown):
+        container = _container_by_content(path, shown)
+        if container in ("parquet", "arrow"):
+            yield from _parquet(path, shown) if container == "parquet" else _arrow(path, shown)
+            return
+        with path.open("rb") as raw:
+            stream = Text(path, shown, raw)
+            if container == "csv":
+                yield from _csv(stream, shown)
+            elif container == "json" and _is_document(stream.head):
+                yield from _document(stream, shown)
+            else:
+                yield from _json_lines(stream, shown)
+
+
+def block_rows(path: Path, shown: str, start: int, end: int) -> Iterator[RawRow]:
+    """Rows of the bytes ``start`` to ``end`` of a plain JSON Lines file; lines count from 1.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    with named_errors(shown), path.open("rb") as raw:
+        raw.seek(start)
+        yield from _json_lines(_part(raw, end - start), shown)
+
+
+def is_plain_lines(path: Path, shown: str) -> bool:
+    """Whether a file can be read in blocks: JSON Lines without compression.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    with named_errors(shown):
+        container = _container_by_content(path, shown)
+        if container not in ("json", "jsonl"):
+            return False
+        with path.open("rb") as raw:
+            if raw.read(4).startswith((GZIP_MAGIC, ZSTD_MAGIC)):
+                return False
+            raw.seek(0)
+            return container == "jsonl" or not _is_document(Text(path, shown, raw).head)
+
+
+def _part(raw: IO[bytes], size: int) -> Iterator[bytes]:
+    while size > 0 and (chunk := raw.read(min(size, CHUNK_BYTES))):
+        size -= len(chunk)
+        yield chunk
+
+
+def _container_by_content(path: Path, shown: str) -> Container:
+    with path.open("rb") as file:
+        magic = file.read(6)
+    if magic.startswith(b"PAR1"):
+        return "parquet"
+    if magic == b"ARROW1":
+        return "arrow"
+    container = container_of(path)
+    if container is None:
+        raise DataError(
+            f"cannot tell what kind of file this is: {path.name}",
+            where=shown,
+            fix=f"name it with one of {', '.join(READABLE)} (.gz or .zst may follow)",
+        )
+    if container == "parquet":
+        raise DataError(
+            "not a Parquet file, although its name says so", where=shown, fix="write it again"
+        )
+    return container
+
+
+# --- JSON -----------------------------------------------------------------------------------------
+
+
+def _json_lines(stream: Iterable[bytes], shown: str) -> Iterator[RawRow]:
+    """One row a line; blank lines are skipped, too long ones are not held."""
+    for number, line, too_long in _lines(stream):
+        if too_long:
+            problem = f"the line is longer than {MAX_ROW_BYTES // 2**20} MiB"
+            yield RawRow(shown, number, _shortened(line), problem)
+        elif line and not line.isspace():
+            yield _json_row(line, shown, number)
+
+
+def _json_row(line: bytes, shown: str, number: int) -> RawRow:
+    try:
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        return RawRow(shown, number, _shortened(line), _json_problem(line, error))
+    if type(value) is dict and any(line.count(b'"%b"' % key.encode()) > 1 for key in value):
+        # orjson keeps the last of two equal keys and says nothing
+        try:
+            json.loads(line, object_pairs_hook=unique_keys)
+        except (ValueError, RecursionError) as error:
+            return RawRow(shown, number, value, str(error))
+    return RawRow(shown, number, value)
+
+
+def _json_problem(line: bytes, error: orjson.JSONDecodeError) -> str:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError as broken:
+        byte = line[broken.start]
+        return f"broken encoding: byte {byte:#04x} at position {broken.start + 1} is not UTF-8"
+    if b"\0" in line:
+        return "not JSON: the line holds NUL bytes"
+    return f"not JSON: {error.msg} (column {error.colno})"
+
+
+def _lines(stream: Iterable[bytes]) -> Iterator[tuple[int, bytes, bool]]:
+    number = 1
+    rest = b""
+    skipping = False
+    for chunk in stream:
+        pieces = chunk.split(b"\n")
+        pieces[0] = rest + pieces[0] if not skipping else pieces[0]
+        for piece in pieces[:-1]:
+            if skipping:
+                yield number, rest, True
+                skipping, rest = False, b""
+            else:
+                yield number, piece, len(piece) > MAX_ROW_BYTES
+            number += 1
+        if skipping:
+            continue
+        rest = pieces[-1]
+        if len(rest) > MAX_ROW_BYTES:
+            skipping, rest = True, rest[:200]
+    if skipping or rest:
+        yield number, rest, skipping
+
+
+def _shortened(line: bytes) -> str:
+    return line[:_SHOWN_BYTES].decode("utf-8", "replace")
+
+
+_LIST_IN_OBJECT = re.compile(rb'"(dataset|data|rows|pairs)"\s*:\s*\[')
+
+
+def _is_document(head: bytes) -> bool:
+    """Whether text is one JSON value over several lines rather than one value a line."""
+    text = head.lstrip()
+    if text.startswith(b"["):
+        return True
+    if not text.startswith(b"{"):
+        return False
+    line = text.split(b"\n", 1)[0].rstrip()
+    try:
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        # pretty-printed, or a list of rows that does not end within the head
+        return not line.endswith(b"}") and (
+            line in (b"{",)
+            or bool(_LIST_IN_OBJECT.search(line))
+            or line.endswith((b",", b"[", b"{"))
+        )
+    return isinstance(value, dict) and any(
+        isinstance(value.get(key), list)
+        and all(isinstance(item, dict) for item in value[key])
+        and "chosen" not in value
+        for key in ("dataset", "data", "rows", "pairs")
+    )
+
+
+def _document(stream: Iterable[bytes], shown: str) -> Iterator[RawRow]:
+    try:
+        for line, value in iter_document(stream):
+            yield RawRow(shown, line, value)
+    except JsonSyntax as error:
+        raise DataError(
+            f"not JSON: {error.problem}",
+            where=f"{shown}, line {error.line}",
+            fix="mend the file there; a list of rows, or one row a line, is expected",
+        ) from None
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise DataError(
+            f"broken encoding: byte {byte:#04x} is not UTF-8", where=shown, fix="save it as UTF-8"
+        ) from None
+
+
+# --- CSV ------------------------------------------------------------------------------------------
+
+
+def _csv(stream: Iterable[bytes], shown: str) -> Iterator[RawRow]:
+    lines = _text_lines(stream)
+    header = next(lines, "")
+    delimiter = max(",;\t", key=header.count)
+    csv.field_size_limit(MAX_ROW_BYTES)
+    reader = csv.reader(chain([header], lines), delimiter=delimiter, strict=True)
+    names = _header(reader, shown)
+    while True:
+        first = reader.line_num + 1
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield RawRow(shown, first, None, f"CSV: {error}{_span(first, reader.line_num)}")
+            continue
+        if fields and len(fields) != len(names):
+            problem = f"CSV: {len(fields)} fields where the header has {len(names)}"
+            value = delimiter.join(fields)[:_SHOWN_BYTES]
+            yield RawRow(shown, first, value, problem + _span(first, reader.line_num))
+        elif fields:
+            # an empty cell is a missing value
+            pairs = zip(names, fields, strict=True)
+            yield RawRow(shown, first, {name: text or None for name, text in pairs})
+
+
+def _header(reader: Any, shown: str) -> list[str]:
+    try:
+        names: list[str] = next(reader, [])
+    except csv.Error as error:
+        raise DataError(f"the CSV header cannot be read: {error}", where=shown) from None
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(
+            f"the CSV header names {twice[0]!r} twice", where=shown, fix="rename one of the columns"
+        )
+    return names
+
+
+def _span(first: int, last: int) -> str:
+    return f" (lines {first} to {last}: a quote is missing or too many)" if last > first else ""
+
+
+def _text_lines(stream: Iterable[bytes]) -> Iterator[str]:
+    for _, line, _ in _lines(stream):
+        # what is not UTF-8 becomes half a character, which the check of the texts refuses
+        yield line.decode("utf-8", "surrogateescape") + "\n"
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def _parquet(path: Path, shown: str) -> Iterator[RawRow]:
+    with pq.ParquetFile(path, memory_map=False, pre_buffer=False) as file:
+        yield from _batches(file.iter_batches(batch_size=_BATCH_ROWS), shown)
+
+
+def _arrow(path: Path, shown: str) -> Iterator[RawRow]:
+    """The file format, and the stream format that ``datasets`` writes."""
+    with path.open("rb") as head:
+        is_file = head.read(6) == b"ARROW1"
+    with pa.OSFile(str(path)) as source:
+        if is_file:
+            reader = pa.ipc.open_file(source)
+            batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
+            yield from _batches(batches, shown)
+        else:
+            yield from _batches(pa.ipc.open_stream(source), shown)
+
+
+def _batches(batches: Iterable[pa.RecordBatch], shown: str) -> Iterator[RawRow]:
+    number = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, _BATCH_ROWS):
+            for value in batch.slice(start, _BATCH_ROWS).to_pylist():
+                number += 1
+                yield RawRow(shown, number, value)

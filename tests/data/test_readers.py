@@ -1,0 +1,289 @@
+"""Readers of files: every row comes with its line, broken ones with their problem."""
+
+import gzip
+import json
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dpo.data import readers, unpack
+from dpo.data.json_stream import JsonSyntax, iter_document
+from dpo.data.readers import RawRow, block_rows, is_plain_lines, rows
+from dpo.errors import DataError
+
+ROWS = [{"prompt": f"p{n}", "chosen": 'a\nb,"ü"', "rejected": "c"} for n in range(5)]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+
+
+def read(path: Path, data: bytes | None = None) -> list[RawRow]:
+    if data is not None:
+        path.write_bytes(data)
+    return list(rows(path, path.name))
+
+
+def values(found: list[RawRow]) -> list[Any]:
+    assert not [row.problem for row in found if row.problem]
+    return [row.value for row in found]
+
+
+def zstd(data: bytes) -> bytes:
+    return zstandard.ZstdCompressor().compress(data)
+
+
+def csv_bytes() -> bytes:
+    cells = [["prompt", "chosen", "rejected"], *[list(row.values()) for row in ROWS]]
+    text = "".join(
+        ",".join('"' + c.replace('"', '""') + '"' for c in row) + "\r\n" for row in cells
+    )
+    return text.encode()
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstd], ids=["plain", "gzip", "zstd"])
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("rows.jsonl", LINES),
+        ("rows.jsonl", b"\xef\xbb\xbf" + LINES),
+        ("rows.ndjson", LINES.rstrip()),
+        ("rows.json", LINES),
+        ("rows.json", json.dumps(ROWS).encode()),
+        ("rows.json", json.dumps(ROWS, indent=2).encode()),
+        ("rows.json", json.dumps({"communityId": "x", "dataset": ROWS}).encode()),
+        ("rows.json", json.dumps({"dataset": ROWS, "communityId": "x"}, indent=1).encode()),
+        ("rows.csv", csv_bytes()),
+    ],
+)
+def test_text_containers(tmp_path: Path, name: str, data: bytes, pack: Any) -> None:
+    suffix = {bytes: "", gzip.compress: ".gz", zstd: ".zst"}[pack]
+    assert values(read(tmp_path / (name + suffix), pack(data))) == ROWS
+
+
+def test_tables(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    pq.write_table(table, tmp_path / "rows.parquet", row_group_size=2)
+    with pa.ipc.new_file(tmp_path / "file.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    with pa.ipc.new_stream(tmp_path / "stream.arrow", table.schema) as writer:
+        writer.write_table(table)
+    for path in tmp_path.iterdir():
+        found = read(path)
+        assert values(found) == ROWS
+        assert [row.line for row in found] == [1, 2, 3, 4, 5]
+
+
+def test_a_parquet_file_is_known_by_its_bytes(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "rows.json")
+    assert values(read(tmp_path / "rows.json")) == ROWS
+
+
+def test_lines_are_counted_with_blank_and_broken_ones(tmp_path: Path) -> None:
+    data = b'{"a": 1}\n\n{"a": \n  \n{"a": 2}'
+    found = read(tmp_path / "x.jsonl", data)
+    assert [(row.line, bool(row.problem)) for row in found] == [(1, False), (3, True), (5, False)]
+    assert found[1].value == '{"a": '
+    assert "not JSON" in found[1].problem
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"a": "\xff"}', "broken encoding: byte 0xff at position 8 is not UTF-8"),
+        (b'{"a": 1}\0', "holds NUL bytes"),
+        (b'{"a": "\\ud800"}', "not JSON"),
+        (b'{"a": NaN}', "not JSON"),
+        (b'{"a": 1, "b": 0, "a": 2}', "the key 'a' stands there twice"),
+        (b"[" * 3000, "not JSON"),
+        (b'{"a": "x', "not JSON"),
+    ],
+)
+def test_a_broken_line_costs_itself_alone(tmp_path: Path, line: bytes, problem: str) -> None:
+    found = read(tmp_path / "x.jsonl", b'{"a": 1}\n' + line + b'\n{"a": 3}\n')
+    assert [row.line for row in found] == [1, 2, 3]
+    assert problem in found[1].problem
+    assert found[0].value == {"a": 1}
+    assert found[2].value == {"a": 3}
+
+
+def test_a_very_long_line_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 2**20)
+    long = b'{"a": "' + b"x" * (5 * 2**20) + b'"}\n'
+    found = read(tmp_path / "x.jsonl", b'{"a": 1}\n' + long + b'{"a": 3}\n' + long.rstrip())
+    assert [row.line for row in found] == [1, 2, 3, 4]
+    assert "longer than 1 MiB" in found[1].problem
+    assert len(found[1].value) <= 4000
+    assert "longer than 1 MiB" in found[3].problem
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("x.jsonl", "ab\n".encode("utf-16"), "UTF-16"),
+        ("x.jsonl", "ab\n".encode("utf-16-le"), "UTF-16"),
+        ("x.jsonl", b"PK\x03\x04rest", "zip archive"),
+        ("x.json", b"<!DOCTYPE html><html>", "HTML page"),
+        ("x.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
+        ("x.jsonl.gz", LINES, "not a compressed file although its name says so"),
+        ("x.jsonl.gz", gzip.compress(LINES)[:-9], "cannot be read to its end"),
+        ("x.jsonl.gz", gzip.compress(LINES)[:40], "cannot be read to its end"),
+        ("x.jsonl.gz", gzip.compress(LINES) + b"garbage", "cannot be read to its end"),
+        ("x.jsonl.zst", zstd(LINES)[:-5], "cannot be read to its end"),
+        ("x.parquet", b"PAR1 and then nothing", "the table in this file cannot be read"),
+        ("x.parquet", b"something else", "not a Parquet file, although its name says so"),
+        ("x.arrow", b"something else", "the table in this file cannot be read"),
+        ("x.txt", b"words", "cannot tell what kind of file this is"),
+        ("x.json", b'[{"a": 1}, {"a": ]', "not JSON"),
+        ("x.json", b'[{"a": 1}', "not JSON"),
+        ("x.json", b"[1] [2]", "text after the end"),
+        ("x.json", b'["\xff"]', "broken encoding"),
+        ("x.json", b"[" * 100_000, "nested too deeply"),
+        ("x.csv", b"a,b,a\n1,2,3\n", "names 'a' twice"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_message(
+    tmp_path: Path, name: str, data: bytes, message: str
+) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        read(tmp_path / name, data)
+    assert name in str(caught.value)
+
+
+def test_missing_and_forbidden_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match="there is no such file"):
+        read(tmp_path / "none.jsonl")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(LINES)
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(DataError, match="no permission to read"):
+        read(path)
+
+
+def test_json_errors_name_the_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"x\.json, line 4"):
+        read(tmp_path / "x.json", b'[\n{"a": 1},\n\n{"a" 2}\n]')
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstd])
+def test_a_bomb_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: Any) -> None:
+    monkeypatch.setattr(unpack, "_BOMB_FLOOR_BYTES", 2**20)
+    with pytest.raises(DataError, match="more than 200 times its size"):
+        read(tmp_path / "x.jsonl.gz", pack(b" " * 2**25))
+
+
+def test_several_gzip_members_and_zstd_frames(tmp_path: Path) -> None:
+    first, second = LINES[:100], LINES[100:]
+    data = gzip.compress(first) + b"\0" * 10 + gzip.compress(second) + b"\0" * 3
+    assert values(read(tmp_path / "a.jsonl.gz", data)) == ROWS
+    assert values(read(tmp_path / "b.jsonl.zst", zstd(first) + zstd(second))) == ROWS
+
+
+def test_csv_stray_quote_and_wrong_width(tmp_path: Path) -> None:
+    data = b'a,b\n1,2\n"3"x,4\n5,6\n7,8,9\n10,\n'
+    found = read(tmp_path / "x.csv", data)
+    assert [row.line for row in found] == [2, 3, 4, 5, 6]
+    assert "CSV" in found[1].problem
+    assert "3 fields where the header has 2" in found[3].problem
+    assert found[4].value == {"a": "10", "b": None}
+
+
+def test_csv_with_an_open_quote_names_the_lines_that_it_swallowed(tmp_path: Path) -> None:
+    found = read(tmp_path / "x.csv", b'a,b\n"1,2\n3,4\n5,6\n')
+    assert len(found) == 1
+    assert "lines 2 to 4" in found[0].problem
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_csv_delimiters(tmp_path: Path, delimiter: str) -> None:
+    data = f"a{delimiter}b\n1{delimiter}2,5\n".encode()
+    assert values(read(tmp_path / "x.csv", data)) == [{"a": "1", "b": "2,5"}]
+
+
+def test_which_files_can_be_read_in_blocks(tmp_path: Path) -> None:
+    for name, data, plain in (
+        ("a.jsonl", LINES, True),
+        ("b.json", LINES, True),
+        ("c.json", json.dumps(ROWS).encode(), False),
+        ("d.jsonl.gz", gzip.compress(LINES), False),
+        ("e.csv", csv_bytes(), False),
+    ):
+        (tmp_path / name).write_bytes(data)
+        assert is_plain_lines(tmp_path / name, name) is plain
+
+
+def test_a_block_holds_its_own_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    middle = LINES.index(b"\n", len(LINES) // 2) + 1
+    halves = [
+        [row.value for row in block_rows(tmp_path / "a.jsonl", "a", start, end)]
+        for start, end in ((0, middle), (middle, len(LINES)))
+    ]
+    assert halves[0] + halves[1] == ROWS
+    assert min(map(len, halves)) > 0
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text("abc"), inner, max_size=4),
+    max_leaves=12,
+)  # fmt: skip
+
+
+def pieces(data: bytes, size: int) -> list[bytes]:
+    return [data[start : start + size] for start in range(0, len(data), size)]
+
+
+@given(st.lists(json_values, max_size=6), st.integers(1, 7), st.none() | st.integers(0, 2))
+@settings(deadline=None)
+def test_the_json_stream_reads_what_json_wrote(
+    items: list[Any], size: int, indent: int | None
+) -> None:
+    data = json.dumps(items, indent=indent, ensure_ascii=False).encode()
+    assert [value for _, value in iter_document(pieces(data, size))] == items
+
+
+@given(st.lists(json_values, min_size=1, max_size=3), st.integers(1, 7), st.data())
+@settings(deadline=None)
+def test_a_cut_off_json_list_never_passes(items: list[Any], size: int, data: Any) -> None:
+    text = json.dumps(items).encode()
+    cut = data.draw(st.integers(1, len(text) - 1))
+    with pytest.raises(JsonSyntax):
+        list(iter_document(pieces(text[:cut], size)))
+
+
+@given(st.binary(max_size=300), st.sampled_from(["x.jsonl", "x.json", "x.csv", "x.arrow"]))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_bytes_end_in_rows_or_in_one_message(tmp_path: Path, data: bytes, name: str) -> None:
+    with suppress(DataError):
+        found = read(tmp_path / name, data)
+        assert all(row.problem or row.value is not None or name == "x.json" for row in found)
+
+
+@given(st.binary(min_size=1, max_size=60), st.integers(0, 200))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damaged_gzip_never_passes_for_whole(tmp_path: Path, noise: bytes, place: int) -> None:
+    packed = gzip.compress(LINES * 3, mtime=0)
+    place %= len(packed) - len(noise)
+    damaged = packed[:place] + noise + packed[place + len(noise) :]
+    try:
+        whole = zlib.decompress(damaged, wbits=31) == LINES * 3
+    except zlib.error:
+        whole = False
+    try:
+        found = read(tmp_path / "x.jsonl.gz", damaged)
+    except DataError:
+        assert not whole
+    else:
+        assert whole
+        assert values(found) == ROWS * 3
