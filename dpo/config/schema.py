@@ -153,6 +153,9 @@ class RunConfig(Section):
     """Examples in an evaluation batch, over all processes."""
     gradient_accumulation_steps: int = Field(1, gt=0)
     """Micro-batches in an optimiser step."""
+    micro_batch_tokens: int = Field(2048, gt=0)
+    """Tokens that go through the model at once; a smaller number needs less memory. Micro-batches
+    are split further to stay within it, which changes no gradient."""
     n_epochs: int | None = Field(1, gt=0)
     """Passes over the training pairs."""
     n_examples: int | None = Field(None, gt=0)
@@ -181,6 +184,8 @@ class RunConfig(Section):
     """Held-out pairs to evaluate on; null takes all."""
     do_first_eval: bool = True
     """Evaluate before the first step."""
+    do_last_eval: bool = True
+    """Evaluate after the last step."""
     sample_during_eval: bool = False
     """Generate answers in each evaluation while training."""
     n_eval_model_samples: int = Field(16, gt=0)

@@ -25,6 +25,7 @@ _TRAIN = (
     _TOKENS
     | _SELECTION
     | {"model", "loss", "trainer", "batch_size", "eval_batch_size", "gradient_accumulation_steps"}
+    | {"micro_batch_tokens", "do_last_eval"}
     | {"lr", "lr_schedule", "warmup_steps", "optimizer", "max_grad_norm"}
     | {"activation_checkpointing", "eval_every", "do_first_eval", "sample_during_eval"}
     | {"n_eval_model_samples", "checkpoint_every", "keep_checkpoints", "debug", "exp_name"}
@@ -38,10 +39,10 @@ STAGE_KEYS: Mapping[Stage, frozenset[str]] = {
         | {"model"}
     ),
     "sft": frozenset(_TRAIN),
-    "reference": frozenset(_TOKENS | _SELECTION | {"model", "trainer", "eval_batch_size"}),
+    "reference": frozenset(_TOKENS | _SELECTION | {"model", "trainer", "micro_batch_tokens"}),
     "preference": frozenset(_TRAIN),
     "evaluate": frozenset(
-        _TOKENS | {"model", "loss", "trainer", "seed", "n_eval_examples", "eval_batch_size"}
+        _TOKENS | {"model", "loss", "trainer", "seed", "n_eval_examples", "micro_batch_tokens"}
         | {"evaluation"}
     ),
     "gate": frozenset({"gate", "publish"}),

@@ -22,7 +22,9 @@ def messages(prompt: str) -> list[dict[str, str]]:
     if len(parts) == 1:
         return [{"role": "user", "content": prompt.strip()}]
     if parts[0].strip():
-        raise RowError("text_before_first_turn", "the dialogue begins with text of no role", "prompt")
+        raise RowError(
+            "text_before_first_turn", "the dialogue begins with text of no role", "prompt"
+        )
     turns = [
         {"role": _ROLES[role], "content": text.strip()}
         for role, text in zip(parts[1::2], parts[2::2], strict=True)

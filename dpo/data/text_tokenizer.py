@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,15 @@ class TextTokenizer:
             else config.get("chat_template")
         )
 
+    @cached_property
+    def _template(self) -> Any:
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        return environment.from_string(self.chat_template or "")
+
     def __call__(self, text: str, *, add_special_tokens: bool = False) -> dict[str, list[int]]:
         """Token ids of ``text``."""
         ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
@@ -46,16 +56,11 @@ class TextTokenizer:
         self, messages: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
     ) -> str:
         """``messages`` as the text that the model expects; templates run in Jinja's sandbox."""
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
         assert not tokenize
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        template = environment.from_string(self.chat_template or "")
-        return template.render(
+        text: str = self._template.render(
             messages=messages, add_generation_prompt=add_generation_prompt, **self._special
         )
+        return text
 
 
 def load_text_tokenizer(folder: Path) -> Any:

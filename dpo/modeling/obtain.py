@@ -17,6 +17,7 @@ from pathlib import Path
 from dpo.config.places import packaged_model_lock
 from dpo.config.schema import ModelConfig
 from dpo.errors import ModelError
+from dpo.modeling.quiet import quiet
 from dpo.storage.base_model import PACKAGED_ID, local_model, packaged_folder
 from dpo.storage.manifest import staged, write_manifest
 from dpo.storage.progress import message
@@ -82,6 +83,7 @@ def _convert(gguf: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    quiet()
     message("fetch", "converting SmolLM2-135M-Instruct to float32 (once)")
     folder, name = str(gguf.parent), gguf.name
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)

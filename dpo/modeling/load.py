@@ -1,0 +1,175 @@
+"""Loads a causal language model and what belongs to it, and saves it as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo.config.schema import ModelConfig
+from dpo.data.tokenize import load_tokenizer
+from dpo.errors import ModelError
+from dpo.modeling.precision import DTYPES
+from dpo.modeling.quiet import quiet
+from dpo.storage.base_model import local_model, local_tokenizer
+
+_SHARD_SIZE = "2GB"
+
+
+def load_model(
+    folder: Path, dtype: torch.dtype, *, device: str = "cpu", trust_remote_code: bool = False
+) -> Any:
+    """A model in evaluation mode (no dropout, as the paper trains), with gradients.
+
+    Raises:
+        ModelError: the folder holds no causal model that transformers can load.
+    """
+    quiet()
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            attn_implementation=_attention(folder),
+            trust_remote_code=trust_remote_code,
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"the model cannot be loaded: {reason}",
+            where=str(folder),
+            fix="give model.name_or_path a causal language model of transformers",
+        ) from None
+    return model.eval().to(device)
+
+
+def _attention(folder: Path) -> str:
+    import json
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # GPT-J does not look into transformers' attention registry
+    return "eager" if config.get("model_type") == "gptj" else "sdpa"
+
+
+def load_for_training(model: ModelConfig, base: Path | None, *, device: str = "cpu") -> tuple[Any, Any]:
+    """Policy and tokenizer to start from: ``base``, else ``model.archive``, else the base model.
+
+    Raises:
+        ModelError: they cannot be loaded or do not fit each other.
+    """
+    dtype = DTYPES[model.policy_dtype]
+    archive = None if base is not None or model.archive is None else Path(model.archive)
+    if archive is not None and archive.is_file():
+        policy = load_model(
+            local_model(model), dtype, device=device, trust_remote_code=model.trust_remote_code
+        )
+        load_policy_file(policy, archive)
+        tokenizer = load_tokenizer(local_tokenizer(model))
+    else:
+        folder = base or (checkpoint_folder(archive) if archive else local_model(model))
+        policy = load_model(
+            folder, dtype, device=device, trust_remote_code=model.trust_remote_code
+        )
+        own = base is not None or archive is not None
+        tokenizer = load_tokenizer(folder if own else local_tokenizer(model))
+    check_tokenizer(policy, tokenizer)
+    return policy, tokenizer
+
+
+def checkpoint_folder(archive: Path) -> Path:
+    """The checkpoint that ``model.archive`` names: a folder, or its ``LATEST/policy.pt`` of old.
+
+    Raises:
+        ModelError: there is none.
+    """
+    candidates = [archive, archive.parent] if archive.name == "policy.pt" else [archive]
+    for candidate in candidates:
+        for folder in (candidate, candidate / "LATEST"):
+            if (folder / "config.json").is_file():
+                return folder
+    raise ModelError(
+        "there is no checkpoint",
+        where=f"model.archive={archive}",
+        fix="give a policy.pt, a checkpoint folder, or its LATEST",
+    )
+
+
+def load_policy_file(model: Any, path: Path) -> None:
+    """Weights of a ``policy.pt`` of the reference code: {step_idx, state, metrics}.
+
+    Raises:
+        ModelError: not such a file, or the weights of another architecture.
+    """
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        state = loaded["state"]
+    except Exception as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ModelError(
+            f"not a policy.pt of the reference code: {reason}",
+            where=str(path),
+            fix="it must hold {step_idx, state, metrics}; only tensors and plain values are read",
+        ) from None
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise _other_architecture(path, str(error).splitlines()[-1].strip()) from None
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    missing = [name for name in missing if name not in tied]
+    # buffers that older versions of transformers stored, and newer ones compute
+    unexpected = [n for n in unexpected if not n.endswith(("masked_bias", ".bias", "inv_freq"))]
+    if missing or unexpected:
+        names = ", ".join((missing or unexpected)[:3])
+        word = "missing" if missing else "unexpected"
+        raise _other_architecture(path, f"{word} weights: {names}")
+
+
+def _other_architecture(path: Path, detail: str) -> ModelError:
+    return ModelError(
+        f"the archive belongs to another model: {detail}",
+        where=f"model.archive={path}",
+        fix="choose the model= that it was trained from",
+    )
+
+
+def check_tokenizer(model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer whose ids the model has no embeddings for.
+
+    Raises:
+        ModelError: the tokenizer has more tokens than the model.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer):,} tokens, the model embeddings for {rows:,}",
+            where="model.tokenizer_name_or_path",
+            fix="use the tokenizer that belongs to the weights",
+        )
+
+
+def check_length(model: Any, max_length: int) -> None:
+    """Refuse examples longer than the model's context.
+
+    Raises:
+        ModelError: ``max_length`` exceeds it.
+    """
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and max_length > context:
+        raise ModelError(
+            f"max_length is {max_length}, the model's context {context} tokens",
+            where="max_length",
+            fix=f"set max_length to at most {context} (and max_prompt_length below it)",
+        )
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """A Hugging Face folder: sharded safetensors, configurations, tokenizer with chat template."""
+    quiet()
+    model.save_pretrained(str(folder), max_shard_size=_SHARD_SIZE)
+    tokenizer.save_pretrained(str(folder))
+    for path in folder.rglob("*"):
+        if path.is_file():
+            # safetensors are written for the owner alone; a pod's other user must read them
+            path.chmod(0o644)

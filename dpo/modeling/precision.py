@@ -1,0 +1,40 @@
+"""Types of computation: float32 masters, bfloat16 products where the hardware has them."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+
+from dpo.config.schema import ModelConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@cache
+def has_fast_bfloat16(device_type: str) -> bool:
+    """Whether the device multiplies bfloat16 in hardware; elsewhere it is slower than float32.
+
+    Measured on one core without it: 10 GFLOP/s in bfloat16, 62 in float32 (512 x 576 x 49152).
+    """
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return device_type == "cpu" and bool(supported and supported())
+
+
+def compute_dtype(model: ModelConfig, device_type: str) -> torch.dtype:
+    """The type of matrix products that ``model.compute_dtype`` means on this device."""
+    if model.policy_dtype != "float32":
+        return DTYPES[model.policy_dtype]
+    if model.compute_dtype == "auto":
+        return torch.bfloat16 if has_fast_bfloat16(device_type) else torch.float32
+    return DTYPES[model.compute_dtype]
+
+
+def autocast(dtype: torch.dtype, device_type: str) -> AbstractContextManager[object]:
+    """Products in ``dtype``, everything else in the parameters' own type."""
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device_type, dtype=dtype)

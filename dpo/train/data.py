@@ -1,0 +1,84 @@
+"""The training and held-out examples of a run, tokenised, in the order in which it sees them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo.config.schema import RunConfig
+from dpo.data.loader import Order, evaluation_indices
+from dpo.data.parquet import Pairs, read_pairs
+from dpo.data.schema import TEST, TRAIN
+from dpo.data.tokenize import Limits, TokenizedExample, tokenize_pair
+from dpo.errors import DataError
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a run trains on and measures on."""
+
+    order: Order
+    train: dict[int, TokenizedExample]
+    """By index in the training split; only those that the order reaches."""
+    held_out: list[TokenizedExample]
+    fingerprint: str
+    """Content hash of the pairs."""
+
+
+def load_examples(
+    config: RunConfig, folder: Path, tokenizer: Any, *, batch_size: int, responses: str
+) -> Examples:
+    """Read and tokenise the pairs of an ingest output.
+
+    Args:
+        config: Settings of the run.
+        folder: Output of ingest.
+        tokenizer: The model's.
+        batch_size: Examples of an optimiser step.
+        responses: ``pair`` (chosen and rejected) or ``sft_target``.
+
+    Raises:
+        ArtifactError: the pairs are not those that ingest wrote.
+        DataError: there is nothing to train on.
+    """
+    train, test = read_pairs(folder, TRAIN), read_pairs(folder, TEST)
+    if not train.rows:
+        raise DataError("there is no pair to train on", where=str(folder))
+    order = Order(
+        n_pairs=len(train.rows),
+        batch_size=batch_size,
+        n_epochs=config.n_epochs,
+        n_examples=config.n_examples,
+        seed=config.seed,
+    )
+    held_out = evaluation_indices(len(test.rows), config.n_eval_examples, config.seed)
+    wanted = order.indices()
+    tokenized = _tokenize(config, train, wanted, tokenizer, responses)
+    return Examples(
+        order=order,
+        train=dict(zip(wanted, tokenized, strict=True)),
+        held_out=_tokenize(config, test, held_out, tokenizer, responses),
+        fingerprint=train.content_hash,
+    )
+
+
+def _tokenize(
+    config: RunConfig, pairs: Pairs, indices: list[int], tokenizer: Any, responses: str
+) -> list[TokenizedExample]:
+    limits = Limits(config.max_length, config.max_prompt_length, config.truncation_mode)
+    examples = []
+    for index in indices:
+        row = pairs.rows[index]
+        texts = [row.sft_target] if responses == "sft_target" else [row.chosen, row.rejected]
+        examples.append(
+            tokenize_pair(
+                row.prompt,
+                texts,
+                tokenizer,
+                limits,
+                prompt_format=pairs.prompt_format,
+                pair_id=row.pair_id,
+            )
+        )
+    return examples

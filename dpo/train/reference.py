@@ -1,0 +1,65 @@
+"""The reference stage: log-probabilities of the SFT model, once for every loss and beta."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dpo.config.schema import RunConfig
+from dpo.config.stages import stage_settings
+from dpo.data.log_probs import write_log_probs
+from dpo.data.schema import TEST, TRAIN
+from dpo.modeling.load import check_length, load_for_training
+from dpo.modeling.precision import compute_dtype
+from dpo.modeling.scoring import score
+from dpo.data.log_probs import PairLogProbs
+from dpo.storage.manifest import Manifest, read_manifest, staged, write_manifest
+from dpo.storage.progress import track
+from dpo.train.data import load_examples
+from dpo.train.trainer import best_device
+
+
+def run_reference(
+    config: RunConfig, output: Path, *, pairs: Path, model: Path | None = None, code: str = ""
+) -> Manifest:
+    """Score the pairs that the preference stage and the evaluation will see.
+
+    Args:
+        config: Settings; which pairs is decided by ``n_examples``, ``n_epochs``,
+            ``n_eval_examples`` and ``seed``, as in the stages that read the result.
+        output: Folder to make.
+        pairs: Output of ingest.
+        model: Checkpoint to score with; None takes ``model.archive`` or the base model.
+        code: Fingerprint of the code, kept in the manifest.
+
+    Raises:
+        DpoError: an input that is incomplete or does not fit.
+    """
+    device = best_device()
+    inputs = {"pairs": read_manifest(pairs, stage="ingest").content_hash}
+    if model is not None:
+        inputs["model"] = read_manifest(model).content_hash
+    policy, tokenizer = load_for_training(config.model, model, device=device)
+    check_length(policy, config.max_length)
+    # the set of pairs does not depend on how they are batched
+    examples = load_examples(config, pairs, tokenizer, batch_size=1, responses="pair")
+    every = [*examples.train.values(), *examples.held_out]
+    splits = [TRAIN] * len(examples.train) + [TEST] * len(examples.held_out)
+    dtype = compute_dtype(config.model, device)
+    with track("reference", "pairs", len(every)) as bar:
+        scored = score(
+            policy, every, dtype=dtype, token_budget=config.micro_batch_tokens, bar=bar
+        )
+    rows = [
+        (example.pair_id, PairLogProbs(split, example.tokens_hash(), chosen, rejected))
+        for example, split, (chosen, rejected) in zip(every, splits, scored, strict=True)
+    ]
+    with staged(output) as folder:
+        write_log_probs(folder, rows)
+        return write_manifest(
+            folder,
+            "reference",
+            settings=stage_settings(config, "reference"),
+            inputs=inputs,
+            code=code,
+            details={"pairs": len(every), "tokens": sum(e.n_tokens for e in every)},
+        )

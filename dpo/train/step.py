@@ -1,0 +1,173 @@
+"""One optimiser step: forward and backward over micro-batches, checks, clipping, update.
+
+Axes: E examples of a row, R responses of an example.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo.config.losses import AnyLoss, IPOLoss, SFTLoss
+from dpo.data.log_probs import PairLogProbs
+from dpo.data.packing import PackedBatch, pack
+from dpo.data.tokenize import TokenizedExample
+from dpo.errors import InvariantError, NonFiniteError
+from dpo.modeling.losses import PairLogps, preference_loss, sft_loss, starting_loss
+from dpo.modeling.metrics import Split, preference_metrics, sft_metrics
+from dpo.modeling.precision import autocast
+from dpo.modeling.scoring import response_lengths, response_sums, token_log_probs
+
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-3, torch.float16: 4e-3}
+"""Largest |h| at step 0 as a share of the responses' summed log-probabilities."""
+
+
+@dataclass
+class Objective:
+    """The loss of a model on examples, with what it needs beside the model."""
+
+    model: Any
+    loss: AnyLoss
+    dtype: torch.dtype
+    """Type of matrix products."""
+    token_budget: int
+    packed: bool | None = None
+    """Which forward path; None chooses by architecture."""
+
+    def figures(
+        self,
+        batch: PackedBatch,
+        reference: Sequence[PairLogProbs] | None,
+        split: Split,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of each example [E] with gradients, and every figure of each example [E]."""
+        log_probs_N = token_log_probs(self.model, batch, dtype=self.dtype, packed=self.packed)
+        logps_ER = response_sums(batch, log_probs_N)
+        if isinstance(self.loss, SFTLoss):
+            losses_E = sft_loss(logps_ER[:, 0])
+            return losses_E, sft_metrics(logps_ER[:, 0], losses_E, split)
+        assert reference is not None
+        reference_ER = logps_ER.new_tensor(
+            [[row.chosen.sum(dtype=np.float64), row.rejected.sum(dtype=np.float64)]
+             for row in reference]
+        )
+        if isinstance(self.loss, IPOLoss) and self.loss.log_probs == "mean":
+            lengths_ER = response_lengths(batch, logps_ER.device)
+            logps_ER, reference_ER = logps_ER / lengths_ER, reference_ER / lengths_ER
+        logps = PairLogps(
+            logps_ER[:, 0], logps_ER[:, 1], reference_ER[:, 0], reference_ER[:, 1]
+        )
+        losses_E = preference_loss(self.loss, logps)
+        return losses_E, preference_metrics(logps, losses_E, self.loss.beta, split)
+
+    def accumulate(
+        self,
+        examples: Sequence[TokenizedExample],
+        reference: Sequence[PairLogProbs] | None,
+        n_micro_batches: int,
+    ) -> dict[str, Tensor]:
+        """Gradients of the mean loss over ``examples``; figures of each example, in their order.
+
+        The examples are split into micro-batches and those into rows. How changes nothing but the
+        order of float32 sums: every row's loss is divided by the number of all examples.
+        """
+        collected: dict[str, list[Tensor]] = defaultdict(list)
+        order: list[int] = []
+        size = -(-len(examples) // n_micro_batches)
+        with autocast(self.dtype, self.model.device.type):
+            for first in range(0, len(examples), size):
+                for batch in pack(examples[first : first + size], self.token_budget):
+                    indices = [first + index for index in batch.examples]
+                    rows = None if reference is None else [reference[i] for i in indices]
+                    losses_E, figures = self.figures(batch, rows, "train")
+                    (losses_E.sum() / len(examples)).backward()
+                    order += indices
+                    for name, values_E in figures.items():
+                        collected[name].append(values_E)
+        position = torch.tensor(order).argsort()
+        return {name: torch.cat(parts).cpu()[position] for name, parts in collected.items()}
+
+    @torch.no_grad()
+    def evaluate(
+        self, examples: Sequence[TokenizedExample], reference: Sequence[PairLogProbs] | None
+    ) -> dict[str, float]:
+        """Mean of every figure over ``examples``, however few they are."""
+        sums: dict[str, float] = defaultdict(float)
+        with autocast(self.dtype, self.model.device.type):
+            for batch in pack(examples, self.token_budget):
+                rows = None if reference is None else [reference[i] for i in batch.examples]
+                _, figures = self.figures(batch, rows, "eval")
+                for name, values_E in figures.items():
+                    sums[name] += float(values_E.double().sum())
+        return {name: total / len(examples) for name, total in sums.items()}
+
+
+def check_finite(
+    figures: dict[str, Tensor], grad_norm: float, examples: Sequence[TokenizedExample]
+) -> None:
+    """Stop before an update that would spoil the weights.
+
+    Raises:
+        NonFiniteError: NaN or infinity in a loss or in the gradient; names the pairs.
+    """
+    bad = [
+        example.pair_id
+        for example, loss in zip(examples, figures["loss/train"].tolist(), strict=True)
+        if not np.isfinite(loss)
+    ]
+    if not bad and np.isfinite(grad_norm):
+        return
+    what = "the loss" if bad else "the gradient"
+    named = ", ".join((bad or [example.pair_id for example in examples])[:8])
+    raise NonFiniteError(
+        f"{what} is not finite; the model was not updated",
+        where=f"pairs {named}",
+        fix="lower lr or max_grad_norm, use float32, or look at these pairs",
+    )
+
+
+def check_starting_point(
+    figures: dict[str, Tensor], loss: AnyLoss, dtype: torch.dtype
+) -> None:
+    """Before the first update policy and reference are equal: the margin is 0, the loss known.
+
+    A mask, a packing or a cache that is wrong shows here.
+
+    Raises:
+        InvariantError: they differ by more than the precision in use explains.
+    """
+    if isinstance(loss, SFTLoss):
+        return
+    largest = max(figures[f"logps_train/{side}"].abs().max() for side in ("chosen", "rejected"))
+    tolerance = _TOLERANCE[dtype] * float(largest) + _TOLERANCE[dtype]
+    margin = float(figures["rewards_train/margins"].abs().max()) / loss.beta
+    if margin > tolerance:
+        raise InvariantError(
+            f"policy and reference differ before training: a log-ratio of {margin:.4g} where 0 "
+            f"is expected (tolerance {tolerance:.2g})",
+            where="step 0",
+            fix="the reference was computed with other weights, tokens or types: run it again",
+        )
+    expected = starting_loss(loss)
+    if expected is None:
+        return
+    found = float(figures["loss/train"].mean())
+    # |d loss / d h| at h = 0: beta / 2 for DPO, 1 / beta for IPO
+    slope = max(loss.beta, 1 / loss.beta) * tolerance + tolerance**2
+    if abs(found - expected) > slope + 1e-5:
+        raise InvariantError(
+            f"the loss before training is {found:.6f}, expected {expected:.6f}",
+            where="step 0",
+            fix="report a bug: the loss does not see what it should",
+        )
+
+
+def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float) -> float:
+    """Scale gradients down to ``max_norm``; returns their L2 norm before."""
+    return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True))
