@@ -53,10 +53,9 @@ class Objective:
             losses_E = sft_loss(logps_ER[:, 0])
             return losses_E, sft_metrics(logps_ER[:, 0], losses_E, split)
         assert reference is not None
-        reference_ER = logps_ER.new_tensor(
-            [[row.chosen.sum(dtype=np.float64), row.rejected.sum(dtype=np.float64)]
-             for row in reference]
-        )
+        # summed in the same way as the policy's, so that equal models differ by exactly nothing
+        reference_N = np.concatenate([part for row in reference for part in (row.chosen, row.rejected)])
+        reference_ER = response_sums(batch, torch.as_tensor(reference_N, device=log_probs_N.device))
         if isinstance(self.loss, IPOLoss) and self.loss.log_probs == "mean":
             lengths_ER = response_lengths(batch, logps_ER.device)
             logps_ER, reference_ER = logps_ER / lengths_ER, reference_ER / lengths_ER
