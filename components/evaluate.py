@@ -35,7 +35,6 @@ def evaluate(
     from pathlib import Path
 
     from dpo.evaluate.stage import run_evaluate
-
     from dpo.storage.step import copy_report, log_metrics, step
 
     with step("evaluate", settings, fingerprint) as run:

@@ -32,7 +32,6 @@ def gate(
 
     from dpo.evaluate.gate import run_gate
     from dpo.publish.runs import record_verdict
-
     from dpo.storage.step import step
 
     with step("gate", settings) as run:

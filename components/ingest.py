@@ -25,9 +25,8 @@ def ingest(
     """
     from pathlib import Path
 
-    from dpo.data.stage import run_ingest
-
     from dpo.data.plan import data_fingerprint
+    from dpo.data.stage import run_ingest
     from dpo.storage.step import copy_report, log_metrics, step
 
     with step("ingest", settings, fingerprint) as run:

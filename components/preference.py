@@ -28,9 +28,8 @@ def preference(
     """
     from pathlib import Path
 
-    from dpo.train.stage import run_train
-
     from dpo.storage.step import log_metrics, step
+    from dpo.train.stage import run_train
 
     with step("preference", settings, fingerprint) as run:
         manifest = run_train(

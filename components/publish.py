@@ -31,7 +31,6 @@ def publish(
     from pathlib import Path
 
     from dpo.publish.stage import run_publish
-
     from dpo.storage.step import log_metrics, step
 
     with step("publish", settings) as run:

@@ -26,9 +26,8 @@ def reference(
     """
     from pathlib import Path
 
-    from dpo.train.reference import run_reference
-
     from dpo.storage.step import log_metrics, step
+    from dpo.train.reference import run_reference
 
     with step("reference", settings, fingerprint) as run:
         manifest = run_reference(

@@ -26,9 +26,8 @@ def sft(
     from pathlib import Path
 
     from dpo.storage.base_model import model_fingerprint
-    from dpo.train.stage import run_train
-
     from dpo.storage.step import log_metrics, step
+    from dpo.train.stage import run_train
 
     with step("sft", settings, fingerprint) as run:
         run.expect("model", model_fingerprint(run.config.model))

@@ -2,9 +2,9 @@
 
     DpoError
     ├── ConfigError              a key, a value or a combination that cannot work
-    ├── DataError                preference data that is missing, unreadable or not what it should be
-    ├── ArtifactError            a step's output that is missing, incomplete or changed since written
-    ├── ModelError               a model, tokenizer or archive that cannot be loaded or does not fit
+    ├── DataError                preference data that is missing, unreadable or wrong
+    ├── ArtifactError            a step's output that is missing, incomplete or changed
+    ├── ModelError               a model, tokenizer or archive that does not load or fit
     ├── TrainingError            training that cannot go on
     │   ├── InvariantError       policy and reference differ where they must agree (step 0)
     │   └── NonFiniteError       NaN or infinity in a loss or a gradient

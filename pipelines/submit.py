@@ -133,7 +133,7 @@ def _run(options: argparse.Namespace) -> int:
     if not values["publish_store"]:
         raise PipelineError(
             "no store to publish to is given",
-            fix="pass --store s3://bucket/prefix (credentials come from the environment or Secrets)",
+            fix="pass --store s3://bucket/prefix; credentials come from the environment",
         )
     rerun = [step for step in options.rerun.split(",") if step]
     package.set_uncached(documents, rerun)

@@ -1,0 +1,1 @@
+"""Settings: types, composition, pipeline parameters, and which step reads what."""

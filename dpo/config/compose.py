@@ -240,9 +240,9 @@ def _origins(
     defaults = _group_defaults(directories)
     given = [o.key_or_group for o in parsed if o.key_or_group not in GROUPS]
     files = {group: f"{group}/{chosen.get(group) or defaults.get(group)}.yaml" for group in GROUPS}
-    written = _flatten(values)
+    written = flatten(values)
     origins = {}
-    for key in _flatten(config.model_dump(mode="json")):
+    for key in flatten(config.model_dump(mode="json")):
         section, _, rest = key.partition(".")
         if any(key == name or key.startswith(f"{name}.") for name in given):
             origins[key] = "command line"
@@ -273,11 +273,12 @@ def _group_defaults(directories: Sequence[Path]) -> dict[str, str]:
     return {}
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one mapping of dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
     return flat

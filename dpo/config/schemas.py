@@ -1,6 +1,6 @@
 """JSON Schema of the configuration, for editors: generated from the types.
 
-    python -m dpo.config.schemas [--check]
+python -m dpo.config.schemas [--check]
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ STAGE_KEYS: Mapping[Stage, frozenset[str]] = {
     "reference": frozenset(_TOKENS | _SELECTION | {"model", "trainer", "micro_batch_tokens"}),
     "preference": frozenset(_TRAIN),
     "evaluate": frozenset(
-        _TOKENS | {"model", "loss", "trainer", "seed", "n_eval_examples", "micro_batch_tokens"}
+        _TOKENS
+        | {"model", "loss", "trainer", "seed", "n_eval_examples", "micro_batch_tokens"}
         | {"evaluation"}
     ),
     "gate": frozenset({"gate", "publish"}),

@@ -21,7 +21,11 @@ from dpo.evaluate.charts import interval_bar, line_chart
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
 _FIGURES = (
     ("reward_accuracy", "Reward accuracy", "share of pairs whose chosen response gained more"),
-    ("accuracy_sum", "Log-prob accuracy", "share of pairs whose chosen response is likelier, summed"),
+    (
+        "accuracy_sum",
+        "Log-prob accuracy",
+        "share of pairs whose chosen response is likelier, summed",
+    ),
     ("accuracy_per_token", "Log-prob accuracy per token", "the same, averaged over tokens"),
     ("reward_margin", "Reward margin", "chosen minus rejected reward"),
     ("loss", "Preference loss", "on held-out pairs"),

@@ -54,7 +54,9 @@ def run_evaluate(
         DpoError: an input that is incomplete or does not fit.
     """
     if isinstance(config.loss, SFTLoss):
-        raise ConfigError("loss=sft: the evaluation compares preferences", fix="use loss=dpo or ipo")
+        raise ConfigError(
+            "loss=sft: the evaluation compares preferences", fix="use loss=dpo or ipo"
+        )
     manifests = {
         "pairs": read_manifest(pairs, stage="ingest"),
         "sft": read_manifest(sft),
@@ -108,8 +110,10 @@ def run_evaluate(
             code=code,
             details={
                 "n_pairs": result["n_pairs"],
-                **{f"{side}": {k: v["value"] for k, v in result[side].items()}
-                   for side in ("before", "after")},
+                **{
+                    f"{side}": {k: v["value"] for k, v in result[side].items()}
+                    for side in ("before", "after")
+                },
             },
         )
 

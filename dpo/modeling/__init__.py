@@ -1,0 +1,1 @@
+"""Models: loading, packed attention, log-probabilities, losses, generation."""

@@ -29,7 +29,9 @@ class _TokenLogProbs(torch.autograd.Function):
         return out_N
 
     @staticmethod
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(
+        ctx: Any, grad_N: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         hidden_ND, weight_VD, bias_V, target_N = ctx.saved_tensors
         grad_hidden_ND = torch.empty_like(hidden_ND)
         # sums over all tokens: in float32 whatever the products' type
@@ -38,9 +40,7 @@ class _TokenLogProbs(torch.autograd.Function):
         for chunk in _chunks(len(target_N)):
             # d logp / d logit = onehot - softmax
             grad_nV = _logits(hidden_ND[chunk], weight_VD, bias_V).softmax(1).neg_()
-            grad_nV.scatter_add_(
-                1, target_N[chunk, None], torch.ones_like(grad_nV[:, :1])
-            )
+            grad_nV.scatter_add_(1, target_N[chunk, None], torch.ones_like(grad_nV[:, :1]))
             grad_nV.mul_(grad_N[chunk, None])
             if grad_bias_V is not None:
                 grad_bias_V += grad_nV.sum(0)
@@ -64,7 +64,11 @@ def _logits(hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tens
 
 
 def token_log_probs_from_hidden(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N: Tensor, dtype: torch.dtype
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    target_N: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Log-probability of each target; float32, shape [N], with gradients.
 

@@ -53,7 +53,9 @@ def _attention(folder: Path) -> str:
     return "eager" if config.get("model_type") == "gptj" else "sdpa"
 
 
-def load_for_training(model: ModelConfig, base: Path | None, *, device: str = "cpu") -> tuple[Any, Any]:
+def load_for_training(
+    model: ModelConfig, base: Path | None, *, device: str = "cpu"
+) -> tuple[Any, Any]:
     """Policy and tokenizer to start from: ``base``, else ``model.archive``, else the base model.
 
     Raises:
@@ -69,9 +71,7 @@ def load_for_training(model: ModelConfig, base: Path | None, *, device: str = "c
         tokenizer = load_tokenizer(local_tokenizer(model))
     else:
         folder = base or (checkpoint_folder(archive) if archive else local_model(model))
-        policy = load_model(
-            folder, dtype, device=device, trust_remote_code=model.trust_remote_code
-        )
+        policy = load_model(folder, dtype, device=device, trust_remote_code=model.trust_remote_code)
         own = base is not None or archive is not None
         tokenizer = load_tokenizer(folder if own else local_tokenizer(model))
     check_tokenizer(policy, tokenizer)

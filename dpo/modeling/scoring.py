@@ -29,7 +29,11 @@ _warned: set[str] = set()
 
 
 def token_log_probs(
-    model: Any, batch: PackedBatch, *, dtype: torch.dtype = torch.float32, packed: bool | None = None
+    model: Any,
+    batch: PackedBatch,
+    *,
+    dtype: torch.dtype = torch.float32,
+    packed: bool | None = None,
 ) -> Tensor:
     """Log-probability of every response token of a row; float32, shape [N], with gradients.
 

@@ -1,0 +1,1 @@
+"""Publication of models to a store, and reading them back."""

@@ -1,0 +1,1 @@
+"""Everything on disk and in stores: manifests, progress, fingerprints, base models."""

@@ -1,9 +1,9 @@
 """Where a base model comes from, and a fingerprint of it, without torch.
 
-    builtin:NAME    travels with this package
-    a folder        a Hugging Face directory
-    org/name        the hub, at a commit; SmolLM2-135M-Instruct also from a Python package, converted
-                    once into the user's cache (``dpo.modeling.obtain``)
+builtin:NAME    travels with this package
+a folder        a Hugging Face directory
+org/name        the hub, at a commit; SmolLM2-135M-Instruct also from a Python package, converted
+                once into the user's cache (``dpo.modeling.obtain``)
 """
 
 from __future__ import annotations
@@ -49,6 +49,15 @@ def local_model(model: ModelConfig) -> Path:
     return folder
 
 
+def is_here(model: ModelConfig) -> bool:
+    """Whether the model can be loaded without a network.
+
+    Raises:
+        ModelError: it names a folder or a packaged model that does not exist.
+    """
+    return _without_network(model.name_or_path) is not None
+
+
 def local_tokenizer(model: ModelConfig) -> Path:
     """A folder with the tokenizer; of a hub model its tokenizer files alone are fetched.
 
@@ -80,9 +89,7 @@ def model_fingerprint(model: ModelConfig) -> str:
 def _without_network(name: str) -> Path | None:
     """The folder behind a name that needs no hub; None for a hub id."""
     if not name:
-        raise ModelError(
-            "no model is given", fix="set model.name_or_path to a hub id or a folder"
-        )
+        raise ModelError("no model is given", fix="set model.name_or_path to a hub id or a folder")
     if name.startswith(BUILTIN_PREFIX):
         place = builtin(name)
         if place is None or not place.is_dir():

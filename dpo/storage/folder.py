@@ -62,10 +62,14 @@ class FolderStore(Store):
             partial.replace(path)
 
     def list(self, prefix: str = "") -> Iterator[str]:
-        found = (p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
+        found = (
+            p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file()
+        )
         for key in sorted(found):
             hidden = key.rpartition("/")[2]
-            if key.startswith(prefix) and not (hidden.startswith(".") and hidden.endswith("partial")):
+            if key.startswith(prefix) and not (
+                hidden.startswith(".") and hidden.endswith("partial")
+            ):
                 if key != _LOCK:
                     yield key
 

@@ -181,7 +181,9 @@ class S3Store(Store):
     def list(self, prefix: str = "") -> Iterator[str]:
         start = f"{self.prefix}/" if self.prefix else ""
         with self._problems(prefix):
-            found = self._client.list_objects(self.bucket, prefix=f"{start}{prefix}", recursive=True)
+            found = self._client.list_objects(
+                self.bucket, prefix=f"{start}{prefix}", recursive=True
+            )
             for item in found:
                 yield item.object_name[len(start) :]
 

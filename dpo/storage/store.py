@@ -121,7 +121,7 @@ def open_store(url: str) -> Store:
     if parts.username or parts.password:
         raise ConfigError(
             "the store's URL has credentials in it",
-            fix="put them into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and leave them out here",
+            fix="leave them out here and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
         )
     if parts.query or parts.fragment:
         raise ConfigError(f"{url!r}: a store's URL has no ? or # part")

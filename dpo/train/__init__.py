@@ -1,0 +1,1 @@
+"""Training stages: SFT, reference log-probabilities, preference training."""

@@ -6,12 +6,11 @@ from pathlib import Path
 
 from dpo.config.schema import RunConfig
 from dpo.config.stages import stage_settings
-from dpo.data.log_probs import write_log_probs
+from dpo.data.log_probs import PairLogProbs, write_log_probs
 from dpo.data.schema import TEST, TRAIN
 from dpo.modeling.load import check_length, load_for_training
 from dpo.modeling.precision import compute_dtype
 from dpo.modeling.scoring import score
-from dpo.data.log_probs import PairLogProbs
 from dpo.storage.manifest import Manifest, read_manifest, staged, write_manifest
 from dpo.storage.progress import track
 from dpo.train.data import load_examples
@@ -46,9 +45,7 @@ def run_reference(
     splits = [TRAIN] * len(examples.train) + [TEST] * len(examples.held_out)
     dtype = compute_dtype(config.model, device)
     with track("reference", "pairs", len(every)) as bar:
-        scored = score(
-            policy, every, dtype=dtype, token_budget=config.micro_batch_tokens, bar=bar
-        )
+        scored = score(policy, every, dtype=dtype, token_budget=config.micro_batch_tokens, bar=bar)
     rows = [
         (example.pair_id, PairLogProbs(split, example.tokens_hash(), chosen, rejected))
         for example, split, (chosen, rejected) in zip(every, splits, scored, strict=True)

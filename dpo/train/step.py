@@ -54,14 +54,14 @@ class Objective:
             return losses_E, sft_metrics(logps_ER[:, 0], losses_E, split)
         assert reference is not None
         # summed in the same way as the policy's, so that equal models differ by exactly nothing
-        reference_N = np.concatenate([part for row in reference for part in (row.chosen, row.rejected)])
+        reference_N = np.concatenate(
+            [part for row in reference for part in (row.chosen, row.rejected)]
+        )
         reference_ER = response_sums(batch, torch.as_tensor(reference_N, device=log_probs_N.device))
         if isinstance(self.loss, IPOLoss) and self.loss.log_probs == "mean":
             lengths_ER = response_lengths(batch, logps_ER.device)
             logps_ER, reference_ER = logps_ER / lengths_ER, reference_ER / lengths_ER
-        logps = PairLogps(
-            logps_ER[:, 0], logps_ER[:, 1], reference_ER[:, 0], reference_ER[:, 1]
-        )
+        logps = PairLogps(logps_ER[:, 0], logps_ER[:, 1], reference_ER[:, 0], reference_ER[:, 1])
         losses_E = preference_loss(self.loss, logps)
         return losses_E, preference_metrics(logps, losses_E, self.loss.beta, split)
 
@@ -131,9 +131,7 @@ def check_finite(
     )
 
 
-def check_starting_point(
-    figures: dict[str, Tensor], loss: AnyLoss, dtype: torch.dtype
-) -> None:
+def check_starting_point(figures: dict[str, Tensor], loss: AnyLoss, dtype: torch.dtype) -> None:
     """Before the first update policy and reference are equal: the margin is 0, the loss known.
 
     A mask, a packing or a cache that is wrong shows here.

@@ -1,0 +1,379 @@
+"""The command line: ``dpo <stage> [key=value ...]``.
+
+Nothing heavy is imported until a stage runs, so ``--help`` and a typo answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo.errors import ConfigError, DpoError
+
+INTERRUPTED = 130
+REFUSED = 3
+
+PATHS = {
+    "data": "output folder of ingest",
+    "output": "folder to write the result to",
+    "base": "checkpoint to start from (default: model.archive, else the base model)",
+    "reference": "output folder of reference",
+    "sft": "checkpoint of the SFT stage",
+    "policy": "checkpoint of the preference stage",
+    "evaluation": "output folder of evaluate",
+    "verdict": "output folder of gate",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word after ``dpo``."""
+
+    summary: str
+    paths: tuple[str, ...]
+    """Path keys that it takes."""
+    required: tuple[str, ...]
+    keys: str
+    """The settings that people change most."""
+    example: str
+
+
+COMMANDS = {
+    "ingest": Command(
+        "Read preference data, validate every row and write Parquet pairs.",
+        ("output",),
+        ("output",),
+        "datasets sources.NAME.path test_fraction max_rejected_share prompt_format max_length",
+        "dpo ingest datasets=[pairs.jsonl] model=smollm2 output=out/data",
+    ),
+    "train": Command(
+        "Train: SFT with loss=sft, else a preference loss.",
+        ("data", "base", "reference", "output"),
+        (),
+        "model loss loss.beta datasets batch_size n_epochs n_examples lr warmup_steps optimizer "
+        "gradient_accumulation_steps model.archive exp_name seed",
+        "dpo train model=smollm2 loss=dpo loss.beta=0.1 datasets=[hh] model.archive=out/sft",
+    ),
+    "reference": Command(
+        "Score pairs with the reference model, once for every loss and beta.",
+        ("data", "base", "output"),
+        ("data", "output"),
+        "model model.archive n_examples n_eval_examples seed",
+        "dpo reference data=out/data base=out/sft output=out/reference",
+    ),
+    "evaluate": Command(
+        "Measure a policy on held-out pairs and write the report.",
+        ("data", "sft", "policy", "reference", "output"),
+        ("data", "sft", "policy", "reference", "output"),
+        "loss loss.beta n_eval_examples evaluation.n_samples evaluation.max_new_tokens",
+        "dpo evaluate data=out/data sft=out/sft policy=out/policy reference=out/reference "
+        "output=out/evaluation",
+    ),
+    "gate": Command(
+        "Decide whether a policy may be published; exit code 3 when it may not.",
+        ("evaluation", "output"),
+        ("evaluation", "output"),
+        "gate.min_reward_accuracy gate.force",
+        "dpo gate evaluation=out/evaluation output=out/verdict",
+    ),
+    "publish": Command(
+        "Publish an approved policy to a store.",
+        ("policy", "evaluation", "verdict", "output"),
+        ("policy", "evaluation", "verdict", "output"),
+        "publish.store publish.name publish.create_bucket exp_name (the run's id in the store)",
+        "dpo publish policy=out/policy evaluation=out/evaluation verdict=out/verdict "
+        "publish.store=s3://models output=out/published",
+    ),
+    "config": Command(
+        "Print every setting with its value and where it came from.",
+        (),
+        (),
+        "any",
+        "dpo config model=pythia28 loss=ipo",
+    ),
+    "fetch": Command(
+        "Bring the base model onto this machine.", (), (), "model", "dpo fetch model=smollm2"
+    ),
+    "verify": Command(
+        "Re-hash a published model: dpo verify URL.",
+        (),
+        (),
+        "",
+        "dpo verify s3://models/policy",
+    ),
+    "pull": Command(
+        "Fetch a published model into a folder, verified: dpo pull URL output=FOLDER.",
+        ("output",),
+        ("output",),
+        "",
+        "dpo pull s3://models/policy output=policy",
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _main(given)
+    except DpoError as error:
+        print(f"dpo: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\ndpo: stopped; nothing half-written was kept", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        return 1
+
+
+def _main(given: list[str]) -> int:
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if given else 2
+    name, rest = given[0], given[1:]
+    if name == "--version":
+        from dpo import __version__
+
+        print(__version__)
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(
+            f"there is no command {name!r}{hint}", fix=f"choose one of {', '.join(COMMANDS)}"
+        )
+    options, overrides = _options(name).parse_known_args(rest)
+    stray = [text for text in overrides if text.startswith("-")]
+    if stray:
+        raise ConfigError(
+            f"unknown option {stray[0]}", fix=f"settings are key=value; see `dpo {name} --help`"
+        )
+    return _run(name, options, overrides)
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: dpo COMMAND [key=value ...] [--config-dir DIR]",
+            "",
+            "Preference fine-tuning: SFT, then DPO, conservative DPO or IPO.",
+            "",
+            *lines,
+            "",
+            "`dpo COMMAND --help` explains one; `dpo config` prints all settings.",
+        ]
+    )
+
+
+def _options(name: str) -> argparse.ArgumentParser:
+    command = COMMANDS[name]
+    lines = [f"example:\n  {command.example}"]
+    if command.paths:
+        shown = [
+            f"  {path}=  {PATHS[path]}{'' if path in command.required else ' (optional)'}"
+            for path in command.paths
+        ]
+        lines.append("paths:\n" + "\n".join(shown))
+    if command.keys:
+        lines.append(f"often used settings:\n  {command.keys}\n`dpo config` prints all of them.")
+    parser = argparse.ArgumentParser(
+        prog=f"dpo {name}",
+        usage=f"dpo {name} [key=value ...] [--config-dir DIR]",
+        description=command.summary,
+        epilog="\n\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config-dir", type=Path, help="folder with choices of your own, such as model/mine.yaml"
+    )
+    if name == "config":
+        parser.add_argument("--json", action="store_true", help="one JSON object")
+    return parser
+
+
+def _run(name: str, options: argparse.Namespace, overrides: list[str]) -> int:
+    command = COMMANDS[name]
+    if name == "verify":
+        return _verify(overrides)
+    paths = {}
+    settings = []
+    urls = []
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if key in command.paths and separator:
+            paths[key] = Path(value).expanduser()
+        elif not separator and name == "pull":
+            urls.append(text)
+        elif key in PATHS and separator:
+            raise ConfigError(
+                f"dpo {name} takes no {key}=",
+                fix=f"it takes {', '.join(f'{path}=' for path in command.paths) or 'no paths'}",
+            )
+        else:
+            settings.append(text)
+    missing = [path for path in command.required if path not in paths]
+    if missing:
+        raise ConfigError(
+            f"dpo {name} needs {missing[0]}= ({PATHS[missing[0]]})", fix=command.example
+        )
+    if name == "pull":
+        return _pull(urls, paths["output"])
+    from dpo.config.compose import compose
+
+    composed = compose(settings, user_dir=options.config_dir)
+    for warning in composed.warnings:
+        print(f"dpo: {warning}", file=sys.stderr)
+    runner: Callable[[Any, dict[str, Path], argparse.Namespace], int] = _RUNNERS[name]
+    return runner(composed, paths, options)
+
+
+def _verify(arguments: list[str]) -> int:
+    from dpo.publish.verify import verify
+
+    if len(arguments) != 1:
+        raise ConfigError("dpo verify takes one URL", fix=COMMANDS["verify"].example)
+    manifest = verify(arguments[0])
+    print(
+        f"{manifest['name']} {manifest['content_hash']}: {len(manifest['files'])} files are whole"
+    )
+    return 0
+
+
+def _pull(urls: list[str], output: Path) -> int:
+    from dpo.publish.verify import pull
+
+    if len(urls) != 1:
+        raise ConfigError("dpo pull takes one URL", fix=COMMANDS["pull"].example)
+    manifest = pull(urls[0], output)
+    print(f"{manifest['name']} {manifest['content_hash']} is in {output}")
+    return 0
+
+
+def _ingest(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
+    from dpo.config.stages import restrict
+    from dpo.data.stage import run_ingest
+
+    run_ingest(restrict(composed.config, "ingest"), paths["output"])
+    print(f"pairs and report: {paths['output']}")
+    return 0
+
+
+def _train(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
+    from dpo.train.direct import train_directly
+
+    output = train_directly(composed.config, **paths)
+    print(f"checkpoint: {output}")
+    return 0
+
+
+def _reference(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
+    from dpo.config.stages import restrict
+    from dpo.train.reference import run_reference
+
+    config = restrict(composed.config, "reference")
+    run_reference(config, paths["output"], pairs=paths["data"], model=paths.get("base"))
+    print(f"log-probabilities: {paths['output']}")
+    return 0
+
+
+def _evaluate(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
+    from dpo.config.stages import restrict
+    from dpo.evaluate.stage import run_evaluate
+
+    run_evaluate(
+        restrict(composed.config, "evaluate"),
+        paths["output"],
+        pairs=paths["data"],
+        sft=paths["sft"],
+        policy=paths["policy"],
+        reference=paths["reference"],
+    )
+    print(f"report: {paths['output'] / 'report.html'}")
+    return 0
+
+
+def _gate(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
+    from dpo.config.stages import restrict
+    from dpo.evaluate.gate import run_gate
+
+    config = restrict(composed.config, "gate")
+    verdict = run_gate(config, paths["output"], evaluation=paths["evaluation"])
+    for rule in verdict.rules:
+        print(f"{'passed' if rule.passed else 'failed'}: {rule.explanation}")
+    print("approved" + (" (forced)" if verdict.forced else "") if verdict.approved else "refused")
+    return 0 if verdict.approved else REFUSED
+
+
+def _publish(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
+    from dpo.config.stages import restrict
+    from dpo.publish.runs import record_verdict
+    from dpo.publish.stage import run_publish
+
+    config = restrict(composed.config, "publish")
+    run_id = composed.config.exp_name
+    record_verdict(config.publish, run_id, evaluation=paths["evaluation"], verdict=paths["verdict"])
+    run_publish(
+        config,
+        paths["output"],
+        policy=paths["policy"],
+        evaluation=paths["evaluation"],
+        verdict=paths["verdict"],
+        run_id=run_id,
+    )
+    print((paths["output"] / "published.json").read_text(encoding="utf-8"))
+    return 0
+
+
+def _config(composed: Any, _: dict[str, Path], options: argparse.Namespace) -> int:
+    import json
+
+    values = composed.config.model_dump(mode="json")
+    if options.json:
+        print(json.dumps({"config": values, "origins": dict(composed.origins)}, indent=1))
+        return 0
+    from dpo.config.compose import flatten
+
+    flat = flatten(values)
+    width = max(map(len, flat))
+    shown = {key: json.dumps(value, ensure_ascii=False) for key, value in flat.items()}
+    value_width = min(40, max(map(len, shown.values())))
+    for key, text in shown.items():
+        print(f"{key:{width}}  {text:{value_width}}  {composed.origins[key]}")
+    return 0
+
+
+def _fetch(composed: Any, _: dict[str, Path], __: argparse.Namespace) -> int:
+    from dpo.errors import ModelError
+    from dpo.storage.base_model import is_here, local_model
+
+    model = composed.config.model
+    if is_here(model):
+        folder = local_model(model)
+    else:
+        try:
+            from dpo.modeling.obtain import obtain
+        except ImportError:
+            raise ModelError("the model is not here, and without torch it cannot be made") from None
+        folder = obtain(model)
+    print(f"{model.name_or_path} is in {folder}")
+    return 0
+
+
+_RUNNERS = {
+    "ingest": _ingest,
+    "train": _train,
+    "reference": _reference,
+    "evaluate": _evaluate,
+    "gate": _gate,
+    "publish": _publish,
+    "config": _config,
+    "fetch": _fetch,
+}

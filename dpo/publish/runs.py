@@ -1,0 +1,53 @@
+"""What a run leaves in the store beside the model: its verdict, figures and report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dpo.config.schema import PublishConfig
+from dpo.errors import ConfigError
+from dpo.storage.manifest import read_manifest, sha256_file
+from dpo.storage.runs import run_prefix, write_run_manifest
+from dpo.storage.store import Store, open_store
+
+_EVALUATION_FILES = ("report.html", "report.md", "evaluation.json", "samples.json")
+
+
+def configured_store(publish: PublishConfig) -> Store:
+    """The store that settings name, checked to answer.
+
+    Raises:
+        ConfigError: none is named.
+        StoreError: it does not answer, or its bucket is missing.
+    """
+    if not publish.store:
+        raise ConfigError(
+            "there is no store to publish to",
+            where="publish.store",
+            fix="set it to s3://bucket/prefix, minio://bucket/prefix or file:///folder",
+        )
+    store = open_store(publish.store)
+    store.check(create=publish.create_bucket)
+    return store
+
+
+def record_verdict(publish: PublishConfig, run_id: str, *, evaluation: Path, verdict: Path) -> None:
+    """Store the report, the figures and the verdict of a run, whether it is approved or not."""
+    store = configured_store(publish)
+    judged = read_manifest(evaluation, stage="evaluate")
+    decided = read_manifest(verdict, stage="gate")
+    files = [evaluation / name for name in _EVALUATION_FILES if (evaluation / name).is_file()]
+    for path in (*files, verdict / "verdict.json"):
+        store.upload(path, f"{run_prefix(run_id)}/{path.name}", sha256_file(path))
+    write_run_manifest(
+        store,
+        run_id,
+        verdict=json.loads((verdict / "verdict.json").read_text(encoding="utf-8")),
+        evaluation=json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8")),
+        artifacts={
+            "evaluate": {"content_hash": judged.content_hash, "inputs": judged.inputs},
+            "gate": {"content_hash": decided.content_hash, "inputs": decided.inputs},
+        },
+        settings={"evaluate": judged.settings, "gate": decided.settings},
+    )

@@ -1,0 +1,79 @@
+"""Training from one command, as the reference code's ``train.py``: ingest and reference included.
+
+The pipeline runs these stages as steps of their own; here they are folders of the run:
+
+    <run dir>/data        pairs
+    <run dir>/reference   log-probabilities of the reference, for a preference loss
+    <run dir>/LATEST      the checkpoint
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime
+from pathlib import Path
+
+from dpo.config.losses import SFTLoss
+from dpo.config.schema import RunConfig
+from dpo.config.stages import restrict
+from dpo.data.stage import run_ingest
+from dpo.errors import ConfigError
+from dpo.storage.progress import message
+from dpo.train.reference import run_reference
+from dpo.train.stage import run_train
+
+
+def train_directly(
+    config: RunConfig,
+    *,
+    data: Path | None = None,
+    base: Path | None = None,
+    reference: Path | None = None,
+    output: Path | None = None,
+) -> Path:
+    """Train, preparing what is not given; returns the checkpoint's folder.
+
+    Raises:
+        DpoError: as the stages do.
+    """
+    run_dir = output.parent if output is not None else make_run_dir(config)
+    target = output or run_dir / "LATEST"
+    stage = "sft" if isinstance(config.loss, SFTLoss) else "preference"
+    if data is None:
+        data = run_dir / "data"
+        message(stage, f"run folder: {run_dir}")
+        run_ingest(restrict(config, "ingest"), data)
+    if stage == "preference" and reference is None:
+        reference = run_dir / "reference"
+        run_reference(restrict(config, "reference"), reference, pairs=data, model=base)
+    run_train(restrict(config, stage), target, pairs=data, base=base, reference=reference)
+    return target
+
+
+def make_run_dir(config: RunConfig) -> Path:
+    """``local_run_dir``, or ``<local dir>/<user>/<exp_name>_<time>`` in the first writable one.
+
+    Raises:
+        ConfigError: none of ``local_dirs`` can be written to.
+    """
+    if config.local_run_dir is not None:
+        folder = Path(config.local_run_dir).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
+    for place in config.local_dirs:
+        folder = Path(place).expanduser() / _user() / f"{config.exp_name}_{stamp}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        return folder
+    raise ConfigError(
+        f"no folder of local_dirs can be written to: {', '.join(config.local_dirs)}",
+        fix="name another one: local_dirs=[/folder], or set local_run_dir",
+    )
+
+
+def _user() -> str:
+    """The user's name; OpenShift runs pods under numbers that have none."""
+    return os.environ.get("USER") or os.environ.get("LOGNAME") or f"uid{os.getuid()}"
