@@ -1,7 +1,5 @@
 """The decision whether a policy is published."""
 
-from typing import NamedTuple
-
 from kfp import dsl
 
 from components.images import DATA_IMAGE
@@ -13,7 +11,7 @@ def gate(
     verdict: dsl.Output[dsl.Artifact],
     settings: str = "{}",
     run_id: str = "",
-) -> NamedTuple("Decision", [("approved", bool)]):
+) -> bool:
     """Applies the rules to the held-out figures; a refusal is a result, not a failure.
 
     Never cached. The verdict and the run's manifest are written to the store either way.
@@ -25,9 +23,9 @@ def gate(
         run_id: Names the run's folder in the store.
 
     Returns:
-        approved: Whether the policy is to be published.
+        Whether the policy is to be published. Unnamed, because kfp.local resolves no other
+        output in a condition.
     """
-    from collections import namedtuple
     from pathlib import Path
 
     from dpo.evaluate.gate import run_gate
@@ -44,4 +42,4 @@ def gate(
             evaluation=Path(evaluation.path),
             verdict=Path(verdict.path),
         )
-    return namedtuple("Decision", ["approved"])(decision.approved)
+    return decision.approved

@@ -61,6 +61,9 @@ def read_outputs(outcome: Outcome, artifacts: dict[str, Path]) -> None:
     if folder := artifacts.get("gate"):
         outcome.verdict = _json(folder / "verdict.json")
         outcome.state = "succeeded" if outcome.verdict["approved"] else "refused"
+        if outcome.verdict["approved"] and "publish" not in artifacts:
+            outcome.state = "failed"
+            outcome.message = "the gate approved the policy, but publish did not run"
     if folder := artifacts.get("evaluate"):
         outcome.evaluation = _json(folder / "evaluation.json")
         outcome.places["report"] = str(folder / "report.html")

@@ -25,33 +25,33 @@ def preference_pipeline(
     model: str = "smollm2",
     datasets: list = ["hh_sample"],  # noqa: B006  # kfp wants literals and copies them
     prompt_format: str = "raw",
-    max_length: int = 512,
-    max_prompt_length: int = 256,
+    max_length: int = 256,
+    max_prompt_length: int = 128,
     test_fraction: float = 0.2,
     max_rejected_share: float = 0.05,
     seed: int = 0,
-    sft_n_examples: int = 160,
+    sft_n_examples: int = 64,
     sft_n_epochs: int = 1,
     sft_batch_size: int = 16,
     sft_optimizer: str = "AdamW",
     sft_lr: float = 1e-5,
     sft_lr_schedule: str = "linear",
-    sft_warmup_steps: int = 2,
+    sft_warmup_steps: int = 1,
     sft_overrides: list = [],  # noqa: B006
     preference_loss: str = "dpo",
     preference_beta: float = 0.1,
     preference_label_smoothing: float = 0.0,
-    preference_n_examples: int = 256,
+    preference_n_examples: int = 96,
     preference_n_epochs: int = 1,
     preference_batch_size: int = 16,
     preference_optimizer: str = "AdamW",
     preference_lr: float = 1e-5,
     preference_lr_schedule: str = "linear",
-    preference_warmup_steps: int = 4,
+    preference_warmup_steps: int = 2,
     preference_overrides: list = [],  # noqa: B006
-    evaluate_n_pairs: int = 100,
+    evaluate_n_pairs: int = 64,
     evaluate_n_samples: int = 4,
-    gate_min_reward_accuracy: float = 0.5,
+    gate_min_reward_accuracy: float = 0.4,
     gate_force: bool = False,
     publish_store: str = "",
     publish_name: str = "policy",
@@ -172,7 +172,7 @@ def preference_pipeline(
     )
     decision.set_caching_options(enable_caching=False)
     # a boolean that the gate computed: no text of a user reaches a condition
-    with dsl.If(decision.outputs["approved"] == True, name="approved"):  # noqa: E712
+    with dsl.If(decision.outputs["Output"] == True, name="approved"):  # noqa: E712
         publication = publish(
             settings=planned["publish_settings"],
             run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,

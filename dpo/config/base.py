@@ -1,4 +1,4 @@
-"""What every configuration section has in common: unknown keys fail, docstrings are descriptions."""
+"""What configuration sections have in common: unknown keys fail, docstrings are descriptions."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def _finding(item: Any, schema: type[BaseModel]) -> str:
         return f"loss={item['ctx']['tag']}: the choices are {item['ctx']['expected_tags']}"
     if kind == "union_tag_not_found":
         return "loss.name is missing: choose a loss, such as loss=dpo"
-    key = ".".join(_without_tags(schema, path))
+    key = ".".join(_without_tags(path))
     return f"{key}={item['input']!r}: {item['msg'].lower()}"
 
 
@@ -63,7 +63,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for part in typing.get_args(annotation) for model in _models_in(part)]
 
 
-def _without_tags(schema: type[BaseModel], path: list[str]) -> list[str]:
+def _without_tags(path: list[str]) -> list[str]:
     """``loss.dpo.beta`` as pydantic reports it is ``loss.beta`` as people write it."""
     if len(path) > 1 and path[0] == "loss":
         return [path[0], *path[2:]]
@@ -82,4 +82,4 @@ def _section_at(schema: type[BaseModel], path: list[str]) -> tuple[list[str], li
         elif section is None:
             section = next((m for m in union if m.model_fields["name"].default == part), None)
     keys = list(section.model_fields) if section else []
-    return keys, _without_tags(schema, path)
+    return keys, _without_tags(path)

@@ -1,4 +1,4 @@
-"""One configuration class per loss, so that an option that the chosen loss ignores is unknown to it."""
+"""A configuration class per loss: an option that the chosen loss ignores is unknown to it."""
 
 from __future__ import annotations
 

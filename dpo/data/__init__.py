@@ -1,0 +1,1 @@
+"""Preference data: formats, validation, Parquet, tokenisation, packing. Imports no torch."""

@@ -86,7 +86,7 @@ def hh(row: Mapping[str, Any]) -> list[Candidate]:
 
 
 def shp(row: Mapping[str, Any]) -> list[Candidate]:
-    """Stanford Human Preferences: two comments on a post; kept when the score ratio is 2 or more."""
+    """Stanford Human Preferences: two comments on a post; kept from a score ratio of 2 on."""
     prompt = f"{HUMAN} {text_field(row, 'history')}{ASSISTANT}"
     scores = [_number_field(row, "score_A"), _number_field(row, "score_B")]
     responses = [f" {text_field(row, name)}" for name in ("human_ref_A", "human_ref_B")]
@@ -133,7 +133,8 @@ def _plain_text(html: str) -> str:
     soup = BeautifulSoup(html, "html.parser")
     for element in soup.find_all("li"):
         element.insert(0, "\n- ")
-    return soup.get_text().strip()
+    text: str = soup.get_text()
+    return text.strip()
 
 
 PARSERS: Mapping[str, Parser] = {"pairs": pairs, "novalto": pairs, "hh": hh, "shp": shp, "se": se}

@@ -58,7 +58,8 @@ pairs{% if longer_chosen > 0.6 or longer_chosen < 0.4 %}: a model may learn the 
 the quality{% endif %}.</p>
 <h2>Sample pairs</h2>
 {% for pair in sample %}<details><summary>{{ pair.prompt[-100:] }}</summary>
-<pre>{{ pair.prompt }}</pre><div class="pair"><div><h3>preferred</h3><pre>{{ pair.chosen }}</pre></div>
+<pre>{{ pair.prompt }}</pre><div class="pair">
+<div><h3>preferred</h3><pre>{{ pair.chosen }}</pre></div>
 <div><h3>rejected</h3><pre>{{ pair.rejected }}</pre></div></div></details>
 {% endfor %}
 </body></html>

@@ -72,7 +72,7 @@ def run_ingest(config: RunConfig, output: Path, *, code: str = "") -> Manifest:
             code=code,
             details={"metrics": _scalars(figures)},
         )
-    _tell(figures, output)
+    _tell(figures)
     return manifest
 
 
@@ -245,7 +245,7 @@ def _write_quarantine(result: Ingested, folder: Path) -> None:
             file.write(line.encode("utf-8", "backslashreplace").decode() + "\n")
 
 
-def _tell(figures: dict[str, Any], output: Path) -> None:
+def _tell(figures: dict[str, Any]) -> None:
     if figures["rejected"]:
         reasons = ", ".join(f"{count} {name}" for name, count in figures["reasons"].items())
         message(

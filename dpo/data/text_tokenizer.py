@@ -1,8 +1,8 @@
 """A tokenizer for checks on text, from its files alone: loads in milliseconds and needs no torch.
 
-``transformers`` imports torch wherever it is installed. Ingest only needs the end-of-sequence token,
-the chat template and a count of tokens, which the files hold. Training itself uses transformers'
-tokenizer (``dpo.data.tokenize.load_tokenizer``).
+``transformers`` imports torch wherever it is installed. Ingest only needs the end-of-sequence
+token, the chat template and a count of tokens, which the files hold. Training itself uses
+transformers' tokenizer (``dpo.data.tokenize.load_tokenizer``).
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ class Validator:
             )
 
     def _check_tokens(self, candidate: Candidate) -> None:
-        """Pairs that truncation would spoil. A token has at least one byte, so most need no look."""
+        """Pairs that truncation would spoil; most are too short: a token has at least one byte."""
         texts = (candidate.prompt, candidate.chosen, candidate.rejected)
         longest = len(texts[0].encode()) + max(len(text.encode()) for text in texts[1:]) + 1
         if longest <= self.limits.max_length:

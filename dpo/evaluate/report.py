@@ -1,7 +1,7 @@
 """The report: one self-contained HTML file and the same as Markdown.
 
-Prompts and answers are hostile text: every value passes through Jinja's escaping, and what is marked
-up here (differences, charts) is escaped piece by piece before it is marked safe.
+Prompts and answers are hostile text: every value passes through Jinja's escaping, and what is
+marked up here (differences, charts) is escaped piece by piece before it is marked safe.
 """
 
 from __future__ import annotations

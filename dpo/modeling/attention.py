@@ -29,9 +29,9 @@ def prefix_shared_attention(
     query_BHTD: Tensor,
     key_BGTD: Tensor,
     value_BGTD: Tensor,
-    attention_mask: Tensor | None,  # noqa: ARG001  # none is built for this attention
+    attention_mask: Tensor | None,  # none is built for this attention
     scaling: float | None = None,
-    dropout: float = 0.0,  # noqa: ARG001  # models are loaded with all dropouts at 0
+    dropout: float = 0.0,  # models are loaded with all dropouts at 0
     *,
     segments: Sequence[Segment],
     **_: Any,
@@ -99,7 +99,7 @@ def packed_attention(model: Any) -> Iterator[None]:
 
 
 def supports_packing(config: Any, longest: int) -> bool:
-    """Whether rows of a model with ``config`` can be packed; ``longest`` is its longest sequence."""
+    """Whether a model with ``config`` takes packed rows with sequences up to ``longest``."""
     if config.model_type not in ARCHITECTURES:
         return False
     window = getattr(config, "sliding_window", None)

@@ -84,7 +84,7 @@ def token_log_probs_from_hidden(
         logits_NV = logits_NV if bias_V is None else logits_NV + bias_V
         return logits_NV.log_softmax(1).gather(1, target_N[:, None]).squeeze(1)
     with torch.autocast(hidden_ND.device.type, enabled=False):
-        result: Tensor = _TokenLogProbs.apply(  # type: ignore[no-untyped-call]
+        result: Tensor = _TokenLogProbs.apply(
             hidden_ND.to(dtype), weight_VD.to(dtype), bias_V, target_N
         )
     return result

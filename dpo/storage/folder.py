@@ -67,11 +67,9 @@ class FolderStore(Store):
         )
         for key in sorted(found):
             hidden = key.rpartition("/")[2]
-            if key.startswith(prefix) and not (
-                hidden.startswith(".") and hidden.endswith("partial")
-            ):
-                if key != _LOCK:
-                    yield key
+            unfinished = hidden.startswith(".") and hidden.endswith("partial")
+            if key.startswith(prefix) and not unfinished and key != _LOCK:
+                yield key
 
     def delete(self, key: str) -> None:
         with self._problems(key):

@@ -1,7 +1,7 @@
 """``runs/<run_id>/manifest.json`` in the store: what a run decided and published.
 
-Kubeflow's run API does not return task outputs (kubeflow/pipelines#9858), so whoever waits for a run
-reads its verdict here.
+Kubeflow's run API does not return task outputs (kubeflow/pipelines#9858), so whoever waits for a
+run reads its verdict here.
 """
 
 from __future__ import annotations

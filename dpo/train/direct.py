@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dpo.config.losses import SFTLoss
 from dpo.config.schema import RunConfig
-from dpo.config.stages import restrict
+from dpo.config.stages import Stage, restrict
 from dpo.data.stage import run_ingest
 from dpo.errors import ConfigError
 from dpo.storage.progress import message
@@ -38,7 +38,7 @@ def train_directly(
     """
     run_dir = output.parent if output is not None else make_run_dir(config)
     target = output or run_dir / "LATEST"
-    stage = "sft" if isinstance(config.loss, SFTLoss) else "preference"
+    stage: Stage = "sft" if isinstance(config.loss, SFTLoss) else "preference"
     if data is None:
         data = run_dir / "data"
         message(stage, f"run folder: {run_dir}")

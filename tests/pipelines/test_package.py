@@ -1,4 +1,4 @@
-"""The compiled pipeline in the repository: current, complete, documented, cached where it may be."""
+"""The compiled pipeline in the repository: current, complete, documented, cached where right."""
 
 import ast
 import inspect
@@ -62,7 +62,7 @@ def test_the_only_condition_compares_a_boolean_that_the_gate_computed(documents)
         for task in tasks(documents).values()
         if "triggerPolicy" in task
     ]
-    assert conditions == ["inputs.parameter_values['pipelinechannel--gate-approved'] == true"]
+    assert conditions == ["inputs.parameter_values['pipelinechannel--gate-Output'] == true"]
 
 
 def test_every_parameter_is_explained_in_the_form(documents):

@@ -76,9 +76,13 @@ def test_a_newer_format_is_refused(output):
 
 
 def test_a_failed_step_leaves_nothing(tmp_path):
-    with pytest.raises(ZeroDivisionError), staged(tmp_path / "out") as partial:
-        (partial / "half.txt").write_text("half")
-        raise ZeroDivisionError
+    def fail_half_way():
+        with staged(tmp_path / "out") as partial:
+            (partial / "half.txt").write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_half_way()
     assert list(tmp_path.iterdir()) == []
 
 

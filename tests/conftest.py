@@ -1,0 +1,70 @@
+"""What tests of several packages share: golden values, the tiny model, a real MinIO server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+# two threads on a machine that is busy with something else run slower than one
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from dpo.config.places import builtin
+from tests.support.minio import MinioServer, NoServer, running_server
+
+_STORE_VARIABLES = [
+    *("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "S3_ENDPOINT", "MINIO_ENDPOINT", "MINIO_SECURE"),
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
+    *("AWS_REGION", "AWS_DEFAULT_REGION"),
+    *("MINIO_ACCESS_KEY", "MINIO_SECRET_KEY", "MINIO_ROOT_USER", "MINIO_ROOT_PASSWORD"),
+]
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Values of the reference implementation; ``DPO_GOLDEN_DIR`` names another copy."""
+    return Path(os.environ.get("DPO_GOLDEN_DIR") or Path(__file__).parent / "golden")
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    """Folder of the 2-layer random GPT-NeoX that travels with the package."""
+    folder = builtin("builtin:tiny")
+    assert folder is not None
+    return folder
+
+
+@pytest.fixture
+def no_store_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the user's own stores is in the environment."""
+    for name in _STORE_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def minio_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MinioServer]:
+    """A real server, one for all tests; each test takes a bucket of its own."""
+    try:
+        with running_server(tmp_path_factory.mktemp("minio") / "data") as server:
+            yield server
+    except NoServer as error:
+        pytest.skip(f"{error} (or run: python -m tests.support.minio --ensure)")
+
+
+@pytest.fixture
+def minio_environment(
+    minio_server: MinioServer, no_store_variables: None, monkeypatch: pytest.MonkeyPatch
+) -> MinioServer:
+    """The environment points at the server."""
+    for name, value in minio_server.environment().items():
+        monkeypatch.setenv(name, value)
+    return minio_server
+
+
+@pytest.fixture
+def bucket_url(minio_environment: MinioServer) -> str:
+    """URL of a bucket that does not exist yet."""
+    return f"s3://test-{uuid4().hex[:12]}"
