@@ -69,14 +69,26 @@ def step(stage: Stage, settings: str, fingerprint: str = "") -> Iterator[Step]:
 class MetricsArtifact(Protocol):
     """What this module needs of ``kfp.dsl.Metrics``."""
 
+    path: str
+
     def log_metric(self, metric: str, value: float) -> None:
         """Show ``value`` in the UI."""
 
 
 def log_metrics(artifact: MetricsArtifact, manifest: Manifest) -> None:
-    """Show every number of the manifest's ``details`` in the UI; nested names joined by dots."""
-    for name, value in _numbers("", manifest.details):
+    """Show every number of the manifest's ``details`` in the UI; nested names joined by dots.
+
+    They are written to the artifact's file as well: kfp.local takes a cached step for lost when one
+    of its outputs has no file.
+    """
+    details = dict(manifest.details)
+    # the training metrics keep the names of the reference code
+    numbers = dict(_numbers("", {**details.pop("metrics", {}), **details}))
+    for name, value in numbers.items():
         artifact.log_metric(name, value)
+    path = Path(artifact.path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(numbers, indent=1, sort_keys=True), encoding="utf-8")
 
 
 def _numbers(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
