@@ -165,7 +165,7 @@ def _hydra_value(value: Value) -> str:
     if isinstance(value, list):
         return "[" + ",".join(_hydra_value(item) for item in value) + "]"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\\\${")
         return f"'{escaped}'"
     return json.dumps(value)
 
