@@ -38,7 +38,9 @@ def test_a_model_that_is_none_of_ours_is_a_hub_id_or_a_folder(name):
     assert settings({"model": name}, "sft")["model"]["name_or_path"] == name
 
 
-@pytest.mark.parametrize("text", ["it's", "a=b", "[x]", "${seed}", "a,b", '"', "x\\"])
+@pytest.mark.parametrize(
+    "text", ["it's", "a=b", "[x]", "${seed}", "a,b", '"', "x\\", "a\\b", "\\'", "\\${x}\\"]
+)
 def test_text_of_a_form_is_no_syntax(text):
     config = stage_configs({**TINY, "model": f"/models/{text}"})["sft"]
     assert config.model.name_or_path == f"/models/{text}"
