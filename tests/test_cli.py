@@ -76,34 +76,3 @@ def test_a_missing_file_is_named(tmp_path):
     assert "none.jsonl" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "o").exists()
-
-
-def test_stages_one_by_one_from_the_command_line(tmp_path):
-    """Each command reads what the one before wrote."""
-    out = tmp_path / "out"
-    common = ["model=tiny", "max_length=128", "max_prompt_length=64", "n_eval_examples=16"]
-    train = [*common, "n_examples=16", "batch_size=8", "lr=1e-4", "warmup_steps=0"]
-    data, sft, policy, scored = f"data={out}/data", f"{out}/sft", f"{out}/policy", f"{out}/ref"
-    judged, verdict = f"evaluation={out}/eval", f"verdict={out}/verdict"
-    commands = [
-        ["ingest", *common[:-1], f"output={out}/data"],
-        ["train", "loss=sft", *train, data, f"output={sft}"],
-        ["reference", *common, "n_examples=16", data, f"base={sft}", f"output={scored}"],
-        ["train", "loss=ipo", *train, data, f"base={sft}", f"reference={scored}"],
-        ["evaluate", "loss=ipo", *common, data, f"sft={sft}", f"policy={policy}"],
-        ["gate", judged, f"output={out}/verdict", "gate.min_reward_accuracy=0"],
-        ["publish", f"policy={policy}", judged, verdict, f"publish.store=file://{out}/store"],
-        ["verify", f"file://{out}/store/policy"],
-        ["pull", f"file://{out}/store/policy", f"output={out}/pulled"],
-    ]
-    commands[3] += [f"output={policy}"]
-    commands[4] += [f"reference={scored}", f"output={out}/eval"]
-    commands[4] += ["evaluation.n_samples=1", "evaluation.max_new_tokens=4"]
-    commands[6] += [f"output={out}/published"]
-    for command in commands:
-        done = dpo(*command)
-        assert done.returncode == 0, (command, done.stderr)
-    assert (out / "pulled/model.safetensors").read_bytes() == (
-        out / "policy/model.safetensors"
-    ).read_bytes()
-    assert "whole" in dpo("verify", f"file://{out}/store/policy").stdout
