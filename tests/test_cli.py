@@ -76,3 +76,31 @@ def test_a_missing_file_is_named(tmp_path):
     assert "none.jsonl" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("stage", ["ingest", "train"])
+def test_a_file_that_cannot_be_written_whole_ends_in_one_message(stage, tmp_path):
+    """A limit on the size of files stands in for a full disk: the write fails half way."""
+    code = (
+        "import resource, sys; from dpo.cli import main; "
+        "limit = int(sys.argv[1]); resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)); "
+        "sys.exit(main(sys.argv[2:]))"
+    )
+
+    def run(limit, *words):
+        command = [sys.executable, "-c", code, str(limit), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    ingest = ["ingest", "model=tiny", f"output={tmp_path}/data"]
+    if stage == "ingest":
+        done = run(100_000, *ingest)
+    else:
+        assert run(1 << 30, *ingest).returncode == 0
+        sizes = ["max_length=64", "max_prompt_length=32", "n_examples=4", "n_eval_examples=4"]
+        words = ["train", "model=tiny", "loss=sft", *sizes, f"data={tmp_path}/data"]
+        done = run(100_000, *words, f"output={tmp_path}/sft")
+    assert done.returncode == 1
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == (set() if stage == "ingest" else {"data"})
