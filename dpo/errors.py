@@ -7,7 +7,8 @@
     ├── ModelError               a model, tokenizer or archive that does not load or fit
     ├── TrainingError            training that cannot go on
     │   ├── InvariantError       policy and reference differ where they must agree (step 0)
-    │   └── NonFiniteError       NaN or infinity in a loss or a gradient
+    │   ├── NonFiniteError       NaN or infinity in a loss or a gradient
+    │   └── TrainingStopped      a polite request to end; a checkpoint was written
     ├── StoreError               a store that refuses or does not answer
     │   ├── StoreUnavailable     no answer, or the connection broke and retries ran out
     │   ├── StoreAccessDenied    wrong or missing credentials, or no permission
@@ -18,7 +19,7 @@
 
 Each message says what was found, where, and what to do. A command prints that message alone, with
 no traceback, and exits with ``exit_code``: 2 for a mistake in the command or its configuration,
-1 for everything else.
+1 for everything else; 75 (try again) for a training that was asked to stop.
 """
 
 from __future__ import annotations
@@ -80,6 +81,12 @@ class InvariantError(TrainingError):
 
 class NonFiniteError(TrainingError):
     """NaN or infinity in a loss or a gradient."""
+
+
+class TrainingStopped(TrainingError):
+    """SIGTERM: a checkpoint was written, the same command goes on from there."""
+
+    exit_code = 75
 
 
 class StoreError(DpoError):

@@ -3,6 +3,7 @@
 Everything a run leaves is in one folder (``runs/`` by default):
 
     artifacts/   outputs of steps, as kfp.local lays them out
+    checkpoints/ of training steps that were ended; removed when they are complete
     cache/       kfp.local's cache: which outputs belong to which inputs
     history/     one folder a run: its log, its progress events and run.json
     published/   the default store
@@ -115,6 +116,8 @@ def _start_worker(job: Job, folder: Path, events: Path, lock: int) -> subprocess
     environment = {
         **os.environ,
         progress.FILE_VARIABLE: str(events),
+        # dpo.train.checkpoint reads it; steps go on from here when a run was ended
+        "DPO_CHECKPOINTS": str(job.runs / "checkpoints"),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "true"),
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +21,8 @@ def main(job_file: str) -> int:
     """Run the job described in ``job_file``; 0 when the pipeline succeeded."""
     die_with_parent()
     os.environ[END_WITH] = str(os.getpid())
+    # the signal goes to the whole group: let a training step write its checkpoint and end first
+    signal.signal(signal.SIGTERM, lambda *_: None)
     job: dict[str, Any] = json.loads(Path(job_file).read_text(encoding="utf-8"))
     from kfp import components, local
 

@@ -196,7 +196,11 @@ class RunConfig(Section):
 
     # Checkpoints, logs, places
     checkpoint_every: int = Field(0, ge=0)
-    """Write a checkpoint each time so many examples were trained on; 0 writes the last one only."""
+    """Write a checkpoint each time so many examples were trained on; 0 goes by time alone."""
+    checkpoint_seconds: int = Field(300, ge=0)
+    """Write a checkpoint each time so many seconds have passed; 0 goes by examples alone."""
+    resume: Literal["auto", "force", "never"] = "auto"
+    """Go on from the run's own checkpoints, from whatever checkpoints are there, or begin again."""
     keep_checkpoints: int = Field(2, gt=0)
     """How many periodic checkpoints to keep."""
     exp_name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")

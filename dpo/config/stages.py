@@ -28,7 +28,8 @@ _TRAIN = (
     | {"micro_batch_tokens", "do_last_eval"}
     | {"lr", "lr_schedule", "warmup_steps", "optimizer", "max_grad_norm"}
     | {"activation_checkpointing", "eval_every", "do_first_eval", "sample_during_eval"}
-    | {"n_eval_model_samples", "checkpoint_every", "keep_checkpoints", "debug", "exp_name"}
+    | {"n_eval_model_samples", "debug", "exp_name", "resume"}
+    | {"checkpoint_every", "checkpoint_seconds", "keep_checkpoints"}
     | {"minimum_log_interval_secs", "fsdp_port", "wandb"}
 )
 

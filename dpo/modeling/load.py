@@ -167,8 +167,16 @@ def check_length(model: Any, max_length: int) -> None:
         )
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+def save_model(
+    model: Any, tokenizer: Any, folder: Path, weights: dict[str, torch.Tensor] | None = None
+) -> None:
     """A Hugging Face folder: sharded safetensors, configurations, tokenizer with chat template.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        folder: Where to.
+        weights: Its weights, where the model holds only a part of them.
 
     Raises:
         OSError: a file could not be written.
@@ -177,7 +185,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     from safetensors import SafetensorError
 
     try:
-        model.save_pretrained(str(folder), max_shard_size=_SHARD_SIZE)
+        model.save_pretrained(str(folder), state_dict=weights, max_shard_size=_SHARD_SIZE)
     except SafetensorError as error:
         # safetensors reports a full disk in the words of its own language
         if found := _OS_ERROR.search(str(error)):

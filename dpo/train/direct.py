@@ -4,7 +4,8 @@ The pipeline runs these stages as steps of their own; here they are folders of t
 
     <run dir>/data        pairs
     <run dir>/reference   log-probabilities of the reference, for a preference loss
-    <run dir>/LATEST      the checkpoint
+    <run dir>/LATEST      the trained model
+    <run dir>/checkpoints what a run that was ended goes on from
 """
 
 from __future__ import annotations
@@ -46,7 +47,14 @@ def train_directly(
     if config.loss.needs_reference and reference is None:
         reference = run_dir / "reference"
         run_reference(restrict(config, "reference"), reference, pairs=data, model=base)
-    run_train(restrict(config, stage), target, pairs=data, base=base, reference=reference)
+    run_train(
+        restrict(config, stage),
+        target,
+        pairs=data,
+        base=base,
+        reference=reference,
+        checkpoints=run_dir / "checkpoints" / target.name,
+    )
     return target
 
 

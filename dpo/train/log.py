@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ FILE = "metrics.jsonl"
 class MetricLog:
     """Appends lines to ``metrics.jsonl``; each is whole on disk before the next step begins."""
 
-    def __init__(self, folder: Path) -> None:
-        self._file = (folder / FILE).open("a", encoding="utf-8")
+    def __init__(self, folder: Path, *, begin: Path | None = None) -> None:
+        self.path = folder / FILE
+        if begin is not None:
+            # a resumed run: its lines so far, without those of steps that are done again
+            shutil.copyfile(begin, self.path)
+        self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
         """One line."""

@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from dpo.config.compose import flatten
 from dpo.config.losses import SFTLoss
 from dpo.config.schema import RunConfig
-from dpo.config.stages import Stage, stage_settings
+from dpo.config.stages import Stage, stage_json, stage_settings
 from dpo.data.log_probs import PairLogProbs, read_log_probs, select_log_probs
 from dpo.data.tokenize import TokenizedExample
 from dpo.errors import ConfigError
 from dpo.modeling.load import check_length, load_for_training, save_model
-from dpo.modeling.precision import compute_dtype
+from dpo.modeling.precision import DTYPES, compute_dtype
 from dpo.modeling.scoring import score
 from dpo.storage.manifest import Manifest, read_manifest, staged, write_manifest
 from dpo.storage.progress import track
+from dpo.train.checkpoint import Checkpoints, barrier, is_first, place_of
 from dpo.train.data import Examples, load_examples
+from dpo.train.launch import launch
+from dpo.train.log import FILE as METRICS
 from dpo.train.log import MetricLog
+from dpo.train.parallel import Ranks, Scorer, check_batch, shard, whole_weights
 from dpo.train.step import Objective
 from dpo.train.trainer import NLL_PER_TOKEN, Trainer, best_device, checkpoint_activations
+
+_NOT_OF_THE_RESULT = {
+    *("checkpoint_every", "checkpoint_seconds", "keep_checkpoints", "resume", "debug"),
+    *("minimum_log_interval_secs", "wandb", "fsdp_port", "exp_name"),
+}
+"""Settings that change nothing in the weights."""
 
 
 def run_train(
@@ -32,6 +47,7 @@ def run_train(
     pairs: Path,
     base: Path | None = None,
     reference: Path | None = None,
+    checkpoints: Path | None = None,
     code: str = "",
 ) -> Manifest:
     """Train a model and write it as a checkpoint into the folder ``output``.
@@ -42,15 +58,87 @@ def run_train(
         pairs: Output of ingest.
         base: Checkpoint to start from; None takes ``model.archive`` or the base model.
         reference: Output of reference; None scores the pairs with the starting weights.
+        checkpoints: Folder of periodic checkpoints; None takes a place under ``DPO_CHECKPOINTS``
+            that is removed when the run is complete, or keeps none where that is not set.
         code: Fingerprint of the code, kept in the manifest.
 
     Raises:
         DpoError: an input that is incomplete or does not fit, or training that cannot go on.
     """
     stage: Stage = "sft" if isinstance(config.loss, SFTLoss) else "preference"
-    _refuse_other_trainers(config)
+    if config.trainer.name == "TensorParallelTrainer":
+        raise ConfigError(
+            "trainer=TensorParallelTrainer cannot run in this version",
+            where="trainer",
+            fix="use trainer=FSDPTrainer, or BasicTrainer: one process",
+        )
+    if config.trainer.name == "FSDPTrainer" and not dist.is_initialized():
+        paths = {"output": output, "pairs": pairs, "base": base, "reference": reference}
+        paths["checkpoints"] = checkpoints
+        launch(
+            {
+                "stage": stage,
+                "settings": stage_json(config, stage),
+                "paths": {name: str(path) if path else "" for name, path in paths.items()},
+                "code": code,
+            }
+        )
+        return read_manifest(output, stage=stage)
     inputs = _input_hashes(pairs, base, reference)
+    identity = _identity(config, stage, inputs, code)
+    place = checkpoints or place_of(stage, identity)
+    with _output(output) as folder:
+        keeper = (
+            Checkpoints(place, identity, config.keep_checkpoints, config.resume) if place else None
+        )
+        start = keeper.find() if keeper else None
+        log = MetricLog(folder, begin=start / METRICS if start else None)
+        try:
+            trainer = _trainer(config, stage, pairs, base, reference, log, keeper)
+            if start:
+                trainer.go_on_from(start)
+            trainer.run()
+        finally:
+            log.close()
+        manifest = _write(trainer, folder, config, stage, inputs, code)
+    if keeper and checkpoints is None:
+        keeper.discard()
+    return manifest
+
+
+def _identity(config: RunConfig, stage: Stage, inputs: dict[str, str], code: str) -> dict[str, Any]:
+    """What decides the result of a training, flat."""
+    settings = {
+        key: value
+        for key, value in flatten(stage_settings(config, stage)).items()
+        if key.partition(".")[0] not in _NOT_OF_THE_RESULT
+    }
+    return {**settings, **{f"input {name}": hash_ for name, hash_ in inputs.items()}, "code": code}
+
+
+@contextmanager
+def _output(output: Path) -> Iterator[Path]:
+    """The folder to write to: of the output in the first process, a temporary one in others."""
+    if is_first():
+        with staged(output) as folder:
+            yield folder
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary)
+
+
+def _trainer(
+    config: RunConfig,
+    stage: Stage,
+    pairs: Path,
+    base: Path | None,
+    reference: Path | None,
+    log: MetricLog,
+    keeper: Checkpoints | None,
+) -> Trainer:
     device = best_device()
+    ranks = Ranks.here()
+    check_batch(config, ranks)
     torch.manual_seed(config.seed)
     model, tokenizer = load_for_training(config.model, base, device=device)
     check_length(model, config.max_length)
@@ -62,22 +150,35 @@ def run_train(
         batch_size=config.batch_size,
         responses="sft_target" if stage == "sft" else "pair",
     )
+    scorer, dtype = Scorer(model), compute_dtype(config.model, device)
+    if dist.is_initialized():
+        scorer = shard(scorer, config)
+        # FSDP casts by itself where it is asked to
+        dtype = DTYPES[config.model.fsdp_policy_mp] if config.model.fsdp_policy_mp else dtype
     objective = Objective(
-        model, config.loss, compute_dtype(config.model, device), config.micro_batch_tokens
+        model, config.loss, dtype, config.micro_batch_tokens, scorer=scorer, ranks=ranks
     )
     needed = config.loss.needs_reference
     log_probs = _reference(objective, examples, reference) if needed else None
-    with staged(output) as folder:
-        log = MetricLog(folder)
-        trainer = Trainer(config, stage, objective, examples, log_probs, log)
-        try:
-            trainer.run()
-        finally:
-            log.close()
-        save_model(model, tokenizer, folder)
-        details = _details(trainer)
-        _write_run(folder, config, stage, examples, code, details)
-        return write_manifest(
+    return Trainer(config, stage, objective, examples, log_probs, log, tokenizer, keeper)
+
+
+def _write(
+    trainer: Trainer,
+    folder: Path,
+    config: RunConfig,
+    stage: Stage,
+    inputs: dict[str, str],
+    code: str,
+) -> Manifest:
+    """The final artifact, by the first process; the others wait."""
+    weights = whole_weights(trainer.objective.model)
+    details = _details(trainer)
+    manifest = Manifest(stage, (), "")
+    if is_first():
+        save_model(trainer.objective.model, trainer.tokenizer, folder, weights)
+        _write_run(folder, config, stage, trainer.examples, code, details)
+        manifest = write_manifest(
             folder,
             stage,
             settings=stage_settings(config, stage),
@@ -85,15 +186,8 @@ def run_train(
             code=code,
             details=details,
         )
-
-
-def _refuse_other_trainers(config: RunConfig) -> None:
-    if config.trainer.name != "BasicTrainer":
-        raise ConfigError(
-            f"trainer={config.trainer.name} cannot run in this version",
-            where="trainer",
-            fix="use trainer=BasicTrainer: one process",
-        )
+    barrier()
+    return manifest
 
 
 def _input_hashes(pairs: Path, base: Path | None, reference: Path | None) -> dict[str, str]:
@@ -136,14 +230,14 @@ def score_pairs(
 
 def _details(trainer: Trainer) -> dict[str, Any]:
     details: dict[str, Any] = {
-        "examples": trainer.trained,
-        "steps": trainer.steps,
-        "first_train_loss": trainer.first.get("loss/train"),
-        "last_train_loss": trainer.last.get("loss/train"),
-        "first_nll_per_token": trainer.first.get(NLL_PER_TOKEN),
-        "last_nll_per_token": trainer.last.get(NLL_PER_TOKEN),
+        "examples": trainer.position.trained,
+        "steps": trainer.position.steps,
+        "first_train_loss": trainer.position.first.get("loss/train"),
+        "last_train_loss": trainer.position.last.get("loss/train"),
+        "first_nll_per_token": trainer.position.first.get(NLL_PER_TOKEN),
+        "last_nll_per_token": trainer.position.last.get(NLL_PER_TOKEN),
         "compute_dtype": str(trainer.objective.dtype).removeprefix("torch."),
-        "metrics": {**trainer.last, **trainer.evaluation},
+        "metrics": {**trainer.position.last, **trainer.position.evaluation},
     }
     return details
 

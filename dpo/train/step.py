@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,8 @@ from dpo.errors import InvariantError, NonFiniteError
 from dpo.modeling.losses import PairLogps, as_used, preference_loss, sft_loss, starting_loss
 from dpo.modeling.metrics import Split, preference_metrics, sft_metrics
 from dpo.modeling.precision import autocast
-from dpo.modeling.scoring import response_lengths, response_sums, token_log_probs
+from dpo.modeling.scoring import response_lengths, response_sums
+from dpo.train.parallel import Ranks, Scorer, flush_gradients
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-3, torch.float16: 4e-3}
 """Largest |h| at step 0 as a share of the responses' summed log-probabilities."""
@@ -39,6 +40,12 @@ class Objective:
     token_budget: int
     packed: bool | None = None
     """Which forward path; None chooses by architecture."""
+    scorer: Any = None
+    """``Scorer`` around the model, sharded where there are several processes."""
+    ranks: Ranks = field(default_factory=Ranks)
+
+    def __post_init__(self) -> None:
+        self.scorer = self.scorer or Scorer(self.model)
 
     def figures(
         self,
@@ -47,7 +54,7 @@ class Objective:
         split: Split,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of each example [E] with gradients, and every figure of each example [E]."""
-        log_probs_N = token_log_probs(self.model, batch, dtype=self.dtype, packed=self.packed)
+        log_probs_N = self.scorer(batch, self.dtype, self.packed)
         logps_ER = response_sums(batch, log_probs_N)
         if isinstance(self.loss, SFTLoss):
             losses_E = sft_loss(logps_ER[:, 0])
@@ -77,38 +84,105 @@ class Objective:
     ) -> dict[str, Tensor]:
         """Gradients of the mean loss over ``examples``; figures of each example, in their order.
 
-        The examples are split into micro-batches and those into rows. How changes nothing but the
-        order of float32 sums: every row's loss is divided by the number of all examples.
+        Every process takes its share of the examples, and splits it into micro-batches and those
+        into rows. How changes nothing but the order of float32 sums: every row's loss is divided by
+        the number of all examples.
         """
-        collected: dict[str, list[Tensor]] = defaultdict(list)
-        order: list[int] = []
-        size = -(-len(examples) // n_micro_batches)
-        with autocast(self.dtype, self.model.device.type):
-            for first in range(0, len(examples), size):
-                for batch in pack(examples[first : first + size], self.token_budget):
-                    indices = [first + index for index in batch.examples]
-                    rows = None if reference is None else [reference[i] for i in indices]
-                    losses_E, figures = self.figures(batch, rows, "train")
-                    (losses_E.sum() / len(examples)).backward()
-                    order += indices
-                    for name, values_E in figures.items():
-                        collected[name].append(values_E)
-        position = torch.tensor(order).argsort()
-        return {name: torch.cat(parts).cpu()[position] for name, parts in collected.items()}
+        rows = self._rows(examples, reference, n_micro_batches)
+        # processes average their gradients
+        scale = self.ranks.world / len(examples)
+        collected = _Collected()
+        with autocast(self.dtype, self.device.type):
+            for row in rows:
+                losses_E, figures = self.figures(row.batch, row.reference, "train")
+                (losses_E.sum() * (scale * row.weight)).backward()
+                flush_gradients(self.scorer)
+                collected.add(row, figures)
+        return collected.gathered(self.ranks)
 
     @torch.no_grad()
     def evaluate(
         self, examples: Sequence[TokenizedExample], reference: Sequence[PairLogProbs] | None
     ) -> dict[str, float]:
         """Mean of every figure over ``examples``, however few they are."""
-        sums: dict[str, float] = defaultdict(float)
-        with autocast(self.dtype, self.model.device.type):
-            for batch in pack(examples, self.token_budget):
-                rows = None if reference is None else [reference[i] for i in batch.examples]
-                _, figures = self.figures(batch, rows, "eval")
-                for name, values_E in figures.items():
-                    sums[name] += float(values_E.double().sum())
-        return {name: total / len(examples) for name, total in sums.items()}
+        collected = _Collected()
+        with autocast(self.dtype, self.device.type):
+            for row in self._rows(examples, reference, 1):
+                _, figures = self.figures(row.batch, row.reference, "eval")
+                collected.add(row, figures)
+        figures = collected.gathered(self.ranks)
+        return {name: float(values_E.double().mean()) for name, values_E in figures.items()}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def _rows(
+        self,
+        examples: Sequence[TokenizedExample],
+        reference: Sequence[PairLogProbs] | None,
+        n_micro_batches: int,
+    ) -> list[_Row]:
+        """The rows of this process.
+
+        Every process makes the same number of passes, for each pass gathers weights from all: one
+        that has fewer rows repeats a row with weight 0.
+        """
+        own = self.ranks.share(examples)
+        rows = []
+        size = -(-max(len(own), 1) // n_micro_batches)
+        for first in range(0, len(own), size):
+            part = own[first : first + size]
+            for batch in pack([examples[i] for i in part], self.token_budget):
+                rows.append(_row(batch, [part[local] for local in batch.examples], reference))
+        most = max(self.ranks.gather(len(rows)))
+        if len(rows) < most:
+            (batch, *_) = pack([examples[0]], self.token_budget)
+            idle = replace(_row(batch, [0], reference), weight=0.0)
+            rows += [idle] * (most - len(rows))
+        return rows
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A packed row, and which of the step's examples are in it."""
+
+    batch: PackedBatch
+    indices: list[int]
+    reference: list[PairLogProbs] | None
+    weight: float = 1.0
+
+
+def _row(batch: PackedBatch, indices: list[int], reference: Sequence[PairLogProbs] | None) -> _Row:
+    return _Row(batch, indices, None if reference is None else [reference[i] for i in indices])
+
+
+class _Collected:
+    """Figures by example, from all rows of all processes."""
+
+    def __init__(self) -> None:
+        self._indices: list[int] = []
+        self._parts: dict[str, list[Tensor]] = defaultdict(list)
+
+    def add(self, row: _Row, figures: dict[str, Tensor]) -> None:
+        """The figures of one row; those of a repeated row do not count."""
+        if not row.weight:
+            return
+        self._indices += row.indices
+        for name, values_E in figures.items():
+            self._parts[name].append(values_E)
+
+    def gathered(self, ranks: Ranks) -> dict[str, Tensor]:
+        """Every figure of all examples [E], in their order."""
+        own = {name: torch.cat(parts).cpu() for name, parts in self._parts.items()}
+        everyone = ranks.gather((self._indices, own))
+        order = torch.tensor([index for indices, _ in everyone for index in indices]).argsort()
+        names = next(figures for _, figures in everyone if figures)
+        return {
+            name: torch.cat([figures[name] for _, figures in everyone if figures])[order]
+            for name in names
+        }
 
 
 def check_finite(
@@ -171,4 +245,6 @@ def check_starting_point(figures: dict[str, Tensor], loss: AnyLoss, dtype: torch
 
 def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float) -> float:
     """Scale gradients down to ``max_norm``; returns their L2 norm before."""
-    return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True))
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
+    # of sharded parameters it is a DTensor
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +17,9 @@ from dpo.config.losses import SFTLoss
 from dpo.config.schema import RunConfig
 from dpo.data.log_probs import PairLogProbs
 from dpo.data.tokenize import TokenizedExample
+from dpo.errors import TrainingStopped
 from dpo.storage.progress import message, track
+from dpo.train.checkpoint import Checkpoints, Position
 from dpo.train.data import Examples
 from dpo.train.log import MetricLog
 from dpo.train.optimizer import build_optimizer, learning_rate
@@ -35,14 +41,12 @@ class Trainer:
     reference: dict[str, PairLogProbs] | None
     """Log-probabilities of the reference by pair id; None where the loss needs none."""
     log: MetricLog
-    steps: int = 0
-    trained: int = 0
-    """Examples so far."""
-    first: dict[str, float] = field(default_factory=dict)
-    last: dict[str, float] = field(default_factory=dict)
-    evaluation: dict[str, float] = field(default_factory=dict)
+    tokenizer: Any = None
+    checkpoints: Checkpoints | None = None
+    position: Position = field(default_factory=Position)
 
     def __post_init__(self) -> None:
+        self._asked_to_stop = False
         self.parameters = [p for p in self.objective.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.parameters, self.config)
 
@@ -53,26 +57,81 @@ class Trainer:
             TrainingError: a loss or gradient that is not finite, or a wrong starting point.
         """
         order = self.examples.order
-        started = time.monotonic()
-        with track(self.stage, "steps", order.total_steps) as bar:
-            if self.config.do_first_eval:
+        before, started = self.position.trained, time.monotonic()
+        self._saved_at = started
+        with self._polite_end(), track(self.stage, "steps", order.total_steps) as bar:
+            bar.advance(self.position.steps)
+            if self.config.do_first_eval and not self.position.steps:
                 self._evaluate()
-            for indices, _ in order.batches():
+            for indices, loader in order.batches(self.position.loader):
                 figures = self.train_step([self.examples.train[index] for index in indices])
-                pace = self.trained / (time.monotonic() - started)
+                self.position.loader = loader
+                pace = (self.position.trained - before) / (time.monotonic() - started)
                 bar.advance(1, **self._shown(figures), pairs_per_second=pace)
-                if self._evaluation_is_due(len(indices)):
+                if self._due(self.config.eval_every, len(indices)):
                     self._evaluate()
+                self._keep(len(indices))
             if self.config.do_last_eval:
                 self._evaluate()
+            if self.checkpoints:
+                self.checkpoints.finish()
         self._call_out_collapse()
+
+    def go_on_from(self, path: Path) -> None:
+        """Take up a checkpoint: weights, optimiser and position."""
+        assert self.checkpoints is not None
+        self.position = self.checkpoints.load(path, self.objective.model, self.optimizer)
+        message(self.stage, f"goes on after step {self.position.steps}, from {path.name}")
+
+    def _keep(self, just_trained: int) -> None:
+        """Write a checkpoint where one is due; end where the process was asked to.
+
+        Raises:
+            TrainingStopped: SIGTERM came; a checkpoint was written where they are kept.
+        """
+        ranks = self.objective.ranks
+        stop = ranks.any(self._asked_to_stop)
+        done = self.position.trained >= self.examples.order.total_examples
+        seconds = self.config.checkpoint_seconds
+        late = bool(seconds) and time.monotonic() - self._saved_at > seconds
+        due = self._due(self.config.checkpoint_every, just_trained) or ranks.any(late)
+        if self.checkpoints and (stop or (due and not self.config.debug and not done)):
+            # whole lines: the checkpoint takes the log along
+            self.checkpoints.save(
+                self.objective.model, self.optimizer, self.position, self.log.path
+            )
+            self._saved_at = time.monotonic()
+        if stop:
+            if self.checkpoints:
+                self.checkpoints.finish()
+            kept = "a checkpoint was written" if self.checkpoints else "nothing was kept"
+            raise TrainingStopped(
+                f"training was asked to stop after step {self.position.steps}; {kept}",
+                fix="run the same command again: it goes on from there",
+            )
+
+    @contextmanager
+    def _polite_end(self) -> Iterator[None]:
+        """SIGTERM ends training after the step that is running."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(*_: object) -> None:
+            self._asked_to_stop = True
+
+        before = signal.signal(signal.SIGTERM, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def train_step(
         self, examples: Sequence[TokenizedExample], *, n_micro_batches: int | None = None
     ) -> dict[str, float]:
         """One optimiser step on ``examples``; returns the means of its figures."""
         began = time.monotonic()
-        rate = learning_rate(self.config, self.steps, self.examples.order.total_steps)
+        rate = learning_rate(self.config, self.position.steps, self.examples.order.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         figures = self.objective.accumulate(
@@ -82,12 +141,12 @@ class Trainer:
         )
         grad_norm = clip_gradients(self.parameters, self.config.max_grad_norm)
         check_finite(figures, grad_norm, examples)
-        if self.steps == 0:
+        if self.position.steps == 0:
             check_starting_point(figures, self.objective.loss, self.objective.dtype)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.steps += 1
-        self.trained += len(examples)
+        self.position.steps += 1
+        self.position.trained += len(examples)
         means = {name: float(values.double().mean()) for name, values in figures.items()}
         if isinstance(self.objective.loss, SFTLoss):
             # the loss is summed over tokens, so between batches it follows their lengths
@@ -96,16 +155,16 @@ class Trainer:
         seconds = time.monotonic() - began
         self.log.write(
             {
-                "counters/updates": self.steps,
-                "counters/examples": self.trained,
+                "counters/updates": self.position.steps,
+                "counters/examples": self.position.trained,
                 **means,
                 "grad_norm": grad_norm,
                 "lr": rate,
                 "examples_per_second": len(examples) / seconds,
             }
         )
-        self.first = self.first or means
-        self.last = means
+        self.position.first = self.position.first or means
+        self.position.last = means
         return {**means, "grad_norm": grad_norm, "lr": rate}
 
     def _reference_of(self, examples: Sequence[TokenizedExample]) -> list[PairLogProbs] | None:
@@ -113,20 +172,25 @@ class Trainer:
             return None
         return [self.reference[example.pair_id] for example in examples]
 
-    def _evaluation_is_due(self, just_trained: int) -> bool:
-        every = self.config.eval_every
-        if not every or self.trained >= self.examples.order.total_examples:
+    def _due(self, every: int, just_trained: int) -> bool:
+        """Whether a multiple of ``every`` examples was passed in this step, before the end."""
+        trained = self.position.trained
+        if not every or trained >= self.examples.order.total_examples:
             return False
-        return self.trained // every > (self.trained - just_trained) // every
+        return trained // every > (trained - just_trained) // every
 
     def _evaluate(self) -> None:
         held_out = self.examples.held_out
         if not held_out:
             return
         figures = self.objective.evaluate(held_out, self._reference_of(held_out))
-        self.evaluation = figures
+        self.position.evaluation = figures
         self.log.write(
-            {"counters/updates": self.steps, "counters/examples": self.trained, **figures}
+            {
+                "counters/updates": self.position.steps,
+                "counters/examples": self.position.trained,
+                **figures,
+            }
         )
 
     def _shown(self, figures: dict[str, float]) -> dict[str, float]:
@@ -138,12 +202,12 @@ class Trainer:
 
     def _call_out_collapse(self) -> None:
         """DPO can lower both responses' probability; the loss does not show it."""
-        if not self.objective.loss.needs_reference or not self.last:
+        if not self.objective.loss.needs_reference or not self.position.last:
             return
         loss = self.objective.loss
         assert not isinstance(loss, SFTLoss)
-        change = self.last["rewards_train/chosen"] / loss.beta
-        start = self.last["logps_train/chosen"] - change
+        change = self.position.last["rewards_train/chosen"] / loss.beta
+        start = self.position.last["logps_train/chosen"] - change
         if change < _COLLAPSE_SHARE * start:
             message(
                 self.stage,

@@ -1,0 +1,94 @@
+"""FSDP over processes gives the trajectory of one process."""
+
+import json
+
+import pytest
+from safetensors.numpy import load_file
+
+from dpo.config.compose import compose
+from dpo.config.stages import restrict
+from dpo.errors import ConfigError, ModelError
+from dpo.train.launch import processes_here
+from dpo.train.stage import run_train
+from tests.train.conftest import SETTINGS
+
+# 22 examples in batches of 8: the last one has 6, three for each of two processes
+RUN = [
+    *SETTINGS,
+    "n_examples=22",
+    "gradient_accumulation_steps=2",
+    "checkpoint_seconds=0",
+    "lr=1e-4",
+]
+
+
+def config_of(loss, *more):
+    stage = "sft" if loss == "sft" else "preference"
+    return restrict(compose([*RUN, f"loss={loss}", *more]).config, stage)
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def compare(one, many):
+    left, right = log_of(one), log_of(many)
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"examples_per_second"}:
+            assert b[key] == pytest.approx(a[key], rel=1e-4, abs=2e-4), key
+    a, b = load_file(one / "model.safetensors"), load_file(many / "model.safetensors")
+    assert a.keys() == b.keys()
+    for name in a:
+        # RMSprop makes full steps in random directions of a bias that has no gradient
+        if not name.endswith("query_key_value.bias"):
+            assert b[name] == pytest.approx(a[name], abs=2e-3), name
+
+
+@pytest.mark.parametrize(
+    ("loss", "processes"),
+    [
+        ("dpo", 2),
+        pytest.param("sft", 2, marks=pytest.mark.long),
+        pytest.param("ipo", 2, marks=pytest.mark.long),
+        pytest.param("simpo", 2, marks=pytest.mark.long),
+        pytest.param("orpo", 2, marks=pytest.mark.long),
+        pytest.param("dpo", 4, marks=pytest.mark.long),
+    ],
+)
+def test_many_processes_follow_one(loss, processes, prepared, tmp_path, monkeypatch):
+    paths = prepared.paths(sft=loss == "sft")
+    run_train(config_of(loss), tmp_path / "one", **paths)
+    monkeypatch.setenv("DPO_PROCESSES", str(processes))
+    more = ["trainer=FSDPTrainer"]
+    if processes == 4:
+        more += ["gradient_accumulation_steps=1"]
+    run_train(config_of(loss, *more), tmp_path / "many", **paths)
+    compare(tmp_path / "one", tmp_path / "many")
+
+
+@pytest.mark.parametrize(
+    ("setting", "error", "words"),
+    [
+        ("gradient_accumulation_steps=8", ConfigError, "multiple of 16"),
+        ("model.block_name=NoSuchBlock", ModelError, "GPTNeoXLayer"),
+    ],
+)
+def test_a_child_fails_with_its_own_message(setting, error, words, prepared, tmp_path, monkeypatch):
+    monkeypatch.setenv("DPO_PROCESSES", "2")
+    config = config_of("sft", "trainer=FSDPTrainer", setting)
+    with pytest.raises(error, match=words):
+        run_train(config, tmp_path / "out", **prepared.paths(sft=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensor_parallel_is_refused_in_one_message(prepared, tmp_path):
+    config = config_of("sft", "trainer=TensorParallelTrainer")
+    with pytest.raises(ConfigError, match="TensorParallelTrainer"):
+        run_train(config, tmp_path / "out", **prepared.paths(sft=True))
+
+
+def test_one_process_on_a_machine_without_a_gpu(monkeypatch):
+    monkeypatch.delenv("DPO_PROCESSES", raising=False)
+    assert processes_here() >= 1
