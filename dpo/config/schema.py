@@ -54,19 +54,33 @@ class TrainerConfig(Section):
     """One process, sharded data parallel, or tensor parallel."""
 
 
+Format = Literal["auto", "pairs", "messages", "hh", "shp", "se", "novalto", "openai", "ranked"]
+
+
 class SourceConfig(Section):
     """One source of preference pairs."""
 
-    format: Literal["auto", "pairs", "hh", "shp", "se", "novalto"] = "auto"
-    """How a row is read; ``auto`` decides by the keys of the first rows."""
+    format: Format = "auto"
+    """How a row is read; ``auto`` decides by the row's keys. See config/dataset/README.md."""
     path: str | None = None
     """File, folder, glob or URL; ``builtin:NAME`` for data that travels with this package."""
     hub: str | None = None
     """Data set id on the hub, used when ``path`` is not set."""
     hub_subset: str | None = None
     """Folder or configuration inside the hub data set."""
+    split: Literal["auto", "hash", "train", "test"] = "auto"
+    """``auto`` keeps the source's own split and divides the rest by hash of the prompt; ``hash``
+    divides all rows so; ``train`` and ``test`` put all rows there."""
+    test_fraction: float | None = Field(None, ge=0, le=1)
+    """Share of this source's prompts held out by hash, where it differs from the others'."""
     max_pairs: int | None = Field(None, gt=0)
     """Take at most so many pairs of this source (a seeded choice)."""
+    seed: int | None = Field(None, ge=0)
+    """Seed of that choice, where it differs from the run's."""
+    max_pairs_per_prompt: int | None = Field(None, gt=0)
+    """Take at most so many pairs with one prompt, the first ones."""
+    min_score_ratio: float = Field(2.0, ge=1)
+    """shp: take a pair when the better score is at least so many times the other."""
     weight: float = Field(1.0, gt=0)
     """Share of this source's training pairs relative to the others; 1 takes each pair once."""
 

@@ -7,17 +7,23 @@ for which the row is rejected. It decides nothing about other rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 ASSISTANT = "\n\nAssistant:"
 HUMAN = "\n\nHuman:"
-_SHP_MIN_SCORE_RATIO = 2.0
+SHP_MIN_SCORE_RATIO = 2.0
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Message(NamedTuple):
+    """One turn of a dialogue."""
+
+    role: str
+    """``system``, ``user`` or ``assistant``."""
+    content: str
+
+
+class Candidate(NamedTuple):
     """A pair that has not been validated yet."""
 
     prompt: str
@@ -25,6 +31,8 @@ class Candidate:
     rejected: str
     sft_target: str | None = None
     split: str | None = None
+    messages: tuple[Message, ...] | None = None
+    """The prompt as turns, where the source has them; ``prompt`` is their text."""
 
 
 class RowError(Exception):
@@ -53,7 +61,7 @@ def pairs(row: Mapping[str, Any]) -> list[Candidate]:
             text_field(row, "chosen"),
             text_field(row, "rejected"),
             text_field(row, "sft_target") if target is not None else None,
-            _split_field(row),
+            split_field(row),
         )
     ]
 
@@ -81,24 +89,24 @@ def hh(row: Mapping[str, Any]) -> list[Candidate]:
         )
     prompt = prompts[0]
     return [
-        Candidate(prompt, chosen[len(prompt) :], rejected[len(prompt) :], split=_split_field(row))
+        Candidate(prompt, chosen[len(prompt) :], rejected[len(prompt) :], split=split_field(row))
     ]
 
 
-def shp(row: Mapping[str, Any]) -> list[Candidate]:
-    """Stanford Human Preferences: two comments on a post; kept from a score ratio of 2 on."""
+def shp(row: Mapping[str, Any], min_score_ratio: float = SHP_MIN_SCORE_RATIO) -> list[Candidate]:
+    """Stanford Human Preferences: two comments on a post; kept from a ratio of their scores on."""
     prompt = f"{HUMAN} {text_field(row, 'history')}{ASSISTANT}"
     scores = [_number_field(row, "score_A"), _number_field(row, "score_B")]
     responses = [f" {text_field(row, name)}" for name in ("human_ref_A", "human_ref_B")]
     label = row.get("labels")
     if label not in (0, 1):
         raise RowError("wrong_type", "labels must be 0 (B is better) or 1 (A is better)", "labels")
-    if min(scores) <= 0 or max(scores) / min(scores) < _SHP_MIN_SCORE_RATIO:
+    if min(scores) <= 0 or max(scores) / min(scores) < min_score_ratio:
         raise RowError(
-            "score_ratio_below_2", "the two scores are too close to tell which is better"
+            "score_ratio_too_low", "the two scores are too close to tell which is better"
         )
     chosen, rejected = responses if label == 1 else reversed(responses)
-    return [Candidate(prompt, chosen, rejected, split=_split_field(row))]
+    return [Candidate(prompt, chosen, rejected, split=split_field(row))]
 
 
 def se(row: Mapping[str, Any]) -> list[Candidate]:
@@ -137,26 +145,6 @@ def _plain_text(html: str) -> str:
     return text.strip()
 
 
-PARSERS: Mapping[str, Parser] = {"pairs": pairs, "novalto": pairs, "hh": hh, "shp": shp, "se": se}
-"""By ``sources.NAME.format``."""
-
-
-def detect(row: Any) -> str | None:
-    """The format of a row by its keys; None when no format fits."""
-    if not isinstance(row, Mapping):
-        return None
-    keys = set(row)
-    for name, needed in (
-        ("pairs", {"prompt", "chosen", "rejected"}),
-        ("hh", {"chosen", "rejected"}),
-        ("shp", {"history", "human_ref_A", "human_ref_B"}),
-        ("se", {"question", "answers"}),
-    ):
-        if needed <= keys:
-            return name
-    return None
-
-
 def text_field(row: Mapping[str, Any], name: str) -> str:
     """The text of a field.
 
@@ -179,7 +167,12 @@ def _number_field(row: Mapping[str, Any], name: str) -> float:
     return float(value)
 
 
-def _split_field(row: Mapping[str, Any]) -> str | None:
+def split_field(row: Mapping[str, Any]) -> str | None:
+    """``train`` or ``test``, where the row says so.
+
+    Raises:
+        RowError: another word.
+    """
     value = row.get("split")
     if value is None:
         return None
@@ -187,8 +180,3 @@ def _split_field(row: Mapping[str, Any]) -> str | None:
     if not isinstance(value, str) or value not in known:
         raise RowError("wrong_split", f"split must be train or test, found {value!r}", "split")
     return known[value]
-
-
-def with_split(candidate: Candidate, split: str) -> Candidate:
-    """The candidate in the split of its file."""
-    return replace(candidate, split=split)
