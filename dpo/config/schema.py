@@ -54,7 +54,9 @@ class TrainerConfig(Section):
     """One process, sharded data parallel, or tensor parallel."""
 
 
-Format = Literal["auto", "pairs", "messages", "hh", "shp", "se", "novalto", "openai", "ranked"]
+Format = Literal[
+    "auto", "pairs", "messages", "hh", "shp", "se", "novalto", "openai", "ranked", "rated"
+]
 
 
 class SourceConfig(Section):
@@ -68,9 +70,10 @@ class SourceConfig(Section):
     """Data set id on the hub, used when ``path`` is not set."""
     hub_subset: str | None = None
     """Folder or configuration inside the hub data set."""
-    split: Literal["auto", "hash", "train", "test"] = "auto"
+    split: Literal["auto", "hash", "train", "test", "reference"] = "auto"
     """``auto`` keeps the source's own split and divides the rest by hash of the prompt; ``hash``
-    divides all rows so; ``train`` and ``test`` put all rows there."""
+    divides all rows so; ``train`` and ``test`` put all rows there; ``reference`` holds out the 1 %
+    of rows that the reference code holds out of StackExchange."""
     test_fraction: float | None = Field(None, ge=0, le=1)
     """Share of this source's prompts held out by hash, where it differs from the others'."""
     max_pairs: int | None = Field(None, gt=0)

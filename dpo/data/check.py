@@ -17,12 +17,15 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dpo.config.schema import SourceConfig
-from dpo.data.formats import Parser, RowError
+from dpo.data.formats import Candidate, Parser, Rating, RowError
 from dpo.data.quarantine import Place, Rejected
-from dpo.data.readers import RawRow, block_rows, is_plain_lines, rows
+from dpo.data.readers import RawRow, block_rows, count_rows, is_plain_lines, rows
 from dpo.data.registry import parser_of
 from dpo.data.repeats import Mark
+from dpo.data.schema import TEST, TRAIN
 from dpo.data.sources import SourceFile
 from dpo.data.spill import PartWriter, Tally
 from dpo.data.text_tokenizer import load_text_tokenizer
@@ -34,6 +37,8 @@ BLOCK_BYTES = 32 * 2**20
 _SMALL_BYTES = 64 * 2**20
 """Less is read in this process: starting others takes a second."""
 _STEP_ROWS = 500
+_REFERENCE_SEED = 42
+_REFERENCE_TEST_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,8 @@ class Block:
     start: int = 0
     end: int | None = None
     """In bytes; None takes the whole file."""
+    held_out: frozenset[int] | None = None
+    """Numbers of the rows that are in the test split, from 0; the others are then in train."""
 
     @property
     def n_bytes(self) -> int:
@@ -77,14 +84,39 @@ def blocks_of(
         DataError: a file cannot be read.
     """
     found: list[Block] = []
+    if source.split == "reference":
+        return _with_reference_split(number, name, source, files, folder)
     for file in files:
         place = Place(name, file.shown, file.split)
         spans: list[tuple[int, int | None]] = [(0, None)]
         if is_plain_lines(file.path, file.shown):
-            spans = list(_spans(file.path))
+            spans = [*_spans(file.path)] or spans
         for start, end in spans:
             part = folder / f"{number:03d}-{len(found):06d}"
             found.append(Block(source, number, place, file.path, part, start, end))
+    return found
+
+
+def _with_reference_split(
+    number: int, name: str, source: SourceConfig, files: Sequence[SourceFile], folder: Path
+) -> list[Block]:
+    """One block a file, with the test split of the reference code.
+
+    It shuffles all rows as the datasets library does with seed 42 and holds out the first 1 %. This
+    needs the number of rows before the first is read.
+    """
+    counts = [count_rows(file.path, file.shown) for file in files]
+    total = sum(counts)
+    order = np.random.default_rng(_REFERENCE_SEED).permutation(total)
+    held_out = np.sort(order[: int(total * _REFERENCE_TEST_SHARE)])
+    found, start = [], 0
+    for index, (file, count) in enumerate(zip(files, counts, strict=True)):
+        inside = held_out[(held_out >= start) & (held_out < start + count)] - start
+        part = folder / f"{number:03d}-{index:06d}"
+        place = Place(name, file.shown, None)
+        rows_held_out = frozenset(inside.tolist())
+        found.append(Block(source, number, place, file.path, part, held_out=rows_held_out))
+        start += count
     return found
 
 
@@ -159,12 +191,15 @@ def check_block(
 ) -> Tally:
     """Check the rows of a block and write what became of them into its folder."""
     parser = parser_of(block.source)
-    validator = _validator(block, rules)
+    validator = validator_of(block, rules)
     with PartWriter(block.folder) as part:
-        row = None
         for row in _rows(block):
+            place = block.place
+            if block.held_out is not None:
+                split = TEST if part.tally.rows in block.held_out else TRAIN
+                place = place._replace(split=split)
             part.tally.rows += 1
-            _check_row(row, block.place, parser, validator, part)
+            _check_row(row, place, parser, validator, part)
             if part.tally.rows % _STEP_ROWS == 0:
                 advance(_STEP_ROWS)
         advance(part.tally.rows % _STEP_ROWS)
@@ -200,11 +235,9 @@ def _check_row(
     try:
         if row.problem:
             raise RowError("unreadable", row.problem)
-        for candidate in parser(row.value):
-            if candidate.split is None and place.split is not None:
-                candidate = candidate._replace(split=place.split)
+        for item in parser(row.value):
             try:
-                part.accept(validator.check(candidate), row.line)
+                _keep(item, place.split, row.line, validator, part)
             except RowError as error:
                 problem = problem or error
     except RowError as error:
@@ -213,7 +246,21 @@ def _check_row(
         part.reject(Rejected.of(problem, place, row.line, row.value))
 
 
-def _validator(block: Block, rules: Rules) -> Validator:
+def _keep(
+    item: Candidate | Rating, split: str | None, line: int, validator: Validator, part: PartWriter
+) -> None:
+    if item.split is None and split is not None:
+        item = item._replace(split=split)
+    if isinstance(item, Candidate):
+        part.accept(validator.check(item), line)
+    else:
+        validator.check_text("prompt", item.prompt)
+        validator.check_text("answer", item.answer)
+        part.rate(item, line)
+
+
+def validator_of(block: Block, rules: Rules) -> Validator:
+    """What checks the pairs of a block's source."""
     source = block.source
     own = source.test_fraction
     return Validator(

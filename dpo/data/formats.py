@@ -6,8 +6,7 @@ for which the row is rejected. It decides nothing about other rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from itertools import combinations
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 ASSISTANT = "\n\nAssistant:"
@@ -35,6 +34,18 @@ class Candidate(NamedTuple):
     """The prompt as turns, where the source has them; ``prompt`` is their text."""
 
 
+class Rating(NamedTuple):
+    """One answer and how good it is; the answers to a prompt become pairs."""
+
+    prompt: str
+    messages: tuple[Message, ...] | None
+    """The prompt as turns, where the source has them; ``prompt`` is their text."""
+    answer: str
+    score: float
+    """Higher is better."""
+    split: str | None = None
+
+
 class RowError(Exception):
     """Why a row is rejected.
 
@@ -49,7 +60,7 @@ class RowError(Exception):
         self.reason, self.advice, self.field = reason, advice, field
 
 
-Parser = Callable[[Mapping[str, Any]], list[Candidate]]
+Parser = Callable[[Mapping[str, Any]], Sequence[Candidate | Rating]]
 
 
 def pairs(row: Mapping[str, Any]) -> list[Candidate]:
@@ -96,7 +107,7 @@ def hh(row: Mapping[str, Any]) -> list[Candidate]:
 def shp(row: Mapping[str, Any], min_score_ratio: float = SHP_MIN_SCORE_RATIO) -> list[Candidate]:
     """Stanford Human Preferences: two comments on a post; kept from a ratio of their scores on."""
     prompt = f"{HUMAN} {text_field(row, 'history')}{ASSISTANT}"
-    scores = [_number_field(row, "score_A"), _number_field(row, "score_B")]
+    scores = [number_field(row, "score_A"), number_field(row, "score_B")]
     responses = [f" {text_field(row, name)}" for name in ("human_ref_A", "human_ref_B")]
     label = row.get("labels")
     if label not in (0, 1):
@@ -107,42 +118,6 @@ def shp(row: Mapping[str, Any], min_score_ratio: float = SHP_MIN_SCORE_RATIO) ->
         )
     chosen, rejected = responses if label == 1 else reversed(responses)
     return [Candidate(prompt, chosen, rejected, split=split_field(row))]
-
-
-def se(row: Mapping[str, Any]) -> list[Candidate]:
-    """StackExchange: one question, several scored answers; each two of unlike score are a pair."""
-    prompt = f"{HUMAN} {_plain_text(text_field(row, 'question'))}{ASSISTANT}"
-    answers = row.get("answers")
-    if not isinstance(answers, list):
-        raise RowError("wrong_type", "answers must be a list of {text, pm_score}", "answers")
-    scored = []
-    for answer in answers:
-        if not isinstance(answer, Mapping):
-            raise RowError("wrong_type", "each answer must be {text, pm_score}", "answers")
-        text = _plain_text(text_field(answer, "text"))
-        scored.append((_number_field(answer, "pm_score"), f" {text}"))
-    if len(scored) < 2:
-        raise RowError("one_answer", "a question with one answer gives no pair", "answers")
-    best = max(scored, key=lambda item: item[0])[1]
-    found = [
-        Candidate(prompt, *((a, b) if score_a > score_b else (b, a)), sft_target=best)
-        for (score_a, a), (score_b, b) in combinations(scored, 2)
-        if score_a != score_b
-    ]
-    if not found:
-        raise RowError("equal_scores", "all answers have the same score", "answers")
-    return found
-
-
-def _plain_text(html: str) -> str:
-    """HTML to text as the reference code does it: code and lists become plain lines."""
-    from bs4 import BeautifulSoup
-
-    soup = BeautifulSoup(html, "html.parser")
-    for element in soup.find_all("li"):
-        element.insert(0, "\n- ")
-    text: str = soup.get_text()
-    return text.strip()
 
 
 def text_field(row: Mapping[str, Any], name: str) -> str:
@@ -160,7 +135,12 @@ def text_field(row: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def _number_field(row: Mapping[str, Any], name: str) -> float:
+def number_field(row: Mapping[str, Any], name: str) -> float:
+    """The number in a field.
+
+    Raises:
+        RowError: it is missing, or not a number.
+    """
     value = row.get(name)
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise RowError("wrong_type", f"{name} must be a number", name)

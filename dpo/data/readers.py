@@ -100,6 +100,18 @@ def block_rows(path: Path, shown: str, start: int, end: int) -> Iterator[RawRow]
         yield from _json_lines(_part(raw, end - start), shown)
 
 
+def count_rows(path: Path, shown: str) -> int:
+    """How many rows ``rows`` gives.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    with named_errors(shown):
+        if _container_by_content(path, shown) == "parquet":
+            return int(pq.read_metadata(path).num_rows)
+    return sum(1 for _ in rows(path, shown))
+
+
 def is_plain_lines(path: Path, shown: str) -> bool:
     """Whether a file can be read in blocks: JSON Lines without compression.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,17 +10,18 @@ import orjson
 
 from dpo.config.schema import SourceConfig
 from dpo.data import formats, shapes
-from dpo.data.formats import Candidate, Parser, RowError, split_field
+from dpo.data.formats import Candidate, Parser, Rating, RowError, split_field
 
 PARSERS: Mapping[str, Parser] = {
     "pairs": formats.pairs,
     "novalto": formats.pairs,
     "hh": formats.hh,
     "shp": formats.shp,
-    "se": formats.se,
+    "se": shapes.se,
     "messages": shapes.messages,
     "openai": shapes.openai,
     "ranked": shapes.ranked,
+    "rated": shapes.rated,
 }
 """By ``sources.NAME.format``."""
 
@@ -34,7 +35,9 @@ def parser_of(source: SourceConfig) -> Parser:
     return partial(_parse, parsers=parsers, format_name=source.format)
 
 
-def _parse(row: Any, *, parsers: Mapping[str, Parser], format_name: str) -> list[Candidate]:
+def _parse(
+    row: Any, *, parsers: Mapping[str, Parser], format_name: str
+) -> Sequence[Candidate | Rating]:
     if not isinstance(row, Mapping):
         kind = type(row).__name__
         raise RowError("wrong_type", f"expected an object with fields, found a {kind}")
@@ -53,7 +56,7 @@ def _parse(row: Any, *, parsers: Mapping[str, Parser], format_name: str) -> list
 
 def _mended(
     line: Mapping[str, Any], parsers: Mapping[str, Parser], format_name: str
-) -> list[Candidate]:
+) -> Sequence[Candidate | Rating]:
     """The row in a line of a quarantine file, which a person has mended."""
     row = line["row"]
     if isinstance(row, str):
@@ -91,8 +94,11 @@ def detect(row: Mapping[str, Any]) -> str | None:
     if keys & {"prompt", "instruction"}:
         if keys & {"responses", "completions", "answers", "candidates"}:
             return "ranked"
-        # one of the three is missing: the parser names it
-        return "pairs" if keys & {"chosen", "rejected"} else None
+        if keys & {"chosen", "rejected"}:
+            # one of the three is missing: the parser names it
+            return "pairs"
+        if keys & {"completion", "response"} and keys & {"label", "score", "rating"}:
+            return "rated"
     return None
 
 

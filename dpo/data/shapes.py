@@ -17,10 +17,22 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from dpo.data.formats import Candidate, Message, RowError, split_field, text_field
+from dpo.data.formats import (
+    ASSISTANT,
+    HUMAN,
+    Candidate,
+    Message,
+    Rating,
+    RowError,
+    number_field,
+    split_field,
+    text_field,
+)
 from dpo.data.messages import (
     Messages,
+    as_text,
     candidate,
+    check_order,
     is_message,
     read_message,
     read_messages,
@@ -30,7 +42,8 @@ _PROMPT_LISTS = ("prompt", "messages", "conversations", "conversation")
 _ANSWER_LISTS = ("responses", "completions", "answers", "candidates")
 _ANSWER_TEXTS = ("text", "response", "completion", "content", "answer")
 _SCORES = ("fine-grained_score", "overall_score", "score", "rating")
-_MAX_ANSWERS = 64
+MAX_ANSWERS = 64
+"""Most answers to one prompt: 2,016 pairs."""
 
 
 def messages(row: Mapping[str, Any]) -> list[Candidate]:
@@ -54,12 +67,14 @@ def messages(row: Mapping[str, Any]) -> list[Candidate]:
 
 def openai(row: Mapping[str, Any]) -> list[Candidate]:
     """``{input: {messages}, preferred_output, non_preferred_output}``."""
-    given = row["input"].get("messages") if isinstance(row["input"], Mapping) else None
+    given = row.get("input")
+    if isinstance(given, Mapping):
+        given = given.get("messages")
     return messages(
         {
-            "prompt": [] if given is None else given,
-            "chosen": row["preferred_output"],
-            "rejected": row["non_preferred_output"],
+            "prompt": [] if given is None or isinstance(given, str) else given,
+            "chosen": row.get("preferred_output"),
+            "rejected": row.get("non_preferred_output"),
             "split": row.get("split"),
         }
     )
@@ -127,10 +142,10 @@ def _common_prefix(
 def ranked(row: Mapping[str, Any]) -> list[Candidate]:
     """A prompt and a list of answers with scores or ranks."""
     prompt_name = "prompt" if row.get("prompt") is not None else "instruction"
-    name = next(key for key in _ANSWER_LISTS if row.get(key) is not None)
-    answers = row[name]
-    if not isinstance(answers, list) or len(answers) > _MAX_ANSWERS:
-        raise RowError("wrong_type", f"{name} must be a list of at most {_MAX_ANSWERS}", name)
+    name = next((key for key in _ANSWER_LISTS if row.get(key) is not None), _ANSWER_LISTS[0])
+    answers = row.get(name)
+    if not isinstance(answers, list) or len(answers) > MAX_ANSWERS:
+        raise RowError("wrong_type", f"{name} must be a list of at most {MAX_ANSWERS}", name)
     texts = [_answer_text(answer, name) for answer in answers]
     scores = _scores(row, answers, name)
     prompt = row.get(prompt_name)
@@ -139,6 +154,56 @@ def ranked(row: Mapping[str, Any]) -> list[Candidate]:
         prompt = [{"role": "user", "content": text_field(row, prompt_name)}]
     scored = list(zip(scores, texts, strict=True))
     return scored_pairs(prompt, prompt_name, scored, split_field(row))
+
+
+def se(row: Mapping[str, Any]) -> list[Candidate]:
+    """StackExchange: a question and its answers with scores, both in HTML."""
+    prompt = f"{HUMAN} {_plain_text(text_field(row, 'question'))}{ASSISTANT}"
+    answers = row.get("answers")
+    if not isinstance(answers, list):
+        raise RowError("wrong_type", "answers must be a list of {text, pm_score}", "answers")
+    scored = []
+    for answer in answers:
+        if not isinstance(answer, Mapping):
+            raise RowError("wrong_type", "each answer must be {text, pm_score}", "answers")
+        text = _plain_text(text_field(answer, "text"))
+        scored.append((number_field(answer, "pm_score"), f" {text}"))
+    return scored_pairs(prompt, "answers", scored, split_field(row))
+
+
+def _plain_text(html: str) -> str:
+    """HTML to text: an empty line between paragraphs, ``-`` before list items, code as it is."""
+    from bs4 import BeautifulSoup
+
+    soup = BeautifulSoup(html, "html.parser")
+    for element in soup.find_all("li"):
+        element.insert(0, "- ")
+    for element in soup.find_all("br"):
+        element.replace_with("\n")
+    for element in soup.find_all(["p", "pre", "ul", "ol", "blockquote"]):
+        # the parser keeps one line's end of the space between them
+        element.insert_after("\n")
+    text: str = soup.get_text()
+    return text.strip()
+
+
+def rated(row: Mapping[str, Any]) -> list[Rating]:
+    """One answer to a prompt with its score, or a label: true is good, false is bad."""
+    score_name = next((key for key in ("label", *_SCORES) if row.get(key) is not None), "score")
+    if row.get(score_name) is None:
+        raise RowError("missing_field", "a score or a label is missing", score_name)
+    name = next((key for key in _ANSWER_TEXTS if row.get(key) is not None), "completion")
+    answer = _answer(row, name)
+    prompt = row.get("prompt")
+    messages = None
+    if not isinstance(prompt, str):
+        if prompt is None:
+            raise RowError("missing_field", "the field prompt is missing", "prompt")
+        messages = read_messages(prompt, "prompt")
+        check_order(messages, "prompt")
+    text = as_text(messages) if messages else str(prompt)
+    score = as_number(row[score_name], score_name)
+    return [Rating(text, messages, _last(messages or (), answer, name), score, split_field(row))]
 
 
 def _answer_text(answer: Any, field: str) -> str:
@@ -191,7 +256,7 @@ def scored_pairs(
         RowError: fewer than two answers, or all with one score.
     """
     if len(scored) < 2:
-        raise RowError("one_answer", "a prompt with one answer gives no pair", field)
+        raise RowError("one_answer", "a prompt with one scored answer gives no pair", field)
     found = [
         _scored_candidate(prompt, field, *((a, b) if score_a > score_b else (b, a)), split)
         for (score_a, a), (score_b, b) in combinations(scored, 2)

@@ -3,6 +3,7 @@
     pairs.arrow      record batches of ``spill_schema``
     keys.bin         a ``repeats.KEY`` and a line number for each pair
     rejected.jsonl   quarantine lines
+    ratings.jsonl    rated answers, which become pairs once those of all blocks are together
 
 Blocks are checked apart, by any number of processes, and put together in order.
 """
@@ -14,11 +15,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import orjson
 import pyarrow as pa
 
 from dpo.data import repeats
+from dpo.data.formats import Message, Rating
 from dpo.data.quarantine import Rejected
 from dpo.data.schema import pair_fields
 from dpo.data.validate import Checked
@@ -27,7 +31,9 @@ _BATCH_ROWS = 1000
 _BATCH_CHARS = 4 * 2**20
 _KEYS_AT_ONCE = 50_000
 _SHOWN = 5
+_NEWLINE = orjson.OPT_APPEND_NEWLINE
 PAIRS, KEYS, REJECTED = "pairs.arrow", "keys.bin", "rejected.jsonl"
+RATINGS = "ratings.jsonl"
 KEY_AND_LINE = np.dtype([("key", repeats.KEY), ("line", "<u8")])
 SPILL_SCHEMA = pa.schema([*pair_fields(), pa.field("line", pa.int64())])
 
@@ -40,6 +46,7 @@ class Tally:
     lines: int = 0
     """Lines that the block spans, for the line numbers of the next."""
     pairs: int = 0
+    ratings: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[Rejected]] = field(default_factory=dict)
     """By reason: the first few rejected rows, shortened."""
@@ -56,6 +63,7 @@ class Tally:
         self.rows += other.rows
         self.lines += other.lines
         self.pairs += other.pairs
+        self.ratings += other.ratings
         self.reasons += other.reasons
         for reason, items in other.examples.items():
             shown = self.examples.setdefault(reason, [])
@@ -76,6 +84,7 @@ class PartWriter:
             self._pairs = stack.enter_context(pa.ipc.new_stream(sink, SPILL_SCHEMA))
             self._keys_file = stack.enter_context((folder / KEYS).open("wb"))
             self._rejected = stack.enter_context((folder / REJECTED).open("wb"))
+            self._ratings = stack.enter_context((folder / RATINGS).open("wb"))
             self._open = stack.pop_all()
 
     def __enter__(self) -> PartWriter:
@@ -95,6 +104,11 @@ class PartWriter:
         self.tally.pairs += 1
         if len(self._columns[0]) >= _BATCH_ROWS or self._chars >= _BATCH_CHARS:
             self._flush()
+
+    def rate(self, rating: Rating, line: int) -> None:
+        """An answer of the row at ``line``."""
+        self.tally.ratings += 1
+        self._ratings.write(orjson.dumps([line, pack_rating(rating)], option=_NEWLINE))
 
     def reject(self, item: Rejected) -> None:
         """A row that gives no pair, or fewer than it should."""
@@ -119,6 +133,26 @@ def read_pairs(folder: Path) -> Iterator[pa.RecordBatch]:
     """The batches of a block, in order."""
     with pa.OSFile(str(folder / PAIRS)) as source:
         yield from pa.ipc.open_stream(source)
+
+
+def pack_rating(rating: Rating) -> list[Any]:
+    """A rating as JSON values."""
+    messages = rating.messages and [list(message) for message in rating.messages]
+    return list(rating._replace(messages=messages))  # type: ignore[arg-type]
+
+
+def unpack_rating(values: list[Any]) -> Rating:
+    """The rating of ``pack_rating``."""
+    prompt, messages, *rest = values
+    return Rating(prompt, messages and tuple(Message(*item) for item in messages), *rest)
+
+
+def read_ratings(folder: Path) -> Iterator[tuple[int, Rating]]:
+    """(line, rating) of each answer of a block, in order."""
+    with (folder / RATINGS).open("rb") as file:
+        for text in file:
+            line, values = orjson.loads(text)
+            yield line, unpack_rating(values)
 
 
 def read_keys(folder: Path) -> Iterator[repeats.Records]:

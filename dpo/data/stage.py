@@ -8,19 +8,22 @@ second writes the remaining pairs, in the order of the input.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from dpo.config.schema import RunConfig
 from dpo.config.stages import stage_settings
 from dpo.data.assemble import Assembled, Cap, Part, assemble
-from dpo.data.check import Block, Rules, blocks_of, check_blocks
+from dpo.data.check import Block, Rules, blocks_of, check_blocks, validator_of
 from dpo.data.quarantine import NOT_FAULTY, QUARANTINE
+from dpo.data.ratings import Answer, pair_ratings
 from dpo.data.report import SAMPLE_ROWS, write_report
 from dpo.data.sources import opened, source_fingerprint
-from dpo.data.spill import Tally
+from dpo.data.spill import Tally, read_ratings
 from dpo.data.text_tokenizer import load_text_tokenizer
 from dpo.data.tokenize import Limits
 from dpo.errors import ConfigError, DataError
@@ -126,7 +129,30 @@ def _check_sources(
         ):
             parts.append(_placed(block, tally, parts[-1] if parts else None))
         _refuse_changed(blocks, before)
-    return parts
+    return [part for group in _by_source(parts) for part in (*group, *_rated(group, rules))]
+
+
+def _by_source(parts: Sequence[Part]) -> list[list[Part]]:
+    return [list(group) for _, group in groupby(parts, lambda part: part.block.number)]
+
+
+def _rated(parts: Sequence[Part], rules: Rules) -> Iterator[Part]:
+    """The pairs that rated answers of one source make."""
+    if not any(part.tally.ratings for part in parts):
+        return
+    first = parts[0].block
+    answers = (
+        Answer(part.block.place.file, line + part.line_offset, rating)
+        for part in parts
+        for line, rating in read_ratings(part.block.folder)
+    )
+    one_file = len({part.block.path for part in parts}) == 1
+    shown = first.place.file if one_file else f"{first.place.source}: rated answers"
+    place = first.place._replace(file=shown)
+    folder = first.folder.with_name(f"{first.number:03d}-ratings")
+    validator = validator_of(first, rules)
+    for part_folder, tally in pair_ratings(answers, place.source, validator, folder):
+        yield Part(replace(first, place=place, folder=part_folder), tally, 0)
 
 
 def _placed(block: Block, tally: Tally, previous: Part | None) -> Part:

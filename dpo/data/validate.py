@@ -44,7 +44,7 @@ class Validator:
     test_fraction: float
     dataset: str
     split: str = "auto"
-    """``auto``, ``hash``, ``train`` or ``test``: see ``SourceConfig.split``."""
+    """See ``SourceConfig.split``."""
     mark: repeats.Mark = field(default_factory=repeats.Mark)
 
     def check(self, candidate: Candidate) -> Checked:
@@ -53,11 +53,11 @@ class Validator:
         Raises:
             RowError: with the reason for which it is rejected.
         """
-        self._check_text("prompt", candidate.prompt)
-        self._check_text("chosen", candidate.chosen)
-        self._check_text("rejected", candidate.rejected)
+        self.check_text("prompt", candidate.prompt)
+        self.check_text("chosen", candidate.chosen)
+        self.check_text("rejected", candidate.rejected)
         if candidate.sft_target is not None:
-            self._check_text("sft_target", candidate.sft_target)
+            self.check_text("sft_target", candidate.sft_target)
         if candidate.chosen.strip() == candidate.rejected.strip():
             raise RowError("chosen_equals_rejected", "chosen and rejected are the same text")
         digest = prompt_digest(candidate.prompt)
@@ -77,10 +77,15 @@ class Validator:
     def _split(self, candidate: Candidate, digest: bytes) -> str:
         if self.split in (TRAIN, TEST):
             return self.split
-        own = candidate.split if self.split == "auto" else None
+        own = None if self.split == "hash" else candidate.split
         return own or split_of(digest, self.test_fraction)
 
-    def _check_text(self, name: str, text: str) -> None:
+    def check_text(self, name: str, text: str) -> None:
+        """Check one text by itself.
+
+        Raises:
+            RowError: it is empty, broken, or holds a text that means something to the model.
+        """
         if not text or text.isspace():
             raise RowError("empty", f"{name} is empty", name)
         try:
