@@ -65,11 +65,15 @@ class SourceConfig(Section):
     format: Format = "auto"
     """How a row is read; ``auto`` decides by the row's keys. See config/dataset/README.md."""
     path: str | None = None
-    """File, folder, glob or URL; ``builtin:NAME`` for data that travels with this package."""
+    """File, folder, glob or URL (``s3://``, ``minio://``, ``file://``, ``hf://owner/name/folder``);
+    ``builtin:NAME`` for data that travels with this package."""
     hub: str | None = None
     """Data set id on the hub, used when ``path`` is not set."""
     hub_subset: str | None = None
     """Folder or configuration inside the hub data set."""
+    community: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    """Name of a stored community data set: below the URL or folder in DPO_COMMUNITY_DATA, or in
+    toy-data/."""
     split: Literal["auto", "hash", "train", "test", "reference"] = "auto"
     """``auto`` keeps the source's own split and divides the rest by hash of the prompt; ``hash``
     divides all rows so; ``train`` and ``test`` put all rows there; ``reference`` holds out the 1 %
@@ -84,8 +88,9 @@ class SourceConfig(Section):
     """Take at most so many pairs with one prompt, the first ones."""
     min_score_ratio: float = Field(2.0, ge=1)
     """shp: take a pair when the better score is at least so many times the other."""
-    weight: float = Field(1.0, gt=0)
-    """Share of this source's training pairs relative to the others; 1 takes each pair once."""
+    weight: float = Field(1.0, gt=0, le=100)
+    """How often each training pair of this source comes in an epoch: 2 takes each twice, 0.5 a
+    seeded half of them."""
 
 
 class WandbConfig(Section):

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from dpo.data.check import Block
 from dpo.data.quarantine import QUARANTINE, Rejected, moved
 from dpo.data.repeats import REASONS, Records, Repeats
-from dpo.data.schema import COLUMNS, MESSAGES_COLUMN, TRAIN, arrow_schema
+from dpo.data.schema import MESSAGES_COLUMN, TRAIN
 from dpo.data.spill import REJECTED, Tally, read_keys, read_pairs
 
 _GROUP_ROWS = 20_000
@@ -74,7 +74,7 @@ def assemble(
     caps: Mapping[str, Cap],
     folder: Path,
     *,
-    prompt_format: str,
+    schema: pa.Schema,
     sample_rows: int,
     seed: int,
 ) -> Assembled:
@@ -84,7 +84,7 @@ def assemble(
         parts: All blocks, in the order of the input.
         caps: By source.
         folder: To write to; a folder for temporary files is made in it and removed.
-        prompt_format: Kept in the metadata.
+        schema: Of the file.
         sample_rows: How many pairs of the result to return.
         seed: Of that sample.
     """
@@ -98,7 +98,7 @@ def assemble(
             tally.add(replace(part.tally, pairs=0))
             _copy_rejected(part, quarantine)
         repeats = _Collisions(parts, decisions, result.sources, quarantine)
-        with _PairsWriter(folder / "pairs-00000.parquet", prompt_format) as writer:
+        with _PairsWriter(folder / "pairs-00000.parquet", schema) as writer:
             for first, batch in _kept_batches(parts, keep, repeats):
                 _count(batch, result)
                 inside = wanted[(wanted >= first) & (wanted < first + batch.num_rows)] - first
@@ -239,10 +239,10 @@ class _Collisions:
 class _PairsWriter:
     """Writes batches as row groups of some size, which depends on the batches alone."""
 
-    def __init__(self, path: Path, prompt_format: str) -> None:
-        self._schema = arrow_schema(prompt_format)
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._schema = schema
         self._file = pq.ParquetWriter(
-            path, self._schema, compression="zstd", use_dictionary=["dataset", "split"]
+            path, schema, compression="zstd", use_dictionary=["dataset", "split"]
         )
         self._waiting: list[pa.RecordBatch] = []
 
@@ -264,6 +264,3 @@ class _PairsWriter:
             table = pa.Table.from_batches(self._waiting)
             self._file.write_table(table.cast(self._schema), row_group_size=table.num_rows)
             self._waiting.clear()
-
-
-assert [*COLUMNS, MESSAGES_COLUMN] == arrow_schema("").names

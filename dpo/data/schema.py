@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import orjson
@@ -11,6 +12,8 @@ import pyarrow as pa
 SCHEMA_VERSION = 2
 VERSION_KEY = b"dpo.schema_version"
 PROMPT_FORMAT_KEY = b"dpo.prompt_format"
+WEIGHTS_KEY = b"dpo.weights"
+"""JSON: weight by source, where any differs from 1."""
 
 TRAIN, TEST = "train", "test"
 
@@ -44,15 +47,15 @@ def pair_fields() -> list[pa.Field]:
     return [*texts, pa.field(MESSAGES_COLUMN, pa.list_(_TURN))]
 
 
-def arrow_schema(prompt_format: str) -> pa.Schema:
+def arrow_schema(prompt_format: str, weights: Mapping[str, float] | None = None) -> pa.Schema:
     """Columns of the Parquet files, with the schema version in their metadata."""
-    return pa.schema(
-        pair_fields(),
-        metadata={
-            VERSION_KEY: str(SCHEMA_VERSION).encode(),
-            PROMPT_FORMAT_KEY: prompt_format.encode(),
-        },
-    )
+    metadata = {
+        VERSION_KEY: str(SCHEMA_VERSION).encode(),
+        PROMPT_FORMAT_KEY: prompt_format.encode(),
+    }
+    if weights and set(weights.values()) != {1.0}:
+        metadata[WEIGHTS_KEY] = orjson.dumps(dict(weights), option=orjson.OPT_SORT_KEYS)
+    return pa.schema(pair_fields(), metadata=metadata)
 
 
 def pair_id(prompt: str, chosen: str, rejected: str) -> str:

@@ -8,7 +8,7 @@ second writes the remaining pairs, in the order of the input.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import groupby
@@ -22,7 +22,8 @@ from dpo.data.check import Block, Rules, blocks_of, check_blocks, validator_of
 from dpo.data.quarantine import NOT_FAULTY, QUARANTINE
 from dpo.data.ratings import Answer, pair_ratings
 from dpo.data.report import SAMPLE_ROWS, write_report
-from dpo.data.sources import opened, source_fingerprint
+from dpo.data.schema import arrow_schema
+from dpo.data.sources import opened, source_fingerprints
 from dpo.data.spill import Tally, read_ratings
 from dpo.data.text_tokenizer import load_text_tokenizer
 from dpo.data.tokenize import Limits
@@ -35,7 +36,12 @@ _SHOWN_REASONS = 5
 
 
 def run_ingest(
-    config: RunConfig, output: Path, *, code: str = "", workers: int | None = None
+    config: RunConfig,
+    output: Path,
+    *,
+    code: str = "",
+    fingerprints: Mapping[str, str] | None = None,
+    workers: int | None = None,
 ) -> Manifest:
     """Read, validate and write the pairs of ``config.sources`` into the folder ``output``.
 
@@ -43,6 +49,7 @@ def run_ingest(
         config: Settings.
         output: Folder to make.
         code: Fingerprint of the code, kept in the manifest.
+        fingerprints: Of the sources, where they are known.
         workers: Processes to check rows in; None decides by the cores and the size of the input.
             The output does not depend on it.
 
@@ -54,15 +61,15 @@ def run_ingest(
     rules = _rules(config)
     with staged(output) as folder:
         spill = folder / "spill"
-        fingerprints = {
-            name: source_fingerprint(name, source) for name, source in config.sources.items()
-        }
+        if fingerprints is None:
+            fingerprints = source_fingerprints(config)
         parts = _check_sources(config, rules, spill, workers)
+        weights = {name: source.weight for name, source in config.sources.items()}
         result = assemble(
             parts,
             _caps(config),
             folder,
-            prompt_format=config.prompt_format,
+            schema=arrow_schema(config.prompt_format, weights),
             sample_rows=SAMPLE_ROWS,
             seed=config.seed,
         )
@@ -73,7 +80,7 @@ def run_ingest(
         figures = _figures(result)
         tokenizer = load_text_tokenizer(rules.tokenizer)
         write_report(
-            {"figures": figures, "sources": fingerprints},
+            {"figures": figures, "sources": dict(fingerprints)},
             result.sample,
             result.total().examples,
             tokenizer,

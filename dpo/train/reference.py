@@ -41,8 +41,10 @@ def run_reference(
     check_length(policy, config.max_length)
     # the set of pairs does not depend on how they are batched
     examples = load_examples(config, pairs, tokenizer, batch_size=1, responses="pair")
-    every = [*examples.train.values(), *examples.held_out]
-    splits = [TRAIN] * len(examples.train) + [TEST] * len(examples.held_out)
+    # a pair of a weighted source may come more than once
+    train = list({example.pair_id: example for example in examples.train.values()}.values())
+    every = [*train, *examples.held_out]
+    splits = [TRAIN] * len(train) + [TEST] * len(examples.held_out)
     dtype = compute_dtype(config.model, device)
     with track("reference", "pairs", len(every)) as bar:
         scored = score(policy, every, dtype=dtype, token_budget=config.micro_batch_tokens, bar=bar)
