@@ -68,6 +68,28 @@ class Assembled:
             tally.add(one)
         return tally
 
+    def figures(self) -> dict[str, Any]:
+        """The counts as JSON values."""
+        total = self.total()
+        return {
+            "rows": total.rows,
+            "pairs": total.pairs,
+            "train_pairs": self.train_pairs,
+            "test_pairs": total.pairs - self.train_pairs,
+            "rejected": total.reasons.total(),
+            "reasons": dict(total.reasons.most_common()),
+            "unused": self.unused,
+            "by_source": {
+                name: {
+                    "rows": tally.rows,
+                    "pairs": tally.pairs,
+                    "rejected": tally.reasons.total(),
+                    "reasons": dict(tally.reasons.most_common()),
+                }
+                for name, tally in self.sources.items()
+            },
+        }
+
 
 def assemble(
     parts: Sequence[Part],

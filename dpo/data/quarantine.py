@@ -58,7 +58,7 @@ class Rejected:
 
     def shortened(self) -> Rejected:
         """The same with no more of the row than is shown."""
-        row = {self.field: self._start_of_value()} if self.field else None
+        row = {self.field: self.start_of_value()} if self.field else None
         return replace(self, row=row)
 
     def moved(self, offset: int) -> Rejected:
@@ -73,7 +73,7 @@ class Rejected:
             "line": self.line,
             "reason": self.reason,
             "field": self.field,
-            "value": self._start_of_value(),
+            "value": self.start_of_value(),
             "advice": self.advice,
             "split": self.split,
             "row": self.row,
@@ -85,13 +85,14 @@ class Rejected:
             text = json.dumps(values, ensure_ascii=False, default=str)
             return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text).encode() + b"\n"
 
-    def _start_of_value(self) -> str:
+    def start_of_value(self) -> str:
+        """The first characters of the field at fault."""
         value = self.row.get(self.field) if isinstance(self.row, dict) and self.field else None
         text = "" if value is None else str(value)
         return text[:_SHOWN_VALUE_CHARS]
 
     def __str__(self) -> str:
-        value = self._start_of_value()
+        value = self.start_of_value()
         found = f": {_SURROGATE.sub('?', value)!r}" if value else ""
         return f"{self.file}, line {self.line}: {self.advice} ({self.reason}{found})"
 

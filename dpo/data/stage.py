@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from dpo.config.schema import RunConfig
@@ -60,24 +61,12 @@ def run_ingest(
     """
     rules = _rules(config)
     with staged(output) as folder:
-        spill = folder / "spill"
         if fingerprints is None:
             fingerprints = source_fingerprints(config)
-        parts = _check_sources(config, rules, spill, workers)
-        weights = {name: source.weight for name, source in config.sources.items()}
-        result = assemble(
-            parts,
-            _caps(config),
-            folder,
-            schema=arrow_schema(config.prompt_format, weights),
-            sample_rows=SAMPLE_ROWS,
-            seed=config.seed,
-        )
-        shutil.rmtree(spill)
-        _refuse_empty_source(result)
+        result = _ingest(config, rules, folder, workers)
         _refuse_bad_share(config, result, folder, output)
         _refuse_empty_split(result)
-        figures = _figures(result)
+        figures = result.figures()
         tokenizer = load_text_tokenizer(rules.tokenizer)
         write_report(
             {"figures": figures, "sources": dict(fingerprints)},
@@ -97,6 +86,34 @@ def run_ingest(
         )
     _tell(figures)
     return manifest
+
+
+def check_only(config: RunConfig) -> Assembled:
+    """Read and validate the sources of ``config`` and keep nothing but counts and examples.
+
+    Raises:
+        ConfigError: the model's tokenizer cannot be used.
+        DataError: a source that is missing, unreadable or empty.
+    """
+    with TemporaryDirectory() as folder:
+        return _ingest(config, _rules(config), Path(folder), None)
+
+
+def _ingest(config: RunConfig, rules: Rules, folder: Path, workers: int | None) -> Assembled:
+    spill = folder / "spill"
+    parts = _check_sources(config, rules, spill, workers)
+    weights = {name: source.weight for name, source in config.sources.items()}
+    result = assemble(
+        parts,
+        _caps(config),
+        folder,
+        schema=arrow_schema(config.prompt_format, weights),
+        sample_rows=SAMPLE_ROWS,
+        seed=config.seed,
+    )
+    shutil.rmtree(spill)
+    _refuse_empty_source(result)
+    return result
 
 
 def _rules(config: RunConfig) -> Rules:
@@ -187,28 +204,6 @@ def _refuse_changed(blocks: Sequence[Block], before: dict[Path, tuple[int, int]]
                 where=block.place.file,
                 fix="wait until it is written, then run again",
             )
-
-
-def _figures(result: Assembled) -> dict[str, Any]:
-    total = result.total()
-    return {
-        "rows": total.rows,
-        "pairs": total.pairs,
-        "train_pairs": result.train_pairs,
-        "test_pairs": total.pairs - result.train_pairs,
-        "rejected": total.reasons.total(),
-        "reasons": dict(total.reasons.most_common()),
-        "unused": result.unused,
-        "by_source": {
-            name: {
-                "rows": tally.rows,
-                "pairs": tally.pairs,
-                "rejected": tally.reasons.total(),
-                "reasons": dict(tally.reasons.most_common()),
-            }
-            for name, tally in result.sources.items()
-        },
-    }
 
 
 def _scalars(figures: dict[str, Any]) -> dict[str, int]:

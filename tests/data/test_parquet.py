@@ -98,3 +98,7 @@ def test_others_read_it(ingest: Callable[..., Outcome]) -> None:
     duckdb = pytest.importorskip("duckdb", reason="pip install duckdb")
     count = duckdb.sql(f"select count(*) from '{path}' where dataset = 'rows'").fetchall()
     assert count == [(1,)]
+    datasets = pytest.importorskip("datasets", reason="pip install datasets")
+    loaded = datasets.Dataset.from_parquet(str(path), cache_dir=str(found.folder.parent / "cache"))
+    assert loaded[0]["prompt_messages"] == turns
+    assert loaded.num_rows == 3
