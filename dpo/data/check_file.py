@@ -78,7 +78,7 @@ def _as_text(place: str, found: dict[str, Any]) -> str:
     ]
     for reason, entry in found["reasons"].items():
         kind = "wrong" if entry["fault"] else "not needed"
-        lines += ["", f"{reason.replace('_', ' ')} ({entry['count']:,} rows, {kind})"]
+        lines += ["", f"{reason.replace('_', ' ')} ({_rows(entry['count'])}, {kind})"]
         for item in entry["places"]:
             value = f" It begins: {item['value']}" if item["value"] else ""
             lines.append(f"  {item['file']}, line {item['line']}: {item['advice']}.{value}")
