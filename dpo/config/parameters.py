@@ -8,6 +8,7 @@ A parameter sets one key in one of them or in both; every other key is reached t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -165,8 +166,10 @@ def _hydra_value(value: Value) -> str:
     if isinstance(value, list):
         return "[" + ",".join(_hydra_value(item) for item in value) + "]"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-        return f"'{escaped}'"
+        # backslashes are literal but before a quote, the end or ``${``, where they are doubled
+        plain = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", value)
+        quoted = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), plain)
+        return f"'{quoted}'"
     return json.dumps(value)
 
 
