@@ -59,11 +59,18 @@ Format = Literal[
 ]
 
 
+CustomFunction = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+
+
 class SourceConfig(Section):
     """One source of preference pairs."""
 
-    format: Format = "auto"
-    """How a row is read; ``auto`` decides by the row's keys. See config/dataset/README.md."""
+    format: Format | CustomFunction = "auto"
+    """How a row is read; ``auto`` decides by the row's keys, ``module:function`` names a function
+    of yours. See config/dataset/README.md."""
+    loader: CustomFunction | None = None
+    """``module:function`` that returns the whole data set in the reference code's form; instead of
+    ``path`` and ``hub``."""
     path: str | None = None
     """File, folder, glob or URL (``s3://``, ``minio://``, ``file://``, ``hf://owner/name/folder``);
     ``builtin:NAME`` for data that travels with this package."""
@@ -86,6 +93,8 @@ class SourceConfig(Section):
     """Seed of that choice, where it differs from the run's."""
     max_pairs_per_prompt: int | None = Field(None, gt=0)
     """Take at most so many pairs with one prompt, the first ones."""
+    max_prompt_tokens: int | None = Field(None, gt=0)
+    """Reject rows whose prompt is longer, instead of cutting it to ``max_prompt_length``."""
     min_score_ratio: float = Field(2.0, ge=1)
     """shp: take a pair when the better score is at least so many times the other."""
     weight: float = Field(1.0, gt=0, le=100)

@@ -22,6 +22,7 @@ from dpo.data.spill import REJECTED, Tally, read_keys, read_pairs
 
 _GROUP_ROWS = 20_000
 _GROUP_BYTES = 64 * 2**20
+_SHOWN_NEAR = 5
 _ADVICE = {
     "prompt_in_test": "the prompt is held out for evaluation{place}, so it cannot be trained on",
     "duplicate_pair": "the same pair stands{place}",
@@ -56,6 +57,10 @@ class Assembled:
     sources: dict[str, Tally] = field(default_factory=dict)
     """By source; repeats are among the rejected, and ``pairs`` counts those that are used."""
     train_pairs: int = 0
+    near_duplicates: int = 0
+    """Training pairs whose prompt is nearly one of the test split."""
+    near_examples: list[str] = field(default_factory=list)
+    """Where some of them stand, beside what they are like."""
     unused: int = 0
     """Sound pairs beyond ``max_pairs``."""
     sample: list[dict[str, Any]] = field(default_factory=list)
@@ -79,6 +84,7 @@ class Assembled:
             "rejected": total.reasons.total(),
             "reasons": dict(total.reasons.most_common()),
             "unused": self.unused,
+            "near_duplicates": self.near_duplicates,
             "by_source": {
                 name: {
                     "rows": tally.rows,
@@ -111,7 +117,10 @@ def assemble(
         seed: Of that sample.
     """
     result = Assembled()
-    keep, decisions = _choose(parts, caps, folder / "repeats")
+    keep, decisions, near = _choose(parts, caps, folder / "repeats")
+    places = _Places(parts)
+    result.near_duplicates = len(near)
+    result.near_examples = [places.both(record) for record in near[:_SHOWN_NEAR]]
     result.unused = int((~keep).sum()) - len(decisions)
     wanted = _sample(int(keep.sum()), sample_rows, seed)
     with (folder / QUARANTINE).open("wb") as quarantine:
@@ -119,7 +128,7 @@ def assemble(
             tally = result.sources.setdefault(part.block.place.source, Tally())
             tally.add(replace(part.tally, pairs=0))
             _copy_rejected(part, quarantine)
-        repeats = _Collisions(parts, decisions, result.sources, quarantine)
+        repeats = _Collisions(places, decisions, result.sources, quarantine)
         with _PairsWriter(folder / "pairs-00000.parquet", schema) as writer:
             for first, batch in _kept_batches(parts, keep, repeats):
                 _count(batch, result)
@@ -131,8 +140,8 @@ def assemble(
 
 def _choose(
     parts: Sequence[Part], caps: Mapping[str, Cap], folder: Path
-) -> tuple[npt.NDArray[np.bool_], Records]:
-    """By ordinal: whether a pair is used; and why those that collide are not."""
+) -> tuple[npt.NDArray[np.bool_], Records, Records]:
+    """By ordinal: whether a pair is used; why those that collide are not; what is nearly equal."""
     repeats = Repeats(folder)
     by_source: dict[str, list[npt.NDArray[np.uint64]]] = {name: [] for name in caps}
     starts: dict[str, int] = {}
@@ -145,13 +154,33 @@ def _choose(
             total += len(records)
             if name in caps:
                 by_source[name].append(_ranks(records["key"], caps[name].seed))
-    decisions = repeats.decide()
+    decisions, near = repeats.decide(), repeats.near_duplicates()
     folder.rmdir()
     keep = np.ones(total, dtype=bool)
     keep[decisions["ordinal"]] = False
+    near = near[keep[near["ordinal"]]]
     for name, ranks in by_source.items():
         _apply_cap(keep, starts[name], np.concatenate([*ranks, _NO_RANKS]), caps[name].n_pairs)
-    return keep, decisions
+    return keep, decisions, near
+
+
+class _Places:
+    """Where pairs stand, by their ordinal."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = parts
+        self._ends = np.cumsum([part.tally.pairs for part in parts]).tolist()
+
+    def place(self, ordinal: int, line: int) -> str:
+        part = self._parts[bisect_right(self._ends, ordinal)]
+        return f"{part.block.place.file}, line {line + part.line_offset}"
+
+    def other(self, decision: Any) -> str:
+        return self.place(int(decision["other"]), int(decision["other_line"]))
+
+    def both(self, decision: Any) -> str:
+        own = self.place(int(decision["ordinal"]), int(decision["line"]))
+        return f"{own} is like {self.other(decision)}"
 
 
 _NO_RANKS = np.zeros(0, dtype=np.uint64)
@@ -219,16 +248,15 @@ class _Collisions:
 
     def __init__(
         self,
-        parts: Sequence[Part],
+        places: _Places,
         decisions: Records,
         tallies: Mapping[str, Tally],
         quarantine: IO[bytes],
     ) -> None:
-        self._parts = parts
+        self._places = places
         self._decisions = decisions
         self._tallies = tallies
         self._quarantine = quarantine
-        self._ends = np.cumsum([part.tally.pairs for part in parts]).tolist()
         self._next = 0
 
     def note(self, part: Part, ordinal: int, batch: pa.RecordBatch) -> None:
@@ -245,9 +273,7 @@ class _Collisions:
 
     def _rejected(self, part: Part, decision: Any, row: dict[str, Any]) -> Rejected:
         reason = REASONS[decision["reason"]]
-        other = self._parts[bisect_right(self._ends, int(decision["other"]))]
-        place = f" in {other.block.place.file}, line "
-        place += f"{int(decision['other_line']) + other.line_offset}"
+        place = f" in {self._places.other(decision)}"
         line = row.pop("line") + part.line_offset
         source, file, _ = part.block.place
         names = ("prompt", "chosen", "rejected", "sft_target")

@@ -270,6 +270,7 @@ def validator_of(block: Block, rules: Rules) -> Validator:
         test_fraction=rules.test_fraction if own is None else own,
         dataset=block.place.source,
         split=source.split,
+        max_prompt_tokens=source.max_prompt_tokens,
         mark=Mark(block.number, source.max_pairs_per_prompt or 0),
     )
 

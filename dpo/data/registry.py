@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from dpo.config.schema import SourceConfig
-from dpo.data import formats, shapes
+from dpo.data import custom, formats, shapes
 from dpo.data.formats import Candidate, Parser, Rating, RowError, split_field
 
 PARSERS: Mapping[str, Parser] = {
@@ -30,6 +30,8 @@ _QUARANTINE_KEYS = {"reason", "advice", "row"}
 
 def parser_of(source: SourceConfig) -> Parser:
     """What reads the rows of a source."""
+    if ":" in source.format:
+        return custom.row_parser(source.format)
     shp: Parser = partial(formats.shp, min_score_ratio=source.min_score_ratio)
     parsers = {**PARSERS, "shp": shp}
     return partial(_parse, parsers=parsers, format_name=source.format)

@@ -1,14 +1,16 @@
 """Rows that can only be judged beside others: duplicates, contradictions, prompts in two splits.
 
-All of these concern rows with one prompt. So each row leaves a record of hashes (56 bytes) in one
+All of these concern rows with one prompt. So each row leaves a record of hashes (64 bytes) in one
 of 64 files, chosen by the prompt's hash, and each file is judged by itself: memory holds a 64th of
-the records, however large the input.
+the records, however large the input. Prompts that are nearly equal are found in the same way, by
+the hash of their letters and digits.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +22,14 @@ REASONS = ("prompt_in_test", "duplicate_pair", "contradictory_pair", "over_promp
 
 _N_PARTITIONS = 64
 _HASHES = [("prompt_a", "<u8"), ("prompt_b", "<u8"), ("chosen", "<u8"), ("rejected", "<u8")]
-_KEY = [*_HASHES, ("test", "<u2"), ("source", "<u2"), ("limit", "<u4")]
+_KEY = [*_HASHES, ("near", "<u8"), ("test", "<u2"), ("source", "<u2"), ("limit", "<u4")]
 KEY = np.dtype(_KEY)
 _RECORD = np.dtype([*_KEY, ("ordinal", "<u8"), ("line", "<u8")])
 DECISION = np.dtype(
-    [("ordinal", "<u8"), ("reason", "<u1"), ("other", "<u8"), ("other_line", "<u8")]
+    [
+        *(("ordinal", "<u8"), ("line", "<u8"), ("reason", "<u1")),
+        *(("other", "<u8"), ("other_line", "<u8")),
+    ]
 )
 """A row to reject, and the row that it collides with: ordinals count accepted rows from 0."""
 
@@ -42,13 +47,25 @@ class Mark:
     """Most pairs of this source with one prompt; 0 for any number."""
 
 
-def key(prompt_hash: bytes, chosen: str, rejected: str, mark: Mark, *, in_test: bool) -> bytes:
-    """The bytes of one ``KEY``. The hash has 32 bytes."""
+def near_hash(prompt: str) -> bytes:
+    """8 bytes that are equal for prompts that differ in case, punctuation and white space only."""
+    core = prompt.encode().lower().translate(None, _NO_LETTERS)
+    return hashlib.blake2b(core, digest_size=8).digest()
+
+
+_NO_LETTERS = bytes(code for code in range(128) if not chr(code).isalnum())
+
+
+def key(
+    prompt_hash: bytes, near: bytes, chosen: str, rejected: str, mark: Mark, *, in_test: bool
+) -> bytes:
+    """The bytes of one ``KEY``. The prompt's hash has 32 bytes, ``near`` is its ``near_hash``."""
     return (
         # the first 8 bytes choose the split: use others, so that equal splits do not cluster
         prompt_hash[8:24]
         + hashlib.blake2b(chosen.encode(), digest_size=8).digest()
         + hashlib.blake2b(rejected.encode(), digest_size=8).digest()
+        + near
         + _END.pack(in_test, mark.source, mark.limit)
     )
 
@@ -72,15 +89,24 @@ class Repeats:
         records["ordinal"] = np.arange(self._n_rows, self._n_rows + len(keys))
         self._n_rows += len(keys)
         records["line"] = lines
-        partition = records["prompt_a"] % _N_PARTITIONS
-        for index in np.unique(partition):
-            with (self._folder / f"{index:02d}").open("ab") as file:
-                records[partition == index].tofile(file)
+        for name in ("prompt_a", "near"):
+            partition = records[name] % _N_PARTITIONS
+            for index in np.unique(partition):
+                with (self._folder / f"{name}-{index:02d}").open("ab") as file:
+                    records[partition == index].tofile(file)
 
     def decide(self) -> Records:
         """``DECISION`` records of all rows to reject, by ordinal."""
+        return self._each("prompt_a", judge)
+
+    def near_duplicates(self) -> Records:
+        """``DECISION`` records, without a reason, of training pairs whose prompt is nearly one of
+        the test split; by ordinal. They are reported, not rejected."""
+        return self._each("near", _near_duplicates)
+
+    def _each(self, name: str, judge: Callable[[Records], Records]) -> Records:
         found = [np.zeros(0, dtype=DECISION)]
-        for path in sorted(self._folder.iterdir()):
+        for path in sorted(self._folder.glob(f"{name}-*")):
             found.append(judge(np.fromfile(path, dtype=_RECORD)))
             path.unlink()
         return np.sort(np.concatenate(found), order="ordinal")
@@ -117,6 +143,16 @@ def judge(records: Records) -> Records:
     return np.concatenate(decisions)
 
 
+def _near_duplicates(records: Records) -> Records:
+    records = records[np.lexsort((records["ordinal"], records["near"]))]
+    group = _groups(records["near"])
+    in_test = records["test"] == 1
+    other = _first_where(group, in_test)[group]
+    # equal prompts are leaks, which are rejected
+    leaks = np.isin(records["prompt_a"], records["prompt_a"][in_test])
+    return _decisions(records, (other >= 0) & ~in_test & ~leaks, REASONS[0], other)
+
+
 def _over_limit(records: Records) -> Records:
     """Beyond the first ``limit`` pairs that a source has for a prompt."""
     records = records[records["limit"] > 0]
@@ -150,6 +186,7 @@ def _decisions(
     rows = np.flatnonzero(where)
     found = np.zeros(len(rows), dtype=DECISION)
     found["ordinal"] = records["ordinal"][rows]
+    found["line"] = records["line"][rows]
     found["reason"] = REASONS.index(reason)
     found["other"] = records["ordinal"][others[rows]]
     found["other_line"] = records["line"][others[rows]]

@@ -32,7 +32,8 @@ def write_report(
     """Write ``report.json`` and ``report.html`` into ``folder``.
 
     Args:
-        report: ``figures`` of the stage and ``sources``, their fingerprints.
+        report: ``figures`` of the stage, ``sources`` with their fingerprints, and some
+            ``near_duplicates``.
         sample: Pair rows to measure and to show.
         examples: Rejected rows by reason.
         tokenizer: The model's.
@@ -57,6 +58,7 @@ def write_report(
     html = environment.get_template("data_report.html.j2").render(
         f=report["figures"],
         sources=report["sources"],
+        near=report["near_duplicates"],
         examples={reason: items[0] for reason, items in report["examples"].items()},
         lengths=lengths,
         limits=limits,

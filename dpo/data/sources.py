@@ -10,7 +10,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import orjson
+
 from dpo.config.schema import RunConfig, SourceConfig
+from dpo.data import custom
 from dpo.data.files import is_data_name, located, own_split, source_files
 from dpo.data.readers import READABLE
 from dpo.data.unpack import named_errors
@@ -37,12 +40,26 @@ def source_fingerprint(name: str, source: SourceConfig) -> str:
     """What a source's content is known by, with the way in which it was found.
 
     ``sha256:`` over names and bytes of its files; ``etag:`` over names, sizes and etags in a store,
-    whose bytes are not fetched for this; ``hub:`` and the commit.
+    whose bytes are not fetched for this; ``hub:`` and the commit. The code of a custom function
+    that reads the rows is part of it.
 
     Raises:
         DataError: the source is nowhere.
     """
-    source = located(name, source)
+    code = custom.code_hash(source.format) if ":" in source.format else ""
+    if source.loader:
+        return _loader_fingerprint(name, source.loader) + code
+    return _content_fingerprint(name, located(name, source)) + code
+
+
+def _loader_fingerprint(name: str, loader: str) -> str:
+    digest = hashlib.sha256()
+    for row in custom.load_rows(loader, name):
+        digest.update(orjson.dumps(row) + b"\n")
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _content_fingerprint(name: str, source: SourceConfig) -> str:
     if source.path is None:
         return f"hub:{source.hub}@{_hub_info(name, source).sha}"
     digest = hashlib.sha256()
@@ -80,6 +97,14 @@ def opened(name: str, source: SourceConfig) -> Iterator[list[SourceFile]]:
     Raises:
         DataError: there are none.
     """
+    if source.loader:
+        with TemporaryDirectory() as folder:
+            path = Path(folder, "rows.jsonl")
+            with path.open("wb") as file:
+                for row in custom.load_rows(source.loader, name):
+                    file.write(orjson.dumps(row) + b"\n")
+            yield [SourceFile(path, f"{name}: {source.loader}", None)]
+        return
     source = located(name, source)
     if source.path is None:
         yield _from_hub(name, source)

@@ -69,7 +69,11 @@ def run_ingest(
         figures = result.figures()
         tokenizer = load_text_tokenizer(rules.tokenizer)
         write_report(
-            {"figures": figures, "sources": dict(fingerprints)},
+            {
+                "figures": figures,
+                "sources": dict(fingerprints),
+                "near_duplicates": result.near_examples,
+            },
             result.sample,
             result.total().examples,
             tokenizer,

@@ -45,6 +45,8 @@ class Validator:
     dataset: str
     split: str = "auto"
     """See ``SourceConfig.split``."""
+    max_prompt_tokens: int | None = None
+    """Longer prompts are rejected, before any chat template."""
     mark: repeats.Mark = field(default_factory=repeats.Mark)
 
     def check(self, candidate: Candidate) -> Checked:
@@ -61,6 +63,8 @@ class Validator:
         if candidate.chosen.strip() == candidate.rejected.strip():
             raise RowError("chosen_equals_rejected", "chosen and rejected are the same text")
         digest = prompt_digest(candidate.prompt)
+        near = repeats.near_hash(candidate.prompt)
+        self._check_prompt_length(candidate.prompt)
         split = self._split(candidate, digest)
         if self.prompt_format == "chat":
             candidate = to_chat(candidate, self.tokenizer)
@@ -71,7 +75,7 @@ class Validator:
             pair_id(prompt, chosen, rejected),
             messages and [{"role": role, "content": content} for role, content in messages],
         )
-        key = repeats.key(digest, chosen, rejected, self.mark, in_test=split == TEST)
+        key = repeats.key(digest, near, chosen, rejected, self.mark, in_test=split == TEST)
         return Checked(values, key, len(prompt) + len(chosen) + len(rejected))
 
     def _split(self, candidate: Candidate, digest: bytes) -> str:
@@ -79,6 +83,20 @@ class Validator:
             return self.split
         own = None if self.split == "hash" else candidate.split
         return own or split_of(digest, self.test_fraction)
+
+    def _check_prompt_length(self, prompt: str) -> None:
+        limit = self.max_prompt_tokens
+        # a token has one byte or more
+        if limit is None or len(prompt.encode()) <= limit:
+            return
+        count = len(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        if count > limit:
+            raise RowError(
+                "prompt_too_long",
+                f"the prompt has {count:,} tokens, {limit:,} are allowed: shorten it, or raise the "
+                "source's max_prompt_tokens",
+                "prompt",
+            )
 
     def check_text(self, name: str, text: str) -> None:
         """Check one text by itself.

@@ -1,12 +1,12 @@
 """Each shape of row becomes the pairs that one writes down by hand."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo.config.schema import SourceConfig
+from dpo.config.schema import Format, SourceConfig
 from dpo.data.formats import Candidate, Message, Rating, RowError
 from dpo.data.registry import parser_of
 
@@ -274,7 +274,7 @@ anything = st.recursive(
     ),
     max_leaves=15,
 )
-formats = st.sampled_from(SourceConfig.model_json_schema()["properties"]["format"]["enum"])
+formats = st.sampled_from(get_args(Format))
 
 
 def test_stack_exchange_pairs_by_score_with_html_as_text() -> None:

@@ -458,3 +458,98 @@ def test_a_larger_test_split_holds_the_smaller_one(prompt: str, one: float, two:
     digest = prompt_digest(prompt)
     if split_of(digest, min(one, two)) == "test":
         assert split_of(digest, max(one, two)) == "test"
+
+
+def test_nearly_equal_prompts_in_both_splits_are_reported(ingest: Ingest) -> None:
+    found = ingest(
+        [
+            row("How are you?", "a", "b", split="test"),
+            row("how are  you", "a", "b", split="train"),
+            row("How are you?!", "c", "d", split="train"),
+            row("How are you?", "e", "f", split="train"),
+            row("Who are you?", "a", "b", split="train"),
+        ]
+    )
+    assert found.reasons == ["prompt_in_test"]
+    assert found.report["figures"]["near_duplicates"] == 2
+    assert found.report["near_duplicates"] == [
+        "rows: rows.jsonl, line 2 is like rows: rows.jsonl, line 1",
+        "rows: rows.jsonl, line 3 is like rows: rows.jsonl, line 1",
+    ]
+    assert "line 2 is like" in (found.folder / "report.html").read_text()
+
+
+def test_long_prompts_can_be_refused(ingest: Ingest) -> None:
+    """The tiny tokenizer has no token longer than its text: 40 characters are 40 tokens at most."""
+    rows = [row("x y z " * 30, "a", "b"), row("short", "a", "b")]
+    found = ingest(rows, {"max_prompt_tokens": 20})
+    assert [(line["reason"], line["field"]) for line in found.quarantine] == [
+        ("prompt_too_long", "prompt")
+    ]
+    assert [pair["prompt"] for pair in found.pairs] == ["short"]
+    assert ingest(rows).quarantine == []
+
+
+CUSTOM = """
+def mine(row):
+    if row["q"] == "two":
+        return [{"prompt": "two", "chosen": a, "rejected": "z"} for a in row["good"]]
+    return {"prompt": row["q"], "chosen": row["good"], "rejected": row["bad"]}
+
+def whole(split, silent=False, cache_dir=None):
+    number = {"train": 1, "test": 2}[split]
+    return {
+        f"q{number}": {
+            "responses": ["a", "b", "c"],
+            "pairs": [(0, 1), (2, 1)],
+            "sft_target": "c",
+        }
+    }
+
+def broken(split, silent=False, cache_dir=None):
+    return ["no mapping"]
+"""
+
+
+@pytest.fixture
+def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = f"custom_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(CUSTOM)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return name
+
+
+def test_a_function_of_ones_own_reads_rows(ingest: Ingest, custom: str) -> None:
+    rows = [
+        {"q": "one", "good": "a", "bad": "b"},
+        {"q": "two", "good": ["c", "d"]},
+        {"q": "three", "good": 4, "bad": "b"},
+        {"other": 1},
+    ]
+    found = ingest(rows, {"format": f"{custom}:mine"})
+    assert [(pair["prompt"], pair["chosen"]) for pair in found.pairs] == [
+        ("one", "a"),
+        ("two", "c"),
+        ("two", "d"),
+    ]
+    assert [(line["reason"], line["line"]) for line in found.quarantine] == [
+        ("wrong_type", 3),
+        ("custom_format_failed", 4),
+    ]
+    assert "KeyError" in found.quarantine[1]["advice"]
+    with pytest.raises(ConfigError, match="cannot be had"):
+        ingest(rows, {"format": f"{custom}:none"})
+
+
+def test_the_reference_codes_form_is_accepted(ingest_sources: Ingest, custom: str) -> None:
+    found = ingest_sources({"mine": {"loader": f"{custom}:whole"}})
+    assert [
+        (p["prompt"], p["chosen"], p["rejected"], p["sft_target"], p["split"]) for p in found.pairs
+    ] == [
+        ("q1", "a", "b", "c", "train"),
+        ("q1", "c", "b", "c", "train"),
+        ("q2", "a", "b", "c", "test"),
+        ("q2", "c", "b", "c", "test"),
+    ]
+    with pytest.raises(DataError, match="broken failed: AttributeError"):
+        ingest_sources({"mine": {"loader": f"{custom}:broken"}})
