@@ -6,9 +6,10 @@ names; everything else carries it.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Literal, get_args
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from dpo.config.base import Section
 from dpo.config.losses import AnyLoss, DPOLoss
@@ -57,15 +58,28 @@ class TrainerConfig(Section):
 Format = Literal[
     "auto", "pairs", "messages", "hh", "shp", "se", "novalto", "openai", "ranked", "rated"
 ]
+_FUNCTION = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+CustomFunction = Annotated[str, Field(pattern=_FUNCTION)]
 
 
-CustomFunction = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+def _known_format(value: str) -> str:
+    if value not in get_args(Format) and not re.fullmatch(_FUNCTION, value):
+        known = ", ".join(get_args(Format))
+        raise ValueError(f"sources.NAME.format={value}: choose one of {known}, or module:function")
+    return value
+
+
+AnyFormat = Annotated[
+    str,
+    AfterValidator(_known_format),
+    WithJsonSchema({"anyOf": [{"enum": list(get_args(Format))}, {"pattern": _FUNCTION}]}),
+]
 
 
 class SourceConfig(Section):
     """One source of preference pairs."""
 
-    format: Format | CustomFunction = "auto"
+    format: AnyFormat = "auto"
     """How a row is read; ``auto`` decides by the row's keys, ``module:function`` names a function
     of yours. See config/dataset/README.md."""
     loader: CustomFunction | None = None

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from dpo.config.compose import compose
 from dpo.config.schema import SourceConfig
 from dpo.data.files import own_split
 from dpo.data.sources import data_fingerprint, opened, source_fingerprint
-from dpo.errors import DataError, StoreError
+from dpo.errors import ConfigError, DataError, StoreError
 from dpo.storage.manifest import sha256_file
 from dpo.storage.store import open_store
 from tests.data.conftest import GOOD, Outcome, good_row
@@ -157,3 +158,9 @@ def test_a_store_without_permission(bucket_url: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(StoreError):
         names(SourceConfig(path=f"{bucket_url}/x/y.jsonl"))
+
+
+def test_an_unknown_format_names_the_choices() -> None:
+    with pytest.raises(ConfigError, match=r"format=foo: choose one of auto, .* or module:function"):
+        compose(["datasets=[hh]", "sources.hh.format=foo"])
+    assert compose(["datasets=[hh]", "sources.hh.format=a.b:c"]).config.sources["hh"].format
