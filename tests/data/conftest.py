@@ -11,6 +11,7 @@ import pytest
 
 from dpo.config.schema import ModelConfig, RunConfig, SourceConfig
 from dpo.data.stage import run_ingest
+from dpo.data.text_tokenizer import load_text_tokenizer
 
 _TINY = ModelConfig(name_or_path="builtin:tiny")
 
@@ -82,3 +83,20 @@ def ingest(tmp_path: Path, ingest_sources: Callable[..., Outcome]) -> Callable[.
         return Outcome(found.folder, pairs, found.quarantine, found.report)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tokenizer with one token a word, so that truncation can be counted by hand."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("words")
+    names = ["<end>", "?", *"abcdefghijklmnop"]
+    vocabulary = {word: index for index, word in enumerate(names)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<end>"])
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return load_text_tokenizer(folder)
