@@ -53,6 +53,15 @@ test-cluster: setup ## The tests against the endpoint in KF_PIPELINES_ENDPOINT
 	@test -n "$$KF_PIPELINES_ENDPOINT" || { echo "set KF_PIPELINES_ENDPOINT to a Kubeflow Pipelines endpoint" >&2; exit 1; }
 	@$(BIN)/python -m pytest -m cluster $(PYTEST)
 
+.PHONY: toy-data
+toy-data: setup ## Make a small community data set in toy-data/
+	@$(BIN)/python -m dpo.data.toy
+
+.PHONY: validate-data
+validate-data: setup ## Say what is wrong with a data file (FILE=...)
+	@test -n "$(FILE)" || { echo "name a file: make validate-data FILE=toy-data/community.json" >&2; exit 2; }
+	@$(BIN)/python -m dpo ingest --check '$(FILE)' $(SET)
+
 .PHONY: bench
 bench: setup ## The benchmarks, one JSON object a line
 	@$(BIN)/python -m tests.benchmarks $(ARGS)

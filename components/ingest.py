@@ -25,12 +25,13 @@ def ingest(
     """
     from pathlib import Path
 
-    from dpo.data.plan import data_fingerprint
+    from dpo.data.sources import data_fingerprint, source_fingerprints
     from dpo.data.stage import run_ingest
     from dpo.storage.step import copy_report, log_metrics, step
 
     with step("ingest", settings, fingerprint) as run:
-        run.expect("data", data_fingerprint(run.config))
-        manifest = run_ingest(run.config, Path(pairs.path), code=run.code)
+        sources = source_fingerprints(run.config)
+        run.expect("data", data_fingerprint(sources))
+        manifest = run_ingest(run.config, Path(pairs.path), code=run.code, fingerprints=sources)
         copy_report(Path(pairs.path, "report.html"), Path(data_report.path))
         log_metrics(metrics, manifest)

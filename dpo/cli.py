@@ -49,7 +49,8 @@ COMMANDS = {
         ("output",),
         ("output",),
         "datasets sources.NAME.path test_fraction max_rejected_share prompt_format max_length",
-        "dpo ingest datasets=[pairs.jsonl] model=smollm2 output=out/data",
+        "dpo ingest datasets=[pairs.jsonl] model=smollm2 output=out/data\n"
+        "  dpo ingest --check pairs.jsonl",
     ),
     "train": Command(
         "Train: SFT with loss=sft, else a preference loss.",
@@ -197,6 +198,13 @@ def _options(name: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--config-dir", type=Path, help="folder with choices of your own, such as model/mine.yaml"
     )
+    if name == "ingest":
+        parser.add_argument(
+            "--check", metavar="FILE", help="say what is wrong with a file (or folder, URL) and end"
+        )
+        parser.add_argument(
+            "--output", choices=("text", "json"), default="text", help="of --check (default: text)"
+        )
     if name == "config":
         parser.add_argument("--json", action="store_true", help="one JSON object")
     return parser
@@ -206,6 +214,8 @@ def _run(name: str, options: argparse.Namespace, overrides: list[str]) -> int:
     command = COMMANDS[name]
     if name == "verify":
         return _verify(overrides)
+    if name == "ingest" and options.check:
+        return _check(options, overrides)
     paths = {}
     settings = []
     urls = []
@@ -267,6 +277,12 @@ def _ingest(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int
     run_ingest(restrict(composed.config, "ingest"), paths["output"])
     print(f"pairs and report: {paths['output']}")
     return 0
+
+
+def _check(options: argparse.Namespace, settings: list[str]) -> int:
+    from dpo.data.check_file import check_file
+
+    return check_file(options.check, settings, options.config_dir, as_json=options.output == "json")
 
 
 def _train(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
 from glob import glob
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from dpo.config.places import BUILTIN_PREFIX, builtin, builtins
 from dpo.config.schema import SourceConfig
 from dpo.data.readers import READABLE, container_of
 from dpo.errors import DataError
+from dpo.storage.store import is_store_url
 
+COMMUNITY_DATA = "DPO_COMMUNITY_DATA"
+"""Environment variable: URL or folder below which communities' data sets are stored."""
+TOY_DATA = "toy-data"
+_HUB_SCHEME = "hf://"
 _WORDS = re.compile(r"[-_.]")
 _SPLITS = {
     "train": "train",
@@ -27,27 +34,67 @@ _GLOB = re.compile(r"[*?\[]")
 _METADATA = {"dataset_info.json", "dataset_infos.json", "state.json", "manifest.json"}
 
 
+def located(name: str, source: SourceConfig) -> SourceConfig:
+    """The source with its place: ``path`` or ``hub`` is set.
+
+    ``hf://`` URLs become hub ids, ``file://`` URLs become paths, and a community's data set is
+    looked for where such sets are stored.
+
+    Raises:
+        DataError: it is nowhere.
+    """
+    path = source.path
+    if path is None:
+        return source if source.hub else _community(name, source)
+    if path.startswith(_HUB_SCHEME):
+        owner, _, rest = path.removeprefix(_HUB_SCHEME).removeprefix("datasets/").partition("/")
+        repository, _, subset = rest.partition("/")
+        if not (owner and repository):
+            raise DataError(
+                "not the URL of a data set on the hub",
+                where=f"sources.{name}.path={path}",
+                fix="write hf://owner/name or hf://owner/name/folder",
+            )
+        update = {"path": None, "hub": f"{owner}/{repository}", "hub_subset": subset or None}
+        return source.model_copy(update=update)
+    if path.startswith("file://"):
+        return source.model_copy(update={"path": unquote(urlsplit(path).path)})
+    return source
+
+
+def _community(name: str, source: SourceConfig) -> SourceConfig:
+    root = os.environ.get(COMMUNITY_DATA, "").rstrip("/")
+    looked = []
+    if root and source.community and is_store_url(root):
+        return located(name, source.model_copy(update={"path": f"{root}/{source.community}"}))
+    for folder in [Path(root)] if root else []:
+        looked += [folder / f"{source.community}.json", folder / str(source.community)]
+    toys = Path(TOY_DATA)
+    looked += [toys / f"{source.community}.json"] if source.community else [toys]
+    for place in looked:
+        if place.exists():
+            return source.model_copy(update={"path": str(place)})
+    raise DataError(
+        f"the data set {name} is nowhere: looked for {', '.join(map(str, looked))}",
+        where=f"sources.{name}",
+        fix=f"set sources.{name}.path to its file ({source.format} format), or "
+        f"sources.{name}.community and {COMMUNITY_DATA}, or run `make toy-data`",
+    )
+
+
 def source_files(name: str, source: SourceConfig) -> list[Path]:
-    """The files of a source, sorted.
+    """The files of a source with a ``path`` on this machine, sorted.
 
     Raises:
         DataError: there are none, or a link leads nowhere.
     """
-    if source.path is None:
-        return [] if source.hub else _nowhere(name, source)
+    assert source.path is not None
     where = f"sources.{name}.path={source.path}"
     if source.path.startswith(BUILTIN_PREFIX):
         return [_builtin_file(source.path, f"sources.{name}.path")]
     path = Path(source.path).expanduser()
     try:
-        if path.is_dir():
-            found = [item for item in path.rglob("*") if _is_data(item)]
-        elif path.exists() or path.is_symlink() or not _GLOB.search(str(path)):
-            found = [path]
-        else:
-            # Path.glob takes no absolute pattern
-            found = [Path(match) for match in glob(str(path), recursive=True)]  # noqa: PTH207
-        files = sorted(item for item in found if _is_file(item, where))
+        files = sorted(item for item in _found(path) if _is_file(item, where))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"the path cannot be followed: {reason}", where=where) from None
@@ -61,7 +108,22 @@ def source_files(name: str, source: SourceConfig) -> list[Path]:
     return files
 
 
+def _found(path: Path) -> list[Path]:
+    if path.is_dir():
+        return [item for item in path.rglob("*") if _is_data(item)]
+    if path.exists() or path.is_symlink() or not _GLOB.search(str(path)):
+        return [path]
+    # Path.glob takes no absolute pattern
+    return [Path(match) for match in glob(str(path), recursive=True)]  # noqa: PTH207
+
+
 def _is_data(path: Path) -> bool:
+    return is_data_name(path.name)
+
+
+def is_data_name(name: str) -> bool:
+    """Whether a file of this name, among others in a folder, holds rows."""
+    path = Path(name)
     hidden = path.name.startswith((".", "_"))
     return not hidden and path.name not in _METADATA and container_of(path) is not None
 
@@ -90,14 +152,6 @@ def _builtin_file(path: str, where: str) -> Path:
             fix=f"use one of {', '.join(known)}",
         )
     return place
-
-
-def _nowhere(name: str, source: SourceConfig) -> list[Path]:
-    raise DataError(
-        f"the data set {name} has no place",
-        where=f"sources.{name}",
-        fix=f"set sources.{name}.path to its file ({source.format} format)",
-    )
 
 
 def own_split(path: Path) -> str | None:

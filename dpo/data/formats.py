@@ -6,24 +6,43 @@ for which the row is rejected. It decides nothing about other rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from itertools import combinations
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 ASSISTANT = "\n\nAssistant:"
 HUMAN = "\n\nHuman:"
-_SHP_MIN_SCORE_RATIO = 2.0
+SHP_MIN_SCORE_RATIO = 2.0
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Message(NamedTuple):
+    """One turn of a dialogue."""
+
+    role: str
+    """``system``, ``user`` or ``assistant``."""
+    content: str
+
+
+class Candidate(NamedTuple):
     """A pair that has not been validated yet."""
 
     prompt: str
     chosen: str
     rejected: str
     sft_target: str | None = None
+    split: str | None = None
+    messages: tuple[Message, ...] | None = None
+    """The prompt as turns, where the source has them; ``prompt`` is their text."""
+
+
+class Rating(NamedTuple):
+    """One answer and how good it is; the answers to a prompt become pairs."""
+
+    prompt: str
+    messages: tuple[Message, ...] | None
+    """The prompt as turns, where the source has them; ``prompt`` is their text."""
+    answer: str
+    score: float
+    """Higher is better."""
     split: str | None = None
 
 
@@ -41,7 +60,7 @@ class RowError(Exception):
         self.reason, self.advice, self.field = reason, advice, field
 
 
-Parser = Callable[[Mapping[str, Any]], list[Candidate]]
+Parser = Callable[[Mapping[str, Any]], Sequence[Candidate | Rating]]
 
 
 def pairs(row: Mapping[str, Any]) -> list[Candidate]:
@@ -53,7 +72,7 @@ def pairs(row: Mapping[str, Any]) -> list[Candidate]:
             text_field(row, "chosen"),
             text_field(row, "rejected"),
             text_field(row, "sft_target") if target is not None else None,
-            _split_field(row),
+            split_field(row),
         )
     ]
 
@@ -81,80 +100,24 @@ def hh(row: Mapping[str, Any]) -> list[Candidate]:
         )
     prompt = prompts[0]
     return [
-        Candidate(prompt, chosen[len(prompt) :], rejected[len(prompt) :], split=_split_field(row))
+        Candidate(prompt, chosen[len(prompt) :], rejected[len(prompt) :], split=split_field(row))
     ]
 
 
-def shp(row: Mapping[str, Any]) -> list[Candidate]:
-    """Stanford Human Preferences: two comments on a post; kept from a score ratio of 2 on."""
+def shp(row: Mapping[str, Any], min_score_ratio: float = SHP_MIN_SCORE_RATIO) -> list[Candidate]:
+    """Stanford Human Preferences: two comments on a post; kept from a ratio of their scores on."""
     prompt = f"{HUMAN} {text_field(row, 'history')}{ASSISTANT}"
-    scores = [_number_field(row, "score_A"), _number_field(row, "score_B")]
+    scores = [number_field(row, "score_A"), number_field(row, "score_B")]
     responses = [f" {text_field(row, name)}" for name in ("human_ref_A", "human_ref_B")]
     label = row.get("labels")
     if label not in (0, 1):
         raise RowError("wrong_type", "labels must be 0 (B is better) or 1 (A is better)", "labels")
-    if min(scores) <= 0 or max(scores) / min(scores) < _SHP_MIN_SCORE_RATIO:
+    if min(scores) <= 0 or max(scores) / min(scores) < min_score_ratio:
         raise RowError(
-            "score_ratio_below_2", "the two scores are too close to tell which is better"
+            "score_ratio_too_low", "the two scores are too close to tell which is better"
         )
     chosen, rejected = responses if label == 1 else reversed(responses)
-    return [Candidate(prompt, chosen, rejected, split=_split_field(row))]
-
-
-def se(row: Mapping[str, Any]) -> list[Candidate]:
-    """StackExchange: one question, several scored answers; each two of unlike score are a pair."""
-    prompt = f"{HUMAN} {_plain_text(text_field(row, 'question'))}{ASSISTANT}"
-    answers = row.get("answers")
-    if not isinstance(answers, list):
-        raise RowError("wrong_type", "answers must be a list of {text, pm_score}", "answers")
-    scored = []
-    for answer in answers:
-        if not isinstance(answer, Mapping):
-            raise RowError("wrong_type", "each answer must be {text, pm_score}", "answers")
-        text = _plain_text(text_field(answer, "text"))
-        scored.append((_number_field(answer, "pm_score"), f" {text}"))
-    if len(scored) < 2:
-        raise RowError("one_answer", "a question with one answer gives no pair", "answers")
-    best = max(scored, key=lambda item: item[0])[1]
-    found = [
-        Candidate(prompt, *((a, b) if score_a > score_b else (b, a)), sft_target=best)
-        for (score_a, a), (score_b, b) in combinations(scored, 2)
-        if score_a != score_b
-    ]
-    if not found:
-        raise RowError("equal_scores", "all answers have the same score", "answers")
-    return found
-
-
-def _plain_text(html: str) -> str:
-    """HTML to text as the reference code does it: code and lists become plain lines."""
-    from bs4 import BeautifulSoup
-
-    soup = BeautifulSoup(html, "html.parser")
-    for element in soup.find_all("li"):
-        element.insert(0, "\n- ")
-    text: str = soup.get_text()
-    return text.strip()
-
-
-PARSERS: Mapping[str, Parser] = {"pairs": pairs, "novalto": pairs, "hh": hh, "shp": shp, "se": se}
-"""By ``sources.NAME.format``."""
-
-
-def detect(row: Any) -> str | None:
-    """The format of a row by its keys; None when no format fits."""
-    if not isinstance(row, Mapping):
-        return None
-    keys = set(row)
-    for name, needed in (
-        ("pairs", {"prompt", "chosen", "rejected"}),
-        ("hh", {"chosen", "rejected"}),
-        ("shp", {"history", "human_ref_A", "human_ref_B"}),
-        ("se", {"question", "answers"}),
-    ):
-        if needed <= keys:
-            return name
-    return None
+    return [Candidate(prompt, chosen, rejected, split=split_field(row))]
 
 
 def text_field(row: Mapping[str, Any], name: str) -> str:
@@ -172,14 +135,24 @@ def text_field(row: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def _number_field(row: Mapping[str, Any], name: str) -> float:
+def number_field(row: Mapping[str, Any], name: str) -> float:
+    """The number in a field.
+
+    Raises:
+        RowError: it is missing, or not a number.
+    """
     value = row.get(name)
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise RowError("wrong_type", f"{name} must be a number", name)
     return float(value)
 
 
-def _split_field(row: Mapping[str, Any]) -> str | None:
+def split_field(row: Mapping[str, Any]) -> str | None:
+    """``train`` or ``test``, where the row says so.
+
+    Raises:
+        RowError: another word.
+    """
     value = row.get("split")
     if value is None:
         return None
@@ -187,8 +160,3 @@ def _split_field(row: Mapping[str, Any]) -> str | None:
     if not isinstance(value, str) or value not in known:
         raise RowError("wrong_split", f"split must be train or test, found {value!r}", "split")
     return known[value]
-
-
-def with_split(candidate: Candidate, split: str) -> Candidate:
-    """The candidate in the split of its file."""
-    return replace(candidate, split=split)

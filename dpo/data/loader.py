@@ -6,12 +6,32 @@ smaller than the others; it is trained on too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from dpo.data.schema import Pair
+
 _EVALUATION_STREAM = 1_000_003
+_WEIGHT_STREAM = 1_000_033
+
+
+def weighted(pairs: Sequence[Pair], weights: Mapping[str, float], seed: int) -> list[int]:
+    """Indices of ``pairs``, each as often as it comes in an epoch, sorted.
+
+    With weight w a source's pairs come floor(w) times each; a seeded choice of them, as many as the
+    rest of w asks for, comes once more.
+    """
+    found: list[int] = []
+    for number, name in enumerate(sorted({pair.dataset for pair in pairs})):
+        indices = np.flatnonzero([pair.dataset == name for pair in pairs])
+        weight = weights.get(name, 1.0)
+        n_more = round((weight % 1) * len(indices))
+        generator = np.random.default_rng([seed, _WEIGHT_STREAM, number])
+        found += np.repeat(indices, int(weight)).tolist()
+        found += generator.choice(indices, n_more, replace=False).tolist()
+    return sorted(found)
 
 
 @dataclass(frozen=True)

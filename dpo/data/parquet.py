@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -13,6 +15,7 @@ from dpo.data.schema import (
     PROMPT_FORMAT_KEY,
     SCHEMA_VERSION,
     VERSION_KEY,
+    WEIGHTS_KEY,
     Pair,
 )
 from dpo.errors import ArtifactError
@@ -30,6 +33,8 @@ class Pairs:
     """``raw`` or ``chat``: whether prompts hold special tokens of a chat template."""
     content_hash: str
     """Of the whole ingest output: the data's fingerprint in later manifests."""
+    weights: Mapping[str, float]
+    """How often a pair of each source comes in an epoch; 1 for sources that are not named."""
 
 
 def read_pairs(folder: Path, split: str) -> Pairs:
@@ -43,14 +48,15 @@ def read_pairs(folder: Path, split: str) -> Pairs:
     if not files:
         raise ArtifactError(f"no {PATTERN} in the output of ingest", where=str(folder))
     tables = [_read(path) for path in files]
-    prompt_formats = {(t.schema.metadata or {})[PROMPT_FORMAT_KEY].decode() for t in tables}
+    metadata = tables[0].schema.metadata
     table = pa.concat_tables(tables)
     table = table.filter(pa.compute.equal(table["split"], split))
     columns = [table[name].to_pylist() for name in COLUMNS]
     return Pairs(
         rows=[Pair(*values) for values in zip(*columns, strict=True)],
-        prompt_format=prompt_formats.pop(),
+        prompt_format=metadata[PROMPT_FORMAT_KEY].decode(),
         content_hash=manifest.content_hash,
+        weights=orjson.loads(metadata.get(WEIGHTS_KEY, b"{}")),
     )
 
 
@@ -67,6 +73,16 @@ def _read(path: Path) -> pa.Table:
             where=str(path),
             fix="run ingest again with this version",
         )
-    if missing := [name for name in COLUMNS if name not in table.column_names]:
-        raise ArtifactError(f"columns are missing: {', '.join(missing)}", where=str(path))
-    return table
+    wrong = [
+        name
+        for name in COLUMNS
+        if name not in table.column_names or table.schema.field(name).type != pa.string()
+    ]
+    if wrong:
+        raise ArtifactError(
+            f"columns are missing or hold no text: {', '.join(wrong)}",
+            where=str(path),
+            fix="run ingest again",
+        )
+    # version 1 had no message lists
+    return table.select(COLUMNS)

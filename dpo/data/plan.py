@@ -6,15 +6,13 @@ steps, so Kubeflow's cache sees each change of data, base model, settings or cod
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from dpo.config.parameters import stage_configs
-from dpo.config.schema import RunConfig
 from dpo.config.stages import Stage, stage_json
-from dpo.data.sources import source_fingerprint
+from dpo.data.sources import data_fingerprint, source_fingerprints
 from dpo.storage.base_model import model_fingerprint
 from dpo.storage.fingerprint import code_fingerprint
 from dpo.storage.store import open_store
@@ -33,7 +31,7 @@ def plan_run(parameters: Mapping[str, Any]) -> dict[str, str]:
     publish = configs["publish"].publish
     if publish.store:
         open_store(publish.store).check(create=publish.create_bucket)
-    data = data_fingerprint(configs["ingest"])
+    data = data_fingerprint(source_fingerprints(configs["ingest"]))
     model = model_fingerprint(configs["sft"].model)
     sources: dict[Stage, dict[str, str]] = {"ingest": {"data": data}, "sft": {"model": model}}
     if configs["ingest"].prompt_format == "chat":
@@ -45,11 +43,3 @@ def plan_run(parameters: Mapping[str, Any]) -> dict[str, str]:
         plan[f"{stage}_settings"] = stage_json(configs[stage], stage)
         plan[f"{stage}_fingerprint"] = json.dumps(known, sort_keys=True)
     return plan
-
-
-def data_fingerprint(config: RunConfig) -> str:
-    """sha256 over the fingerprints of all sources, by name."""
-    digest = hashlib.sha256()
-    for name, source in sorted(config.sources.items()):
-        digest.update(f"{name}\0{source_fingerprint(name, source)}\n".encode())
-    return digest.hexdigest()

@@ -20,7 +20,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo.data.json_stream import JsonSyntax, iter_document, unique_keys
-from dpo.data.unpack import CHUNK_BYTES, COMPRESSED, GZIP_MAGIC, ZSTD_MAGIC, Text, named_errors
+from dpo.data.unpack import (
+    BYTE_ORDER_MARK,
+    CHUNK_BYTES,
+    COMPRESSED,
+    GZIP_MAGIC,
+    ZSTD_MAGIC,
+    Text,
+    named_errors,
+)
 from dpo.errors import DataError
 
 MAX_ROW_BYTES = 8 * 2**20
@@ -97,7 +105,21 @@ def block_rows(path: Path, shown: str, start: int, end: int) -> Iterator[RawRow]
     """
     with named_errors(shown), path.open("rb") as raw:
         raw.seek(start)
-        yield from _json_lines(_part(raw, end - start), shown)
+        if not start and raw.read(len(BYTE_ORDER_MARK)) != BYTE_ORDER_MARK:
+            raw.seek(0)
+        yield from _json_lines(_part(raw, end - raw.tell()), shown)
+
+
+def count_rows(path: Path, shown: str) -> int:
+    """How many rows ``rows`` gives.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    with named_errors(shown):
+        if _container_by_content(path, shown) == "parquet":
+            return int(pq.read_metadata(path).num_rows)
+    return sum(1 for _ in rows(path, shown))
 
 
 def is_plain_lines(path: Path, shown: str) -> bool:
@@ -114,7 +136,9 @@ def is_plain_lines(path: Path, shown: str) -> bool:
             if raw.read(4).startswith((GZIP_MAGIC, ZSTD_MAGIC)):
                 return False
             raw.seek(0)
-            return container == "jsonl" or not _is_document(Text(path, shown, raw).head)
+            # refuses what is no text
+            head = Text(path, shown, raw).head
+            return container == "jsonl" or not _is_document(head)
 
 
 def _part(raw: IO[bytes], size: int) -> Iterator[bytes]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import orjson
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 VERSION_KEY = b"dpo.schema_version"
 PROMPT_FORMAT_KEY = b"dpo.prompt_format"
+WEIGHTS_KEY = b"dpo.weights"
+"""JSON: weight by source, where any differs from 1."""
 
 TRAIN, TEST = "train", "test"
 
@@ -33,26 +36,38 @@ class Pair:
 
 
 COLUMNS = tuple(Pair.__dataclass_fields__)
+MESSAGES_COLUMN = "prompt_messages"
+"""The prompt as turns, null where the source has text only; since version 2."""
+_TURN = pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())])
 
 
-def arrow_schema(prompt_format: str) -> pa.Schema:
+def pair_fields() -> list[pa.Field]:
+    """The columns of a pair row."""
+    texts = [pa.field(name, pa.string(), nullable=False) for name in COLUMNS]
+    return [*texts, pa.field(MESSAGES_COLUMN, pa.list_(_TURN))]
+
+
+def arrow_schema(prompt_format: str, weights: Mapping[str, float] | None = None) -> pa.Schema:
     """Columns of the Parquet files, with the schema version in their metadata."""
-    return pa.schema(
-        [pa.field(name, pa.string(), nullable=False) for name in COLUMNS],
-        metadata={
-            VERSION_KEY: str(SCHEMA_VERSION).encode(),
-            PROMPT_FORMAT_KEY: prompt_format.encode(),
-        },
-    )
+    metadata = {
+        VERSION_KEY: str(SCHEMA_VERSION).encode(),
+        PROMPT_FORMAT_KEY: prompt_format.encode(),
+    }
+    if weights and set(weights.values()) != {1.0}:
+        metadata[WEIGHTS_KEY] = orjson.dumps(dict(weights), option=orjson.OPT_SORT_KEYS)
+    return pa.schema(pair_fields(), metadata=metadata)
 
 
 def pair_id(prompt: str, chosen: str, rejected: str) -> str:
-    """The first 32 hex digits of sha256 over the three texts as a JSON list."""
-    text = json.dumps([prompt, chosen, rejected], ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:32]
+    """The first 32 hex digits of sha256 over the three texts as a JSON list without spaces."""
+    return hashlib.sha256(orjson.dumps([prompt, chosen, rejected])).hexdigest()[:32]
 
 
-def split_of(prompt: str, test_fraction: float) -> str:
+def prompt_digest(prompt: str) -> bytes:
+    """sha256 of the prompt: it chooses the split and tells prompts apart."""
+    return hashlib.sha256(b"split\0" + prompt.encode("utf-8")).digest()
+
+
+def split_of(digest: bytes, test_fraction: float) -> str:
     """``test`` for a fixed share of all prompts, by their hash: added data moves no old row."""
-    digest = hashlib.sha256(b"split\0" + prompt.encode("utf-8")).digest()
     return TEST if int.from_bytes(digest[:8], "big") / 2**64 < test_fraction else TRAIN

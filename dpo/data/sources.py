@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from dpo.config.schema import SourceConfig
-from dpo.data.files import own_split, source_files
+import orjson
+
+from dpo.config.schema import RunConfig, SourceConfig
+from dpo.data import custom
+from dpo.data.files import is_data_name, located, own_split, source_files
+from dpo.data.readers import READABLE
+from dpo.data.unpack import named_errors
 from dpo.errors import DataError
 from dpo.storage.manifest import sha256_file
-from dpo.storage.store import is_store_url, open_store
+from dpo.storage.store import ObjectStat, is_store_url, open_store
 
 _HUB_TIMEOUT_SECONDS = 10.0
 _HUB_PATTERNS = ("*.jsonl", "*.jsonl.gz", "*.json", "*.json.gz", "*.parquet", "*.jsonl.zst")
@@ -32,18 +37,57 @@ class SourceFile:
 
 
 def source_fingerprint(name: str, source: SourceConfig) -> str:
-    """sha256 over names and bytes of the source's files; for the hub, its commit.
+    """What a source's content is known by, with the way in which it was found.
+
+    ``sha256:`` over names and bytes of its files; ``etag:`` over names, sizes and etags in a store,
+    whose bytes are not fetched for this; ``hub:`` and the commit. The code of a custom function
+    that reads the rows is part of it.
 
     Raises:
         DataError: the source is nowhere.
     """
-    if source.path is None and source.hub is not None:
-        return f"{source.hub}@{_hub_info(name, source).sha}"
-    with opened(name, source) as files:
-        digest = hashlib.sha256()
-        for file in files:
-            digest.update(f"{file.path.name}\0{sha256_file(file.path)}\n".encode())
-        return digest.hexdigest()
+    code = custom.code_hash(source.format) if ":" in source.format else ""
+    if source.loader:
+        return _loader_fingerprint(name, source.loader) + code
+    return _content_fingerprint(name, located(name, source)) + code
+
+
+def _loader_fingerprint(name: str, loader: str) -> str:
+    digest = hashlib.sha256()
+    for row in custom.load_rows(loader, name):
+        digest.update(orjson.dumps(row) + b"\n")
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _content_fingerprint(name: str, source: SourceConfig) -> str:
+    if source.path is None:
+        return f"hub:{source.hub}@{_hub_info(name, source).sha}"
+    digest = hashlib.sha256()
+    if is_store_url(source.path):
+        for key, state in _objects(name, source.path).items():
+            digest.update(f"{key}\0{state.size}\0{state.etag}\n".encode())
+        return f"etag:{digest.hexdigest()}"
+    for path in source_files(name, source):
+        with named_errors(_shown(name, path)):
+            digest.update(f"{path.name}\0{sha256_file(path)}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def source_fingerprints(config: RunConfig) -> dict[str, str]:
+    """The fingerprint of each source, by its name.
+
+    Raises:
+        DataError: a source is nowhere.
+    """
+    return {name: source_fingerprint(name, source) for name, source in config.sources.items()}
+
+
+def data_fingerprint(fingerprints: Mapping[str, str]) -> str:
+    """sha256 over the fingerprints of all sources, by name."""
+    digest = hashlib.sha256()
+    for name, fingerprint in sorted(fingerprints.items()):
+        digest.update(f"{name}\0{fingerprint}\n".encode())
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -53,42 +97,70 @@ def opened(name: str, source: SourceConfig) -> Iterator[list[SourceFile]]:
     Raises:
         DataError: there are none.
     """
-    if source.path is not None and is_store_url(source.path):
+    if source.loader:
         with TemporaryDirectory() as folder:
-            yield _from_store(name, source.path, Path(folder))
-    elif source.path is None and source.hub is not None:
+            path = Path(folder, "rows.jsonl")
+            with path.open("wb") as file:
+                for row in custom.load_rows(source.loader, name):
+                    file.write(orjson.dumps(row) + b"\n")
+            yield [SourceFile(path, f"{name}: {source.loader}", None)]
+        return
+    source = located(name, source)
+    if source.path is None:
         yield _from_hub(name, source)
+    elif is_store_url(source.path):
+        with TemporaryDirectory() as folder:
+            yield _with_splits(_from_store(name, source.path, Path(folder)))
     else:
         paths = source_files(name, source)
-        # a single file named train.jsonl is all there is, not the training part of something
-        split = own_split if len({own_split(path) for path in paths}) > 1 else _no_split
-        yield [SourceFile(path, _shown(name, path), split(path)) for path in paths]
+        yield _with_splits([SourceFile(path, _shown(name, path), None) for path in paths])
 
 
-def _no_split(_: Path) -> None:
-    return None
+def _with_splits(files: list[SourceFile]) -> list[SourceFile]:
+    """A single file named train.jsonl is all there is, not the training part of something."""
+    if len({own_split(file.path) for file in files}) < 2:
+        return files
+    return [replace(file, split=own_split(file.path)) for file in files]
 
 
 def _shown(name: str, path: Path) -> str:
     return f"{name}: {path.name}"
 
 
-def _from_store(name: str, url: str, folder: Path) -> list[SourceFile]:
-    base, _, last = url.rpartition("/")
+def _objects(name: str, url: str) -> dict[str, ObjectStat]:
+    """The data objects of a URL, which names one object or a folder of them, sorted by key.
+
+    Raises:
+        DataError: there are none.
+    """
+    base, _, last = url.rstrip("/").rpartition("/")
     store = open_store(base)
-    keys = [last] if last and store.stat(last) else sorted(store.list(f"{last}/" if last else ""))
+    alone = store.stat(last)
+    if alone is not None:
+        return {last: alone}
+    found = {}
+    for key in sorted(store.list(f"{last}/")):
+        state = store.stat(key) if is_data_name(key) else None
+        if state is not None:
+            found[key] = state
+    if not found:
+        raise DataError(
+            "there are no data objects here",
+            where=f"sources.{name}.path={url}",
+            fix="give the URL of an object or of a folder of them; names end in "
+            f"{', '.join(READABLE)} (.gz or .zst may follow)",
+        )
+    return found
+
+
+def _from_store(name: str, url: str, folder: Path) -> list[SourceFile]:
+    store = open_store(url.rstrip("/").rpartition("/")[0])
     files = []
-    for number, key in enumerate(keys):
+    for number, key in enumerate(_objects(name, url)):
         target = folder / str(number) / key.rpartition("/")[2]
         target.parent.mkdir()
         store.download(key, target)
         files.append(SourceFile(target, f"{name}: {key}", None))
-    if not files:
-        raise DataError(
-            "there are no objects here", where=f"sources.{name}.path={url}", fix="check the URL"
-        )
-    if len({own_split(file.path) for file in files}) > 1:
-        files = [SourceFile(f.path, f.shown, own_split(f.path)) for f in files]
     return files
 
 

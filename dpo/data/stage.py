@@ -1,69 +1,85 @@
-"""The ingest stage: sources to validated Parquet pairs, with every rejected row and its reason."""
+"""The ingest stage: sources to validated Parquet pairs, with every rejected row and its reason.
+
+Two passes, neither of which holds the data in memory. The first reads and checks rows in blocks and
+spills sound pairs to disk, with a hash of each; hashes tell which pairs collide with others. The
+second writes the remaining pairs, in the order of the input.
+"""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from dataclasses import astuple, dataclass, field
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from dpo.config.schema import RunConfig, SourceConfig
+from dpo.config.schema import RunConfig
 from dpo.config.stages import stage_settings
-from dpo.data import formats, validate
-from dpo.data.readers import RawRow, rows
-from dpo.data.report import write_report
-from dpo.data.schema import COLUMNS, TEST, TRAIN, Pair, arrow_schema
-from dpo.data.sources import opened, source_fingerprint
+from dpo.data.assemble import Assembled, Cap, Part, assemble
+from dpo.data.check import Block, Rules, blocks_of, check_blocks, validator_of
+from dpo.data.quarantine import NOT_FAULTY, QUARANTINE
+from dpo.data.ratings import Answer, pair_ratings
+from dpo.data.report import SAMPLE_ROWS, write_report
+from dpo.data.schema import arrow_schema
+from dpo.data.sources import opened, source_fingerprints
+from dpo.data.spill import Tally, read_ratings
 from dpo.data.text_tokenizer import load_text_tokenizer
 from dpo.data.tokenize import Limits
 from dpo.errors import ConfigError, DataError
 from dpo.storage.base_model import local_tokenizer
 from dpo.storage.manifest import Manifest, staged, write_manifest
-from dpo.storage.progress import Bar, message, track
+from dpo.storage.progress import message, track
 
-QUARANTINE = "quarantine.jsonl"
 _SHOWN_REASONS = 5
-_SUBSET_STREAM = 7
 
 
-@dataclass
-class Ingested:
-    """What became of all rows."""
-
-    pairs: list[Pair] = field(default_factory=list)
-    rejected: list[validate.Rejected] = field(default_factory=list)
-    rows: Counter[str] = field(default_factory=Counter)
-    """Rows read, by source."""
-
-
-def run_ingest(config: RunConfig, output: Path, *, code: str = "") -> Manifest:
+def run_ingest(
+    config: RunConfig,
+    output: Path,
+    *,
+    code: str = "",
+    fingerprints: Mapping[str, str] | None = None,
+    workers: int | None = None,
+) -> Manifest:
     """Read, validate and write the pairs of ``config.sources`` into the folder ``output``.
 
+    Args:
+        config: Settings.
+        output: Folder to make.
+        code: Fingerprint of the code, kept in the manifest.
+        fingerprints: Of the sources, where they are known.
+        workers: Processes to check rows in; None decides by the cores and the size of the input.
+            The output does not depend on it.
+
     Raises:
+        ConfigError: the model's tokenizer cannot be used.
         DataError: a source that is missing or unreadable, more than ``max_rejected_share`` rows
             rejected, or a split without a pair.
     """
-    validator = _validator(config)
-    result = Ingested()
-    fingerprints = {}
-    with track("ingest", "rows", None) as bar:
-        for name, source in config.sources.items():
-            fingerprints[name] = source_fingerprint(name, source)
-            _read_source(name, source, config, validator, result, bar)
-    _move_leaks(result)
+    rules = _rules(config)
     with staged(output) as folder:
-        _write_quarantine(result, folder)
-        figures = _figures(result, validator)
-        _refuse_bad_share(config, result, output)
+        if fingerprints is None:
+            fingerprints = source_fingerprints(config)
+        result = _ingest(config, rules, folder, workers)
+        _refuse_bad_share(config, result, folder, output)
         _refuse_empty_split(result)
-        _write_pairs(result.pairs, config.prompt_format, folder)
-        report = {"figures": figures, "sources": fingerprints}
-        write_report(report, result.pairs, result.rejected, folder)
+        figures = result.figures()
+        tokenizer = load_text_tokenizer(rules.tokenizer)
+        write_report(
+            {
+                "figures": figures,
+                "sources": dict(fingerprints),
+                "near_duplicates": result.near_examples,
+            },
+            result.sample,
+            result.total().examples,
+            tokenizer,
+            rules.limits,
+            folder,
+        )
         manifest = write_manifest(
             folder,
             "ingest",
@@ -76,7 +92,35 @@ def run_ingest(config: RunConfig, output: Path, *, code: str = "") -> Manifest:
     return manifest
 
 
-def _validator(config: RunConfig) -> validate.Validator:
+def check_only(config: RunConfig) -> Assembled:
+    """Read and validate the sources of ``config`` and keep nothing but counts and examples.
+
+    Raises:
+        ConfigError: the model's tokenizer cannot be used.
+        DataError: a source that is missing, unreadable or empty.
+    """
+    with TemporaryDirectory() as folder:
+        return _ingest(config, _rules(config), Path(folder), None)
+
+
+def _ingest(config: RunConfig, rules: Rules, folder: Path, workers: int | None) -> Assembled:
+    spill = folder / "spill"
+    parts = _check_sources(config, rules, spill, workers)
+    weights = {name: source.weight for name, source in config.sources.items()}
+    result = assemble(
+        parts,
+        _caps(config),
+        folder,
+        schema=arrow_schema(config.prompt_format, weights),
+        sample_rows=SAMPLE_ROWS,
+        seed=config.seed,
+    )
+    shutil.rmtree(spill)
+    _refuse_empty_source(result)
+    return result
+
+
+def _rules(config: RunConfig) -> Rules:
     place = local_tokenizer(config.model)
     tokenizer = load_text_tokenizer(place)
     if config.prompt_format == "chat" and not tokenizer.chat_template:
@@ -86,163 +130,128 @@ def _validator(config: RunConfig) -> validate.Validator:
             fix="use prompt_format=raw, or a model with a chat template",
         )
     limits = Limits(config.max_length, config.max_prompt_length, config.truncation_mode)
-    return validate.Validator(tokenizer, limits, config.prompt_format, config.test_fraction)
+    return Rules(place, limits, config.prompt_format, config.test_fraction)
 
 
-def _read_source(
-    name: str,
-    source: SourceConfig,
-    config: RunConfig,
-    validator: validate.Validator,
-    result: Ingested,
-    bar: Bar,
-) -> None:
-    accepted: list[Pair] = []
-    format_name = source.format
-    with opened(name, source) as files:
-        for file in files:
-            for row in rows(file.path, file.shown):
-                bar.advance()
-                result.rows[name] += 1
-                try:
-                    if row.problem:
-                        raise formats.RowError("unreadable", row.problem)
-                    if format_name == "auto":
-                        format_name = _detect(row)  # type: ignore[assignment]
-                    accepted += _parse(row, name, format_name, file.split, validator)
-                except formats.RowError as error:
-                    result.rejected.append(_rejection(name, row, error))
-    if not result.rows[name]:
-        raise DataError(
-            "the data set is empty",
-            where=f"sources.{name}",
-            fix="give a file with at least one row",
-        )
-    result.pairs += _subset(accepted, source.max_pairs, config.seed)
-
-
-def _detect(row: RawRow) -> str:
-    found = formats.detect(row.value)
-    if found is None:
-        keys = ", ".join(map(str, row.value)) if isinstance(row.value, dict) else "no object"
-        raise DataError(
-            f"cannot tell the format of the data: the first row has {keys}",
-            where=f"{row.file}, line {row.line}",
-            fix="use the keys prompt, chosen and rejected, or set sources.NAME.format",
-        )
-    return found
-
-
-def _parse(
-    row: RawRow, name: str, format_name: str, split: str | None, validator: validate.Validator
-) -> list[Pair]:
-    if not isinstance(row.value, dict):
-        kind = type(row.value).__name__
-        raise formats.RowError("wrong_type", f"expected an object with fields, found a {kind}")
-    candidates = formats.PARSERS[format_name](row.value)
-    found = []
-    for candidate in candidates:
-        if candidate.split is None and split is not None:
-            candidate = formats.with_split(candidate, split)
-        found.append(validator.check(candidate, name, f"{row.file}, line {row.line}"))
-    return found
-
-
-def _rejection(name: str, row: RawRow, error: formats.RowError) -> validate.Rejected:
-    return validate.Rejected(
-        name, row.file, row.line, error.reason, error.field, error.advice, row.value
-    )
-
-
-def _subset(pairs: list[Pair], most: int | None, seed: int) -> list[Pair]:
-    if most is None or len(pairs) <= most:
-        return pairs
-    generator = np.random.default_rng([seed, _SUBSET_STREAM])
-    chosen = sorted(generator.choice(len(pairs), most, replace=False).tolist())
-    return [pairs[index] for index in chosen]
-
-
-def _move_leaks(result: Ingested) -> None:
-    """No prompt is in both splits: where it is, it stays in test and its training pairs go."""
-    leaked = validate.leaked_prompts(result.pairs)
-    for pair in result.pairs:
-        if pair.pair_id in leaked:
-            row = dict(zip(COLUMNS, astuple(pair), strict=True))
-            result.rejected.append(
-                validate.Rejected(
-                    pair.dataset,
-                    pair.dataset,
-                    0,
-                    "prompt_in_test",
-                    "prompt",
-                    "the prompt is held out for evaluation, so it cannot be trained on",
-                    row,
-                )
-            )
-    result.pairs = [pair for pair in result.pairs if pair.pair_id not in leaked]
-
-
-def _figures(result: Ingested, validator: validate.Validator) -> dict[str, Any]:
-    reasons = Counter(item.reason for item in result.rejected)
+def _caps(config: RunConfig) -> dict[str, Cap]:
     return {
-        "rows": sum(result.rows.values()),
-        "rows_by_source": dict(result.rows),
-        "pairs": len(result.pairs),
-        "train_pairs": sum(pair.split == TRAIN for pair in result.pairs),
-        "test_pairs": sum(pair.split == TEST for pair in result.pairs),
-        "rejected": len(result.rejected),
-        "reasons": dict(reasons.most_common()),
-        "truncated": dict(validator.truncated),
+        name: Cap(source.max_pairs, config.seed if source.seed is None else source.seed)
+        for name, source in config.sources.items()
+        if source.max_pairs is not None
     }
+
+
+def _check_sources(
+    config: RunConfig, rules: Rules, folder: Path, workers: int | None
+) -> list[Part]:
+    """Check every row; what was fetched from a store is there until all blocks are done."""
+    with ExitStack() as stack, track("ingest", "rows", None) as bar:
+        blocks: list[Block] = []
+        for number, (name, source) in enumerate(config.sources.items()):
+            files = stack.enter_context(opened(name, source))
+            blocks += blocks_of(number, name, source, files, folder)
+        before = _states(blocks)
+        parts: list[Part] = []
+        for block, tally in zip(
+            blocks, check_blocks(blocks, rules, bar.advance, workers), strict=True
+        ):
+            parts.append(_placed(block, tally, parts[-1] if parts else None))
+        _refuse_changed(blocks, before)
+    return [part for group in _by_source(parts) for part in (*group, *_rated(group, rules))]
+
+
+def _by_source(parts: Sequence[Part]) -> list[list[Part]]:
+    return [list(group) for _, group in groupby(parts, lambda part: part.block.number)]
+
+
+def _rated(parts: Sequence[Part], rules: Rules) -> Iterator[Part]:
+    """The pairs that rated answers of one source make."""
+    if not any(part.tally.ratings for part in parts):
+        return
+    first = parts[0].block
+    answers = (
+        Answer(part.block.place.file, line + part.line_offset, rating)
+        for part in parts
+        for line, rating in read_ratings(part.block.folder)
+    )
+    one_file = len({part.block.path for part in parts}) == 1
+    shown = first.place.file if one_file else f"{first.place.source}: rated answers"
+    place = first.place._replace(file=shown)
+    folder = first.folder.with_name(f"{first.number:03d}-ratings")
+    validator = validator_of(first, rules)
+    for part_folder, tally in pair_ratings(answers, place.source, validator, folder):
+        yield Part(replace(first, place=place, folder=part_folder), tally, 0)
+
+
+def _placed(block: Block, tally: Tally, previous: Part | None) -> Part:
+    """The block as a part, with its examples' lines counted from the start of the file."""
+    offset = 0
+    if previous and (previous.block.place, previous.block.path) == (block.place, block.path):
+        offset = previous.line_offset + previous.tally.lines
+    for items in tally.examples.values():
+        items[:] = [item.moved(offset) for item in items]
+    return Part(block, tally, offset)
+
+
+def _states(blocks: Sequence[Block]) -> dict[Path, tuple[int, int]]:
+    """Size and time of change of each file."""
+    found = {block.path: block.path.stat() for block in blocks}
+    return {path: (state.st_size, state.st_mtime_ns) for path, state in found.items()}
+
+
+def _refuse_changed(blocks: Sequence[Block], before: dict[Path, tuple[int, int]]) -> None:
+    for block in blocks:
+        state = block.path.stat() if block.path.exists() else None
+        if state is None or (state.st_size, state.st_mtime_ns) != before[block.path]:
+            raise DataError(
+                "the file changed while it was read",
+                where=block.place.file,
+                fix="wait until it is written, then run again",
+            )
 
 
 def _scalars(figures: dict[str, Any]) -> dict[str, int]:
     return {key: value for key, value in figures.items() if isinstance(value, int)}
 
 
-def _refuse_bad_share(config: RunConfig, result: Ingested, output: Path) -> None:
-    total = sum(result.rows.values())
-    # held-out prompts are sound rows in the wrong place
-    bad = [item for item in result.rejected if item.reason not in ("prompt_in_test", "duplicate")]
-    share = len(bad) / total
-    if share <= config.max_rejected_share:
-        return
-    kept = output.with_name(f"{output.name}.{QUARANTINE}")
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with kept.open("w", encoding="utf-8") as file:
-        for item in result.rejected:
-            file.write(json.dumps(item.as_json(), ensure_ascii=False, default=str) + "\n")
-    first = "\n".join(f"    {item}" for item in bad[:_SHOWN_REASONS])
-    raise DataError(
-        f"{len(bad):,} of {total:,} rows are unusable ({share:.1%}; at most "
-        f"{config.max_rejected_share:.1%} are allowed). The first:\n{first}",
-        where=f"all of them with reasons: {kept}",
-        fix="mend these rows, or allow more with max_rejected_share",
-    )
-
-
-def _refuse_empty_split(result: Ingested) -> None:
-    for split in (TRAIN, TEST):
-        if not any(pair.split == split for pair in result.pairs):
+def _refuse_empty_source(result: Assembled) -> None:
+    for name, tally in result.sources.items():
+        if not tally.rows:
             raise DataError(
-                f"no pair is in the {split} split ({len(result.pairs)} pairs in all)",
-                where="test_fraction",
-                fix="give more pairs, or another test_fraction",
+                "the data set is empty",
+                where=f"sources.{name}",
+                fix="give a file with at least one row",
             )
 
 
-def _write_pairs(pairs: list[Pair], prompt_format: str, folder: Path) -> None:
-    schema = arrow_schema(prompt_format)
-    columns = [pa.array([getattr(pair, name) for pair in pairs], pa.string()) for name in COLUMNS]
-    table = pa.Table.from_arrays(columns, schema=schema)
-    pq.write_table(table, folder / "pairs-00000.parquet", compression="zstd")
+def _refuse_bad_share(config: RunConfig, result: Assembled, folder: Path, output: Path) -> None:
+    tally = result.total()
+    bad = {reason: n for reason, n in tally.reasons.items() if reason not in NOT_FAULTY}
+    n_bad = sum(bad.values())
+    share = n_bad / tally.rows
+    if share <= config.max_rejected_share:
+        return
+    kept = output.absolute().with_name(f"{output.name}.{QUARANTINE}")
+    shutil.move(folder / QUARANTINE, kept)
+    examples = [item for reason in bad for item in tally.examples[reason]]
+    first = "\n".join(f"    {item}" for item in examples[:_SHOWN_REASONS])
+    raise DataError(
+        f"{n_bad:,} of {tally.rows:,} rows are unusable ({share:.1%}; at most "
+        f"{config.max_rejected_share:.1%} are allowed). For example:\n{first}",
+        where=f"all of them with reasons: {kept}",
+        fix="mend these rows, or allow more with max_rejected_share (1 drops any number)",
+    )
 
 
-def _write_quarantine(result: Ingested, folder: Path) -> None:
-    with (folder / QUARANTINE).open("w", encoding="utf-8") as file:
-        for item in result.rejected:
-            line = json.dumps(item.as_json(), ensure_ascii=False, default=str)
-            file.write(line.encode("utf-8", "backslashreplace").decode() + "\n")
+def _refuse_empty_split(result: Assembled) -> None:
+    n_train, n_pairs = result.train_pairs, result.total().pairs
+    for split, count in (("train", n_train), ("test", n_pairs - n_train)):
+        if not count:
+            raise DataError(
+                f"no pair is in the {split} split ({n_pairs} pairs in all)",
+                where="test_fraction",
+                fix="give more pairs, or another test_fraction",
+            )
 
 
 def _tell(figures: dict[str, Any]) -> None:

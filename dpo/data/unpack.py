@@ -15,6 +15,7 @@ from dpo.errors import DataError
 
 COMPRESSED = (".gz", ".gzip", ".zst", ".zstd")
 CHUNK_BYTES = 2**20
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BOMB_FLOOR_BYTES = 256 * 2**20
 _BOMB_RATIO = 200
 _ZSTD_WINDOW_BYTES = 2**27
@@ -46,7 +47,7 @@ class Text:
 
     def __init__(self, path: Path, shown: str, raw: IO[bytes]) -> None:
         self._chunks = _unpacked(path, shown, raw)
-        self.head = self._first_megabyte().removeprefix(b"\xef\xbb\xbf")
+        self.head = self._first_megabyte().removeprefix(BYTE_ORDER_MARK)
         """Up to the first megabyte."""
         _refuse_foreign(self.head, shown)
 

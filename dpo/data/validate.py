@@ -1,151 +1,180 @@
-"""Gives every candidate its place in the data, or the reason why it has none."""
+"""Gives a candidate its place in the data, or the reason why it has none.
+
+What is decided here needs the candidate alone; ``dpo.data.repeats`` judges rows beside each other.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
+import re
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from dpo.data import repeats
 from dpo.data.chat import to_chat
 from dpo.data.formats import Candidate, RowError
-from dpo.data.schema import TEST, TRAIN, Pair, pair_id, split_of
+from dpo.data.schema import TEST, TRAIN, pair_id, prompt_digest, split_of
 from dpo.data.tokenize import Limits, tokenize_pair
 
-_ALLOWED_CONTROLS = "\n\r\t"
+_CONTROLS = bytes(code for code in range(32) if code not in b"\n\r\t") + b"\x7f"
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_ADVICE_ON_ENCODING = "read the original with its true encoding and save it as UTF-8"
 
 
-@dataclass(frozen=True)
-class Rejected:
-    """A row that is not used, and why."""
+class Checked(NamedTuple):
+    """A pair that stands for itself."""
 
-    source: str
-    file: str
-    line: int
-    reason: str
-    field: str
-    advice: str
-    value: Any
-
-    def as_json(self) -> dict[str, Any]:
-        """For the quarantine file: with the row itself, so that it can be mended."""
-        return {
-            "source": self.source,
-            "file": self.file,
-            "line": self.line,
-            "reason": self.reason,
-            "field": self.field,
-            "advice": self.advice,
-            "row": self.value,
-        }
-
-    def __str__(self) -> str:
-        return f"{self.file}, line {self.line}: {self.advice} ({self.reason})"
+    values: tuple[Any, ...]
+    """The columns of its row: see ``schema.pair_fields``."""
+    key: bytes
+    """A ``repeats.KEY``, by which it is told from others."""
+    chars: int
+    """Characters of its texts, for buffers."""
 
 
 @dataclass
 class Validator:
-    """Checks candidates one after the other; remembers what it needs to see repetitions."""
+    """Checks the candidates of one source, one after the other; remembers nothing."""
 
     tokenizer: Any
     limits: Limits
     prompt_format: str
     test_fraction: float
-    seen: dict[str, str] = field(default_factory=dict)
-    """Pair id to the place where it was first seen."""
-    opposite: set[str] = field(default_factory=set)
-    """Ids of the seen pairs with chosen and rejected exchanged."""
-    truncated: Counter[str] = field(default_factory=Counter)
+    dataset: str
+    split: str = "auto"
+    """See ``SourceConfig.split``."""
+    max_prompt_tokens: int | None = None
+    """Longer prompts are rejected, before any chat template."""
+    mark: repeats.Mark = field(default_factory=repeats.Mark)
 
-    def check(self, candidate: Candidate, source: str, place: str) -> Pair:
-        """The pair row of a candidate.
+    def check(self, candidate: Candidate) -> Checked:
+        """The pair of a candidate.
 
         Raises:
             RowError: with the reason for which it is rejected.
         """
-        texts = {
-            "prompt": candidate.prompt,
-            "chosen": candidate.chosen,
-            "rejected": candidate.rejected,
-        }
+        self.check_text("prompt", candidate.prompt)
+        self.check_text("chosen", candidate.chosen)
+        self.check_text("rejected", candidate.rejected)
         if candidate.sft_target is not None:
-            texts["sft_target"] = candidate.sft_target
-        for name, text in texts.items():
-            self._check_text(name, text)
+            self.check_text("sft_target", candidate.sft_target)
         if candidate.chosen.strip() == candidate.rejected.strip():
             raise RowError("chosen_equals_rejected", "chosen and rejected are the same text")
-        split = candidate.split or split_of(candidate.prompt, self.test_fraction)
+        digest = prompt_digest(candidate.prompt)
+        near = repeats.near_hash(candidate.prompt)
+        self._check_prompt_length(candidate.prompt)
+        split = self._split(candidate, digest)
         if self.prompt_format == "chat":
             candidate = to_chat(candidate, self.tokenizer)
-        self._check_tokens(candidate)
-        found = Pair(
-            prompt=candidate.prompt,
-            chosen=candidate.chosen,
-            rejected=candidate.rejected,
-            sft_target=candidate.sft_target or candidate.chosen,
-            dataset=source,
-            split=split,
-            pair_id=pair_id(candidate.prompt, candidate.chosen, candidate.rejected),
+        self._check_truncation(candidate)
+        prompt, chosen, rejected, target, _, messages = candidate
+        values = (
+            *(prompt, chosen, rejected, target or chosen, self.dataset, split),
+            pair_id(prompt, chosen, rejected),
+            messages and [{"role": role, "content": content} for role, content in messages],
         )
-        self._check_repetition(found, place)
-        return found
+        key = repeats.key(digest, near, chosen, rejected, self.mark, in_test=split == TEST)
+        return Checked(values, key, len(prompt) + len(chosen) + len(rejected))
 
-    def _check_text(self, name: str, text: str) -> None:
-        if not text.strip():
+    def _split(self, candidate: Candidate, digest: bytes) -> str:
+        if self.split in (TRAIN, TEST):
+            return self.split
+        own = None if self.split == "hash" else candidate.split
+        return own or split_of(digest, self.test_fraction)
+
+    def _check_prompt_length(self, prompt: str) -> None:
+        limit = self.max_prompt_tokens
+        # a token has one byte or more
+        if limit is None or len(prompt.encode()) <= limit:
+            return
+        count = len(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        if count > limit:
+            raise RowError(
+                "prompt_too_long",
+                f"the prompt has {count:,} tokens, {limit:,} are allowed: shorten it, or raise the "
+                "source's max_prompt_tokens",
+                "prompt",
+            )
+
+    def check_text(self, name: str, text: str) -> None:
+        """Check one text by itself.
+
+        Raises:
+            RowError: it is empty, broken, or holds a text that means something to the model.
+        """
+        if not text or text.isspace():
             raise RowError("empty", f"{name} is empty", name)
         try:
-            text.encode("utf-8")
+            data = text.encode("utf-8")
         except UnicodeEncodeError:
-            raise RowError("broken_encoding", f"{name} has half a character in it", name) from None
-        bad = next((c for c in text if ord(c) < 32 and c not in _ALLOWED_CONTROLS), None)
-        if bad is not None:
+            raise RowError(
+                "broken_encoding",
+                f"{name} has half a character in it: {_ADVICE_ON_ENCODING}",
+                name,
+            ) from None
+        if _REPLACEMENT in text:
+            raise RowError(
+                "broken_encoding",
+                f"{name} has the mark of a lost character (U+FFFD): {_ADVICE_ON_ENCODING}",
+                name,
+            )
+        if len(data.translate(None, _CONTROLS)) != len(data):
+            bad = next(char for char in text if ord(char) < 128 and ord(char) in _CONTROLS)
             raise RowError(
                 "control_character", f"{name} has the control character U+{ord(bad):04X}", name
             )
-        eos = self.tokenizer.eos_token
-        if eos in text:
-            raise RowError(
-                "eos_in_text", f"{name} has the end-of-sequence token {eos} in its text", name
-            )
+        if self._reserved and (found := self._reserved.search(text)):
+            self._refuse_reserved(name, found[0])
 
-    def _check_tokens(self, candidate: Candidate) -> None:
-        """Pairs that truncation would spoil; most are too short: a token has at least one byte."""
-        texts = (candidate.prompt, candidate.chosen, candidate.rejected)
-        longest = len(texts[0].encode()) + max(len(text.encode()) for text in texts[1:]) + 1
-        if longest <= self.limits.max_length:
+    @cached_property
+    def _reserved(self) -> re.Pattern[str] | None:
+        """Texts that mean something to the model: the end mark; in a chat, all special tokens."""
+        reserved = {self.tokenizer.eos_token}
+        if self.prompt_format == "chat":
+            reserved |= set(getattr(self.tokenizer, "all_special_tokens", ()))
+        texts = sorted(text for text in reserved if text)
+        return re.compile("|".join(map(re.escape, texts))) if texts else None
+
+    def _refuse_reserved(self, name: str, found: str) -> None:
+        if found == self.tokenizer.eos_token:
+            raise RowError(
+                "eos_in_text",
+                f"{name} has the end-of-sequence token {found} in its text: remove it, or the "
+                "model learns to stop there",
+                name,
+            )
+        raise RowError(
+            "special_token_in_text",
+            f"{name} has {found} in its text, which the chat template uses as a mark: remove it",
+            name,
+        )
+
+    def _check_truncation(self, candidate: Candidate) -> None:
+        """Pairs that truncation makes equal.
+
+        Responses are cut to ``max_length - max_prompt_length`` tokens at least. A token has one
+        byte or more, so responses that differ within so many bytes differ after the cut too: only
+        the others need the tokenizer.
+        """
+        room = self.limits.max_length - self.limits.max_prompt_length
+        # the first token may stand for the start of the text alone
+        n_bytes = room - 1
+        chosen, rejected = candidate.chosen[:n_bytes], candidate.rejected[:n_bytes]
+        if chosen.encode()[:n_bytes] != rejected.encode()[:n_bytes]:
             return
         example = tokenize_pair(
             candidate.prompt,
-            texts[1:],
+            (candidate.chosen, candidate.rejected),
             self.tokenizer,
             self.limits,
             prompt_format=self.prompt_format,
         )
-        chosen, rejected = (response.tolist() for response in example.responses)
-        cut = chosen[-1] != self.tokenizer.eos_token_id or (
-            rejected[-1] != self.tokenizer.eos_token_id
-        )
-        if cut:
-            self.truncated["responses"] += 1
-        if len(example.prompt_T) == self.limits.max_prompt_length:
-            self.truncated["prompts"] += 1
-        if chosen == rejected:
+        chosen_T, rejected_T = example.responses
+        if np.array_equal(chosen_T, rejected_T):
             raise RowError(
                 "identical_after_truncation",
-                "chosen and rejected differ only after the part that is kept: raise max_length",
+                f"chosen and rejected differ only after the {room} tokens that are kept: raise "
+                "max_length or lower max_prompt_length",
             )
-
-    def _check_repetition(self, pair: Pair, place: str) -> None:
-        if first := self.seen.get(pair.pair_id):
-            raise RowError("duplicate", f"the same pair stands in {first}")
-        if pair.pair_id in self.opposite:
-            raise RowError(
-                "contradiction", "another row prefers these two responses the other way round"
-            )
-        self.seen[pair.pair_id] = place
-        self.opposite.add(pair_id(pair.prompt, pair.rejected, pair.chosen))
-
-
-def leaked_prompts(pairs: list[Pair]) -> set[str]:
-    """Ids of training pairs whose prompt is in the test split too: they stay out of training."""
-    held_out = {pair.prompt for pair in pairs if pair.split == TEST}
-    return {pair.pair_id for pair in pairs if pair.split == TRAIN and pair.prompt in held_out}

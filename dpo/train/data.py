@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo.config.schema import RunConfig
-from dpo.data.loader import Order, evaluation_indices
+from dpo.data.loader import Order, evaluation_indices, weighted
 from dpo.data.parquet import Pairs, read_pairs
 from dpo.data.schema import TEST, TRAIN
 from dpo.data.tokenize import Limits, TokenizedExample, tokenize_pair
@@ -20,7 +20,8 @@ class Examples:
 
     order: Order
     train: dict[int, TokenizedExample]
-    """By index in the training split; only those that the order reaches."""
+    """By index in ``order``; only those that it reaches. A pair of a source with a weight above 1
+    may be there more than once."""
     held_out: list[TokenizedExample]
     fingerprint: str
     """Content hash of the pairs."""
@@ -43,21 +44,23 @@ def load_examples(
         DataError: there is nothing to train on.
     """
     train, test = read_pairs(folder, TRAIN), read_pairs(folder, TEST)
-    if not train.rows:
+    draws = weighted(train.rows, train.weights, config.seed)
+    if not draws:
         raise DataError("there is no pair to train on", where=str(folder))
     order = Order(
-        n_pairs=len(train.rows),
+        n_pairs=len(draws),
         batch_size=batch_size,
         n_epochs=config.n_epochs,
         n_examples=config.n_examples,
         seed=config.seed,
     )
     held_out = evaluation_indices(len(test.rows), config.n_eval_examples, config.seed)
-    wanted = order.indices()
-    tokenized = _tokenize(config, train, wanted, tokenizer, responses)
+    wanted = {index: draws[index] for index in order.indices()}
+    rows = sorted(set(wanted.values()))
+    tokenized = dict(zip(rows, _tokenize(config, train, rows, tokenizer, responses), strict=True))
     return Examples(
         order=order,
-        train=dict(zip(wanted, tokenized, strict=True)),
+        train={index: tokenized[row] for index, row in wanted.items()},
         held_out=_tokenize(config, test, held_out, tokenizer, responses),
         fingerprint=train.content_hash,
     )

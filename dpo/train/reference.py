@@ -41,7 +41,9 @@ def run_reference(
     check_length(policy, config.max_length)
     # the set of pairs does not depend on how they are batched
     examples = load_examples(config, pairs, tokenizer, batch_size=1, responses="pair")
-    train = [*examples.train.values()] if config.score_training_pairs else []
+    # a pair of a weighted source may come more than once
+    unique = {example.pair_id: example for example in examples.train.values()}
+    train = list(unique.values()) if config.score_training_pairs else []
     every = [*train, *examples.held_out]
     splits = [TRAIN] * len(train) + [TEST] * len(examples.held_out)
     dtype = compute_dtype(config.model, device)

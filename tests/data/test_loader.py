@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo.data.loader import LoaderState, Order, evaluation_indices
+from dpo.data.loader import LoaderState, Order, evaluation_indices, weighted
+from dpo.data.schema import Pair
 
 orders = st.builds(
     Order,
@@ -66,3 +67,22 @@ def test_evaluation_indices_are_a_seeded_sorted_choice() -> None:
 @pytest.mark.parametrize("asked", [None, 5, 6])
 def test_evaluation_takes_all_where_there_are_not_more(asked: int | None) -> None:
     assert evaluation_indices(5, asked, 0) == [0, 1, 2, 3, 4]
+
+
+def make_pairs(**counts: int) -> list[Pair]:
+    return [
+        Pair("p", "c", "r", "c", name, "train", f"{name}{number}")
+        for name, count in counts.items()
+        for number in range(count)
+    ]
+
+
+def test_weights_are_counts_in_an_epoch() -> None:
+    """a: 10 pairs at 2.3 are 2 x 10 + 3; b: 10 at 0.5 are 5; c has no weight: each once."""
+    pairs = make_pairs(a=10, b=10, c=4)
+    found = Counter(weighted(pairs, {"a": 2.3, "b": 0.5}, seed=0))
+    assert sorted(found[index] for index in range(10)) == [2] * 7 + [3] * 3
+    assert sorted(found[index] for index in range(10, 20)) == [0] * 5 + [1] * 5
+    assert [found[index] for index in range(20, 24)] == [1] * 4
+    assert weighted(pairs, {"a": 2.3, "b": 0.5}, seed=1) != sorted(found.elements())
+    assert weighted(pairs, {}, seed=3) == list(range(24))

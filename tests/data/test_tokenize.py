@@ -20,23 +20,6 @@ def tokenizer() -> Any:
     return load_tokenizer(GOLDEN / "model")
 
 
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A tokenizer with one token a word, so that truncation can be counted by hand."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("words")
-    names = ["<end>", "?", *"abcdefghijklmnop"]
-    vocabulary = {word: index for index, word in enumerate(names)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.add_special_tokens(["<end>"])
-    backend.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return load_text_tokenizer(folder)
-
-
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_golden_ids_and_labels(number: int, tokenizer: Any) -> None:
     case = CASES[number]

@@ -1,0 +1,280 @@
+"""Checks the rows of sources: in blocks, each by itself, in as many processes as there are cores.
+
+A block is a file, or 32 MiB of a plain JSON Lines file: what the blocks are depends on the input
+alone, so the result does too.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo.config.schema import SourceConfig
+from dpo.data.formats import Candidate, Parser, Rating, RowError
+from dpo.data.quarantine import Place, Rejected
+from dpo.data.readers import RawRow, block_rows, count_rows, is_plain_lines, rows
+from dpo.data.registry import parser_of
+from dpo.data.repeats import Mark
+from dpo.data.schema import TEST, TRAIN
+from dpo.data.sources import SourceFile
+from dpo.data.spill import PartWriter, Tally
+from dpo.data.text_tokenizer import load_text_tokenizer
+from dpo.data.tokenize import Limits
+from dpo.data.validate import Validator
+from dpo.storage.processes import die_with_parent
+
+BLOCK_BYTES = 32 * 2**20
+_SMALL_BYTES = 64 * 2**20
+"""Less is read in this process: starting others takes a second."""
+_STEP_ROWS = 500
+_REFERENCE_SEED = 42
+_REFERENCE_TEST_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What all sources are checked against."""
+
+    tokenizer: Path
+    """Folder of the base model's tokenizer."""
+    limits: Limits
+    prompt_format: str
+    test_fraction: float
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows that are checked by one process."""
+
+    source: SourceConfig
+    number: int
+    """Of the source."""
+    place: Place
+    path: Path
+    folder: Path
+    """To write to."""
+    start: int = 0
+    end: int | None = None
+    """In bytes; None takes the whole file."""
+    held_out: frozenset[int] | None = None
+    """Numbers of the rows that are in the test split, from 0; the others are then in train."""
+
+    @property
+    def n_bytes(self) -> int:
+        """How much there is to read."""
+        return (self.path.stat().st_size if self.end is None else self.end) - self.start
+
+
+def blocks_of(
+    number: int, name: str, source: SourceConfig, files: Sequence[SourceFile], folder: Path
+) -> list[Block]:
+    """The blocks of a source, in order; their output goes below ``folder``.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    found: list[Block] = []
+    if source.split == "reference":
+        return _with_reference_split(number, name, source, files, folder)
+    for file in files:
+        place = Place(name, file.shown, file.split)
+        spans: list[tuple[int, int | None]] = [(0, None)]
+        if is_plain_lines(file.path, file.shown):
+            spans = [*_spans(file.path)] or spans
+        for start, end in spans:
+            part = folder / f"{number:03d}-{len(found):06d}"
+            found.append(Block(source, number, place, file.path, part, start, end))
+    return found
+
+
+def _with_reference_split(
+    number: int, name: str, source: SourceConfig, files: Sequence[SourceFile], folder: Path
+) -> list[Block]:
+    """One block a file, with the test split of the reference code.
+
+    It shuffles all rows as the datasets library does with seed 42 and holds out the first 1 %. This
+    needs the number of rows before the first is read.
+    """
+    counts = [count_rows(file.path, file.shown) for file in files]
+    total = sum(counts)
+    order = np.random.default_rng(_REFERENCE_SEED).permutation(total)
+    held_out = np.sort(order[: int(total * _REFERENCE_TEST_SHARE)])
+    found, start = [], 0
+    for index, (file, count) in enumerate(zip(files, counts, strict=True)):
+        inside = held_out[(held_out >= start) & (held_out < start + count)] - start
+        part = folder / f"{number:03d}-{index:06d}"
+        place = Place(name, file.shown, None)
+        rows_held_out = frozenset(inside.tolist())
+        found.append(Block(source, number, place, file.path, part, held_out=rows_held_out))
+        start += count
+    return found
+
+
+def _spans(path: Path) -> Iterator[tuple[int, int]]:
+    """Parts of a file that end with a line's end."""
+    size = path.stat().st_size
+    start = 0
+    with path.open("rb") as file:
+        while start < size:
+            end = min(start + BLOCK_BYTES, size)
+            file.seek(end)
+            while end < size and (chunk := file.read(2**16)):
+                newline = chunk.find(b"\n")
+                end += len(chunk) if newline < 0 else newline + 1
+                if newline >= 0:
+                    break
+            yield start, end
+            start = end
+
+
+def check_blocks(
+    blocks: Sequence[Block], rules: Rules, advance: Callable[[int], None], workers: int | None
+) -> Iterator[Tally]:
+    """The counts of each block, in order; pairs and rejects are in the blocks' folders.
+
+    Args:
+        blocks: What to check.
+        rules: What to check it against.
+        advance: Called with a number of rows that are done.
+        workers: Processes; None takes one a core where there is much to read.
+
+    Raises:
+        DataError: a file cannot be read any further.
+    """
+    if workers is None:
+        small = sum(block.n_bytes for block in blocks) < _SMALL_BYTES
+        workers = 1 if small else len(os.sched_getaffinity(0))
+    if min(workers, len(blocks)) < 2:
+        for block in blocks:
+            yield check_block(block, rules, advance)
+        return
+    # not fork: pyarrow and tokenizers have threads by now
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)
+    try:
+        for tally in _in_order(pool, blocks, rules, 2 * workers):
+            advance(tally.rows)
+            yield tally
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _in_order(
+    pool: ProcessPoolExecutor, blocks: Sequence[Block], rules: Rules, ahead: int
+) -> Iterator[Tally]:
+    waiting = iter(blocks)
+    running: list[Future[Tally]] = []
+    while True:
+        for block in islice(waiting, ahead - len(running)):
+            running.append(pool.submit(check_block, block, rules))
+        if not running:
+            return
+        yield running.pop(0).result()
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent()
+
+
+def check_block(
+    block: Block, rules: Rules, advance: Callable[[int], None] = lambda _: None
+) -> Tally:
+    """Check the rows of a block and write what became of them into its folder."""
+    parser = parser_of(block.source)
+    validator = validator_of(block, rules)
+    with PartWriter(block.folder) as part:
+        for row in _rows(block):
+            place = block.place
+            if block.held_out is not None:
+                split = TEST if part.tally.rows in block.held_out else TRAIN
+                place = place._replace(split=split)
+            part.tally.rows += 1
+            _check_row(row, place, parser, validator, part)
+            if part.tally.rows % _STEP_ROWS == 0:
+                advance(_STEP_ROWS)
+        advance(part.tally.rows % _STEP_ROWS)
+        # blank lines at the end of a block are none of its rows
+        part.tally.lines = _count_lines(block) if block.end is not None else 0
+        return part.tally
+
+
+def _rows(block: Block) -> Iterator[RawRow]:
+    if block.end is None:
+        return rows(block.path, block.place.file)
+    return block_rows(block.path, block.place.file, block.start, block.end)
+
+
+def _count_lines(block: Block) -> int:
+    assert block.end is not None
+    if block.end == block.path.stat().st_size:
+        return 0
+    n_lines, left = 0, block.end - block.start
+    with block.path.open("rb") as file:
+        file.seek(block.start)
+        while left and (chunk := file.read(min(left, 2**20))):
+            n_lines += chunk.count(b"\n")
+            left -= len(chunk)
+    return n_lines
+
+
+def _check_row(
+    row: RawRow, place: Place, parser: Parser, validator: Validator, part: PartWriter
+) -> None:
+    """Every pair of a row that is sound goes in; the first that is not is the row's reason."""
+    problem: RowError | None = None
+    try:
+        if row.problem:
+            raise RowError("unreadable", row.problem)
+        for item in parser(row.value):
+            try:
+                _keep(item, place.split, row.line, validator, part)
+            except RowError as error:
+                problem = problem or error
+    except RowError as error:
+        problem = error
+    if problem is not None:
+        part.reject(Rejected.of(problem, place, row.line, row.value))
+
+
+def _keep(
+    item: Candidate | Rating, split: str | None, line: int, validator: Validator, part: PartWriter
+) -> None:
+    if item.split is None and split is not None:
+        item = item._replace(split=split)
+    if isinstance(item, Candidate):
+        part.accept(validator.check(item), line)
+    else:
+        validator.check_text("prompt", item.prompt)
+        validator.check_text("answer", item.answer)
+        part.rate(item, line)
+
+
+def validator_of(block: Block, rules: Rules) -> Validator:
+    """What checks the pairs of a block's source."""
+    source = block.source
+    own = source.test_fraction
+    return Validator(
+        tokenizer=_tokenizer(rules.tokenizer),
+        limits=rules.limits,
+        prompt_format=rules.prompt_format,
+        test_fraction=rules.test_fraction if own is None else own,
+        dataset=block.place.source,
+        split=source.split,
+        max_prompt_tokens=source.max_prompt_tokens,
+        mark=Mark(block.number, source.max_pairs_per_prompt or 0),
+    )
+
+
+@cache
+def _tokenizer(folder: Path) -> Any:
+    return load_text_tokenizer(folder)

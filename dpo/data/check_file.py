@@ -1,0 +1,91 @@
+"""``dpo ingest --check FILE``: what is wrong with a data file, for the person who keeps it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dpo.config.compose import compose
+from dpo.data.assemble import Assembled
+from dpo.data.quarantine import NOT_FAULTY, Rejected
+from dpo.data.stage import check_only
+from dpo.errors import DpoError
+
+FAULTY = 1
+"""Exit code when a row is wrong, or the file cannot be read."""
+
+
+def check_file(
+    place: str, settings: Sequence[str], config_dir: Path | None, *, as_json: bool
+) -> int:
+    """Check a file and print the result; the exit code tells whether rows are wrong.
+
+    Args:
+        place: File, folder, glob or URL.
+        settings: ``key=value`` overrides.
+        config_dir: Folder with choices of the user's own.
+        as_json: Print one JSON object as the last line.
+    """
+    entry = place if any(mark in place for mark in "/.:*") else f"./{place}"
+    quoted = json.dumps(entry, ensure_ascii=False)
+    try:
+        config = compose([f"datasets=[{quoted}]", *settings], user_dir=config_dir).config
+        result = check_only(config)
+    except DpoError as error:
+        if not as_json:
+            raise
+        print(json.dumps({"readable": False, "problem": str(error)}, ensure_ascii=False))
+        return error.exit_code
+    found = _as_json(result)
+    print(json.dumps(found, ensure_ascii=False) if as_json else _as_text(place, found))
+    return FAULTY if any(reason not in NOT_FAULTY for reason in found["reasons"]) else 0
+
+
+def _as_json(result: Assembled) -> dict[str, Any]:
+    total = result.total()
+    return {
+        "readable": True,
+        "rows": total.rows,
+        "accepted": total.pairs,
+        "rejected": total.reasons.total(),
+        "reasons": {
+            reason: {
+                "count": count,
+                "fault": reason not in NOT_FAULTY,
+                "places": [_place(item) for item in total.examples[reason]],
+            }
+            for reason, count in total.reasons.most_common()
+        },
+    }
+
+
+def _place(item: Rejected) -> dict[str, Any]:
+    return {
+        "file": item.file.partition(": ")[2],
+        "line": item.line,
+        "field": item.field,
+        "value": item.start_of_value(),
+        "advice": item.advice,
+    }
+
+
+def _as_text(place: str, found: dict[str, Any]) -> str:
+    lines = [
+        f"{place}: {_rows(found['rows'])}, of which {_rows(found['rejected'])} cannot be used; "
+        f"{found['accepted']:,} pairs can."
+    ]
+    for reason, entry in found["reasons"].items():
+        kind = "wrong" if entry["fault"] else "not needed"
+        lines += ["", f"{reason.replace('_', ' ')} ({_rows(entry['count'])}, {kind})"]
+        for item in entry["places"]:
+            value = f" It begins: {item['value']}" if item["value"] else ""
+            lines.append(f"  {item['file']}, line {item['line']}: {item['advice']}.{value}")
+        if entry["count"] > len(entry["places"]):
+            lines.append(f"  ... and {entry['count'] - len(entry['places']):,} more")
+    return "\n".join(lines)
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'' if count == 1 else 's'}"

@@ -1,0 +1,106 @@
+"""Rejected rows: one JSON object a line, with the reason and the row, so that it can be mended.
+
+A mended quarantine file is a source like any other: the row inside each line is read again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import orjson
+
+from dpo.data.formats import RowError
+
+QUARANTINE = "quarantine.jsonl"
+NOT_FAULTY = frozenset(
+    {
+        *("prompt_in_test", "duplicate_pair", "over_prompt_limit"),
+        *("score_ratio_too_low", "equal_scores", "one_answer"),
+    }
+)
+"""Reasons of sound rows that are not needed; they do not count as bad data."""
+_SHOWN_VALUE_CHARS = 60
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Place(NamedTuple):
+    """A file of a source."""
+
+    source: str
+    file: str
+    """Name to show."""
+    split: str | None
+    """The split that the file states."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A row that is not used, or not wholly, and why."""
+
+    source: str
+    file: str
+    line: int
+    """Line (text) or row number (tables), from 1."""
+    reason: str
+    field: str
+    advice: str
+    row: Any
+    split: str | None = None
+
+    @classmethod
+    def of(cls, error: RowError, place: Place, line: int, row: Any) -> Rejected:
+        """A row with the error that its parser or check raised."""
+        name, file, split = place
+        return cls(name, file, line, error.reason, error.field, error.advice, row, split)
+
+    def shortened(self) -> Rejected:
+        """The same with no more of the row than is shown."""
+        row = {self.field: self.start_of_value()} if self.field else None
+        return replace(self, row=row)
+
+    def moved(self, offset: int) -> Rejected:
+        """The same, ``offset`` lines further down its file."""
+        return replace(self, line=self.line + offset)
+
+    def as_line(self) -> bytes:
+        """JSON in one line; what JSON cannot hold is written as text."""
+        values = {
+            "source": self.source,
+            "file": self.file,
+            "line": self.line,
+            "reason": self.reason,
+            "field": self.field,
+            "value": self.start_of_value(),
+            "advice": self.advice,
+            "split": self.split,
+            "row": self.row,
+        }
+        try:
+            return orjson.dumps(values, default=str, option=orjson.OPT_APPEND_NEWLINE)
+        except TypeError:
+            # half characters, numbers of more than 64 bits, keys that are no text
+            text = json.dumps(values, ensure_ascii=False, default=str)
+            return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text).encode() + b"\n"
+
+    def start_of_value(self) -> str:
+        """The first characters of the field at fault."""
+        value = self.row.get(self.field) if isinstance(self.row, dict) and self.field else None
+        text = "" if value is None else str(value)
+        return text[:_SHOWN_VALUE_CHARS]
+
+    def __str__(self) -> str:
+        value = self.start_of_value()
+        found = f": {_SURROGATE.sub('?', value)!r}" if value else ""
+        return f"{self.file}, line {self.line}: {self.advice} ({self.reason}{found})"
+
+
+def moved(line: bytes, offset: int) -> bytes:
+    """A quarantine line whose row stands ``offset`` lines further down its file."""
+    if not offset:
+        return line
+    values = json.loads(line)
+    values["line"] += offset
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"

@@ -1,0 +1,108 @@
+"""Which parser reads a row: by the source's ``format``, or by the row's own keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import orjson
+
+from dpo.config.schema import SourceConfig
+from dpo.data import custom, formats, shapes
+from dpo.data.formats import Candidate, Parser, Rating, RowError, split_field
+
+PARSERS: Mapping[str, Parser] = {
+    "pairs": formats.pairs,
+    "novalto": formats.pairs,
+    "hh": formats.hh,
+    "shp": formats.shp,
+    "se": shapes.se,
+    "messages": shapes.messages,
+    "openai": shapes.openai,
+    "ranked": shapes.ranked,
+    "rated": shapes.rated,
+}
+"""By ``sources.NAME.format``."""
+
+_QUARANTINE_KEYS = {"reason", "advice", "row"}
+
+
+def parser_of(source: SourceConfig) -> Parser:
+    """What reads the rows of a source."""
+    if ":" in source.format:
+        return custom.row_parser(source.format)
+    shp: Parser = partial(formats.shp, min_score_ratio=source.min_score_ratio)
+    parsers = {**PARSERS, "shp": shp}
+    return partial(_parse, parsers=parsers, format_name=source.format)
+
+
+def _parse(
+    row: Any, *, parsers: Mapping[str, Parser], format_name: str
+) -> Sequence[Candidate | Rating]:
+    if not isinstance(row, Mapping):
+        kind = type(row).__name__
+        raise RowError("wrong_type", f"expected an object with fields, found a {kind}")
+    if "reason" in row and row.keys() >= _QUARANTINE_KEYS:
+        return _mended(row, parsers, format_name)
+    found = detect(row) if format_name == "auto" else _by_values(format_name, row)
+    if found is None:
+        keys = ", ".join(map(str, list(row)[:8])) or "no fields"
+        raise RowError(
+            "unknown_format",
+            f"no known format has these fields: {keys}; use prompt, chosen and rejected, or set "
+            "the source's format",
+        )
+    return parsers[found](row)
+
+
+def _mended(
+    line: Mapping[str, Any], parsers: Mapping[str, Parser], format_name: str
+) -> Sequence[Candidate | Rating]:
+    """The row in a line of a quarantine file, which a person has mended."""
+    row = line["row"]
+    if isinstance(row, str):
+        # a row that could not be read stands there as its text
+        try:
+            row = orjson.loads(row)
+        except orjson.JSONDecodeError as error:
+            raise RowError("unreadable", f"row is not JSON: {error.msg}", "row") from None
+    found = _parse(row, parsers=parsers, format_name=format_name)
+    split = split_field(line)
+    return [item if item.split else item._replace(split=split) for item in found]
+
+
+def _by_values(format_name: str, row: Mapping[str, Any]) -> str:
+    """Plain pairs may hold message lists as well."""
+    if format_name in ("pairs", "novalto") and _has_messages(row):
+        return "messages"
+    return format_name
+
+
+def detect(row: Mapping[str, Any]) -> str | None:
+    """The format of a row by its keys; None when no format fits."""
+    keys = {key for key, value in row.items() if value is not None}
+    if keys >= {"chosen", "rejected"}:
+        if _has_messages(row) or keys & {"messages", "conversations", "conversation"}:
+            return "messages"
+        return "pairs" if "prompt" in row else "hh"
+    for name, needed in (
+        ("openai", {"input", "preferred_output", "non_preferred_output"}),
+        ("shp", {"history", "human_ref_A", "human_ref_B"}),
+        ("se", {"question", "answers"}),
+    ):
+        if keys >= needed:
+            return name
+    if keys & {"prompt", "instruction"}:
+        if keys & {"responses", "completions", "answers", "candidates"}:
+            return "ranked"
+        if keys & {"chosen", "rejected"}:
+            # one of the three is missing: the parser names it
+            return "pairs"
+        if keys & {"completion", "response"} and keys & {"label", "score", "rating"}:
+            return "rated"
+    return None
+
+
+def _has_messages(row: Mapping[str, Any]) -> bool:
+    return any(isinstance(row.get(key), list | dict) for key in ("prompt", "chosen", "rejected"))

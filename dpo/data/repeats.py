@@ -1,0 +1,193 @@
+"""Rows that can only be judged beside others: duplicates, contradictions, prompts in two splits.
+
+All of these concern rows with one prompt. So each row leaves a record of hashes (64 bytes) in one
+of 64 files, chosen by the prompt's hash, and each file is judged by itself: memory holds a 64th of
+the records, however large the input. Prompts that are nearly equal are found in the same way, by
+the hash of their letters and digits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+REASONS = ("prompt_in_test", "duplicate_pair", "contradictory_pair", "over_prompt_limit")
+"""By the number in ``DECISION``."""
+
+_N_PARTITIONS = 64
+_HASHES = [("prompt_a", "<u8"), ("prompt_b", "<u8"), ("chosen", "<u8"), ("rejected", "<u8")]
+_KEY = [*_HASHES, ("near", "<u8"), ("test", "<u2"), ("source", "<u2"), ("limit", "<u4")]
+KEY = np.dtype(_KEY)
+_RECORD = np.dtype([*_KEY, ("ordinal", "<u8"), ("line", "<u8")])
+DECISION = np.dtype(
+    [
+        *(("ordinal", "<u8"), ("line", "<u8"), ("reason", "<u1")),
+        *(("other", "<u8"), ("other_line", "<u8")),
+    ]
+)
+"""A row to reject, and the row that it collides with: ordinals count accepted rows from 0."""
+
+Records = npt.NDArray[np.void]
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What all pairs of one source have in common."""
+
+    source: int = 0
+    """Number of the source."""
+    limit: int = 0
+    """Most pairs of this source with one prompt; 0 for any number."""
+
+
+def near_hash(prompt: str) -> bytes:
+    """8 bytes that are equal for prompts that differ in case, punctuation and white space only."""
+    core = prompt.encode().lower().translate(None, _NO_LETTERS)
+    return hashlib.blake2b(core, digest_size=8).digest()
+
+
+_NO_LETTERS = bytes(code for code in range(128) if not chr(code).isalnum())
+
+
+def key(
+    prompt_hash: bytes, near: bytes, chosen: str, rejected: str, mark: Mark, *, in_test: bool
+) -> bytes:
+    """The bytes of one ``KEY``. The prompt's hash has 32 bytes, ``near`` is its ``near_hash``."""
+    return (
+        # the first 8 bytes choose the split: use others, so that equal splits do not cluster
+        prompt_hash[8:24]
+        + hashlib.blake2b(chosen.encode(), digest_size=8).digest()
+        + hashlib.blake2b(rejected.encode(), digest_size=8).digest()
+        + near
+        + _END.pack(in_test, mark.source, mark.limit)
+    )
+
+
+_END = struct.Struct("<HHI")
+
+
+class Repeats:
+    """The records of all rows, in files under ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._n_rows = 0
+        folder.mkdir(parents=True)
+
+    def add(self, keys: Records, lines: Rows) -> None:
+        """The next rows, and the line of each in its file."""
+        records = np.empty(len(keys), dtype=_RECORD)
+        for name in KEY.names or ():
+            records[name] = keys[name]
+        records["ordinal"] = np.arange(self._n_rows, self._n_rows + len(keys))
+        self._n_rows += len(keys)
+        records["line"] = lines
+        for name in ("prompt_a", "near"):
+            partition = records[name] % _N_PARTITIONS
+            for index in np.unique(partition):
+                with (self._folder / f"{name}-{index:02d}").open("ab") as file:
+                    records[partition == index].tofile(file)
+
+    def decide(self) -> Records:
+        """``DECISION`` records of all rows to reject, by ordinal."""
+        return self._each("prompt_a", judge)
+
+    def near_duplicates(self) -> Records:
+        """``DECISION`` records, without a reason, of training pairs whose prompt is nearly one of
+        the test split; by ordinal. They are reported, not rejected."""
+        return self._each("near", _near_duplicates)
+
+    def _each(self, name: str, judge: Callable[[Records], Records]) -> Records:
+        found = [np.zeros(0, dtype=DECISION)]
+        for path in sorted(self._folder.glob(f"{name}-*")):
+            found.append(judge(np.fromfile(path, dtype=_RECORD)))
+            path.unlink()
+        return np.sort(np.concatenate(found), order="ordinal")
+
+
+def judge(records: Records) -> Records:
+    """The decisions on all rows of some prompts. Of equal pairs the first one stays.
+
+    Both sides of a contradiction go: nothing says which of them is right.
+    """
+    order = np.lexsort((records["ordinal"], records["prompt_b"], records["prompt_a"]))
+    records = records[order]
+    prompt = _groups(records["prompt_a"], records["prompt_b"])
+    in_test = _first_where(prompt, records["test"] == 1)[prompt]
+    leaks = (in_test >= 0) & (records["test"] == 0)
+    decisions = [_decisions(records, leaks, "prompt_in_test", in_test)]
+
+    records, prompt = records[~leaks], prompt[~leaks]
+    low = np.minimum(records["chosen"], records["rejected"])
+    high = np.maximum(records["chosen"], records["rejected"])
+    order = np.lexsort((records["ordinal"], high, low, prompt))
+    records = records[order]
+    forward = records["chosen"] < records["rejected"]
+    responses = _groups(prompt[order], low[order], high[order])
+    first_forward = _first_where(responses, forward)[responses]
+    first_backward = _first_where(responses, ~forward)[responses]
+    contradicts = (first_forward >= 0) & (first_backward >= 0)
+    opposite = np.where(forward, first_backward, first_forward)
+    decisions.append(_decisions(records, contradicts, "contradictory_pair", opposite))
+    first = np.where(forward, first_forward, first_backward)
+    repeats = ~contradicts & (first != np.arange(len(records)))
+    decisions.append(_decisions(records, repeats, "duplicate_pair", first))
+    decisions.append(_over_limit(records[~contradicts & ~repeats]))
+    return np.concatenate(decisions)
+
+
+def _near_duplicates(records: Records) -> Records:
+    records = records[np.lexsort((records["ordinal"], records["near"]))]
+    group = _groups(records["near"])
+    in_test = records["test"] == 1
+    other = _first_where(group, in_test)[group]
+    # equal prompts are leaks, which are rejected
+    leaks = np.isin(records["prompt_a"], records["prompt_a"][in_test])
+    return _decisions(records, (other >= 0) & ~in_test & ~leaks, REASONS[0], other)
+
+
+def _over_limit(records: Records) -> Records:
+    """Beyond the first ``limit`` pairs that a source has for a prompt."""
+    records = records[records["limit"] > 0]
+    names = ("source", "prompt_b", "prompt_a")
+    records = records[np.lexsort((records["ordinal"], *(records[name] for name in names)))]
+    group = _groups(*(records[name] for name in names))
+    first = _first_where(group, np.ones(len(records), dtype=bool))[group]
+    rank = np.arange(len(records)) - first
+    return _decisions(records, rank >= records["limit"], "over_prompt_limit", first)
+
+
+def _groups(*keys: npt.NDArray[np.generic]) -> Rows:
+    """Number of each row's group, for rows sorted by ``keys``."""
+    new = np.zeros(len(keys[0]), dtype=bool)
+    for values in keys:
+        new[1:] |= values[1:] != values[:-1]
+    return np.cumsum(new)
+
+
+def _first_where(groups: Rows, where: npt.NDArray[np.bool_]) -> Rows:
+    """By group: index of its first row for which ``where`` holds, or -1."""
+    first = np.full(groups[-1] + 1 if len(groups) else 0, -1, dtype=np.int64)
+    rows = np.flatnonzero(where)[::-1]
+    first[groups[rows]] = rows
+    return first
+
+
+def _decisions(
+    records: Records, where: npt.NDArray[np.bool_], reason: str, others: Rows
+) -> Records:
+    rows = np.flatnonzero(where)
+    found = np.zeros(len(rows), dtype=DECISION)
+    found["ordinal"] = records["ordinal"][rows]
+    found["line"] = records["line"][rows]
+    found["reason"] = REASONS.index(reason)
+    found["other"] = records["ordinal"][others[rows]]
+    found["other_line"] = records["line"][others[rows]]
+    return found

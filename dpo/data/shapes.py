@@ -1,0 +1,294 @@
+"""Rows of other projects, told by their keys: message lists, TRL's, UltraFeedback's, rankings.
+
+    prompt / messages / conversations + chosen + rejected   lists, messages or texts
+    chosen + rejected (lists)                the prompt is their longest common beginning
+    input + preferred_output + non_preferred_output         OpenAI's form
+    instruction + completions                UltraFeedback
+    prompt + responses + scores / ranks      a score (higher is better) or a rank (1 is best) each
+    prompt + completion + label / score      one answer a row; rows of one prompt are put together
+
+One rule makes pairs of scored answers: each two answers to a prompt whose scores differ are a pair.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+from dpo.data.formats import (
+    ASSISTANT,
+    HUMAN,
+    Candidate,
+    Message,
+    Rating,
+    RowError,
+    number_field,
+    split_field,
+    text_field,
+)
+from dpo.data.messages import (
+    Messages,
+    as_text,
+    candidate,
+    check_order,
+    is_message,
+    read_message,
+    read_messages,
+)
+
+_PROMPT_LISTS = ("prompt", "messages", "conversations", "conversation")
+_ANSWER_LISTS = ("responses", "completions", "answers", "candidates")
+_ANSWER_TEXTS = ("text", "response", "completion", "content", "answer")
+_SCORES = ("fine-grained_score", "overall_score", "score", "rating")
+MAX_ANSWERS = 64
+"""Most answers to one prompt: 2,016 pairs."""
+
+
+def messages(row: Mapping[str, Any]) -> list[Candidate]:
+    """Prompt and answers as messages, in any of the forms above."""
+    split = split_field(row)
+    chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
+    name = next((key for key in _PROMPT_LISTS if row.get(key) is not None), None)
+    if name is None or isinstance(row[name], str):
+        given = row[name] if name else None
+        return [_common_prefix(chosen, rejected, given, split)]
+    prompt = _with_system(row, read_messages(row[name], name))
+    return [
+        candidate(
+            prompt,
+            _last(prompt, chosen, "chosen"),
+            _last(prompt, rejected, "rejected"),
+            split=split,
+        )
+    ]
+
+
+def openai(row: Mapping[str, Any]) -> list[Candidate]:
+    """``{input: {messages}, preferred_output, non_preferred_output}``."""
+    given = row.get("input")
+    if isinstance(given, Mapping):
+        given = given.get("messages")
+    return messages(
+        {
+            "prompt": [] if given is None or isinstance(given, str) else given,
+            "chosen": row.get("preferred_output"),
+            "rejected": row.get("non_preferred_output"),
+            "split": row.get("split"),
+        }
+    )
+
+
+def _answer(row: Mapping[str, Any], field: str) -> Messages:
+    """Text, one message or a list of messages, as messages."""
+    value = row.get(field)
+    if value is None:
+        raise RowError("missing_field", f"the field {field} is missing", field)
+    if isinstance(value, str):
+        return (Message("assistant", value),)
+    if is_message(value):
+        return (read_message(value, field),)
+    return read_messages(value, field)
+
+
+def _with_system(row: Mapping[str, Any], prompt: Messages) -> Messages:
+    system = row.get("system")
+    if isinstance(system, str) and system.strip() and not (prompt and prompt[0].role == "system"):
+        return (Message("system", system), *prompt)
+    return prompt
+
+
+def _last(prompt: Messages, answer: Messages, field: str) -> str:
+    """The one assistant message of an answer; the prompt may be repeated before it."""
+    if answer[: len(prompt)] == prompt:
+        answer = answer[len(prompt) :]
+    if len(answer) != 1 or answer[0].role != "assistant":
+        raise RowError(
+            "roles_out_of_order",
+            f"{field} must be one assistant message after the prompt, found "
+            f"{', '.join(message.role for message in answer) or 'none'}",
+            field,
+        )
+    return answer[0].content
+
+
+def _common_prefix(
+    chosen: Messages, rejected: Messages, prompt_text: str | None, split: str | None
+) -> Candidate:
+    if prompt_text is not None and len(chosen) == len(rejected) == 1:
+        prompt: Messages = (Message("user", prompt_text),)
+    else:
+        length = 0
+        for left, right in zip(chosen, rejected, strict=False):
+            if left != right:
+                break
+            length += 1
+        # equal answers belong to the answers: the check of the texts will name them
+        length = min(length, len(chosen) - 1, len(rejected) - 1)
+        prompt, chosen, rejected = chosen[:length], chosen[length:], rejected[length:]
+        if prompt_text is not None and all(turn.content != prompt_text for turn in prompt):
+            raise RowError(
+                "prompts_differ", "the field prompt is not a message of both dialogues", "prompt"
+            )
+    return candidate(
+        prompt, _last((), chosen, "chosen"), _last((), rejected, "rejected"), split=split
+    )
+
+
+# --- scored answers -------------------------------------------------------------------------------
+
+
+def ranked(row: Mapping[str, Any]) -> list[Candidate]:
+    """A prompt and a list of answers with scores or ranks."""
+    prompt_name = "prompt" if row.get("prompt") is not None else "instruction"
+    name = next((key for key in _ANSWER_LISTS if row.get(key) is not None), _ANSWER_LISTS[0])
+    answers = row.get(name)
+    if not isinstance(answers, list) or len(answers) > MAX_ANSWERS:
+        raise RowError("wrong_type", f"{name} must be a list of at most {MAX_ANSWERS}", name)
+    texts = [_answer_text(answer, name) for answer in answers]
+    scores = _scores(row, answers, name)
+    prompt = row.get(prompt_name)
+    if prompt_name == "instruction":
+        # UltraFeedback's instructions are what a person said, not a dialogue's text
+        prompt = [{"role": "user", "content": text_field(row, prompt_name)}]
+    scored = list(zip(scores, texts, strict=True))
+    return scored_pairs(prompt, prompt_name, scored, split_field(row))
+
+
+def se(row: Mapping[str, Any]) -> list[Candidate]:
+    """StackExchange: a question and its answers with scores, both in HTML."""
+    prompt = f"{HUMAN} {_plain_text(text_field(row, 'question'))}{ASSISTANT}"
+    answers = row.get("answers")
+    if not isinstance(answers, list):
+        raise RowError("wrong_type", "answers must be a list of {text, pm_score}", "answers")
+    scored = []
+    for answer in answers:
+        if not isinstance(answer, Mapping):
+            raise RowError("wrong_type", "each answer must be {text, pm_score}", "answers")
+        text = _plain_text(text_field(answer, "text"))
+        scored.append((number_field(answer, "pm_score"), f" {text}"))
+    return scored_pairs(prompt, "answers", scored, split_field(row))
+
+
+def _plain_text(html: str) -> str:
+    """HTML to text: an empty line between paragraphs, ``-`` before list items, code as it is."""
+    from bs4 import BeautifulSoup
+
+    soup = BeautifulSoup(html, "html.parser")
+    for element in soup.find_all("li"):
+        element.insert(0, "- ")
+    for element in soup.find_all("br"):
+        element.replace_with("\n")
+    for element in soup.find_all(["p", "pre", "ul", "ol", "blockquote"]):
+        # the parser keeps one line's end of the space between them
+        element.insert_after("\n")
+    text: str = soup.get_text()
+    return text.strip()
+
+
+def rated(row: Mapping[str, Any]) -> list[Rating]:
+    """One answer to a prompt with its score, or a label: true is good, false is bad."""
+    score_name = next((key for key in ("label", *_SCORES) if row.get(key) is not None), "score")
+    if row.get(score_name) is None:
+        raise RowError("missing_field", "a score or a label is missing", score_name)
+    name = next((key for key in _ANSWER_TEXTS if row.get(key) is not None), "completion")
+    answer = _answer(row, name)
+    prompt = row.get("prompt")
+    messages = None
+    if not isinstance(prompt, str):
+        if prompt is None:
+            raise RowError("missing_field", "the field prompt is missing", "prompt")
+        messages = read_messages(prompt, "prompt")
+        check_order(messages, "prompt")
+    text = as_text(messages) if messages else str(prompt)
+    score = as_number(row[score_name], score_name)
+    return [Rating(text, messages, _last(messages or (), answer, name), score, split_field(row))]
+
+
+def _answer_text(answer: Any, field: str) -> str:
+    if isinstance(answer, str):
+        return answer
+    if isinstance(answer, Mapping):
+        for key in _ANSWER_TEXTS:
+            if isinstance(answer.get(key), str):
+                return str(answer[key])
+    raise RowError(
+        "wrong_type",
+        f"each of {field} must be a text or have one of {', '.join(_ANSWER_TEXTS)}",
+        field,
+    )
+
+
+def _scores(row: Mapping[str, Any], answers: Sequence[Any], field: str) -> list[float]:
+    """One number an answer, higher is better."""
+    for key, sign in (("scores", 1.0), ("ranks", -1.0), ("ranking", -1.0)):
+        values = row.get(key)
+        if values is None:
+            continue
+        if not isinstance(values, list) or len(values) != len(answers):
+            raise RowError("wrong_type", f"{key} must have one number for each of {field}", key)
+        return [sign * as_number(value, key) for value in values]
+    found = []
+    for answer in answers:
+        if isinstance(answer, Mapping) and answer.get("rank") is not None:
+            found.append(-as_number(answer["rank"], "rank"))
+            continue
+        key = next(
+            (k for k in _SCORES if isinstance(answer, Mapping) and answer.get(k) is not None), ""
+        )
+        if not key:
+            raise RowError(
+                "missing_field",
+                f"each of {field} needs a score or a rank, or give scores or ranks",
+                field,
+            )
+        found.append(as_number(answer[key], key))
+    return found
+
+
+def scored_pairs(
+    prompt: Any, field: str, scored: Sequence[tuple[float, str]], split: str | None
+) -> list[Candidate]:
+    """Each two answers with unlike scores, the better one chosen; the best is the SFT target.
+
+    Raises:
+        RowError: fewer than two answers, or all with one score.
+    """
+    if len(scored) < 2:
+        raise RowError("one_answer", "a prompt with one scored answer gives no pair", field)
+    found = [
+        _scored_candidate(prompt, field, *((a, b) if score_a > score_b else (b, a)), split)
+        for (score_a, a), (score_b, b) in combinations(scored, 2)
+        if score_a != score_b
+    ]
+    if not found:
+        raise RowError("equal_scores", "all answers have the same score", field)
+    best = max(scored, key=lambda item: item[0])[1]
+    target = f" {best.strip()}" if found[0].messages else best
+    return [item._replace(sft_target=target) for item in found]
+
+
+def _scored_candidate(
+    prompt: Any, field: str, better: str, worse: str, split: str | None
+) -> Candidate:
+    if isinstance(prompt, str):
+        return Candidate(prompt, better, worse, split=split)
+    if prompt is None:
+        raise RowError("missing_field", f"the field {field} is missing", field)
+    return candidate(read_messages(prompt, field), better, worse, split=split)
+
+
+def as_number(value: Any, field: str) -> float:
+    """A finite number; a text that holds one (UltraFeedback writes ``"4"``) and a boolean too.
+
+    Raises:
+        RowError: anything else.
+    """
+    try:
+        number = float(value) if isinstance(value, int | float | str) else math.nan
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise RowError("wrong_type", f"{field} must be a number, found {str(value)[:40]!r}", field)
+    return number

@@ -1,0 +1,162 @@
+"""What one block of rows leaves on disk: a folder with its pairs, their hashes and its rejects.
+
+    pairs.arrow      record batches of ``spill_schema``
+    keys.bin         a ``repeats.KEY`` and a line number for each pair
+    rejected.jsonl   quarantine lines
+    ratings.jsonl    rated answers, which become pairs once those of all blocks are together
+
+Blocks are checked apart, by any number of processes, and put together in order.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+
+from dpo.data import repeats
+from dpo.data.formats import Message, Rating
+from dpo.data.quarantine import Rejected
+from dpo.data.schema import pair_fields
+from dpo.data.validate import Checked
+
+_BATCH_ROWS = 1000
+_BATCH_CHARS = 4 * 2**20
+_KEYS_AT_ONCE = 50_000
+_SHOWN = 5
+_NEWLINE = orjson.OPT_APPEND_NEWLINE
+PAIRS, KEYS, REJECTED = "pairs.arrow", "keys.bin", "rejected.jsonl"
+RATINGS = "ratings.jsonl"
+KEY_AND_LINE = np.dtype([("key", repeats.KEY), ("line", "<u8")])
+SPILL_SCHEMA = pa.schema([*pair_fields(), pa.field("line", pa.int64())])
+
+
+@dataclass
+class Tally:
+    """Counts of one block; blocks add up."""
+
+    rows: int = 0
+    lines: int = 0
+    """Lines that the block spans, for the line numbers of the next."""
+    pairs: int = 0
+    ratings: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[Rejected]] = field(default_factory=dict)
+    """By reason: the first few rejected rows, shortened."""
+
+    def reject(self, item: Rejected) -> None:
+        """Count a rejected row."""
+        self.reasons[item.reason] += 1
+        shown = self.examples.setdefault(item.reason, [])
+        if len(shown) < _SHOWN:
+            shown.append(item.shortened())
+
+    def add(self, other: Tally) -> None:
+        """Add the counts of the next block, whose lines must be those of the file by now."""
+        self.rows += other.rows
+        self.lines += other.lines
+        self.pairs += other.pairs
+        self.ratings += other.ratings
+        self.reasons += other.reasons
+        for reason, items in other.examples.items():
+            shown = self.examples.setdefault(reason, [])
+            shown += items[: _SHOWN - len(shown)]
+
+
+class PartWriter:
+    """Writes a block's pairs and rejects as they come."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tally = Tally()
+        self._columns: list[list[object]] = [[] for _ in SPILL_SCHEMA.names]
+        self._chars = 0
+        self._keys: list[bytes] = []
+        folder.mkdir(parents=True)
+        with ExitStack() as stack:
+            sink = stack.enter_context(pa.OSFile(str(folder / PAIRS), "wb"))
+            self._pairs = stack.enter_context(pa.ipc.new_stream(sink, SPILL_SCHEMA))
+            self._keys_file = stack.enter_context((folder / KEYS).open("wb"))
+            self._rejected = stack.enter_context((folder / REJECTED).open("wb"))
+            self._ratings = stack.enter_context((folder / RATINGS).open("wb"))
+            self._open = stack.pop_all()
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is None:
+            self._flush()
+        self._open.close()
+
+    def accept(self, checked: Checked, line: int) -> None:
+        """A pair of the row at ``line``."""
+        for column, value in zip(self._columns, (*checked.values, line), strict=True):
+            column.append(value)
+        self._chars += checked.chars
+        self._keys += (checked.key, line.to_bytes(8, "little"))
+        self.tally.pairs += 1
+        if len(self._columns[0]) >= _BATCH_ROWS or self._chars >= _BATCH_CHARS:
+            self._flush()
+
+    def rate(self, rating: Rating, line: int) -> None:
+        """An answer of the row at ``line``."""
+        self.tally.ratings += 1
+        self._ratings.write(orjson.dumps([line, pack_rating(rating)], option=_NEWLINE))
+
+    def reject(self, item: Rejected) -> None:
+        """A row that gives no pair, or fewer than it should."""
+        self.tally.reject(item)
+        self._rejected.write(item.as_line())
+
+    def _flush(self) -> None:
+        if self._columns[0]:
+            arrays = [
+                pa.array(values, kind)
+                for values, kind in zip(self._columns, SPILL_SCHEMA.types, strict=True)
+            ]
+            self._pairs.write_batch(pa.record_batch(arrays, schema=SPILL_SCHEMA))
+            self._keys_file.write(b"".join(self._keys))
+        for column in self._columns:
+            column.clear()
+        self._keys.clear()
+        self._chars = 0
+
+
+def read_pairs(folder: Path) -> Iterator[pa.RecordBatch]:
+    """The batches of a block, in order."""
+    with pa.OSFile(str(folder / PAIRS)) as source:
+        yield from pa.ipc.open_stream(source)
+
+
+def pack_rating(rating: Rating) -> list[Any]:
+    """A rating as JSON values."""
+    messages = rating.messages and [list(message) for message in rating.messages]
+    return list(rating._replace(messages=messages))  # type: ignore[arg-type]
+
+
+def unpack_rating(values: list[Any]) -> Rating:
+    """The rating of ``pack_rating``."""
+    prompt, messages, *rest = values
+    return Rating(prompt, messages and tuple(Message(*item) for item in messages), *rest)
+
+
+def read_ratings(folder: Path) -> Iterator[tuple[int, Rating]]:
+    """(line, rating) of each answer of a block, in order."""
+    with (folder / RATINGS).open("rb") as file:
+        for text in file:
+            line, values = orjson.loads(text)
+            yield line, unpack_rating(values)
+
+
+def read_keys(folder: Path) -> Iterator[repeats.Records]:
+    """``KEY_AND_LINE`` records of a block's pairs, in order."""
+    with (folder / KEYS).open("rb") as file:
+        while len(records := np.fromfile(file, dtype=KEY_AND_LINE, count=_KEYS_AT_ONCE)):
+            yield records

@@ -1,0 +1,555 @@
+"""Rows in, Parquet and quarantine out: each reason, repeats, splits, and any number of workers."""
+
+import gzip
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo.config.schema import ModelConfig, RunConfig, SourceConfig
+from dpo.data import check
+from dpo.data.schema import pair_id, prompt_digest, split_of
+from dpo.data.stage import run_ingest
+from dpo.errors import ConfigError, DataError
+from tests.data.conftest import GOOD, Outcome, good_row, read_outcome
+
+Ingest = Callable[..., Outcome]
+
+
+def row(prompt: str, chosen: str, rejected: str, **more: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
+
+
+# --- one row --------------------------------------------------------------------------------------
+
+LONG = "word " * 600
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason", "field"),
+    [
+        (row("p", "c", "r") | {"chosen": None}, "missing_field", "chosen"),
+        (row("p", "c", "r") | {"rejected": ["x"]}, "wrong_type", "rejected"),
+        (row("p", " \n", "r"), "empty", "chosen"),
+        (row("", "c", "r"), "empty", "prompt"),
+        (row("p", "c", "r", sft_target=" "), "empty", "sft_target"),
+        (row("p", "same", " same "), "chosen_equals_rejected", ""),
+        (row("p", "bell \a", "r"), "control_character", "chosen"),
+        (row("p", "c", "delete \x7f"), "control_character", "rejected"),
+        (row("p", "c", "a\0b"), "control_character", "rejected"),
+        (row("lost \N{REPLACEMENT CHARACTER}", "c", "r"), "broken_encoding", "prompt"),
+        (row("p", "end<|endoftext|>", "r"), "eos_in_text", "chosen"),
+        (row("p", LONG + "a", LONG + "b"), "identical_after_truncation", ""),
+        ({"note": "nothing"}, "unknown_format", ""),
+        (["list"], "wrong_type", ""),
+    ],
+)
+def test_each_reason(ingest: Ingest, bad: Any, reason: str, field: str) -> None:
+    found = ingest([good_row(1), bad])
+    (line,) = found.quarantine
+    assert (line["reason"], line["field"], line["line"]) == (reason, field, 2)
+    assert line["source"] == "rows"
+    assert line["file"] == "rows: rows.jsonl"
+    assert line["row"] == bad
+    assert line["advice"]
+    assert [pair["prompt"] for pair in found.pairs] == ["Question 1?"]
+    assert found.report["figures"]["by_source"]["rows"]["reasons"] == {reason: 1}
+
+
+def test_a_line_that_is_not_json_is_rejected_with_its_text(ingest: Ingest, tmp_path: Path) -> None:
+    path = tmp_path / "broken.jsonl"
+    path.write_text(json.dumps(good_row(1)) + '\n{"prompt": "p", \n')
+    found = ingest([good_row(2)], {"path": str(path)})
+    assert [(line["reason"], line["line"]) for line in found.quarantine] == [("unreadable", 2)]
+    assert found.quarantine[0]["row"] == '{"prompt": "p", '
+
+
+def test_ordinary_characters_pass(ingest: Ingest) -> None:
+    odd = row("tab\t, line\r\n, ünï, 漢字 \U0001f600", "\u2028 c", " r <| endoftext |>")
+    found = ingest([odd])
+    assert found.quarantine == []
+    assert [found.pairs[0][name] for name in odd] == list(odd.values())
+
+
+def test_truncation_keeps_pairs_that_differ_within_the_limit(ingest: Ingest) -> None:
+    """The first difference stands inside the 256 tokens that are kept."""
+    found = ingest([row("p", "a " + LONG, "b " + LONG)])
+    assert found.quarantine == []
+
+
+def test_the_cut_is_counted_in_bytes_not_characters(ingest: Ingest) -> None:
+    """100 letters of 3 bytes that are tokens of one byte each: 256 tokens end before the 100th."""
+    same = "\ua000" * 99
+    found = ingest([row("p", same + "\ua001" * 400, same + "\ua002" * 400)])
+    assert found.reasons == ["identical_after_truncation"]
+
+
+# --- rows beside each other -----------------------------------------------------------------------
+
+
+def test_a_duplicate_names_the_first(ingest: Ingest) -> None:
+    found = ingest([good_row(1), good_row(2), good_row(1)])
+    (line,) = found.quarantine
+    assert (line["reason"], line["line"]) == ("duplicate_pair", 3)
+    assert "rows: rows.jsonl, line 1" in line["advice"]
+    assert len(found.pairs) == 2
+
+
+def test_a_prompt_with_other_responses_is_no_duplicate(ingest: Ingest) -> None:
+    found = ingest([row("p", "a", "b"), row("p", "a", "c"), row("p", "b", "c")])
+    assert (found.quarantine, len(found.pairs)) == ([], 3)
+
+
+def test_both_sides_of_a_contradiction_go(ingest: Ingest) -> None:
+    found = ingest([row("p", "a", "b"), good_row(1), row("p", "b", "a"), row("p", "a", "b")])
+    assert [(line["reason"], line["line"]) for line in found.quarantine] == [
+        ("contradictory_pair", 1),
+        ("contradictory_pair", 3),
+        ("contradictory_pair", 4),
+    ]
+    assert "line 3" in found.quarantine[0]["advice"]
+    assert len(found.pairs) == 1
+
+
+def test_a_prompt_in_both_splits_stays_in_test(ingest: Ingest) -> None:
+    found = ingest(
+        [
+            row("p", "a", "b", split="train"),
+            row("q", "a", "b", split="train"),
+            row("p", "c", "d", split="test"),
+            row("p", "e", "f", split="train"),
+        ]
+    )
+    assert [(line["reason"], line["line"]) for line in found.quarantine] == [
+        ("prompt_in_test", 1),
+        ("prompt_in_test", 4),
+    ]
+    assert [(pair["prompt"], pair["split"]) for pair in found.pairs] == [
+        ("q", "train"),
+        ("p", "test"),
+    ]
+
+
+def test_repeats_are_found_across_sources(ingest_sources: Ingest, tmp_path: Path) -> None:
+    for name, rows in (("a", [*GOOD, good_row(1)]), ("b", [good_row(1), good_row(2)])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    found = ingest_sources({name: {"path": str(tmp_path / f"{name}.json")} for name in "ab"})
+    (line,) = found.quarantine
+    assert (line["source"], line["reason"]) == ("b", "duplicate_pair")
+    assert "a: a.json" in line["advice"]
+
+
+def test_a_mended_quarantine_is_a_source(ingest: Ingest, tmp_path: Path) -> None:
+    found = ingest([row("p", "", "r"), good_row(1)])
+    mended = [{**line, "row": {**line["row"], "chosen": "now there"}} for line in found.quarantine]
+    again = ingest(mended)
+    assert [pair["chosen"] for pair in again.pairs] == ["now there"]
+    assert again.quarantine == []
+
+
+def test_rejected_repeats_can_be_fed_in_again(ingest: Ingest) -> None:
+    turns = [{"role": "user", "content": "p"}]
+    found = ingest([row(turns, "a", "b"), row(turns, "b", "a")])  # type: ignore[arg-type]
+    again = ingest(found.quarantine[:1])
+    assert (again.pairs[0]["chosen"], again.pairs[0]["prompt_messages"]) == (" a", turns)
+
+
+def test_a_sound_pair_of_a_row_is_kept_when_another_is_not(ingest: Ingest) -> None:
+    ranked = {"prompt": "p", "responses": ["a", "", "c"], "scores": [3, 2, 1]}
+    found = ingest([ranked])
+    assert [(pair["chosen"], pair["rejected"]) for pair in found.pairs] == [("a", "c")]
+    assert [(line["reason"], line["row"]) for line in found.quarantine] == [("empty", ranked)]
+
+
+# --- splits, caps ---------------------------------------------------------------------------------
+
+
+def test_prompts_are_split_by_hash_and_added_data_moves_none(ingest: Ingest) -> None:
+    """The first 8 bytes of sha256 over ``split NUL prompt``, as a fraction of 2**64."""
+    import hashlib
+
+    rows = [good_row(number) for number in range(40)]
+    found = ingest(rows, test_fraction=0.3)
+    for pair in found.pairs:
+        digest = hashlib.sha256(b"split\0" + pair["prompt"].encode()).digest()
+        share = int.from_bytes(digest[:8], "big") / 2**64
+        assert pair["split"] == ("test" if share < 0.3 else "train")
+    assert {pair["split"] for pair in found.pairs} == {"train", "test"}
+    before = {pair["pair_id"]: pair["split"] for pair in found.pairs}
+    more = ingest([good_row(100), *rows], test_fraction=0.3)
+    assert before.items() <= {pair["pair_id"]: pair["split"] for pair in more.pairs}.items()
+
+
+def test_a_file_states_its_split(ingest_sources: Ingest, tmp_path: Path) -> None:
+    for name, number in (("train-0.jsonl", 1), ("validation.jsonl", 2)):
+        (tmp_path / name).write_text(json.dumps(good_row(number)) + "\n")
+    found = ingest_sources({"mine": {"path": str(tmp_path / "*.jsonl")}})
+    assert [(pair["prompt"][9], pair["split"]) for pair in found.pairs] == [
+        ("1", "train"),
+        ("2", "test"),
+    ]
+
+
+def test_split_settings(ingest: Ingest) -> None:
+    rows = [good_row(number, "test") for number in range(30)]
+    for setting, expected in (("auto", {"test"}), ("train", {"train"}), ("hash", None)):
+        splits = {pair["split"] for pair in ingest(rows, {"split": setting}).pairs}
+        assert splits == (expected or {"train", "test"})
+    assert {p["split"] for p in ingest(rows, {"split": "hash", "test_fraction": 0}).pairs} == {
+        "train"
+    }
+
+
+def test_the_reference_codes_split_of_stack_exchange(ingest: Ingest) -> None:
+    """The first 1 % of 250 rows after a shuffle by the datasets library is held out."""
+    datasets = pytest.importorskip("datasets", reason="pip install datasets")
+    shuffled = datasets.Dataset.from_dict({"row": list(range(250))}).shuffle(seed=42)
+    rows = [good_row(number) for number in range(250)]
+    found = ingest(rows, {"split": "reference"})
+    assert sorted(shuffled[:2]["row"]) == [
+        number for number, pair in enumerate(found.pairs) if pair["split"] == "test"
+    ]
+
+
+def test_a_cap_is_a_seeded_choice_that_ignores_the_order(ingest: Ingest) -> None:
+    rows = [good_row(number) for number in range(50)]
+    chosen = {p["pair_id"] for p in ingest(rows, {"max_pairs": 10}).pairs}
+    assert len(chosen) == 10
+    found = ingest(rows[::-1], {"max_pairs": 10})
+    assert {pair["pair_id"] for pair in found.pairs} == chosen
+    assert found.report["figures"]["unused"] == 40
+    other = {p["pair_id"] for p in ingest(rows, {"max_pairs": 10, "seed": 7}).pairs}
+    assert len(other) == 10
+    assert other != chosen
+
+
+def test_pairs_of_one_prompt_can_be_limited(ingest: Ingest) -> None:
+    rows = [row("p", f"a{number}", "b") for number in range(4)] + [row("q", "a", "b")]
+    found = ingest([*rows, rows[0]], {"max_pairs_per_prompt": 2})
+    assert [pair["chosen"] for pair in found.pairs] == ["a0", "a1", "a"]
+    assert sorted((line["reason"], line["line"]) for line in found.quarantine) == [
+        ("duplicate_pair", 6),
+        ("over_prompt_limit", 3),
+        ("over_prompt_limit", 4),
+    ]
+
+
+# --- rated answers --------------------------------------------------------------------------------
+
+
+def test_rated_answers_of_a_prompt_become_pairs_wherever_they_stand(ingest: Ingest) -> None:
+    rated = [
+        {"prompt": "p", "completion": "bad", "label": False},
+        {"prompt": "alone", "completion": "x", "label": True},
+        {"prompt": "p", "completion": "good", "label": True},
+        {"prompt": "p", "completion": "", "label": True},
+        {"prompt": "p", "completion": "worse", "label": False},
+        {"prompt": "both", "completion": "x", "label": True},
+        {"prompt": "both", "completion": "y", "label": True},
+    ]
+    found = ingest(rated)
+    assert [(p["prompt"], p["chosen"], p["rejected"], p["sft_target"]) for p in found.pairs] == [
+        ("p", "good", "bad", "good"),
+        ("p", "good", "worse", "good"),
+    ]
+    assert sorted((line["reason"], line["line"]) for line in found.quarantine) == [
+        ("empty", 4),
+        ("equal_scores", 6),
+        ("equal_scores", 7),
+        ("one_answer", 2),
+    ]
+    assert found.report["figures"]["by_source"]["rows"]["rows"] == 7
+
+
+# --- chat -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chat_model(tmp_path: Path, tiny_model: Path) -> Path:
+    """The tiny model with a chat template of square brackets that knows no system message."""
+    folder = tmp_path / "chat_model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}"
+        "{{ raise_exception('no system message, please') }}{% endif %}"
+        "[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    return folder
+
+
+def test_chat_template(ingest: Ingest, chat_model: Path) -> None:
+    turns = [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "Two."},
+        {"role": "user", "content": "Three?"},
+    ]
+    hh = "\n\nHuman: One?\n\nAssistant: Two.\n\nHuman: Three?\n\nAssistant:"
+    found = ingest(
+        [
+            row(turns, " Four. ", "Five."),  # type: ignore[arg-type]
+            {"chosen": f"{hh} Six.", "rejected": f"{hh} Seven."},
+            row("Plain", "c", "r"),
+            row([{"role": "system", "content": "s"}, *turns], "c", "r"),  # type: ignore[arg-type]
+            row("\n\nHuman: a\n\nHuman: b", "c", "r"),
+            row("text\n\nHuman: b", "c", "r"),
+        ],
+        model=ModelConfig(name_or_path=str(chat_model)),
+        prompt_format="chat",
+    )
+    dialogue = "[user]One?[assistant]Two.[user]Three?[assistant]"
+    assert [(p["prompt"], p["chosen"], p["rejected"]) for p in found.pairs] == [
+        (dialogue, "Four.", "Five."),
+        (dialogue, "Six.", "Seven."),
+        ("[user]Plain[assistant]", "c", "r"),
+    ]
+    assert all(pair["prompt_messages"] == turns for pair in found.pairs[:2])
+    assert [(line["line"], line["reason"]) for line in found.quarantine] == [
+        (4, "chat_template_refuses"),
+        (5, "roles_out_of_order"),
+        (6, "text_before_first_turn"),
+    ]
+    assert "no system message, please" in found.quarantine[0]["advice"]
+
+
+def test_chat_needs_a_template(ingest: Ingest) -> None:
+    with pytest.raises(ConfigError, match="no chat template"):
+        ingest([good_row(1)], prompt_format="chat")
+
+
+# --- the whole ------------------------------------------------------------------------------------
+
+
+def test_too_many_bad_rows_stop_with_examples_and_keep_the_quarantine(
+    ingest: Ingest, tmp_path: Path
+) -> None:
+    rows = [row("p", "", "r")] + [good_row(number) for number in range(3)]
+    with pytest.raises(DataError, match="1 of 6 rows are unusable") as caught:
+        ingest(rows, max_rejected_share=0.1)
+    assert "rows: rows.jsonl, line 1: chosen is empty" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    kept = (tmp_path / "out.quarantine.jsonl").read_text().splitlines()
+    assert [json.loads(line)["reason"] for line in kept] == ["empty"]
+    assert len(ingest(rows, max_rejected_share=0.2).pairs) == 3
+
+
+def test_sound_rows_that_are_not_needed_count_as_no_fault(ingest: Ingest) -> None:
+    found = ingest([good_row(1)] * 20, max_rejected_share=0.0)
+    assert found.reasons == ["duplicate_pair"] * 19
+
+
+def test_an_empty_source_and_an_empty_split(
+    ingest: Ingest, ingest_sources: Ingest, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="the data set is empty"):
+        ingest([])
+    (tmp_path / "x.jsonl").write_text(json.dumps(good_row(1, "train")) + "\n")
+    with pytest.raises(DataError, match="no pair is in the test split"):
+        ingest_sources({"x": {"path": str(tmp_path / "x.jsonl")}})
+    assert not (tmp_path / "out").exists()
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    ingest: Ingest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_check = check.check_block
+
+    def append_and_check(block: check.Block, *arguments: Any) -> Any:
+        with block.path.open("a") as file:
+            file.write(json.dumps(good_row(9)) + "\n")
+        return true_check(block, *arguments)
+
+    monkeypatch.setattr(check, "check_block", append_and_check)
+    with pytest.raises(DataError, match="changed while it was read"):
+        ingest([good_row(1)])
+
+
+def many_rows(tmp_path: Path) -> Path:
+    """Rows of every kind, with blank lines, in a file of several blocks."""
+    lines = []
+    for number in range(3000):
+        kind = number % 10
+        one = good_row(number)
+        if kind == 1:
+            one = good_row(number - 1)
+        elif kind == 2:
+            one["chosen"] = ""
+        elif kind == 3:
+            one = row(f"Question {number - 3}?", f"no {number - 3}", f"yes {number - 3}")
+        elif kind == 4:
+            one = {"prompt": f"rated {number % 7}", "completion": f"{number}", "score": number}
+        lines.append(json.dumps(one) + ("\n\n" if kind == 5 else "\n"))
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(lines))
+    return path
+
+
+def test_workers_and_blocks_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "BLOCK_BYTES", 20_000)
+    path = many_rows(tmp_path)
+    (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    config = RunConfig(
+        model=ModelConfig(name_or_path="builtin:tiny"),
+        sources={
+            "a": SourceConfig(path=str(path), max_pairs_per_prompt=20),
+            "b": SourceConfig(path=str(tmp_path / "packed.jsonl.gz"), max_pairs=50),
+        },
+        max_rejected_share=1,
+    )
+    hashes = [
+        run_ingest(config, tmp_path / f"out{workers}", workers=workers).content_hash
+        for workers in (1, 2)
+    ]
+    assert hashes[0] == hashes[1]
+
+
+def test_line_numbers_do_not_depend_on_blocks(
+    ingest_sources: Ingest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = many_rows(tmp_path)
+    whole = ingest_sources({"many": {"path": str(path)}})
+    monkeypatch.setattr(check, "BLOCK_BYTES", 5000)
+    blocks = ingest_sources({"many": {"path": str(path)}})
+    assert blocks.quarantine == whole.quarantine
+    assert blocks.pairs == whole.pairs
+    assert blocks.report == whole.report
+    lines = path.read_text().split("\n")
+    for item in whole.quarantine:
+        if item["reason"] == "empty":
+            assert json.loads(lines[item["line"] - 1]) == item["row"]
+
+
+def test_the_packaged_pairs(tmp_path: Path, golden_dir: Path) -> None:
+    """1,900 dialogues, 6 of them broken; the golden pairs are among them unchanged."""
+    config = RunConfig(
+        model=ModelConfig(name_or_path="builtin:tiny"),
+        sources={"hh_sample": SourceConfig(format="hh", path="builtin:hh-harmless")},
+    )
+    run_ingest(config, tmp_path / "out")
+    found = read_outcome(tmp_path / "out")
+    figures = found.report["figures"]
+    assert (figures["rows"], figures["pairs"], figures["rejected"]) == (1900, 1894, 6)
+    assert (figures["train_pairs"], figures["test_pairs"]) == (1499, 395)
+    assert figures["reasons"] == {"empty": 4, "prompts_differ": 2}
+    texts = {(p["prompt"], p["chosen"], p["rejected"]) for p in found.pairs}
+    golden = [json.loads(line) for line in (golden_dir / "pairs.jsonl").read_text().splitlines()]
+    assert len(golden) > 10
+    assert {(g["prompt"], g["chosen"], g["rejected"]) for g in golden} <= texts
+
+
+@given(*[st.text(st.characters(exclude_categories=["Cs"]))] * 3)
+def test_pair_ids_are_those_of_the_first_version(prompt: str, chosen: str, rejected: str) -> None:
+    """Version 1 hashed the text that Python's json module writes."""
+    import hashlib
+
+    text = json.dumps([prompt, chosen, rejected], ensure_ascii=False, separators=(",", ":"))
+    assert pair_id(prompt, chosen, rejected) == hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.floats(0, 1), st.floats(0, 1))
+@settings(deadline=None)
+def test_a_larger_test_split_holds_the_smaller_one(prompt: str, one: float, two: float) -> None:
+    digest = prompt_digest(prompt)
+    if split_of(digest, min(one, two)) == "test":
+        assert split_of(digest, max(one, two)) == "test"
+
+
+def test_nearly_equal_prompts_in_both_splits_are_reported(ingest: Ingest) -> None:
+    found = ingest(
+        [
+            row("How are you?", "a", "b", split="test"),
+            row("how are  you", "a", "b", split="train"),
+            row("How are you?!", "c", "d", split="train"),
+            row("How are you?", "e", "f", split="train"),
+            row("Who are you?", "a", "b", split="train"),
+        ]
+    )
+    assert found.reasons == ["prompt_in_test"]
+    assert found.report["figures"]["near_duplicates"] == 2
+    assert found.report["near_duplicates"] == [
+        "rows: rows.jsonl, line 2 is like rows: rows.jsonl, line 1",
+        "rows: rows.jsonl, line 3 is like rows: rows.jsonl, line 1",
+    ]
+    assert "line 2 is like" in (found.folder / "report.html").read_text()
+
+
+def test_long_prompts_can_be_refused(ingest: Ingest) -> None:
+    """The tiny tokenizer has no token longer than its text: 40 characters are 40 tokens at most."""
+    rows = [row("x y z " * 30, "a", "b"), row("short", "a", "b")]
+    found = ingest(rows, {"max_prompt_tokens": 20})
+    assert [(line["reason"], line["field"]) for line in found.quarantine] == [
+        ("prompt_too_long", "prompt")
+    ]
+    assert [pair["prompt"] for pair in found.pairs] == ["short"]
+    assert ingest(rows).quarantine == []
+
+
+CUSTOM = """
+def mine(row):
+    if row["q"] == "two":
+        return [{"prompt": "two", "chosen": a, "rejected": "z"} for a in row["good"]]
+    return {"prompt": row["q"], "chosen": row["good"], "rejected": row["bad"]}
+
+def whole(split, silent=False, cache_dir=None):
+    number = {"train": 1, "test": 2}[split]
+    return {
+        f"q{number}": {
+            "responses": ["a", "b", "c"],
+            "pairs": [(0, 1), (2, 1)],
+            "sft_target": "c",
+        }
+    }
+
+def broken(split, silent=False, cache_dir=None):
+    return ["no mapping"]
+"""
+
+
+@pytest.fixture
+def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = f"custom_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(CUSTOM)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return name
+
+
+def test_a_function_of_ones_own_reads_rows(ingest: Ingest, custom: str) -> None:
+    rows = [
+        {"q": "one", "good": "a", "bad": "b"},
+        {"q": "two", "good": ["c", "d"]},
+        {"q": "three", "good": 4, "bad": "b"},
+        {"other": 1},
+    ]
+    found = ingest(rows, {"format": f"{custom}:mine"})
+    assert [(pair["prompt"], pair["chosen"]) for pair in found.pairs] == [
+        ("one", "a"),
+        ("two", "c"),
+        ("two", "d"),
+    ]
+    assert [(line["reason"], line["line"]) for line in found.quarantine] == [
+        ("wrong_type", 3),
+        ("custom_format_failed", 4),
+    ]
+    assert "KeyError" in found.quarantine[1]["advice"]
+    with pytest.raises(ConfigError, match="cannot be had"):
+        ingest(rows, {"format": f"{custom}:none"})
+
+
+def test_the_reference_codes_form_is_accepted(ingest_sources: Ingest, custom: str) -> None:
+    found = ingest_sources({"mine": {"loader": f"{custom}:whole"}})
+    assert [
+        (p["prompt"], p["chosen"], p["rejected"], p["sft_target"], p["split"]) for p in found.pairs
+    ] == [
+        ("q1", "a", "b", "c", "train"),
+        ("q1", "c", "b", "c", "train"),
+        ("q2", "a", "b", "c", "test"),
+        ("q2", "c", "b", "c", "test"),
+    ]
+    with pytest.raises(DataError, match="broken failed: AttributeError"):
+        ingest_sources({"mine": {"loader": f"{custom}:broken"}})

@@ -1,0 +1,166 @@
+"""Where sources are found: files, folders, globs, stores, communities, the hub."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dpo.config.compose import compose
+from dpo.config.schema import SourceConfig
+from dpo.data.files import own_split
+from dpo.data.sources import data_fingerprint, opened, source_fingerprint
+from dpo.errors import ConfigError, DataError, StoreError
+from dpo.storage.manifest import sha256_file
+from dpo.storage.store import open_store
+from tests.data.conftest import GOOD, Outcome, good_row
+
+LINES = "".join(json.dumps(row) + "\n" for row in GOOD)
+
+
+def names(source: SourceConfig) -> list[tuple[str, str | None]]:
+    with opened("mine", source) as files:
+        return [(file.shown, file.split) for file in files]
+
+
+def fingerprint(path: object) -> str:
+    return source_fingerprint("mine", SourceConfig(path=str(path)))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "data"
+    (root / "deep").mkdir(parents=True)
+    for name in ("train.jsonl", "deep/test-0.jsonl", "README.md", ".hidden.jsonl", "manifest.json"):
+        (root / name).write_text(LINES)
+    return root
+
+
+def test_a_folder_gives_its_data_files_with_their_splits(folder: Path) -> None:
+    expected = [("mine: test-0.jsonl", "test"), ("mine: train.jsonl", "train")]
+    assert names(SourceConfig(path=str(folder))) == expected
+    assert names(SourceConfig(path=f"file://{folder}")) == expected
+    assert names(SourceConfig(path=f"{folder}/**/*.jsonl"))[-1] == expected[-1]
+
+
+def test_a_file_alone_states_no_split(folder: Path) -> None:
+    assert names(SourceConfig(path=str(folder / "train.jsonl"))) == [("mine: train.jsonl", None)]
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train.jsonl.gz", "train"),
+        ("validation-00000-of-00001.parquet", "test"),
+        ("DEV.csv", "test"),
+        ("trained.json", None),
+        ("my_train.json", None),
+    ],
+)
+def test_own_split(name: str, split: str | None) -> None:
+    assert own_split(Path(name)) == split
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
+    (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for path, message in (
+        ("none.jsonl", "no data files here"),
+        ("*.none", "no data files here"),
+        ("empty", "no data files here"),
+        ("loop.jsonl", "leads nowhere, or in a circle"),
+        ("pipe.jsonl", "no regular file"),
+        ("a\0b", "cannot be followed|no data files here"),
+        ("x" * 5000, "cannot be followed|no data files here"),
+    ):
+        with pytest.raises(DataError, match=message):
+            names(SourceConfig(path=f"{tmp_path}/{path}"))
+    with pytest.raises(DataError, match="no packaged data set builtin:other"):
+        names(SourceConfig(path="builtin:other"))
+    with pytest.raises(DataError, match="not the URL of a data set on the hub"):
+        names(SourceConfig(path="hf://only"))
+
+
+def test_a_fingerprint_follows_the_bytes_alone(folder: Path) -> None:
+    before = fingerprint(folder)
+    assert before.startswith("sha256:")
+    os.utime(folder / "train.jsonl", (0, 0))
+    (folder / "README.md").write_text("other")
+    assert fingerprint(folder) == before
+    with (folder / "train.jsonl").open("a") as file:
+        file.write("\n")
+    assert fingerprint(folder) != before
+    assert data_fingerprint({"a": "1", "b": "2"}) == data_fingerprint({"b": "2", "a": "1"})
+    assert data_fingerprint({"a": "1", "b": "2"}) != data_fingerprint({"a": "2", "b": "1"})
+
+
+def test_community_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DPO_COMMUNITY_DATA", raising=False)
+    source = SourceConfig(format="novalto", community="garden")
+    with pytest.raises(DataError, match=r"nowhere: looked for toy-data/garden\.json"):
+        names(source)
+    (tmp_path / "toy-data").mkdir()
+    (tmp_path / "toy-data" / "garden.json").write_text(json.dumps({"dataset": GOOD}))
+    assert names(source) == [("mine: garden.json", None)]
+    assert names(SourceConfig(format="novalto")) == [("mine: garden.json", None)]
+    stored = tmp_path / "stored" / "garden"
+    stored.mkdir(parents=True)
+    (stored / "1.json").write_text(json.dumps(GOOD))
+    monkeypatch.setenv("DPO_COMMUNITY_DATA", str(tmp_path / "stored"))
+    assert names(source) == [("mine: 1.json", None)]
+    monkeypatch.setenv("DPO_COMMUNITY_DATA", f"file://{tmp_path}/stored")
+    assert names(source) == [("mine: 1.json", None)]
+
+
+def test_the_community_form(ingest_sources: Callable[..., Outcome], tmp_path: Path) -> None:
+    path = tmp_path / "garden.json"
+    path.write_text(json.dumps({"communityId": "garden", "dataset": [*GOOD, good_row(1)]}))
+    found = ingest_sources({"novalto": {"format": "novalto", "path": str(path)}})
+    assert [pair["prompt"] for pair in found.pairs] == [
+        "Question -1?",
+        "Question -2?",
+        "Question 1?",
+    ]
+    path.write_text(json.dumps([*GOOD, good_row(1)]))
+    assert len(ingest_sources({"novalto": {"format": "novalto", "path": str(path)}}).pairs) == 3
+
+
+@pytest.mark.minio
+def test_a_store(bucket_url: str, folder: Path, ingest_sources: Callable[..., Outcome]) -> None:
+    store = open_store(f"{bucket_url}/sets")
+    store.check(create=True)
+    for name in ("train.jsonl", "deep/test-0.jsonl"):
+        path = folder / name
+        store.upload(path, f"mine/{name}", sha256_file(path))
+    store.write("mine/notes.txt", b"no data")
+    url = f"{bucket_url}/sets/mine"
+    assert names(SourceConfig(path=url)) == [
+        ("mine: mine/deep/test-0.jsonl", "test"),
+        ("mine: mine/train.jsonl", "train"),
+    ]
+    assert names(SourceConfig(path=f"{url}/train.jsonl")) == [("mine: train.jsonl", None)]
+    before = fingerprint(url)
+    assert before.startswith("etag:")
+    found = ingest_sources({"mine": {"path": url}})
+    assert found.report["sources"] == {"mine": before}
+    assert len(found.pairs) == 2
+    store.write("mine/more.jsonl", b"{}\n")
+    assert fingerprint(url) != before
+    with pytest.raises(DataError, match="no data objects here"):
+        names(SourceConfig(path=f"{bucket_url}/sets/none"))
+
+
+@pytest.mark.minio
+def test_a_store_without_permission(bucket_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(StoreError):
+        names(SourceConfig(path=f"{bucket_url}/x/y.jsonl"))
+
+
+def test_an_unknown_format_names_the_choices() -> None:
+    with pytest.raises(ConfigError, match=r"format=foo: choose one of auto, .* or module:function"):
+        compose(["datasets=[hh]", "sources.hh.format=foo"])
+    assert compose(["datasets=[hh]", "sources.hh.format=a.b:c"]).config.sources["hh"].format
