@@ -25,27 +25,35 @@ _NEVER_CACHED: tuple[Stage, ...] = ("gate", "publish")
 
 
 def plan_run(parameters: Mapping[str, Any]) -> dict[str, str]:
+    """``plan_steps`` as a step of the pipeline: its errors become one message and an exit code."""
+    with reported("fingerprint"):
+        return plan_steps(parameters)
+
+
+def plan_steps(parameters: Mapping[str, Any]) -> dict[str, str]:
     """Settings and fingerprints by output name (``sft_settings``, ``sft_fingerprint``, ...).
 
     Everything that can be known to be wrong before training is found here: a setting, a source or a
     base model that is missing, a store that does not answer.
+
+    Raises:
+        DpoError: the first of these.
     """
-    with reported("fingerprint"):
-        configs = stage_configs(parameters)
-        if store_url := configs["publish"].publish.store:
-            open_store(store_url).check()
-        data = data_fingerprint(configs["ingest"])
-        model = model_fingerprint(configs["sft"].model)
-        sources: dict[Stage, dict[str, str]] = {"ingest": {"data": data}, "sft": {"model": model}}
-        if configs["ingest"].prompt_format == "chat":
-            # the chat template comes with the base model's tokenizer
-            sources["ingest"]["model"] = model
-        plan = {f"{stage}_settings": stage_json(configs[stage], stage) for stage in _NEVER_CACHED}
-        for stage in _CACHED:
-            known = {"code": code_fingerprint(stage), **sources.get(stage, {})}
-            plan[f"{stage}_settings"] = stage_json(configs[stage], stage)
-            plan[f"{stage}_fingerprint"] = json.dumps(known, sort_keys=True)
-        return plan
+    configs = stage_configs(parameters)
+    if store_url := configs["publish"].publish.store:
+        open_store(store_url).check()
+    data = data_fingerprint(configs["ingest"])
+    model = model_fingerprint(configs["sft"].model)
+    sources: dict[Stage, dict[str, str]] = {"ingest": {"data": data}, "sft": {"model": model}}
+    if configs["ingest"].prompt_format == "chat":
+        # the chat template comes with the base model's tokenizer
+        sources["ingest"]["model"] = model
+    plan = {f"{stage}_settings": stage_json(configs[stage], stage) for stage in _NEVER_CACHED}
+    for stage in _CACHED:
+        known = {"code": code_fingerprint(stage), **sources.get(stage, {})}
+        plan[f"{stage}_settings"] = stage_json(configs[stage], stage)
+        plan[f"{stage}_fingerprint"] = json.dumps(known, sort_keys=True)
+    return plan
 
 
 def data_fingerprint(config: RunConfig) -> str:
