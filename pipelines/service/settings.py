@@ -160,7 +160,9 @@ class Settings(BaseModel):
         """
         assigned = {
             **self.settings,
-            "datasets": [data],
+            # with its format said, for it would else be guessed from the first row
+            "datasets": ["novalto"],
+            "sources.novalto.path": data,
             "publish_store": store or self.community_store(community),
         }
         return parameters(
