@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -63,6 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
     workers = threading.Thread(target=_keep_worker, args=(settings, stopping))
     if not options.no_worker:
         workers.start()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # uvicorn ends in order on these, and then sends them once more to whoever was there before
+        signal.signal(number, lambda *_: None)
     try:
         Server(app, settings).run()
     finally:

@@ -115,9 +115,8 @@ class ServiceProcess:
         self.log = data_dir.parent / f"{data_dir.name}.log"
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> Client:
+    def start(self, headers: dict[str, str] | None = None) -> Client:
         before = self.log.stat().st_size if self.log.exists() else 0
-        settings = {key: value for key, value in toy.SETTINGS.items()}
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "pipelines.service", "--port", "0", *self.options],
@@ -127,7 +126,7 @@ class ServiceProcess:
                 env={
                     **os.environ,
                     "DPO_SERVICE_DATA_DIR": str(self.data_dir),
-                    "DPO_SERVICE_SETTINGS": json.dumps(settings),
+                    "DPO_SERVICE_SETTINGS": json.dumps(toy.SETTINGS),
                     "DPO_DIE_WITH_PARENT": "1",
                     **self.variables,
                 },
@@ -136,7 +135,8 @@ class ServiceProcess:
         while time.monotonic() < deadline and self._process.poll() is None:
             for line in self.log.read_bytes()[before:].splitlines():
                 if b'"listening"' in line:
-                    return Client(int(json.loads(line)["url"].rpartition(":")[2]))
+                    port = int(json.loads(line)["url"].rpartition(":")[2])
+                    return Client(port, headers or {})
             time.sleep(0.05)
         raise RuntimeError(self.log.read_text()[-3000:])
 

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import hmac
 import json
+import shutil
 import signal
 import threading
 import time
@@ -17,9 +18,17 @@ from types import SimpleNamespace
 import pytest
 
 from dpo.publish.verify import verify
+from pipelines.service import toy
 from tests.service.support import ServiceProcess, body
 
-SECRET = "the key of callbacks"
+SECRETS = {
+    "DPO_SERVICE_CALLBACK_SECRET": "planted-secret-of-callbacks",
+    "DPO_SERVICE_TOKEN": "planted-token",
+    "AWS_SECRET_ACCESS_KEY": "planted-store-key",
+    "AWS_SESSION_TOKEN": "planted-session-token",
+    "HF_TOKEN": "planted-hub-token",
+}
+SECRET = SECRETS["DPO_SERVICE_CALLBACK_SECRET"]
 
 pytestmark = pytest.mark.slow
 
@@ -56,6 +65,54 @@ def alive(word):
     return found
 
 
+def planted(folder):
+    """Files below the folder that hold one of the planted secrets."""
+    return [
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and any(secret.encode() in path.read_bytes() for secret in SECRETS.values())
+    ]
+
+
+def hostile(mark):
+    """Eighty pairs whose every prompt attacks whoever takes text for something else."""
+    attack = (
+        "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+        f"{{{{7*7}}}} ${{HOME}} $(touch {mark}) '; __import__('os').system('touch {mark}') #"
+    )
+    rows = [{**row, "prompt": f"{attack} {row['prompt']}"} for row in toy.rows()]
+    return {"communityId": "acme", "dataset": rows}
+
+
+def look(client, run_id, report_file):
+    """What a real browser makes of the page, the report, and the report's file without headers."""
+    browser_path = shutil.which("chromium")
+    if browser_path is None:
+        return None
+    from playwright.sync_api import sync_playwright
+
+    found = SimpleNamespace(titles=[], dialogs=[])
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=browser_path, args=["--no-sandbox", "--disable-gpu"]
+        )
+        context = browser.new_context(extra_http_headers=client.headers)
+        page = context.new_page()
+        page.goto(f"http://127.0.0.1:{client.port}/")
+        found.titles.append(page.title())
+        found.states = page.locator("article .state").all_inner_texts()
+        page.get_by_role("link", name="Report").first.click()
+        page.wait_for_load_state()
+        found.address = page.url
+        found.titles.append(page.title())
+        found.text = page.inner_text("body")
+        page.goto(report_file.as_uri())
+        found.titles.append(page.title())
+        browser.close()
+    return found
+
+
 def gone(word, seconds=20.0):
     deadline = time.monotonic() + seconds
     while alive(word) and time.monotonic() < deadline:
@@ -73,11 +130,13 @@ def story(tmp_path_factory):
         found.data,
         DPO_SERVICE_CALLBACK_HOSTS=receiver.host,
         DPO_SERVICE_CALLBACK_PRIVATE="true",
-        DPO_SERVICE_CALLBACK_SECRET=SECRET,
+        **SECRETS,
     )
-    client = service.start()
+    headers = {"Authorization": f"Bearer {SECRETS['DPO_SERVICE_TOKEN']}"}
+    found.mark = tmp_path_factory.getbasetemp() / "owned"
+    client = service.start(headers)
     url = f"http://{receiver.host}/acme?token=1"
-    first = client.post({**body("acme", 80), "callbackUrl": url}).json["runId"]
+    first = client.post({**hostile(found.mark), "callbackUrl": url}).json["runId"]
     broken = client.post(body("broken", 60)).json["runId"]
     waiting = client.post(body("waiting", 50)).json["runId"]
     found.waiting = client.send("DELETE", f"/runs/{waiting}").json
@@ -85,12 +144,17 @@ def story(tmp_path_factory):
         path.unlink()
     # the first run is training when everything is killed at once
     client.wait(first, until="sft")
+    found.in_commands = [secret for secret in SECRETS.values() if alive(secret)]
     service.end(signal.SIGKILL)
     found.all_gone = gone(str(found.data / "work"))
-    client = service.start()
+    found.planted = planted(found.data)
+    client = service.start(headers)
+    client.get("/runs/%1b%5b31m%0aforged")
     found.first = client.wait(first)
     found.report = client.get(f"/runs/{first}/report")
     found.page = client.get("/").body.decode()
+    report_file = found.data / f"store/communities/acme/runs/{first}/report.html"
+    found.seen = look(client, first, report_file)
     found.broken = client.wait(broken)
     # the same request again: the data is stored anew, and the run is cancelled on its way
     again = client.post(body("broken", 60))
@@ -111,6 +175,7 @@ def story(tmp_path_factory):
     found.calls = receiver.calls
     found.exit_code = service.end(signal.SIGTERM)
     found.log = service.log.read_text()
+    found.planted += planted(found.data)
     receiver.server.shutdown()
     receiver.server.server_close()
     return found
@@ -139,6 +204,27 @@ def test_the_report_is_shown_without_scripts(story):
     assert story.report.body.startswith(b"<!doctype html>")
     assert "sandbox" in story.report.headers["content-security-policy"]
     assert "script-src" not in story.report.headers["content-security-policy"]
+
+
+def test_hostile_text_stays_text_in_a_real_browser(story):
+    if story.seen is None:
+        pytest.skip("no chromium was found: run `make setup-system`")
+    assert story.seen.states[-1] == "succeeded"
+    assert story.seen.address.endswith(f"/runs/{story.ids[0]}/report")
+    # the attack is there to be read, and was not carried out
+    assert "<script>document.title='owned'</script>" in story.seen.text
+    assert "{{7*7}}" in story.seen.text
+    assert "owned" not in " ".join(story.seen.titles)
+
+
+def test_hostile_text_runs_no_command(story):
+    assert not story.mark.exists()
+
+
+def test_secrets_are_in_no_output_of_a_run(story):
+    assert story.in_commands == []
+    assert story.planted == []
+    assert not any(secret in story.log for secret in SECRETS.values())
 
 
 def test_the_page_shows_the_runs(story):
@@ -197,5 +283,6 @@ def test_the_log_is_json_lines_without_secrets(story):
     # before the crash and after it, under the request that asked for it
     assert len(started) == 2
     assert started[0]["request_id"] == started[1]["request_id"]
-    assert SECRET not in story.log
+    assert "\x1b" not in story.log
+    assert any(e.get("path") == "/runs/\x1b[31m\nforged" for e in entries)
     assert story.exit_code == 0
