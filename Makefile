@@ -2,6 +2,8 @@
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 PRESET ?= quick
+PORT ?= 8000
+TOY_DATA := runs/toy/pairs.json
 BIN := .venv/bin
 READY := .venv/.ready
 FAST := not long and not gpu and not containers and not cluster
@@ -33,6 +35,27 @@ $(READY): images/requirements.lock pyproject.toml
 run: setup ## Run the whole pipeline here (PRESET, SET, STORE, ARGS)
 	@$(BIN)/python pipelines/submit.py --local --preset $(PRESET) $(if $(STORE),--store '$(STORE)') $(foreach s,$(SET),--set '$(s)') $(ARGS)
 
+.PHONY: api
+api: setup ## The service and a worker on port 8000 (PORT, PRESET, SET, STORE, ARGS)
+	@echo "The service: http://127.0.0.1:$(PORT)  (Ctrl-C ends it)"
+	@$(BIN)/python -m pipelines.service --port $(PORT) --preset $(PRESET) $(if $(STORE),--store '$(STORE)') $(foreach s,$(SET),--set '$(s)') $(ARGS)
+
+.PHONY: toy-data
+toy-data: setup ## Write a small data set as a community posts it
+	@$(BIN)/python -m pipelines.service.toy data $(TOY_DATA)
+
+.PHONY: toy-train
+toy-train: toy-data ## Train a tiny model on it with DPO
+	@$(BIN)/python -m dpo train model=tiny loss=dpo datasets=[$(TOY_DATA)] optimizer=AdamW lr=1e-3 warmup_steps=1 max_length=96 max_prompt_length=48 exp_name=toy output=runs/toy/train/LATEST
+
+.PHONY: toy-trigger
+toy-trigger: setup ## Post it to the service and follow the run to its end (URL)
+	@$(BIN)/python -m pipelines.service.toy trigger $(if $(URL),--url '$(URL)')
+
+.PHONY: validate-structure
+validate-structure: setup ## Check folders, configuration, compiled pipeline and imports
+	@$(BIN)/python -m tests.support.structure
+
 .PHONY: test
 test: setup ## Every test that needs no system package and no container engine
 	@$(BIN)/python -m tests.support.minio --ensure
@@ -52,6 +75,11 @@ test-gpu: setup ## The GPU tests; fails without a GPU
 test-cluster: setup ## The tests against the endpoint in KF_PIPELINES_ENDPOINT
 	@test -n "$$KF_PIPELINES_ENDPOINT" || { echo "set KF_PIPELINES_ENDPOINT to a Kubeflow Pipelines endpoint" >&2; exit 1; }
 	@$(BIN)/python -m pytest -m cluster $(PYTEST)
+
+.PHONY: test-api
+test-api: setup ## The tests of the service and of the Python interface
+	@$(BIN)/python -m tests.support.minio --ensure
+	@$(BIN)/python -m pytest -m "$(FAST)" tests/service tests/test_api.py tests/pipelines/test_run.py $(PYTEST)
 
 .PHONY: bench
 bench: setup ## The benchmarks, one JSON object a line

@@ -131,6 +131,9 @@ def create_app(settings: Settings) -> FastAPI:
         version=__version__,
         description="Post preference pairs of a community; a pipeline run makes a model of them.",
         lifespan=life,
+        # their pages load scripts of other hosts
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.service = service
     _answer_problems(app)

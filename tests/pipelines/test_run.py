@@ -20,7 +20,8 @@ def test_a_run_ends_in_a_published_model(tmp_path):
     data.write_text(json.dumps({"communityId": "toy", "dataset": toy.rows()}))
     drawn = StringIO()
     outcome = run_pipeline(
-        settings={**toy.SETTINGS, "datasets": [data], "loss.beta": 0.25},
+        "toy",
+        {"datasets": [data], "loss.beta": 0.25},
         runs_dir=tmp_path / "runs",
         console=Console(file=drawn),
     )

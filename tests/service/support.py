@@ -21,7 +21,7 @@ from pipelines.service.app import create_app
 from pipelines.service.server import Server
 from pipelines.service.settings import Settings
 
-TINY = {"preset": None, "settings": toy.SETTINGS}
+TINY = {"preset": "toy"}
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -126,7 +126,7 @@ class ServiceProcess:
                 env={
                     **os.environ,
                     "DPO_SERVICE_DATA_DIR": str(self.data_dir),
-                    "DPO_SERVICE_SETTINGS": json.dumps(toy.SETTINGS),
+                    "DPO_SERVICE_PRESET": "toy",
                     "DPO_DIE_WITH_PARENT": "1",
                     **self.variables,
                 },

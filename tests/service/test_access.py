@@ -232,7 +232,7 @@ from pathlib import Path
 import pipelines.service.__main__, pipelines.service.worker
 from pipelines.service.settings import Settings
 from pipelines.service.submission import check
-settings = Settings(preset=None, settings={TINY["settings"]!r}, data_dir=Path({str(tmp_path)!r}))
+settings = Settings(preset="toy", data_dir=Path({str(tmp_path)!r}))
 assert check(Path({str(path)!r}), None, settings).pairs == 40
 print({{"torch", "transformers", "kfp"}} & set(sys.modules))
 """
