@@ -18,11 +18,12 @@ from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match, Route
 
 from dpo import __version__
 from dpo.errors import DpoError, ObjectMissing
 from dpo.storage.store import open_store
-from pipelines.service import views
+from pipelines.service import toy, views
 from pipelines.service.auth import Authenticator, Caller
 from pipelines.service.database import Database, KeyReused, NewRun, Run
 from pipelines.service.guards import Figures, Guard, RateLimit
@@ -65,16 +66,7 @@ _BODY_SCHEMA = {
             "description": "Called when the run has ended; its host must be on the allow list.",
         },
     },
-    "example": {
-        "communityId": "acme",
-        "dataset": [
-            {
-                "prompt": "\n\nHuman: How do I bake bread?\n\nAssistant:",
-                "chosen": " Gladly! Mix flour, water, salt and yeast first.",
-                "rejected": " No idea.",
-            }
-        ],
-    },
+    "example": {"communityId": "acme", "dataset": toy.rows()[:10]},
 }
 
 
@@ -83,6 +75,7 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        _ = settings.ingest_config
         self.database = Database(settings)
         self.authenticator = Authenticator(settings)
         self.figures = Figures()
@@ -180,8 +173,10 @@ def _answer_problems(app: FastAPI) -> None:
         return error.response(request_id.get())
 
     @app.exception_handler(HTTPException)
-    async def unknown_route(_: Request, error: HTTPException) -> JSONResponse:
+    async def unknown_route(request: Request, error: HTTPException) -> JSONResponse:
         headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = _allowed(app, request)
         details = {404: "there is nothing here", 405: "this method is not for this address"}
         detail = details.get(error.status_code, str(error.detail))
         return Problem(error.status_code, detail, headers=headers).response(request_id.get())
@@ -201,6 +196,15 @@ def _answer_problems(app: FastAPI) -> None:
         # where and what belongs to the operator, not to the caller
         log("a dependency failed", error=str(error))
         return Problem(503, "a part that this needs does not answer").response(request_id.get())
+
+
+def _allowed(app: FastAPI, request: Request) -> str:
+    """Every method of an address: each of its routes knows but its own."""
+    methods: set[str] = set()
+    for route in app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            methods |= route.methods or set()
+    return ", ".join(sorted(methods))
 
 
 def _caller(request: Request) -> Caller:

@@ -12,11 +12,15 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from dpo.config.describe import suggestion, validation_error
+from dpo.config.parameters import stage_configs
+from dpo.config.schema import RunConfig
 from dpo.errors import ConfigError
 from pipelines import package
 from pipelines.request import parameters
 
 PREFIX = "DPO_SERVICE_"
+SOURCE = "novalto"
+"""The configuration's name for a community's data."""
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 
@@ -132,7 +136,7 @@ class Settings(BaseModel):
             raise ConfigError(
                 "the database is not a postgresql:// URL", fix=f"mend or remove {PREFIX}DATABASE"
             )
-        self.run_parameters("file:///data.jsonl", "community", "file:///store")
+        _ = self.ingest_config
 
     @property
     def protected(self) -> bool:
@@ -152,7 +156,18 @@ class Settings(BaseModel):
     def _defaults(self) -> dict[str, Any]:
         return package.defaults(package.load_package())
 
-    def run_parameters(self, data: str, community: str, store: str = "") -> dict[str, Any]:
+    @cached_property
+    def ingest_config(self) -> RunConfig:
+        """What the data step of every run reads; the place of the data is still open.
+
+        Composing it takes longer than checking a data set does, so it is done once.
+
+        Raises:
+            ConfigError: a setting that cannot work.
+        """
+        return stage_configs(self.run_parameters("file:///data.jsonl", "community"))["ingest"]
+
+    def run_parameters(self, data: str, community: str) -> dict[str, Any]:
         """Pipeline parameters of a run on ``data``, published to its community's store.
 
         Raises:
@@ -161,9 +176,9 @@ class Settings(BaseModel):
         assigned = {
             **self.settings,
             # with its format said, for it would else be guessed from the first row
-            "datasets": ["novalto"],
-            "sources.novalto.path": data,
-            "publish_store": store or self.community_store(community),
+            "datasets": [SOURCE],
+            f"sources.{SOURCE}.path": data,
+            "publish_store": self.community_store(community),
         }
         return parameters(
             self._defaults,

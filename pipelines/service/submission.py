@@ -27,7 +27,7 @@ from dpo.storage.processes import die_with_parent
 from dpo.storage.progress import FILE_VARIABLE
 from dpo.storage.store import open_store
 from pipelines.service.callbacks import CallbackRefused, check_url
-from pipelines.service.settings import Settings
+from pipelines.service.settings import SOURCE, Settings
 
 COMMUNITY = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,62}[A-Za-z0-9])?", re.ASCII)
 _KEYS = {"communityId", "dataset", "callbackUrl"}
@@ -163,7 +163,7 @@ def check(path: Path, communities: frozenset[str] | None, settings: Settings) ->
         data = Path(folder, "data.jsonl")
         _write_rows(rows, data, settings)
         content = sha256_file(data)
-        pairs, rejected = judge(data, community, settings)
+        pairs, rejected = judge(data, settings)
         url = _keep(data, content, community, settings)
     return Checked(
         community=community,
@@ -179,7 +179,7 @@ def check(path: Path, communities: frozenset[str] | None, settings: Settings) ->
     )
 
 
-def judge(data: Path, community: str, settings: Settings) -> tuple[int, list[Dropped]]:
+def judge(data: Path, settings: Settings) -> tuple[int, list[Dropped]]:
     """What the data step makes of a file of rows: the number of pairs, and what it drops.
 
     This is all that the service needs of ``dpo.data``: the step itself, with a run's settings.
@@ -188,10 +188,11 @@ def judge(data: Path, community: str, settings: Settings) -> tuple[int, list[Dro
         Unacceptable: the step refuses the data set; with the rows at fault.
         DpoError: the base model's tokenizer is not to be had.
     """
-    from dpo.config.parameters import stage_configs
     from dpo.data.stage import QUARANTINE, run_ingest
 
-    config = stage_configs(settings.run_parameters(str(data), community))["ingest"]
+    config = settings.ingest_config
+    source = config.sources[SOURCE].model_copy(update={"path": str(data)})
+    config = config.model_copy(update={"sources": {SOURCE: source}})
     output = data.with_name("pairs")
     try:
         manifest = run_ingest(config, output)

@@ -44,6 +44,8 @@ class Client:
 
     port: int
     headers: dict[str, str] = field(default_factory=dict)
+    app: Any = None
+    """The application, where it is in this process."""
 
     def send(self, method: str, path: str, body: bytes | None = None, **headers: str) -> Answer:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
@@ -91,7 +93,8 @@ def served(data_dir: Path, **settings: Any) -> Iterator[Client]:
     """A service without a worker, in a thread: runs are accepted and wait."""
     chosen = Settings(**{**TINY, "data_dir": data_dir, "port": 0, **settings})
     chosen.check()
-    server = Server(create_app(chosen), chosen)
+    app = create_app(chosen)
+    server = Server(app, chosen)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + 30
@@ -99,7 +102,8 @@ def served(data_dir: Path, **settings: Any) -> Iterator[Client]:
         time.sleep(0.01)
     assert server.started
     try:
-        yield Client(server.servers[0].sockets[0].getsockname()[1])
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield Client(port, app=app)
     finally:
         server.should_exit = True
         thread.join(20)
