@@ -19,7 +19,6 @@ from pipelines.service.settings import Settings
 
 QUEUE = "runs"
 WORKFLOW = "train_and_tell"
-_TRIES = 5
 
 State = Literal["queued", "running", "succeeded", "refused", "failed", "cancelled"]
 ENDED: frozenset[State] = frozenset({"succeeded", "refused", "failed", "cancelled"})
@@ -142,20 +141,13 @@ class Database:
         Raises:
             KeyReused: its key stands for another body.
         """
-        for attempt in range(_TRIES):
-            try:
-                with self.engine.begin() as connection:
-                    return self._accept(connection, new)
-            except sa.exc.IntegrityError:
-                # another request made the same claim first: its run is found next time
-                if attempt == _TRIES - 1:
-                    raise
-        raise AssertionError("unreachable")
+        with self.engine.begin() as connection:
+            self._take_turns(connection, new.community)
+            return self._accept(connection, new)
 
     def _accept(self, connection: sa.Connection, new: NewRun) -> tuple[Run, bool]:
         key = f"key:{new.key}" if new.key else None
         names = [f"content:{new.content}", *([key] if key else [])]
-        self._take_turns(connection)
         claims = {
             row.name: row
             for row in connection.execute(
@@ -193,10 +185,14 @@ class Database:
         assert run is not None
         return run, True
 
-    def _take_turns(self, connection: sa.Connection) -> None:
-        """SQLite begins a transaction only before a write; what is read here must still hold."""
+    def _take_turns(self, connection: sa.Connection, community: str) -> None:
+        """One request of a community at a time: what it reads must hold until it has written."""
         if self.engine.dialect.name == "sqlite":
+            # else a transaction begins with the first write only
             connection.execute(sa.text("BEGIN IMMEDIATE"))
+        else:
+            lock = sa.func.pg_advisory_xact_lock(sa.func.hashtext(community))
+            connection.execute(sa.select(lock))
 
     def _claim(
         self, connection: sa.Connection, new: NewRun, names: Collection[str], run_id: str
