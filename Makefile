@@ -93,6 +93,18 @@ lint: setup ## ruff, mypy, and that generated files are current
 	@$(BIN)/python -m pipelines.package --check
 	@$(BIN)/python -m dpo.config.schemas --check
 
+.PHONY: audit
+audit: setup ## bandit over our code, pip-audit over the lock file (needs its database)
+	@$(BIN)/bandit --quiet --configfile pyproject.toml --recursive dpo pipelines components
+	@echo "bandit: nothing but what SECURITY.md answers"
+	@$(BIN)/pip-audit --require-hashes --disable-pip --requirement images/requirements.lock
+
+.PHONY: sbom
+sbom: setup ## Write the software bill of materials to build/sbom.json (CycloneDX)
+	@mkdir -p build
+	@$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-file build/sbom.json .venv/bin/python
+	@echo "wrote build/sbom.json"
+
 .PHONY: format
 format: setup ## Let ruff format and fix
 	@$(BIN)/ruff check --fix .
