@@ -94,10 +94,10 @@ lint: setup ## ruff, mypy, and that generated files are current
 	@$(BIN)/python -m dpo.config.schemas --check
 
 .PHONY: audit
-audit: setup ## bandit over our code, pip-audit over the lock file (needs its database)
+audit: setup ## bandit over our code, pip-audit over the lock file (fails where its database is not reached)
 	@$(BIN)/bandit --quiet --configfile pyproject.toml --recursive dpo pipelines components
 	@echo "bandit: nothing but what SECURITY.md answers"
-	@$(BIN)/pip-audit --require-hashes --disable-pip --requirement images/requirements.lock
+	@$(BIN)/pip-audit --strict --require-hashes --disable-pip --requirement images/requirements.lock
 
 .PHONY: sbom
 sbom: setup ## Write the software bill of materials to build/sbom.json (CycloneDX)
