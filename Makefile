@@ -55,6 +55,7 @@ toy-trigger: setup ## Post it to the service and follow the run to its end (URL)
 .PHONY: validate-structure
 validate-structure: setup ## Check folders, configuration, compiled pipeline and imports
 	@$(BIN)/python -m tests.support.structure
+	@$(BIN)/python -m pytest --quiet --no-header tests/test_imports.py
 
 .PHONY: test
 test: setup ## Every test that needs no system package and no container engine
@@ -79,7 +80,7 @@ test-cluster: setup ## The tests against the endpoint in KF_PIPELINES_ENDPOINT
 .PHONY: test-api
 test-api: setup ## The tests of the service and of the Python interface
 	@$(BIN)/python -m tests.support.minio --ensure
-	@$(BIN)/python -m pytest -m "$(FAST)" tests/service tests/test_api.py tests/pipelines/test_run.py $(PYTEST)
+	@$(BIN)/python -m pytest -m "$(FAST)" tests/service tests/test_api.py tests/pipelines/test_python.py $(PYTEST)
 
 .PHONY: bench
 bench: setup ## The benchmarks, one JSON object a line

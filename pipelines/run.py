@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from os import PathLike
 from pathlib import Path
@@ -121,15 +122,16 @@ def run_here(job: Job, console: Console, *, timeout_seconds: float | None = None
     Raises:
         DpoError: what is wrong before the first step runs.
     """
-    from dpo.data.plan import plan_steps
+    from dpo.data.plan import plan_run
 
     obtain_model(job.parameters)
-    plan = plan_steps(job.parameters)
+    plan = plan_run(job.parameters)
     try:
         run = run_local(job, console, timeout_seconds=timeout_seconds)
     except TimeoutError:
         return Outcome("timed out", "", message=f"stopped after {timeout_seconds:.0f} seconds")
-    history.remember(run.folder, plan, run.states)
+    with suppress(OSError):
+        history.remember(run.folder, plan, run.states)
     outcome = Outcome(
         "failed",
         run.run_id,

@@ -21,7 +21,7 @@ if __package__ in (None, ""):
 from rich.console import Console
 from rich.table import Table
 
-from dpo.errors import DpoError, PipelineError
+from dpo.errors import DpoError, PipelineError, system_problem
 from pipelines import history, package
 from pipelines.local import Job
 from pipelines.outcome import Outcome, show
@@ -104,10 +104,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         return _run(options)
-    except DpoError as error:
+    except (DpoError, OSError) as problem:
+        error = system_problem(problem) if isinstance(problem, OSError) else problem
         print(error, file=sys.stderr)
         if options.output == "json":
-            print(json.dumps({"state": "failed", "message": str(error)}))
+            failed = {"state": "failed", "message": str(error), "exit_code": error.exit_code}
+            print(json.dumps(failed))
         return error.exit_code
     except KeyboardInterrupt:
         print(
@@ -185,10 +187,10 @@ def _dry_run(
     target = options.package or runs / "package.yaml"
     target.parent.mkdir(parents=True, exist_ok=True)
     package.save_package(documents, target)
-    from dpo.data.plan import plan_steps
+    from dpo.data.plan import plan_run
 
     obtain_model(values)
-    expected = history.expectations(plan_steps(values), runs / "history", rerun)
+    expected = history.expectations(plan_run(values), runs / "history", rerun)
     if options.output == "json":
         steps = {e.step: {"runs": e.runs, "reason": e.reason} for e in expected}
         print(json.dumps({"package": str(target), "parameters": values, "steps": steps}))

@@ -8,18 +8,23 @@ configuration comes last in the search path, so a user's ``--config-dir`` adds c
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
@@ -31,6 +36,7 @@ from dpo.errors import ConfigError
 
 GROUPS = ("model", "loss", "trainer")
 _ALIASES = {"model.block": "model.block_name"}
+_ENVIRONMENT = re.compile(r"\$\{\s*oc\.")
 _LOCATION = re.compile(r"[/\\.:*]")
 
 
@@ -94,6 +100,12 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
         if not separator:
             raise ConfigError(
                 f"{text!r} is not key=value", fix="write for example loss.beta=0.1 or model=tiny"
+            )
+        if _ENVIRONMENT.search(value):
+            raise ConfigError(
+                f"{key}: an override cannot read the environment; its value would be recorded in "
+                "every artifact",
+                fix="write the value itself; credentials are read from their own variables",
             )
         if new := _ALIASES.get(key.lstrip("+")):
             warnings.append(f"{key} is the old name of {new}: use {new}")
@@ -168,28 +180,42 @@ def _source_name(location: str, taken: set[str]) -> str:
     return name
 
 
+_before_shipped: ContextVar[Sequence[Path]] = ContextVar("_before_shipped", default=())
+
+
+class _UserFolders(SearchPathPlugin):
+    """Puts the user's folders in front: ``hydra.searchpath`` can only add them at the end."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for folder in reversed(_before_shipped.get()):
+            search_path.prepend(provider="config-dir", path=f"file://{folder.absolute()}")
+
+
+Plugins.instance().register(_UserFolders)
+
+
 @contextmanager
-def _hydra(directories: Sequence[Path]) -> Any:
+def _hydra(directories: Sequence[Path]) -> Iterator[None]:
     """Hydra keeps its state in a global; leave it as it was found."""
     state = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
+    token = _before_shipped.set(directories[:-1])
     try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(directories[0].absolute())):
+        with initialize_config_dir(version_base="1.3", config_dir=str(directories[-1].absolute())):
             yield
     finally:
+        _before_shipped.reset(token)
         GlobalHydra.instance().hydra = state
 
 
 def _compose_values(
     lines: Sequence[str], directories: Sequence[Path], parsed: Sequence[Override]
 ) -> dict[str, Any]:
-    search = ",".join(f"'file://{path.absolute()}'" for path in directories[1:])
-    extra = [f"hydra.searchpath=[{search}]"] if search else []
     try:
         with _hydra(directories):
-            config = hydra_compose("config", overrides=[*extra, *lines])
+            config = hydra_compose("config", overrides=list(lines))
             values = OmegaConf.to_container(config, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise _hydra_error(error, parsed, directories) from None
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
@@ -215,8 +241,6 @@ def _hydra_error(
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

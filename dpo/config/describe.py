@@ -45,7 +45,8 @@ def _finding(item: Any, schema: type[BaseModel]) -> str:
     if kind == "union_tag_not_found":
         return "loss.name is missing: choose a loss, such as loss=dpo"
     key = ".".join(_without_tags(path))
-    return f"{key}={item['input']!r}: {item['msg'].lower()}"
+    problem = item["msg"]
+    return f"{key}={item['input']!r}: {problem[:1].lower()}{problem[1:]}"
 
 
 def suggestion(key: str, choices: Iterable[str]) -> str:

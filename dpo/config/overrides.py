@@ -7,7 +7,8 @@ import re
 from os import PathLike, fspath
 from typing import Any
 
-_BEFORE_QUOTE = re.compile(r"(\\*)('|$)")
+_INTERPOLATION = re.compile(r"(\\*)\$\{")
+_QUOTE = re.compile(r"(\\*)('|$)")
 
 
 def override_value(value: Any) -> str:
@@ -17,15 +18,11 @@ def override_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(override_value, value)) + "]"
     if isinstance(value, str):
-        # Hydra reads a backslash as itself unless a quote follows
-        escaped = _BEFORE_QUOTE.sub(_escape, value)
-        return f"'{escaped}'"
+        # backslashes are literal but before a quote, the end or ``${``, where they are doubled
+        plain = _INTERPOLATION.sub(lambda found: found[1] * 2 + "\\${", value)
+        quoted = _QUOTE.sub(lambda found: found[1] * 2 + ("\\'" if found[2] else ""), plain)
+        return f"'{quoted}'"
     return json.dumps(value)
-
-
-def _escape(found: re.Match[str]) -> str:
-    slashes, quote = found.groups()
-    return slashes * 2 + ("\\'" if quote else "")
 
 
 def model_overrides(name: str) -> list[str]:

@@ -17,7 +17,6 @@ from dpo.config.stages import Stage, stage_json
 from dpo.data.sources import source_fingerprint
 from dpo.storage.base_model import model_fingerprint
 from dpo.storage.fingerprint import code_fingerprint
-from dpo.storage.progress import reported
 from dpo.storage.store import open_store
 
 _CACHED: tuple[Stage, ...] = ("ingest", "sft", "reference", "preference", "evaluate")
@@ -25,23 +24,15 @@ _NEVER_CACHED: tuple[Stage, ...] = ("gate", "publish")
 
 
 def plan_run(parameters: Mapping[str, Any]) -> dict[str, str]:
-    """``plan_steps`` as a step of the pipeline: its errors become one message and an exit code."""
-    with reported("fingerprint"):
-        return plan_steps(parameters)
-
-
-def plan_steps(parameters: Mapping[str, Any]) -> dict[str, str]:
     """Settings and fingerprints by output name (``sft_settings``, ``sft_fingerprint``, ...).
 
     Everything that can be known to be wrong before training is found here: a setting, a source or a
     base model that is missing, a store that does not answer.
-
-    Raises:
-        DpoError: the first of these.
     """
     configs = stage_configs(parameters)
-    if store_url := configs["publish"].publish.store:
-        open_store(store_url).check()
+    publish = configs["publish"].publish
+    if publish.store:
+        open_store(publish.store).check(create=publish.create_bucket)
     data = data_fingerprint(configs["ingest"])
     model = model_fingerprint(configs["sft"].model)
     sources: dict[Stage, dict[str, str]] = {"ingest": {"data": data}, "sft": {"model": model}}

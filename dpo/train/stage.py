@@ -22,7 +22,7 @@ from dpo.storage.progress import track
 from dpo.train.data import Examples, load_examples
 from dpo.train.log import MetricLog
 from dpo.train.step import Objective
-from dpo.train.trainer import Trainer, best_device, checkpoint_activations
+from dpo.train.trainer import NLL_PER_TOKEN, Trainer, best_device, checkpoint_activations
 
 
 def run_train(
@@ -65,7 +65,8 @@ def run_train(
     objective = Objective(
         model, config.loss, compute_dtype(config.model, device), config.micro_batch_tokens
     )
-    log_probs = None if stage == "sft" else _reference(objective, examples, reference)
+    needed = config.loss.needs_reference
+    log_probs = _reference(objective, examples, reference) if needed else None
     with staged(output) as folder:
         log = MetricLog(folder)
         trainer = Trainer(config, stage, objective, examples, log_probs, log)
@@ -139,6 +140,8 @@ def _details(trainer: Trainer) -> dict[str, Any]:
         "steps": trainer.steps,
         "first_train_loss": trainer.first.get("loss/train"),
         "last_train_loss": trainer.last.get("loss/train"),
+        "first_nll_per_token": trainer.first.get(NLL_PER_TOKEN),
+        "last_nll_per_token": trainer.last.get(NLL_PER_TOKEN),
         "compute_dtype": str(trainer.objective.dtype).removeprefix("torch."),
         "metrics": {**trainer.last, **trainer.evaluation},
     }

@@ -19,6 +19,7 @@ from dpo.train.log import MetricLog
 from dpo.train.optimizer import build_optimizer, learning_rate
 from dpo.train.step import Objective, check_finite, check_starting_point, clip_gradients
 
+NLL_PER_TOKEN = "nll_train/per_token"
 _COLLAPSE_SHARE = 0.2
 """A chosen log-prob that fell by more than this share of its start is called out."""
 
@@ -32,7 +33,7 @@ class Trainer:
     objective: Objective
     examples: Examples
     reference: dict[str, PairLogProbs] | None
-    """Log-probabilities of the reference by pair id; None for SFT."""
+    """Log-probabilities of the reference by pair id; None where the loss needs none."""
     log: MetricLog
     steps: int = 0
     trained: int = 0
@@ -88,6 +89,10 @@ class Trainer:
         self.steps += 1
         self.trained += len(examples)
         means = {name: float(values.double().mean()) for name, values in figures.items()}
+        if isinstance(self.objective.loss, SFTLoss):
+            # the loss is summed over tokens, so between batches it follows their lengths
+            n_tokens = sum(len(response) for e in examples for response in e.responses)
+            means[NLL_PER_TOKEN] = means["loss/train"] * len(examples) / n_tokens
         seconds = time.monotonic() - began
         self.log.write(
             {
@@ -133,9 +138,10 @@ class Trainer:
 
     def _call_out_collapse(self) -> None:
         """DPO can lower both responses' probability; the loss does not show it."""
-        if isinstance(self.objective.loss, SFTLoss) or not self.last:
+        if not self.objective.loss.needs_reference or not self.last:
             return
         loss = self.objective.loss
+        assert not isinstance(loss, SFTLoss)
         change = self.last["rewards_train/chosen"] / loss.beta
         start = self.last["logps_train/chosen"] - change
         if change < _COLLAPSE_SHARE * start:

@@ -15,7 +15,7 @@ import threading
 from typing import Any
 
 from dpo.errors import ConfigError, DpoError
-from dpo.storage.processes import DIE_WITH_PARENT, die_with_parent
+from dpo.storage.processes import END_WITH, end_with
 from pipelines.service.app import create_app
 from pipelines.service.logs import log, start_logging
 from pipelines.service.server import Server
@@ -48,8 +48,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the service until it is told to stop; returns its exit code."""
     options = parser().parse_args(arguments)
-    if os.environ.get(DIE_WITH_PARENT):
-        die_with_parent()
+    if parent := os.environ.get(END_WITH):
+        end_with(int(parent))
     try:
         settings = _settings(options)
         start_logging()
@@ -108,7 +108,7 @@ def _keep_worker(settings: Settings, stopping: threading.Event) -> None:
     while not stopping.is_set():
         process = subprocess.Popen(
             [sys.executable, "-m", "pipelines.service.worker"],
-            env={**os.environ, **variables, DIE_WITH_PARENT: "1"},
+            env={**os.environ, **variables, END_WITH: str(os.getpid())},
         )
         while process.poll() is None:
             if stopping.wait(0.2):

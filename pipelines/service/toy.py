@@ -26,7 +26,7 @@ from typing import Any, TypedDict
 from urllib.parse import urlsplit
 
 from dpo.errors import DpoError
-from dpo.storage.processes import DIE_WITH_PARENT
+from dpo.storage.processes import END_WITH
 
 COMMUNITY = "toy"
 _START_SECONDS = 60.0
@@ -131,7 +131,7 @@ def _service(url: str | None) -> Iterator[str]:
     print("no service answers on port 8000: starting one for this run (preset toy)")
     with tempfile.TemporaryDirectory() as folder, Path(folder, "log").open("wb") as log:
         command = [sys.executable, "-m", "pipelines.service", "--preset", "toy", "--port", "0"]
-        environment = {**os.environ, DIE_WITH_PARENT: "1"}
+        environment = {**os.environ, END_WITH: str(os.getpid())}
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
             yield _listening(process, Path(folder, "log"))

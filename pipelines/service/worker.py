@@ -18,7 +18,7 @@ from types import FrameType
 from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer
 
 from dpo.errors import DpoError
-from dpo.storage.processes import DIE_WITH_PARENT, die_with_parent
+from dpo.storage.processes import END_WITH, end_with
 from pipelines.local import locked
 from pipelines.run import obtain_model
 from pipelines.service import callbacks, execution
@@ -140,8 +140,8 @@ def _register(worker: Worker) -> None:
 
 def main() -> int:
     """Run a worker with the settings of the environment; returns its exit code."""
-    if os.environ.get(DIE_WITH_PARENT):
-        die_with_parent()
+    if parent := os.environ.get(END_WITH):
+        end_with(int(parent))
     start_logging()
     try:
         settings = Settings.from_environment(os.environ)

@@ -131,7 +131,7 @@ class ServiceProcess:
                     **os.environ,
                     "DPO_SERVICE_DATA_DIR": str(self.data_dir),
                     "DPO_SERVICE_PRESET": "toy",
-                    "DPO_DIE_WITH_PARENT": "1",
+                    "DPO_END_WITH": str(os.getpid()),
                     **self.variables,
                 },
             )

@@ -2,12 +2,12 @@
 
     python -m tests.support.structure
 
-Folders, every choice of the configuration, files that are generated, and who imports whom.
+Folders, every choice of the configuration, and files that are generated; the target runs
+``tests/test_imports.py`` after it, which checks who imports whom.
 """
 
 from __future__ import annotations
 
-import ast
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,53 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDERS = ("pipelines", "components", "images", "dpo", "config", "tests")
 FILES = ("Makefile", "pyproject.toml", "README.md", "LICENSE")
 
-MAY_IMPORT = {
-    "errors": set(),
-    "config": {"errors"},
-    "storage": {"errors", "config"},
-    "data": {"errors", "config", "storage"},
-    "modeling": {"errors", "config", "storage", "data"},
-    "train": {"errors", "config", "storage", "data", "modeling"},
-    "evaluate": {"errors", "config", "storage", "data", "modeling"},
-    "publish": {"errors", "config", "storage"},
-    "components": {"config", "storage", "data", "modeling", "train", "evaluate", "publish"},
-    "pipelines": {"components", "errors", "config", "storage", "data"},
-}
-"""What each package may import of the others, inside functions too."""
-
 
 def missing(root: Path) -> Iterator[str]:
     """Folders and files that must be there and are not."""
     yield from (f"the folder {name}/ is missing" for name in FOLDERS if not (root / name).is_dir())
     yield from (f"the file {name} is missing" for name in FILES if not (root / name).is_file())
-
-
-def wrong_imports(root: Path) -> Iterator[str]:
-    """Imports that point the wrong way."""
-    for package, allowed in MAY_IMPORT.items():
-        folder = root / package if package in FOLDERS[:2] else root / "dpo" / package
-        paths = sorted(folder.rglob("*.py")) or [folder.with_suffix(".py")]
-        for path in paths:
-            for line, imported in _imports(path):
-                if imported != package and imported in MAY_IMPORT and imported not in allowed:
-                    place = path.relative_to(root)
-                    yield f"{place}, line {line}: {package} must not import {imported}"
-
-
-def _imports(path: Path) -> Iterator[tuple[int, str]]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "dpo" and len(parts) > 1:
-                yield node.lineno, parts[1]
-            elif parts[0] in MAY_IMPORT:
-                yield node.lineno, parts[0]
 
 
 def broken_configuration() -> Iterator[str]:
@@ -111,7 +69,6 @@ def main() -> int:
     """Print what was checked and found; 1 when something is wrong."""
     checks = {
         "folders and files": missing(ROOT),
-        "imports": wrong_imports(ROOT),
         "configuration and presets": broken_configuration(),
         "generated files": stale_files(),
     }

@@ -1,0 +1,121 @@
+"""Pipeline parameters: which key each sets, and how --set finds its way."""
+
+import json
+
+import pytest
+
+from dpo.config.parameters import route, stage_configs, typed
+from dpo.config.schema import RunConfig
+from dpo.config.stages import STAGE_KEYS, load_stage, stage_json
+from dpo.errors import ConfigError
+
+TINY = {"model": "tiny"}
+
+
+def settings(parameters, stage):
+    return json.loads(stage_json(stage_configs({**TINY, **parameters})[stage], stage))
+
+
+def test_a_parameter_of_one_stage_leaves_the_other_alone():
+    assert settings({"sft_lr": 1e-3}, "sft")["lr"] == 1e-3
+    assert settings({"sft_lr": 1e-3}, "preference")["lr"] == 5e-7
+
+
+def test_overrides_come_last():
+    parameters = {"preference_lr": 1e-3, "preference_overrides": ["lr=2e-3", "max_grad_norm=1.0"]}
+    assert settings(parameters, "preference")["lr"] == 2e-3
+    assert settings(parameters, "preference")["max_grad_norm"] == 1.0
+
+
+def test_zero_means_all_or_the_loss_default():
+    assert settings({"sft_n_examples": 0}, "sft")["n_examples"] is None
+    assert settings({"evaluate_n_pairs": 0}, "evaluate")["n_eval_examples"] is None
+    assert settings({"preference_beta": 0.0}, "preference")["loss"]["beta"] == 0.1
+
+
+@pytest.mark.parametrize("name", ["org/name", "/models/mine", "./mine"])
+def test_a_model_that_is_none_of_ours_is_a_hub_id_or_a_folder(name):
+    assert settings({"model": name}, "sft")["model"]["name_or_path"] == name
+
+
+@pytest.mark.parametrize(
+    "text", ["it's", "a=b", "[x]", "${seed}", "a,b", '"', "x\\", "a\\b", "\\'", "\\${x}\\"]
+)
+def test_text_of_a_form_is_no_syntax(text):
+    config = stage_configs({**TINY, "model": f"/models/{text}"})["sft"]
+    assert config.model.name_or_path == f"/models/{text}"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("preference_beta=0.2", ("preference_beta", 0.2)),
+        ("loss.beta=0.2", ("preference_beta", 0.2)),
+        ("sft.lr=1e-5", ("sft_lr", 1e-5)),
+        ("preference.n_examples=64", ("preference_n_examples", 64)),
+        ("sft.max_grad_norm=1.0", ("sft_overrides", "max_grad_norm=1.0")),
+        ("loss.reference_free=true", ("preference_overrides", "loss.reference_free=true")),
+        ("model.policy_dtype=bfloat16", ("both_overrides", "model.policy_dtype=bfloat16")),
+        ("datasets=[hh,shp]", ("datasets", ["hh", "shp"])),
+        ("seed=3", ("seed", 3)),
+        ("gate.min_reward_accuracy=0.6", ("gate_min_reward_accuracy", 0.6)),
+    ],
+)
+def test_every_key_finds_its_parameter(assignment, expected):
+    assert route(assignment) == expected
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("loss.beta", ["KEY=VALUE"]),
+        ("lr=1e-5", ["sft.lr=1e-5", "preference.lr=1e-5"]),
+        ("preference_bta=1", ["preference_bta", "preference_beta"]),
+        ("nonsense=1", ["nonsense"]),
+    ],
+)
+def test_assignments_that_go_nowhere_say_so(assignment, words):
+    with pytest.raises(ConfigError) as caught:
+        route(assignment)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_values_take_the_type_of_the_form():
+    assert typed("lr", 1, 0.5) == 1.0
+    assert isinstance(typed("lr", 1, 0.5), float)
+    assert typed("datasets", "hh", ["x"]) == ["hh"]
+    with pytest.raises(ConfigError, match="seed"):
+        typed("seed", "one", 0)
+    with pytest.raises(ConfigError, match="seed"):
+        typed("seed", True, 0)
+
+
+def test_sft_is_no_preference_loss():
+    with pytest.raises(ConfigError, match="preference_loss=sft"):
+        stage_configs({**TINY, "preference_loss": "sft"})
+
+
+def test_an_undeclared_setting_cannot_be_read():
+    config = stage_configs(TINY)["gate"]
+    assert config.gate.min_reward_accuracy == 0.5
+    with pytest.raises(AttributeError):
+        _ = config.lr
+
+
+def test_every_declared_key_exists():
+    for stage, keys in STAGE_KEYS.items():
+        assert keys <= set(RunConfig.model_fields), stage
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"lr": 1}', '{"gate": {"min_reward_accuracy": 2}}'])
+def test_broken_settings_of_a_step_name_the_step(text):
+    with pytest.raises(ConfigError, match="gate"):
+        load_stage("gate", text)
+
+
+def test_settings_survive_their_json():
+    config = stage_configs({**TINY, "preference_loss": "ipo", "preference_beta": 0.3})["preference"]
+    assert stage_json(load_stage("preference", stage_json(config, "preference")), "preference") == (
+        stage_json(config, "preference")
+    )

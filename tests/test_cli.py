@@ -1,0 +1,106 @@
+"""The command line as a person uses it, in processes of its own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dpo.cli import COMMANDS
+
+
+def dpo(*arguments, cwd=None, environment=None):
+    return subprocess.run(
+        [sys.executable, "-m", "dpo", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_explains_with_an_example(name, capsys):
+    from dpo.cli import main
+
+    with pytest.raises(SystemExit) as caught:
+        main([name, "--help"])
+    assert caught.value.code == 0
+    assert COMMANDS[name].example.split()[1] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]])
+def test_help_loads_nothing_heavy(arguments):
+    code = (
+        "import sys, dpo.cli\n"
+        "try:\n    dpo.cli.main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'hydra', 'pydantic', 'pyarrow', 'numpy'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], ["trian", "did you mean train"]),
+        (["train", "--fast"], ["--fast"]),
+        (["train", "loss.bta=1"], ["loss.bta", "beta"]),
+        (["ingest"], ["output="]),
+        (["ingest", "verdict=x", "output=y"], ["verdict="]),
+        (["config", "model=nope"], ["nope", "tiny"]),
+        (["verify"], ["one URL"]),
+    ],
+)
+def test_mistakes_end_in_one_message_and_code_2(arguments, words):
+    done = dpo(*arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_config_tells_where_each_value_came_from():
+    done = dpo("config", "model=pythia28", "lr=1e-6", "--json")
+    found = json.loads(done.stdout)
+    assert found["config"]["lr"] == 1e-6
+    assert found["origins"]["lr"] == "command line"
+    assert found["origins"]["model.name_or_path"] == "model/pythia28.yaml"
+
+
+def test_a_missing_file_is_named(tmp_path):
+    done = dpo("ingest", "model=tiny", f"datasets=[{tmp_path}/none.jsonl]", f"output={tmp_path}/o")
+    assert done.returncode == 1
+    assert "none.jsonl" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("stage", ["ingest", "train"])
+def test_a_file_that_cannot_be_written_whole_ends_in_one_message(stage, tmp_path):
+    """A limit on the size of files stands in for a full disk: the write fails half way."""
+    code = (
+        "import resource, sys; from dpo.cli import main; "
+        "limit = int(sys.argv[1]); resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)); "
+        "sys.exit(main(sys.argv[2:]))"
+    )
+
+    def run(limit, *words):
+        command = [sys.executable, "-c", code, str(limit), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    ingest = ["ingest", "model=tiny", f"output={tmp_path}/data"]
+    if stage == "ingest":
+        done = run(100_000, *ingest)
+    else:
+        assert run(1 << 30, *ingest).returncode == 0
+        sizes = ["max_length=64", "max_prompt_length=32", "n_examples=4", "n_eval_examples=4"]
+        words = ["train", "model=tiny", "loss=sft", *sizes, f"data={tmp_path}/data"]
+        done = run(100_000, *words, f"output={tmp_path}/sft")
+    assert done.returncode == 1
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == (set() if stage == "ingest" else {"data"})
