@@ -72,7 +72,7 @@ class Client:
     def run(self, run_id: str) -> Any:
         return self.get(f"/runs/{run_id}").json
 
-    def wait(self, run_id: str, seconds: float = 120.0, until: str | None = None) -> Any:
+    def wait(self, run_id: str, seconds: float = 400.0, until: str | None = None) -> Any:
         """The run when it has ended, or when the step ``until`` has begun."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -81,7 +81,7 @@ class Client:
                 return run
             if any(s["name"] == until and s["state"] != "waiting" for s in run["steps"]):
                 return run
-            time.sleep(0.1)
+            time.sleep(0.25)
         raise TimeoutError(run)
 
 
