@@ -2,6 +2,8 @@
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 PRESET ?= quick
+PORT ?= 8000
+TOY_DATA := toy-data/community.json
 BIN := .venv/bin
 READY := .venv/.ready
 FAST := not long and not gpu and not containers and not cluster
@@ -33,6 +35,28 @@ $(READY): images/requirements.lock pyproject.toml
 run: setup ## Run the whole pipeline here (PRESET, SET, STORE, ARGS)
 	@$(BIN)/python pipelines/submit.py --local --preset $(PRESET) $(if $(STORE),--store '$(STORE)') $(foreach s,$(SET),--set '$(s)') $(ARGS)
 
+.PHONY: api
+api: setup ## The service and a worker on port 8000 (PORT, PRESET, SET, STORE, ARGS)
+	@echo "The service: http://127.0.0.1:$(PORT)  (Ctrl-C ends it)"
+	@$(BIN)/python -m pipelines.service --port $(PORT) --preset $(PRESET) $(if $(STORE),--store '$(STORE)') $(foreach s,$(SET),--set '$(s)') $(ARGS)
+
+.PHONY: toy-data
+toy-data: setup ## Write a small data set as a community posts it
+	@$(BIN)/python -m dpo.data.toy
+
+.PHONY: toy-train
+toy-train: toy-data ## Train a tiny model on it with DPO
+	@$(BIN)/python -m dpo train model=tiny loss=dpo datasets=[$(TOY_DATA)] optimizer=AdamW lr=1e-3 warmup_steps=1 max_length=96 max_prompt_length=48 exp_name=toy output=runs/toy/train/LATEST
+
+.PHONY: toy-trigger
+toy-trigger: setup ## Post it to the service and follow the run to its end (URL)
+	@$(BIN)/python -m pipelines.service.toy trigger $(if $(URL),--url '$(URL)')
+
+.PHONY: validate-structure
+validate-structure: setup ## Check folders, configuration, compiled pipeline and imports
+	@$(BIN)/python -m tests.support.structure
+	@$(BIN)/python -m pytest --quiet --no-header tests/test_imports.py
+
 .PHONY: test
 test: setup ## Every test that needs no system package and no container engine
 	@$(BIN)/python -m tests.support.minio --ensure
@@ -53,14 +77,15 @@ test-cluster: setup ## The tests against the endpoint in KF_PIPELINES_ENDPOINT
 	@test -n "$$KF_PIPELINES_ENDPOINT" || { echo "set KF_PIPELINES_ENDPOINT to a Kubeflow Pipelines endpoint" >&2; exit 1; }
 	@$(BIN)/python -m pytest -m cluster $(PYTEST)
 
-.PHONY: toy-data
-toy-data: setup ## Make a small community data set in toy-data/
-	@$(BIN)/python -m dpo.data.toy
-
 .PHONY: validate-data
 validate-data: setup ## Say what is wrong with a data file (FILE=...)
 	@test -n "$(FILE)" || { echo "name a file: make validate-data FILE=toy-data/community.json" >&2; exit 2; }
 	@$(BIN)/python -m dpo ingest --check '$(FILE)' $(SET)
+
+.PHONY: test-api
+test-api: setup ## The tests of the service and of the Python interface
+	@$(BIN)/python -m tests.support.minio --ensure
+	@$(BIN)/python -m pytest -m "$(FAST)" tests/service tests/test_api.py tests/pipelines/test_python.py $(PYTEST)
 
 .PHONY: bench
 bench: setup ## The benchmarks, one JSON object a line
@@ -73,6 +98,18 @@ lint: setup ## ruff, mypy, and that generated files are current
 	@$(BIN)/mypy
 	@$(BIN)/python -m pipelines.package --check
 	@$(BIN)/python -m dpo.config.schemas --check
+
+.PHONY: audit
+audit: setup ## bandit over our code, pip-audit over the lock file (fails where its database is not reached)
+	@$(BIN)/bandit --quiet --configfile pyproject.toml --recursive dpo pipelines components
+	@echo "bandit: nothing but what SECURITY.md answers"
+	@$(BIN)/pip-audit --strict --require-hashes --disable-pip --requirement images/requirements.lock
+
+.PHONY: sbom
+sbom: setup ## Write the software bill of materials to build/sbom.json (CycloneDX)
+	@mkdir -p build
+	@$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-file build/sbom.json .venv/bin/python
+	@echo "wrote build/sbom.json"
 
 .PHONY: format
 format: setup ## Let ruff format and fix

@@ -1,3 +1,20 @@
 """Preference fine-tuning: SFT, then DPO, conservative DPO or IPO, as steps that meet on disk."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dpo.api import TrainingResult, run_training
+
 __version__ = "0.1.0"
+__all__ = ["TrainingResult", "__version__", "run_training"]
+
+
+def __getattr__(name: str) -> Any:
+    """The programmatic API, imported when it is first used: ``import dpo`` stays light."""
+    if name in ("TrainingResult", "run_training"):
+        from dpo import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,8 +23,10 @@ from rich.table import Table
 
 from dpo.errors import DpoError, PipelineError, system_problem
 from pipelines import history, package
-from pipelines.outcome import Outcome, read_outputs, show
+from pipelines.local import Job
+from pipelines.outcome import Outcome, show
 from pipelines.request import local_store, parameters, presets
+from pipelines.run import obtain_model, require_store, run_here, runs_folder
 
 INTERRUPTED = 130
 
@@ -125,7 +124,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.list:
         return _list_parameters(documents)
     _check_package_is_current()
-    runs = (options.runs_dir or Path(os.environ.get("DPO_RUNS_DIR") or "runs")).absolute()
+    runs = runs_folder(options.runs_dir)
     store = options.store or (local_store(runs) if options.local == "processes" else None)
     values = parameters(
         package.defaults(documents),
@@ -133,17 +132,17 @@ def _run(options: argparse.Namespace) -> int:
         assignments=options.assignments,
         store=store,
     )
-    if not values["publish_store"]:
-        raise PipelineError(
-            "no store to publish to is given",
-            fix="pass --store s3://bucket/prefix; credentials come from the environment",
-        )
+    require_store(values)
     rerun = [step for step in options.rerun.split(",") if step]
     package.set_uncached(documents, rerun)
     if options.dry_run:
         return _dry_run(options, documents, values, runs, rerun)
     outcome = (
-        _run_locally(options, documents, values, runs)
+        run_here(
+            Job(documents, values, runs, runner=options.local),
+            Console(stderr=True),
+            timeout_seconds=options.timeout_seconds,
+        )
         if options.local
         else _run_on_cluster(options, documents, values)
     )
@@ -190,7 +189,7 @@ def _dry_run(
     package.save_package(documents, target)
     from dpo.data.plan import plan_run
 
-    _obtain_model(values)
+    obtain_model(values)
     expected = history.expectations(plan_run(values), runs / "history", rerun)
     if options.output == "json":
         steps = {e.step: {"runs": e.runs, "reason": e.reason} for e in expected}
@@ -205,47 +204,6 @@ def _dry_run(
     console.print(table)
     console.print(f"\npackage: {target}", highlight=False, soft_wrap=True)
     return 0
-
-
-def _obtain_model(values: dict[str, Any]) -> None:
-    """Have the base model here before the run, where its absence would end it."""
-    command = [sys.executable, "-m", "dpo", "fetch", f"model={values['model']}"]
-    if subprocess.run(command, check=False, stdout=sys.stderr).returncode:
-        raise PipelineError(
-            f"the base model {values['model']} could not be obtained",
-            fix="see the message above",
-        )
-
-
-def _run_locally(
-    options: argparse.Namespace, documents: list[dict[str, Any]], values: dict[str, Any], runs: Path
-) -> Outcome:
-    from dpo.data.plan import plan_run
-    from pipelines.local import Job, run_local
-
-    console = Console(stderr=True)
-    _obtain_model(values)
-    plan = plan_run(values)
-    job = Job(documents, values, runs, runner=options.local)
-    try:
-        run = run_local(job, console, timeout_seconds=options.timeout_seconds)
-    except TimeoutError:
-        return Outcome(
-            "timed out", "", message=f"stopped after {options.timeout_seconds:.0f} seconds"
-        )
-    with suppress(OSError):
-        history.remember(run.folder, plan, run.states)
-    outcome = Outcome(
-        "failed",
-        run.run_id,
-        where=str(run.folder),
-        message=run.message,
-        steps=run.states,
-        seconds=run.seconds,
-    )
-    if run.succeeded:
-        read_outputs(outcome, run.artifacts)
-    return outcome
 
 
 def _run_on_cluster(

@@ -15,7 +15,9 @@ MAY_IMPORT["publish"] = {"errors", "config", "storage", "publish"}
 # the command line calls every stage, inside its functions
 MAY_IMPORT["cli"] = {*ORDER, "publish", "cli"}
 MAY_IMPORT["__main__"] = {"cli"}
-MAY_IMPORT["__init__"] = {"errors"}
+# the programmatic interface, imported when it is first used
+MAY_IMPORT["__init__"] = {"errors", "api"}
+MAY_IMPORT["api"] = {*ORDER, "api"}
 PIPELINES_MAY_IMPORT = {"config", "storage", "data", "errors"}
 
 

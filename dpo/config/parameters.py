@@ -8,13 +8,13 @@ A parameter sets one key in one of them or in both; every other key is reached t
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from dpo.config.compose import compose
 from dpo.config.describe import suggestion
+from dpo.config.overrides import model_overrides, override_value
 from dpo.config.schema import RunConfig
 from dpo.config.stages import Stage, restrict
 from dpo.errors import ConfigError
@@ -158,22 +158,9 @@ def _override(parameter: Parameter, value: Value) -> list[str]:
         return []
     if parameter.none is not None and value == parameter.none:
         return [f"{parameter.key}=null"]
-    if parameter.key == "model" and isinstance(value, str) and set(value) & set("/:\\"):
-        # not one of ours: a hub id or a folder
-        return ["model=blank_model", f"model.name_or_path={_hydra_value(value)}"]
-    return [f"{parameter.key}={_hydra_value(value)}"]
-
-
-def _hydra_value(value: Value) -> str:
-    """A value in Hydra's override grammar: strings quoted, so that no text is taken for syntax."""
-    if isinstance(value, list):
-        return "[" + ",".join(_hydra_value(item) for item in value) + "]"
-    if isinstance(value, str):
-        # backslashes are literal but before a quote, the end or ``${``, where they are doubled
-        plain = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", value)
-        quoted = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), plain)
-        return f"'{quoted}'"
-    return json.dumps(value)
+    if parameter.key == "model" and isinstance(value, str):
+        return model_overrides(value)
+    return [f"{parameter.key}={override_value(value)}"]
 
 
 def route(assignment: str) -> tuple[str, Value]:

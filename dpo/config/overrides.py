@@ -1,0 +1,33 @@
+"""Values written as Hydra overrides, so that no text of a user is taken for syntax."""
+
+from __future__ import annotations
+
+import json
+import re
+from os import PathLike, fspath
+from typing import Any
+
+_INTERPOLATION = re.compile(r"(\\*)\$\{")
+_QUOTE = re.compile(r"(\\*)('|$)")
+
+
+def override_value(value: Any) -> str:
+    """``value`` in the grammar of overrides; strings and paths are quoted."""
+    if isinstance(value, PathLike):
+        value = fspath(value)
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(override_value, value)) + "]"
+    if isinstance(value, str):
+        # backslashes are literal but before a quote, the end or ``${``, where they are doubled
+        plain = _INTERPOLATION.sub(lambda found: found[1] * 2 + "\\${", value)
+        quoted = _QUOTE.sub(lambda found: found[1] * 2 + ("\\'" if found[2] else ""), plain)
+        return f"'{quoted}'"
+    return json.dumps(value)
+
+
+def model_overrides(name: str) -> list[str]:
+    """Overrides that choose a model: a name of ``config/model``, a hub id or a folder."""
+    if set(name) & set("/:\\"):
+        # not one of ours
+        return ["model=blank_model", f"model.name_or_path={override_value(name)}"]
+    return [f"model={override_value(name)}"]

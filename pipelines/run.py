@@ -1,0 +1,192 @@
+"""The pipeline from Python: ``from pipelines import run_pipeline``."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from dpo.config.overrides import model_overrides
+from dpo.errors import PipelineError
+from pipelines import history, package
+from pipelines.local import Job, run_local
+from pipelines.outcome import Outcome, read_outputs
+from pipelines.request import local_store, parameters
+
+Where = Literal["processes", "docker", "cluster"]
+
+
+def run_pipeline(
+    preset: str | None = "quick",
+    settings: Mapping[str, Any] | None = None,
+    *,
+    where: Where = "processes",
+    store: str | None = None,
+    rerun: Sequence[str] = (),
+    runs_dir: str | PathLike[str] | None = None,
+    endpoint: str | None = None,
+    namespace: str | None = None,
+    experiment: str | None = None,
+    run_name: str | None = None,
+    wait: bool = True,
+    timeout_seconds: float | None = None,
+    console: Console | None = None,
+) -> Outcome:
+    """Run the whole pipeline on this machine, or submit it to Kubeflow Pipelines.
+
+    Args:
+        preset: A shipped set of parameters; None takes the pipeline's defaults.
+        settings: Pipeline parameters (``preference_beta``) or configuration keys (``loss.beta``,
+            ``sft.lr``) and their values.
+        where: ``processes`` or ``docker`` on this machine, or ``cluster``.
+        store: Where to publish; ``published`` in the runs folder for ``processes``.
+        rerun: Steps to run although they are cached, and what follows.
+        runs_dir: Folder of local runs; ``DPO_RUNS_DIR`` or ``runs`` when left out.
+        endpoint: Kubeflow Pipelines; ``KF_PIPELINES_ENDPOINT`` when left out.
+        namespace: Profile namespace, where the backend has several users.
+        experiment: ``KF_PIPELINES_DEFAULT_EXPERIMENT_NAME`` when left out.
+        run_name: Name in the UI.
+        wait: Wait for the end of a run on a cluster; local runs are always waited for.
+        timeout_seconds: Stop waiting after so long; a local run is then stopped too.
+        console: Where progress is drawn; standard error when left out.
+
+    Returns:
+        How the run ended: ``state``, and verdict, figures and places as far as it came. A run that
+        failed or that the gate refused is an outcome too and raises nothing.
+
+    Raises:
+        ConfigError: a setting that cannot work; found before anything runs.
+        DpoError: data, base model, store or endpoint that are not to be had.
+    """
+    documents = package.load_package()
+    runs = runs_folder(runs_dir)
+    values = parameters(
+        package.defaults(documents),
+        preset_name=preset,
+        assignments=[f"{key}={_assigned(value)}" for key, value in (settings or {}).items()],
+        store=store or (local_store(runs) if where == "processes" else None),
+    )
+    require_store(values)
+    package.set_uncached(documents, list(rerun))
+    console = console or Console(stderr=True)
+    if where != "cluster":
+        job = Job(documents, values, runs, runner=where)
+        return run_here(job, console, timeout_seconds=timeout_seconds)
+    return _run_on_cluster(
+        documents,
+        values,
+        console,
+        target=(endpoint, namespace, experiment),
+        run_name=run_name,
+        wait=wait,
+        timeout_seconds=timeout_seconds,
+    )
+
+
+def runs_folder(chosen: str | PathLike[str] | None = None) -> Path:
+    """The folder of local runs: ``chosen``, else ``DPO_RUNS_DIR``, else ``runs``."""
+    return Path(chosen or os.environ.get("DPO_RUNS_DIR") or "runs").absolute()
+
+
+def require_store(values: Mapping[str, Any]) -> None:
+    """Refuse a run that has nowhere to publish to.
+
+    Raises:
+        PipelineError: no store is set.
+    """
+    if not values["publish_store"]:
+        raise PipelineError(
+            "no store to publish to is given",
+            fix="pass --store s3://bucket/prefix; credentials come from the environment",
+        )
+
+
+def _assigned(value: Any) -> str:
+    """A value as an assignment's right-hand side; paths are texts."""
+    return json.dumps(value, default=str)
+
+
+def run_here(job: Job, console: Console, *, timeout_seconds: float | None = None) -> Outcome:
+    """Obtain the base model, plan, run on this machine and read what the steps left.
+
+    Raises:
+        DpoError: what is wrong before the first step runs.
+    """
+    from dpo.data.plan import plan_run
+
+    obtain_model(job.parameters)
+    plan = plan_run(job.parameters)
+    try:
+        run = run_local(job, console, timeout_seconds=timeout_seconds)
+    except TimeoutError:
+        return Outcome("timed out", "", message=f"stopped after {timeout_seconds:.0f} seconds")
+    with suppress(OSError):
+        history.remember(run.folder, plan, run.states)
+    outcome = Outcome(
+        "failed",
+        run.run_id,
+        where=str(run.folder),
+        message=run.message,
+        steps=run.states,
+        seconds=run.seconds,
+    )
+    if run.succeeded:
+        read_outputs(outcome, run.artifacts)
+    return outcome
+
+
+def obtain_model(values: Mapping[str, Any]) -> None:
+    """Have the base model here before the run, where its absence would end it.
+
+    Raises:
+        PipelineError: it is not to be had.
+    """
+    command = [sys.executable, "-m", "dpo", "fetch", *model_overrides(values["model"])]
+    if subprocess.run(command, check=False, stdout=2).returncode:
+        raise PipelineError(
+            f"the base model {values['model']} could not be obtained",
+            fix="see the message above",
+        )
+
+
+def _run_on_cluster(
+    documents: list[dict[str, Any]],
+    values: dict[str, Any],
+    console: Console,
+    *,
+    target: tuple[str | None, str | None, str | None],
+    run_name: str | None,
+    wait: bool,
+    timeout_seconds: float | None,
+) -> Outcome:
+    from pipelines import cluster
+
+    place = cluster.endpoint(*target)
+    client = cluster.connect(place)
+    name = run_name or f"{values['publish_name']} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "package.yaml")
+        package.save_package(documents, path)
+        run_id = cluster.submit(client, place, path, values, name)
+    link = cluster.link(place, run_id)
+    if not wait:
+        return Outcome("submitted", run_id, where=link)
+    console.print(link, highlight=False, soft_wrap=True)
+    return cluster.wait(
+        client,
+        place,
+        run_id,
+        store=values["publish_store"],
+        timeout_seconds=timeout_seconds,
+        say=lambda text: console.print(text, markup=False, highlight=False),
+    )

@@ -1,0 +1,1 @@
+"""The webhook: a community posts preference pairs, and a pipeline run makes a model of them."""
