@@ -25,6 +25,8 @@ from rich.table import Table
 
 from dpo.errors import DpoError, PipelineError
 from pipelines import history, package
+from pipelines.deployment import load_deployment
+from pipelines.deployment import names as deployments
 from pipelines.outcome import Outcome, read_outputs, show
 from pipelines.request import local_store, parameters, presets
 
@@ -71,6 +73,23 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--namespace", help="profile namespace, where the backend has several users")
     where.add_argument("--experiment", help="default: KF_PIPELINES_DEFAULT_EXPERIMENT_NAME")
     where.add_argument("--run-name", help="name in the UI")
+    where.add_argument(
+        "--deployment",
+        default="",
+        metavar="NAME|FILE",
+        help=f"resources, nodes, secrets of the cluster: {', '.join(deployments())} or a YAML file",
+    )
+    where.add_argument(
+        "--deploy",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="one setting of the deployment (train.gpus=2, images.data=NAME@sha256:...); "
+        "may be repeated; reruns no finished step, but for the images",
+    )
+    where.add_argument(
+        "--images", type=Path, metavar="FILE", help="JSON that `make images-push` wrote"
+    )
     how = this.add_argument_group("how")
     how.add_argument(
         "--dry-run", action="store_true", help="say what would run and why; run nothing"
@@ -122,6 +141,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.list:
         return _list_parameters(documents)
     _check_package_is_current()
+    documents = _for_place(options, documents)
     runs = (options.runs_dir or Path(os.environ.get("DPO_RUNS_DIR") or "runs")).absolute()
     store = options.store or (local_store(runs) if options.local == "processes" else None)
     values = parameters(
@@ -146,6 +166,19 @@ def _run(options: argparse.Namespace) -> int:
     )
     _finish(options, outcome)
     return outcome.exit_code
+
+
+def _for_place(
+    options: argparse.Namespace, documents: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The package for the place it will run in: with images and settings where those matter."""
+    asked = bool(options.deployment or options.deploy or options.images)
+    if options.local == "processes" or (options.dry_run and not asked):
+        return documents
+    deployment = load_deployment(options.deployment, options.deploy)
+    if options.images:
+        deployment = package.with_images(deployment, options.images)
+    return package.deployed_package(deployment)
 
 
 def _check_package_is_current() -> None:
