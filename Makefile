@@ -4,6 +4,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 PRESET ?= quick
 BIN := .venv/bin
 READY := .venv/.ready
+IMAGES := data train service
+UV_LOCK := --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet
 FAST := not long and not gpu and not containers and not cluster
 
 .DEFAULT_GOAL := help
@@ -79,9 +81,12 @@ schemas: setup ## Write config/schemas/*.json from the types
 	@$(BIN)/python -m dpo.config.schemas
 
 .PHONY: lock
-lock: setup ## Resolve images/requirements.lock again from pyproject.toml
+lock: setup ## Resolve the lock files of development and images again
 	@$(BIN)/python -m pip install --quiet uv
-	@$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet -o images/requirements.lock
+	@$(BIN)/uv pip compile pyproject.toml --extra dev $(UV_LOCK) -o images/requirements.lock
+	@for image in $(IMAGES); do $(BIN)/uv pip compile pyproject.toml $(UV_LOCK) \
+		--constraint images/requirements.lock $$(sed 's/^/--extra /' images/$$image/extras) \
+		-o images/$$image/requirements.lock; done
 
 .PHONY: setup-system
 setup-system: ## Install the system packages that further tests use (Debian, as root)

@@ -18,6 +18,8 @@ from dpo.errors import ConfigError, DpoError, PipelineError
 from pipelines.deployment import Deployment, Images, deploy, load_deployment, names
 
 PACKAGE = Path(__file__).resolve().parent / "preference_pipeline.yaml"
+BUILT_IMAGES = Path(__file__).resolve().parent.parent / "build" / "images.json"
+"""Names of the images that were built here last, as `make images` wrote them."""
 STEPS = (
     "fingerprint",
     "ingest",

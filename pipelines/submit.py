@@ -143,7 +143,7 @@ def _run(options: argparse.Namespace) -> int:
     _check_package_is_current()
     documents = _for_place(options, documents)
     runs = (options.runs_dir or Path(os.environ.get("DPO_RUNS_DIR") or "runs")).absolute()
-    store = options.store or (local_store(runs) if options.local == "processes" else None)
+    store = options.store or (local_store(runs) if options.local else None)
     values = parameters(
         package.defaults(documents),
         preset_name=options.preset,
@@ -176,8 +176,9 @@ def _for_place(
     if options.local == "processes" or (options.dry_run and not asked):
         return documents
     deployment = load_deployment(options.deployment, options.deploy)
-    if options.images:
-        deployment = package.with_images(deployment, options.images)
+    built = package.BUILT_IMAGES
+    if names_file := options.images or (built if options.local and built.is_file() else None):
+        deployment = package.with_images(deployment, names_file)
     return package.deployed_package(deployment)
 
 
