@@ -107,7 +107,7 @@ def show(outcome: Outcome, console: Console, *, next_command: str = "") -> None:
 
 def _show_evaluation(outcome: Outcome, console: Console) -> None:
     evaluation = outcome.evaluation
-    table = Table(title=f"Held out: {evaluation['n_pairs']} pairs", title_justify="left", box=None)
+    table = Table(title=f"Held out: {evaluation['n_pairs']} pairs", title_justify="left", box=None, title_style="")
     table.add_column("")
     table.add_column("before (SFT)", justify="right")
     table.add_column("after (policy)", justify="right")
@@ -116,8 +116,8 @@ def _show_evaluation(outcome: Outcome, console: Console) -> None:
     before, after = evaluation["before"], evaluation["after"]
     rows = (
         ("reward accuracy", "reward_accuracy", chance),
-        ("log-prob accuracy, summed", "accuracy_sum", chance),
-        ("log-prob accuracy, per token", "accuracy_per_token", chance),
+        ("log-prob accuracy (sum)", "accuracy_sum", chance),
+        ("log-prob accuracy (mean)", "accuracy_per_token", chance),
         ("reward margin", "reward_margin", ""),
         ("preference loss", "loss", ""),
     )
@@ -134,9 +134,12 @@ def _training_line(details: dict[str, Any]) -> str:
     for key, label in (("examples", "examples"), ("steps", "steps")):
         if key in details:
             parts.append(f"{details[key]:,} {label}")
-    losses = [details.get("first_train_loss"), details.get("last_train_loss")]
-    if all(isinstance(loss, float) for loss in losses):
-        parts.append(f"training loss {losses[0]:.3f} → {losses[1]:.3f}")
+    # of SFT the loss per token: the loss itself is a sum, which follows the lengths of a batch
+    for label, name in (("loss per token", "nll_per_token"), ("loss", "train_loss")):
+        first, last = details.get(f"first_{name}"), details.get(f"last_{name}")
+        if isinstance(first, float) and isinstance(last, float):
+            parts.append(f"training {label} {first:.3f} → {last:.3f}")
+            break
     return ", ".join(parts)
 
 

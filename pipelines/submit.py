@@ -126,7 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
     except DpoError as error:
         print(error, file=sys.stderr)
         if options.output == "json":
-            print(json.dumps({"state": "failed", "message": str(error)}))
+            failed = {"state": "failed", "message": str(error), "exit_code": error.exit_code}
+            print(json.dumps(failed))
         return error.exit_code
     except KeyboardInterrupt:
         print(

@@ -32,8 +32,9 @@ def plan_run(parameters: Mapping[str, Any]) -> dict[str, str]:
     """
     with reported("fingerprint"):
         configs = stage_configs(parameters)
-        if store_url := configs["publish"].publish.store:
-            open_store(store_url).check()
+        publish = configs["publish"].publish
+        if publish.store:
+            open_store(publish.store).check(create=publish.create_bucket)
         data = data_fingerprint(configs["ingest"])
         model = model_fingerprint(configs["sft"].model)
         sources: dict[Stage, dict[str, str]] = {"ingest": {"data": data}, "sft": {"model": model}}

@@ -10,7 +10,7 @@ from typing import Any
 from dpo.errors import ArtifactError, ObjectMissing
 from dpo.storage.manifest import MANIFEST, content_hash, sha256_file
 from dpo.storage.progress import track
-from dpo.storage.store import Store, open_store
+from dpo.storage.store import Store, open_store, safe_key
 
 LATEST = "latest.json"
 
@@ -68,7 +68,7 @@ def pull(url: str, target: Path) -> dict[str, Any]:
     total = sum(entry["size"] for entry in manifest["files"])
     with track("pull", "bytes", total) as bar:
         for entry in manifest["files"]:
-            path = target / entry["path"]
+            path = target / safe_key(entry["path"])
             path.parent.mkdir(parents=True, exist_ok=True)
             _fetch(store, prefix, entry, path, bar.advance)
     return manifest

@@ -20,6 +20,9 @@ from dpo.errors import ArtifactError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+LOGS = frozenset({"metrics.jsonl"})
+"""Files with times in them: hashed and verified as every other, but not part of the content, so
+that equal training gives equal content hashes."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Manifest:
     files: tuple[FileEntry, ...]
     """Every file but the manifest itself, sorted by path."""
     content_hash: str
-    """sha256 over the paths and hashes of ``files``: equal content, equal hash."""
+    """sha256 over the paths and hashes of ``files`` without ``LOGS``: equal content, equal hash."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The settings that the step read."""
     inputs: dict[str, str] = field(default_factory=dict)
@@ -89,7 +92,7 @@ def write_manifest(
     manifest = Manifest(
         stage=stage,
         files=files,
-        content_hash=content_hash({entry.path: entry.sha256 for entry in files}),
+        content_hash=content_hash({e.path: e.sha256 for e in files if e.path not in LOGS}),
         settings=dict(settings or {}),
         inputs=dict(inputs or {}),
         code=code,

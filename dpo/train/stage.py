@@ -22,7 +22,7 @@ from dpo.storage.progress import track
 from dpo.train.data import Examples, load_examples
 from dpo.train.log import MetricLog
 from dpo.train.step import Objective
-from dpo.train.trainer import Trainer, best_device, checkpoint_activations
+from dpo.train.trainer import NLL_PER_TOKEN, Trainer, best_device, checkpoint_activations
 
 
 def run_train(
@@ -139,6 +139,8 @@ def _details(trainer: Trainer) -> dict[str, Any]:
         "steps": trainer.steps,
         "first_train_loss": trainer.first.get("loss/train"),
         "last_train_loss": trainer.last.get("loss/train"),
+        "first_nll_per_token": trainer.first.get(NLL_PER_TOKEN),
+        "last_nll_per_token": trainer.last.get(NLL_PER_TOKEN),
         "compute_dtype": str(trainer.objective.dtype).removeprefix("torch."),
         "metrics": {**trainer.last, **trainer.evaluation},
     }

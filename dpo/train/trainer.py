@@ -19,6 +19,7 @@ from dpo.train.log import MetricLog
 from dpo.train.optimizer import build_optimizer, learning_rate
 from dpo.train.step import Objective, check_finite, check_starting_point, clip_gradients
 
+NLL_PER_TOKEN = "nll_train/per_token"
 _COLLAPSE_SHARE = 0.2
 """A chosen log-prob that fell by more than this share of its start is called out."""
 
@@ -88,6 +89,10 @@ class Trainer:
         self.steps += 1
         self.trained += len(examples)
         means = {name: float(values.double().mean()) for name, values in figures.items()}
+        if isinstance(self.objective.loss, SFTLoss):
+            # the loss is summed over tokens, so between batches it follows their lengths
+            n_tokens = sum(len(response) for e in examples for response in e.responses)
+            means[NLL_PER_TOKEN] = means["loss/train"] * len(examples) / n_tokens
         seconds = time.monotonic() - began
         self.log.write(
             {

@@ -1,0 +1,84 @@
+"""Held-out figures and their intervals, by hand and against another implementation."""
+
+import numpy as np
+import pytest
+
+from dpo.config.losses import DPOLoss, IPOLoss
+from dpo.config.schema import RunConfig
+from dpo.data.log_probs import PairLogProbs
+from dpo.evaluate.bootstrap import intervals
+from dpo.evaluate.heldout import HeldOut, figures
+
+
+def row(chosen, rejected):
+    values = (np.asarray(side, dtype=np.float32) for side in (chosen, rejected))
+    return PairLogProbs("test", "", *values)
+
+
+# sums before: (-3, -4), (-6, -2); after: (-2, -5), (-5, -2)
+BEFORE = [row([-1, -2], [-4]), row([-6], [-1, -1])]
+AFTER = [row([-1, -1], [-5]), row([-5], [-1, -1])]
+
+
+def values(loss):
+    held_out = HeldOut(["p", "q"], BEFORE, AFTER)
+    return figures(held_out, RunConfig(loss=loss))
+
+
+def test_accuracies_by_hand():
+    """Chosen is likelier in the first pair only, summed (-3 > -4) and per token (-1.5 > -4)."""
+    found = values(DPOLoss(beta=0.5))
+    assert found["before"]["accuracy_sum"]["value"] == 0.5
+    assert found["before"]["accuracy_per_token"]["value"] == 0.5
+
+
+def test_rewards_by_hand():
+    """Chosen rewards 0.5 (-2 + 3) = 0.5 and 0.5 (-5 + 6) = 0.5; rejected -0.5 and 0."""
+    found = values(DPOLoss(beta=0.5))["after"]
+    assert found["chosen_reward"]["value"] == pytest.approx(0.5)
+    assert found["rejected_reward"]["value"] == pytest.approx(-0.25)
+    assert found["reward_margin"]["value"] == pytest.approx(0.75)
+    assert found["reward_accuracy"]["value"] == 1.0
+
+
+def test_dpo_loss_by_hand():
+    """Margins 1 and 0.5: log(1 + e^-1) = 0.3132617, log(1 + e^-0.5) = 0.4740770; mean 0.3936693."""
+    found = values(DPOLoss(beta=0.5))["after"]["loss"]["value"]
+    assert found == pytest.approx(0.3936693, abs=1e-6)
+
+
+def test_ipo_loss_by_hand():
+    """h is 2 and 1, 1 / (2 beta) = 1: (1 + 0) / 2."""
+    assert values(IPOLoss(beta=0.5))["after"]["loss"]["value"] == pytest.approx(0.5)
+
+
+def test_ipo_with_means_by_hand():
+    """Per token h: (-1 + 5) - (-1.5 + 4) = 1.5 and (-5 + 1) - (-6 + 1) = 1; 0.25 and 0."""
+    found = values(IPOLoss(beta=0.5, log_probs="mean"))["after"]["loss"]["value"]
+    assert found == pytest.approx(0.125)
+
+
+def test_intervals_of_unique_prompts_are_those_of_the_normal_approximation():
+    """mean +- 1.96 s / sqrt(n), which the bootstrap of a mean approaches."""
+    sample = np.random.default_rng(0).normal(size=400)
+    found = intervals({"x": sample}, [str(i) for i in range(400)], n_bootstrap=20_000, seed=1)["x"]
+    half = 1.96 * sample.std() / 20
+    assert found.value == pytest.approx(sample.mean())
+    assert found.low == pytest.approx(sample.mean() - half, abs=0.03 * half)
+    assert found.high == pytest.approx(sample.mean() + half, abs=0.03 * half)
+
+
+def test_pairs_of_one_prompt_are_drawn_together():
+    """Ten copies of 20 values are no more than 20 values."""
+    generator = np.random.default_rng(0)
+    sample = generator.normal(size=20)
+    names = [str(i) for i in range(20)]
+    once = intervals({"x": sample}, names, n_bootstrap=2000, seed=0)["x"]
+    often = intervals({"x": np.repeat(sample, 10)}, np.repeat(names, 10), n_bootstrap=2000, seed=0)
+    assert often["x"].high - often["x"].low == pytest.approx(once.high - once.low, rel=0.05)
+
+
+def test_a_tie_is_not_accurate():
+    held_out = HeldOut(["p"], BEFORE[:1], BEFORE[:1])
+    found = figures(held_out, RunConfig(loss=DPOLoss()))
+    assert found["after"]["reward_accuracy"]["value"] == 0.0

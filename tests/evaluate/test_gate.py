@@ -1,0 +1,116 @@
+"""The gate: approves what learnt, refuses flipped labels, and refuses what it cannot read."""
+
+import json
+
+import pytest
+
+from dpo.config.compose import compose
+from dpo.config.stages import restrict
+from dpo.data.parquet import read_pairs
+from dpo.data.stage import run_ingest
+from dpo.errors import ArtifactError
+from dpo.evaluate.gate import run_gate
+from dpo.evaluate.stage import run_evaluate
+from dpo.storage.manifest import staged, write_manifest
+from dpo.train.reference import run_reference
+from dpo.train.stage import run_train
+
+SETTINGS = [
+    *("model=tiny", "max_length=96", "max_prompt_length=32", "do_first_eval=false"),
+    *("do_last_eval=false", "n_epochs=2", "n_eval_examples=null", "batch_size=16"),
+    *("optimizer=AdamW", "lr=1e-3", "warmup_steps=2", "lr_schedule=linear"),
+    *("evaluation.n_samples=0", "gate.min_reward_accuracy=0.55"),
+]
+
+
+@pytest.fixture(scope="module")
+def real_pairs(tmp_path_factory):
+    """The packaged HH pairs with their splits written down."""
+    folder = tmp_path_factory.mktemp("pairs")
+    config = compose([*SETTINGS, "datasets=[hh_sample]"]).config
+    run_ingest(restrict(config, "ingest"), folder / "all")
+    rows = []
+    for split in ("train", "test"):
+        for pair in read_pairs(folder / "all", split).rows:
+            texts = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+            rows.append({**texts, "split": split})
+    return rows
+
+
+def flipped(rows):
+    """Training labels exchanged; what is held out stays as people labelled it."""
+    return [
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+        if row["split"] == "train"
+        else row
+        for row in rows
+    ]
+
+
+def verdict_of(rows, folder):
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    base = compose([*SETTINGS, f"datasets=[{file}]", "loss=sft", "n_examples=16"]).config
+    config = compose([*SETTINGS, f"datasets=[{file}]"]).config
+    data, sft, scored, policy, judged = (folder / name for name in "abcde")
+    run_ingest(restrict(config, "ingest"), data)
+    run_train(restrict(base, "sft"), sft, pairs=data)
+    run_reference(restrict(config, "reference"), scored, pairs=data, model=sft)
+    run_train(restrict(config, "preference"), policy, pairs=data, base=sft, reference=scored)
+    run_evaluate(
+        restrict(config, "evaluate"), judged, pairs=data, sft=sft, policy=policy, reference=scored
+    )
+    return run_gate(restrict(config, "gate"), folder / "verdict", evaluation=judged)
+
+
+def test_what_learnt_real_preferences_is_approved(real_pairs, tmp_path):
+    assert verdict_of(real_pairs, tmp_path).approved
+
+
+def test_the_same_run_with_flipped_labels_is_refused(real_pairs, tmp_path):
+    verdict = verdict_of(flipped(real_pairs), tmp_path)
+    assert not verdict.approved
+    assert verdict.rules[0].value < 0.45
+
+
+def evaluation(folder, low, value=0.7):
+    figures = {"after": {"reward_accuracy": {"value": value, "low": low, "high": 0.9}}}
+    with staged(folder) as partial:
+        (partial / "evaluation.json").write_text(json.dumps(figures), encoding="utf-8")
+        write_manifest(partial, "evaluate")
+    return folder
+
+
+def gate(folder, judged, *overrides):
+    return run_gate(restrict(compose(list(overrides)).config, "gate"), folder, evaluation=judged)
+
+
+@pytest.mark.parametrize(("low", "approved"), [(0.56, True), (0.55, False), (0.54, False)])
+def test_the_lower_bound_must_exceed_the_limit(tmp_path, low, approved):
+    judged = evaluation(tmp_path / "e", low)
+    assert gate(tmp_path / "v", judged, "gate.min_reward_accuracy=0.55").approved is approved
+
+
+def test_force_is_recorded(tmp_path):
+    judged = evaluation(tmp_path / "e", 0.1)
+    verdict = gate(tmp_path / "v", judged, "gate.force=true")
+    assert verdict.approved
+    assert verdict.forced
+    assert json.loads((tmp_path / "v/verdict.json").read_text())["forced"] is True
+
+
+def test_force_on_a_good_policy_is_no_force(tmp_path):
+    assert not gate(tmp_path / "v", evaluation(tmp_path / "e", 0.9), "gate.force=true").forced
+
+
+def test_an_evaluation_without_its_figure_is_refused(tmp_path):
+    with staged(tmp_path / "e") as partial:
+        (partial / "evaluation.json").write_text("{}", encoding="utf-8")
+        write_manifest(partial, "evaluate")
+    with pytest.raises(ArtifactError, match="evaluation"):
+        gate(tmp_path / "v", tmp_path / "e")
+
+
+def test_nan_is_not_good_enough(tmp_path):
+    judged = evaluation(tmp_path / "e", float("nan"))
+    assert not gate(tmp_path / "v", judged).approved

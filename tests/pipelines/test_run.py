@@ -1,0 +1,294 @@
+"""The whole DAG through the compiled pipeline, in processes, on the tiny model."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from dpo.publish.verify import verify
+from dpo.storage.manifest import read_manifest
+from tests.support.checkout import Checkout
+
+CACHEABLE = ["ingest", "sft", "reference", "preference", "evaluate"]
+NEVER_CACHED = ["fingerprint", "gate", "publish"]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    return Checkout.make(tmp_path_factory.mktemp("checkout"))
+
+
+@pytest.fixture(scope="module")
+def first(checkout):
+    outcome = checkout.outcome()
+    assert outcome["state"] == "succeeded", outcome
+    return outcome
+
+
+def cached(outcome):
+    return [step for step in CACHEABLE if outcome["steps"][step] == "cached"]
+
+
+def ran(outcome):
+    return [step for step in CACHEABLE if outcome["steps"][step] == "done"]
+
+
+def checkpoint(outcome, which="policy checkpoint"):
+    return read_manifest(Path(outcome["places"][which]))
+
+
+def test_every_step_runs_and_the_model_is_published(first):
+    assert first["steps"] == dict.fromkeys([*CACHEABLE, *NEVER_CACHED], "done")
+    assert first["exit_code"] == 0
+    assert first["verdict"]["approved"]
+    manifest = verify(first["published"]["url"])
+    assert manifest["content_hash"] == first["published"]["content_hash"]
+    assert "model.safetensors" in {entry["path"] for entry in manifest["files"]}
+
+
+def test_each_manifest_names_the_outputs_that_it_was_made_from(first):
+    policy, sft = checkpoint(first), checkpoint(first, "SFT checkpoint")
+    assert policy.inputs["base"] == sft.content_hash
+    assert policy.inputs["pairs"] == sft.inputs["pairs"]
+    published = read_manifest(_newest(first, "publish"))
+    assert published.inputs["policy"] == policy.content_hash
+
+
+def _newest(outcome, stage):
+    root = Path(outcome["places"]["policy checkpoint"]).parents[2]
+    found = [
+        path.parent
+        for path in root.glob("*/*/*/manifest.json")
+        if json.loads(path.read_text())["stage"] == stage
+    ]
+    return max(found, key=lambda folder: (folder / "manifest.json").stat().st_mtime)
+
+
+def test_a_second_run_finds_every_cacheable_step_cached(checkout, first):
+    second = checkout.outcome()
+    assert cached(second) == CACHEABLE
+    assert second["published"]["unchanged"]
+    assert second["published"]["bytes_moved"] == 0
+    assert checkpoint(second) == checkpoint(first)
+
+
+def test_another_beta_reruns_preference_and_what_follows(checkout, first):
+    outcome = checkout.outcome("--set", "loss.beta=0.2")
+    assert ran(outcome) == ["preference", "evaluate"]
+    assert checkpoint(outcome, "SFT checkpoint") == checkpoint(first, "SFT checkpoint")
+    settings = checkpoint(outcome).settings
+    assert settings["loss"]["beta"] == 0.2
+
+
+def test_a_dry_run_says_what_would_run_and_why(checkout, first):
+    done = checkout.run("--dry-run", "--set", "sft.lr=3e-5", "--output", "json")
+    steps = json.loads(done.stdout.splitlines()[-1])["steps"]
+    assert not steps["ingest"]["runs"]
+    assert "lr" in steps["sft"]["reason"]
+    assert "3e-05" in steps["sft"]["reason"]
+    assert steps["preference"]["reason"] == "reads the new output of sft"
+
+
+def test_rerun_runs_a_step_again_and_what_reads_its_output(checkout, first):
+    outcome = checkout.outcome("--rerun", "reference")
+    assert "reference" in ran(outcome)
+    assert not {"ingest", "sft"} & set(ran(outcome))
+    assert checkpoint(outcome).content_hash == checkpoint(first).content_hash
+
+
+def test_a_changed_line_of_training_code_retrains_and_does_not_ingest(checkout, first):
+    checkout.edit("dpo/train/optimizer.py", "weight_decay=0.0, fused=True", "weight_decay=0.0")
+    try:
+        outcome = checkout.outcome()
+    finally:
+        checkout.edit(
+            "dpo/train/optimizer.py", "weight_decay=0.0)", "weight_decay=0.0, fused=True)"
+        )
+    assert "ingest" in cached(outcome)
+    assert {"sft", "preference"} <= set(ran(outcome))
+    assert checkpoint(outcome).code != checkpoint(first).code
+
+
+def test_a_changed_line_of_the_report_does_not_retrain(checkout, first):
+    checkout.edit("dpo/evaluate/bootstrap.py", "_LEVELS = (2.5, 97.5)", "_LEVELS = (5, 95)")
+    try:
+        outcome = checkout.outcome()
+    finally:
+        checkout.edit("dpo/evaluate/bootstrap.py", "_LEVELS = (5, 95)", "_LEVELS = (2.5, 97.5)")
+    assert ran(outcome) == ["evaluate"]
+
+
+def test_a_changed_data_line_reruns_everything(checkout, first):
+    before = checkout.data.read_text(encoding="utf-8")
+    lines = before.splitlines(keepends=True)
+    row = json.loads(lines[0])
+    row["chosen"] += " Truly."
+    checkout.data.write_text(json.dumps(row) + "\n" + "".join(lines[1:]), encoding="utf-8")
+    try:
+        outcome = checkout.outcome()
+    finally:
+        checkout.data.write_text(before, encoding="utf-8")
+    assert ran(outcome) == CACHEABLE
+    assert checkpoint(outcome).inputs["pairs"] != checkpoint(first).inputs["pairs"]
+
+
+def test_a_damaged_output_is_made_again(checkout, first):
+    model = Path(first["places"]["SFT checkpoint"]) / "model.safetensors"
+    content = model.read_bytes()
+    model.write_bytes(content[:-100])
+    outcome = checkout.outcome()
+    assert outcome["state"] == "succeeded"
+    assert "sft" in ran(outcome)
+    assert checkpoint(outcome).content_hash == checkpoint(first).content_hash
+
+
+@pytest.mark.minio
+def test_folder_and_bucket_hold_the_same_content(checkout, first, minio_server):
+    url = "s3://models/team"
+    outcome = checkout.outcome(
+        *("--store", url, "--set", "publish.create_bucket=true"),
+        environment=minio_server.environment(),
+    )
+    assert outcome["state"] == "succeeded", outcome
+    assert outcome["published"]["content_hash"] == first["published"]["content_hash"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in minio_server.environment().items():
+            patch.setenv(name, value)
+        manifest = verify(f"{url}/policy")
+    assert manifest["content_hash"] == first["published"]["content_hash"]
+
+
+def test_a_refused_gate_publishes_nothing_and_has_its_own_exit_code(checkout, first):
+    done = checkout.run("--set", "gate.min_reward_accuracy=1", "--output", "json")
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    assert (outcome["state"], done.returncode) == ("refused", 3)
+    assert not outcome["verdict"]["approved"]
+    assert not outcome["published"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--set", "loss.bta=0.1"], ["loss.bta"]),
+        (["--set", "model=none-such"], ["none-such", "tiny"]),
+        (["--set", "datasets=[none-such.jsonl]"], ["none-such.jsonl"]),
+        (["--store", "s3:/bucket"], ["s3:/bucket"]),
+        (["--rerun", "stf"], ["stf", "sft"]),
+    ],
+)
+def test_mistakes_end_in_one_message(checkout, arguments, words):
+    done = checkout.run(*arguments)
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("", ["empty"]), ('{"prompt": "x"\n', ["line 1"])],
+    ids=["empty", "not-json"],
+)
+def test_broken_data_ends_in_one_message_of_the_step(checkout, first, text, words):
+    before = checkout.data.read_text(encoding="utf-8")
+    checkout.data.write_text(text, encoding="utf-8")
+    try:
+        done = checkout.run()
+    finally:
+        checkout.data.write_text(before, encoding="utf-8")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_a_store_that_does_not_answer_is_named(checkout, first):
+    nobody = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "user"}
+    nobody["AWS_SECRET_ACCESS_KEY"] = "planted-secret"
+    done = checkout.run("--store", "s3://models", environment=nobody)
+    assert done.returncode == 1
+    assert "127.0.0.1:9" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "planted-secret" not in done.stderr
+
+
+def _start(checkout, *arguments):
+    return subprocess.Popen(
+        checkout.command(*arguments),
+        cwd=checkout.folder,
+        env=checkout.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _wait_for(checkout, step):
+    """Until ``step`` of the newest run has begun."""
+    deadline = time.monotonic() + 60
+    before = set((checkout.folder / "runs/history").iterdir())
+    while time.monotonic() < deadline:
+        for folder in set((checkout.folder / "runs/history").iterdir()) - before:
+            events = folder / "progress.jsonl"
+            if events.is_file() and f'"{step}"' in events.read_text(encoding="utf-8"):
+                return
+        time.sleep(0.05)
+    raise AssertionError(f"{step} did not begin")
+
+
+def _processes_of(checkout):
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(checkout.folder) in (process / "cmdline").read_text():
+                found.append(process.name)
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)],
+    ids=["ctrl-c", "kill"],
+)
+def test_an_interrupted_run_leaves_no_process_and_the_next_goes_on(checkout, first, how, code):
+    setting = ("--set", f"sft.lr={int(how)}e-6")
+    run = _start(checkout, *setting)
+    _wait_for(checkout, "sft")
+    os.kill(run.pid, how)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == code
+    assert "Traceback" not in errors
+    deadline = time.monotonic() + 20
+    while _processes_of(checkout) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert _processes_of(checkout) == []
+    outcome = checkout.outcome(*setting)
+    assert outcome["state"] == "succeeded"
+    assert "ingest" in cached(outcome)
+    assert "sft" in ran(outcome)
+
+
+def test_a_second_run_at_once_is_told_who_holds_the_folder(checkout, first):
+    run = _start(checkout, "--rerun", "ingest")
+    try:
+        _wait_for(checkout, "fingerprint")
+        other = checkout.run()
+    finally:
+        run.communicate(timeout=120)
+    assert run.returncode == 0
+    assert other.returncode == 1
+    assert "another run is using this folder" in other.stderr
+
+
+def test_a_time_limit_stops_the_run_with_its_own_exit_code(checkout, first):
+    done = checkout.run("--rerun", "ingest", "--timeout-seconds", "0.5")
+    assert done.returncode == 5
+    assert "0.5" in done.stderr or "stopped" in done.stderr
+    assert _processes_of(checkout) == []

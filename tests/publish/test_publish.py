@@ -1,0 +1,200 @@
+"""Publishing to a folder and to a real MinIO server; reading back; refusing what does not fit."""
+
+import json
+import shutil
+
+import pytest
+
+from dpo.config.compose import compose
+from dpo.config.places import builtin
+from dpo.config.stages import restrict
+from dpo.errors import ArtifactError, ObjectMissing, StoreError
+from dpo.publish.runs import record_verdict
+from dpo.publish.stage import run_publish
+from dpo.publish.verify import pull, verify
+from dpo.storage.manifest import read_manifest, staged, write_manifest
+from dpo.storage.runs import read_run_manifest
+from dpo.storage.store import open_store
+
+
+def output(folder, stage, files, **manifest):
+    with staged(folder) as partial:
+        for name, content in files.items():
+            (partial / name).write_text(json.dumps(content), encoding="utf-8")
+        write_manifest(partial, stage, **manifest)
+    return read_manifest(folder)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Outputs of preference, evaluate and gate that belong together, around the tiny model."""
+    folder = tmp_path / "policy"
+    with staged(folder) as partial:
+        shutil.copytree(builtin("builtin:tiny"), partial, dirs_exist_ok=True)
+        settings = {"loss": {"name": "dpo", "beta": 0.1}, "optimizer": "AdamW", "lr": 1e-5}
+        record = {"config": settings, "examples": 8, "steps": 2, "data_fingerprint": "d"}
+        (partial / "run.json").write_text(json.dumps(record), encoding="utf-8")
+        (partial / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
+        write_manifest(partial, "preference")
+    policy = read_manifest(folder).content_hash
+    figures = {"evaluation.json": {"n_pairs": 1}}
+    judged = output(tmp_path / "evaluation", "evaluate", figures, inputs={"policy": policy})
+    output(
+        tmp_path / "verdict",
+        "gate",
+        {"verdict.json": {"approved": True}},
+        inputs={"evaluation": judged.content_hash},
+        details={"approved": True},
+    )
+    return tmp_path
+
+
+@pytest.fixture(params=["folder", pytest.param("bucket", marks=pytest.mark.minio)])
+def url(request, tmp_path):
+    if request.param == "folder":
+        return f"file://{tmp_path}/store"
+    return f"{request.getfixturevalue('bucket_url')}/team"
+
+
+def publish(run, url, out="published", run_id="run-1", **settings):
+    overrides = [f"publish.store='{url}'", "publish.create_bucket=true", "model=tiny"]
+    overrides += [f"publish.{key}={value}" for key, value in settings.items()]
+    config = restrict(compose(overrides).config, "publish")
+    run_publish(
+        config,
+        run / out,
+        policy=run / "policy",
+        evaluation=run / "evaluation",
+        verdict=run / "verdict",
+        run_id=run_id,
+    )
+    return json.loads((run / out / "published.json").read_text())
+
+
+def test_what_is_published_is_whole_and_latest_names_it(run, url):
+    published = publish(run, url)
+    store = open_store(url)
+    assert json.loads(store.read("policy/latest.json"))["content_hash"] == published["content_hash"]
+    manifest = verify(f"{url}/policy")
+    assert manifest == verify(published["url"])
+    names = {entry["path"] for entry in manifest["files"]}
+    assert {"model.safetensors", "tokenizer.json", "README.md"} <= names
+    assert not {"run.json", "metrics.jsonl", "manifest.json"} & names
+
+
+def test_unchanged_content_moves_no_bytes_and_says_so(run, url):
+    first = publish(run, url)
+    second = publish(run, url, out="again", run_id="run-2")
+    assert (second["unchanged"], second["bytes_moved"]) == (True, 0)
+    assert second["content_hash"] == first["content_hash"]
+    assert not first["unchanged"]
+    assert first["bytes_moved"] > 0
+
+
+def test_the_manifest_of_the_run_tells_what_was_published(run, url):
+    published = publish(run, url, run_id="run-7")
+    assert read_run_manifest(url, "run-7")["published"]["url"] == published["url"]
+
+
+def test_verdict_and_report_are_kept_of_a_refused_run_too(run, url):
+    config = restrict(
+        compose([f"publish.store='{url}'", "publish.create_bucket=true"]).config, "gate"
+    )
+    record_verdict(config.publish, "run-9", evaluation=run / "evaluation", verdict=run / "verdict")
+    found = read_run_manifest(url, "run-9")
+    assert found["verdict"] == {"approved": True}
+    assert "published" not in found
+
+
+def test_a_pulled_model_is_that_which_was_published(run, url):
+    publish(run, url)
+    pull(f"{url}/policy", run / "pulled")
+    expected = (run / "policy/model.safetensors").read_bytes()
+    assert (run / "pulled/model.safetensors").read_bytes() == expected
+
+
+@pytest.mark.parametrize("damage", ["change", "cut", "remove"])
+def test_damage_is_found_and_named(run, url, damage):
+    published = publish(run, url)
+    store = open_store(url)
+    key = f"policy/{published['content_hash']}/config.json"
+    content = store.read(key)
+    if damage == "remove":
+        store.delete(key)
+    else:
+        store.write(key, content[:-1] + (b"" if damage == "cut" else b" "))
+    with pytest.raises(ArtifactError, match=r"config\.json"):
+        verify(f"{url}/policy")
+
+
+def test_a_version_without_its_manifest_is_published_again(run, url):
+    published = publish(run, url)
+    open_store(url).delete(f"policy/{published['content_hash']}/manifest.json")
+    again = publish(run, url, out="again")
+    assert again["bytes_moved"] > 0
+    verify(f"{url}/policy")
+
+
+def test_nothing_is_published_here(url):
+    open_store(url).check(create=True)
+    with pytest.raises(ArtifactError, match="no published model"):
+        verify(f"{url}/policy")
+
+
+def test_pulling_into_a_used_folder_is_refused(run, url):
+    publish(run, url)
+    (run / "pulled").mkdir()
+    (run / "pulled/mine.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="not empty"):
+        pull(f"{url}/policy", run / "pulled")
+    assert [path.name for path in (run / "pulled").iterdir()] == ["mine.txt"]
+
+
+def test_a_manifest_cannot_write_outside_the_target(run, tmp_path):
+    url = f"file://{tmp_path}/store"
+    published = publish(run, url)
+    store = open_store(url)
+    key = f"policy/{published['content_hash']}/manifest.json"
+    manifest = json.loads(store.read(key))
+    manifest["files"][0]["path"] = "../../escaped"
+    store.write(key, json.dumps(manifest).encode())
+    with pytest.raises(StoreError, match="escaped"):
+        pull(f"{url}/policy", run / "a/b/pulled")
+    assert not (run / "a/escaped").exists()
+
+
+def mismatch(run, name, stage, **manifest):
+    shutil.rmtree(run / name)
+    output(run / name, stage, {f"{name}.json": {}}, **manifest)
+
+
+def test_an_evaluation_of_another_policy_is_refused(run, url):
+    mismatch(run, "evaluation", "evaluate", inputs={"policy": "another"})
+    with pytest.raises(ArtifactError, match="another policy"):
+        publish(run, url)
+
+
+def test_a_verdict_on_another_evaluation_is_refused(run, url):
+    mismatch(run, "verdict", "gate", inputs={"evaluation": "another"}, details={"approved": True})
+    with pytest.raises(ArtifactError, match="another evaluation"):
+        publish(run, url)
+
+
+def test_a_refused_policy_is_not_published(run, url):
+    judged = read_manifest(run / "evaluation").content_hash
+    mismatch(run, "verdict", "gate", inputs={"evaluation": judged}, details={"approved": False})
+    with pytest.raises(ArtifactError, match="the gate refused"):
+        publish(run, url)
+
+
+def test_a_changed_checkpoint_is_not_published(run, url):
+    weights = run / "policy/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    with pytest.raises(ArtifactError, match=r"model\.safetensors"):
+        publish(run, url)
+
+
+@pytest.mark.minio
+def test_a_bucket_that_is_missing_is_not_made_unasked(run, bucket_url):
+    with pytest.raises(ObjectMissing, match="create_bucket"):
+        publish(run, bucket_url, create_bucket="false")

@@ -1,0 +1,162 @@
+"""One suite for every store: a folder, and a bucket of a real MinIO server."""
+
+import hashlib
+from urllib.parse import urlsplit
+
+import pytest
+
+from dpo.errors import (
+    ConfigError,
+    ObjectMissing,
+    StoreAccessDenied,
+    StoreError,
+    StoreUnavailable,
+    WriteConflict,
+)
+from dpo.storage.s3 import connection
+from dpo.storage.store import open_store
+
+
+@pytest.fixture(params=["folder", pytest.param("bucket", marks=pytest.mark.minio)])
+def store(request, tmp_path):
+    if request.param == "folder":
+        made = open_store(f"file://{tmp_path}/store")
+    else:
+        made = open_store(f"{request.getfixturevalue('bucket_url')}/pre/fix")
+    made.check(create=True)
+    return made
+
+
+def file_with(tmp_path, data):
+    path = tmp_path / "file.bin"
+    path.write_bytes(data)
+    return path, hashlib.sha256(data).hexdigest()
+
+
+def test_what_is_written_is_read(store):
+    store.write("a/b.json", b'{"x": 1}')
+    assert store.read("a/b.json") == b'{"x": 1}'
+    assert store.stat("a/b.json").size == 8
+
+
+def test_what_is_not_there(store):
+    assert store.stat("none") is None
+    with pytest.raises(ObjectMissing):
+        store.read("none")
+    store.delete("none")
+
+
+@pytest.mark.parametrize("size", [0, 1, 5 << 20, (16 << 20) + 1], ids=["0", "1", "5M", "2 parts"])
+def test_files_come_back_byte_for_byte(store, tmp_path, size):
+    data = (b"0123456789abcdef" * (size // 16 + 1))[:size]
+    path, digest = file_with(tmp_path, data)
+    moved = []
+    store.upload(path, "model/weights", digest, moved.append)
+    assert sum(moved) == size
+    target = tmp_path / "back.bin"
+    store.download("model/weights", target)
+    assert hashlib.sha256(target.read_bytes()).hexdigest() == digest
+
+
+def test_a_failed_download_leaves_nothing(store, tmp_path):
+    with pytest.raises(ObjectMissing):
+        store.download("none", tmp_path / "target")
+    assert list(tmp_path.glob("*target*")) == []
+
+
+def test_listing_is_sorted_and_recursive(store):
+    for key in ("b/2", "a", "b/1", "bc"):
+        store.write(key, b"x")
+    assert list(store.list()) == ["a", "b/1", "b/2", "bc"]
+    assert list(store.list("b/")) == ["b/1", "b/2"]
+
+
+def test_the_second_writer_of_a_new_object_loses(store):
+    store.write("latest", b"1", expected="")
+    with pytest.raises(WriteConflict):
+        store.write("latest", b"2", expected="")
+    assert store.read("latest") == b"1"
+
+
+def test_a_writer_with_an_old_etag_loses(store):
+    store.write("latest", b"1")
+    old = store.stat("latest").etag
+    store.write("latest", b"22", expected=old)
+    with pytest.raises(WriteConflict):
+        store.write("latest", b"333", expected=old)
+    assert store.read("latest") == b"22"
+
+
+@pytest.mark.parametrize("key", ["", "/etc/passwd", "../up", "a/../b", "a//b", "a\\b", "a\0b", "."])
+def test_no_key_leads_out_of_the_store(store, key):
+    with pytest.raises(StoreError):
+        store.write(key, b"x")
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("bucket/prefix", "not the URL of a store"),
+        ("http://host/bucket", "not the URL of a store"),
+        ("s3://user:planted@bucket/x", "credentials"),
+        ("s3://Bad_Bucket", "bucket"),
+        ("file://relative", "absolute"),
+        ("s3://bucket/x?versionId=1", r"\?"),
+    ],
+)
+def test_wrong_urls_are_named(url, words, no_store_variables):
+    with pytest.raises(ConfigError, match=words) as caught:
+        open_store(url)
+    assert "planted" not in str(caught.value)
+
+
+@pytest.mark.minio
+def test_s3_and_minio_are_the_same(bucket_url):
+    open_store(bucket_url).check(create=True)
+    open_store(f"{bucket_url}/p").write("k", b"v")
+    other = bucket_url.replace("s3://", "minio://")
+    assert open_store(f"{other}/p").read("k") == b"v"
+
+
+@pytest.mark.minio
+def test_a_missing_bucket_is_named(bucket_url):
+    with pytest.raises(ObjectMissing, match=urlsplit(bucket_url).netloc):
+        open_store(bucket_url).check()
+
+
+@pytest.mark.minio
+@pytest.mark.parametrize("variable", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
+def test_wrong_credentials_are_told_apart_from_no_answer(bucket_url, variable, monkeypatch):
+    monkeypatch.setenv(variable, "wrong-planted-value")
+    with pytest.raises(StoreAccessDenied) as caught:
+        open_store(bucket_url).write("k", b"v")
+    assert "planted" not in str(caught.value)
+
+
+def test_nobody_answers(no_store_variables, monkeypatch):
+    monkeypatch.setenv("S3_ENDPOINT", "127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "user")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted")
+    with pytest.raises(StoreUnavailable, match=r"127\.0\.0\.1:9") as caught:
+        open_store("s3://bucket").check()
+    assert "planted" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("environment", "endpoint", "secure"),
+    [
+        ({}, "s3.amazonaws.com", True),
+        ({"AWS_ENDPOINT_URL": "http://minio:9000"}, "minio:9000", False),
+        ({"S3_ENDPOINT": "minio.kubeflow:9000"}, "minio.kubeflow:9000", False),
+        ({"MINIO_ENDPOINT": "host:443", "MINIO_SECURE": "true"}, "host:443", True),
+        ({"AWS_ENDPOINT_URL_S3": "https://a", "AWS_ENDPOINT_URL": "http://b"}, "a", True),
+    ],
+)
+def test_endpoints_from_conventional_variables(environment, endpoint, secure):
+    found = connection(environment)
+    assert (found.endpoint, found.secure) == (endpoint, secure)
+
+
+def test_an_endpoint_that_is_no_address():
+    with pytest.raises(ConfigError, match="AWS_ENDPOINT_URL"):
+        _ = connection({"AWS_ENDPOINT_URL": "http://host/path"})
