@@ -46,8 +46,8 @@ def engine() -> str:
         if shutil.which(name) and _silent([name, "info"]):
             return name
     raise ImageError(
-        "no container engine answers: install one (Debian: apt-get install docker.io) and start it, "
-        "or point DOCKER_HOST at its socket"
+        "no container engine answers: install one (Debian: apt-get install docker.io) and start "
+        "it, or point DOCKER_HOST at its socket"
     )
 
 
@@ -58,7 +58,7 @@ def _silent(command: list[str]) -> bool:
 def _output(command: list[str], what: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ImageError(f"{what}: {(done.stderr or done.stdout).strip()[-2000:]}")
+        raise ImageError(f"{what}: {(done.stdout + done.stderr).strip()[-2000:]}")
     return done.stdout.strip()
 
 
@@ -117,9 +117,9 @@ def build(options: argparse.Namespace) -> int:
                 arguments["PIP_INDEX_URL"] = index
             given = [f"--build-arg={name}={value}" for name, value in arguments.items()]
             file = str(Path(folder, "images", "Dockerfile"))
+            target = ["-f", file, "-t", names[image], folder]
             _output(
-                [command, "build", "--network", "host", "-f", file, "-t", names[image], *given]
-                + [folder],
+                [command, "build", "--network", "host", *given, *target],
                 f"the {image} image could not be built",
             )
     _write_names(names)
@@ -257,17 +257,16 @@ def _mebibytes(command: str, name: str) -> int:
     return int(_output([command, "image", "inspect", "--format", "{{.Size}}", name], "size")) >> 20
 
 
+_LARGEST = "du -sm /opt/venv/lib/python3*/site-packages/* /usr /opt/dpo | sort -rn | head -12"
+
+
 def sizes(options: argparse.Namespace) -> int:
     """Print each image's size and the largest packages in it."""
     command = engine()
-    for image, name in read_names().items():
-        print(f"{image}: {_mebibytes(command, name)} MiB")
-        # --apparent-size would count sparse files as full
-        listed = _output(
-            [command, "run", "--rm", name, "sh", "-c"]
-            + ["du -sm /opt/venv/lib/python3*/site-packages/* /usr /opt/dpo | sort -rn | head -12"],
-            "du",
-        )
+    names = read_names()
+    for image in options.image or IMAGES:
+        print(f"{image}: {_mebibytes(command, names[image])} MiB")
+        listed = _output([command, "run", "--rm", names[image], "sh", "-c", _LARGEST], "du")
         for line in listed.splitlines():
             size, path = line.split("\t")
             print(f"  {size:>6} MiB  {path.rpartition('site-packages/')[2]}")

@@ -1,6 +1,6 @@
 """First process of a container: forwards signals to the command, reaps what it leaves behind.
 
-A process with number 1 ignores SIGTERM unless it asks for it, so ``docker stop`` would wait and then
+Process number 1 ignores SIGTERM unless it asks for it, so ``docker stop`` would wait and then
 kill. Usage: ``init.py COMMAND [ARGUMENT ...]``; exits as the command does, 128 + N after signal N.
 """
 

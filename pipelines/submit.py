@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from dpo.errors import DpoError, PipelineError
 from pipelines import history, package
 from pipelines.deployment import load_deployment
 from pipelines.deployment import names as deployments
+from pipelines.on_cluster import add_options, needs_a_store, run_on_cluster
 from pipelines.outcome import Outcome, read_outputs, show
 from pipelines.request import local_store, parameters, presets
 
@@ -115,6 +115,7 @@ def parser() -> argparse.ArgumentParser:
         default="text",
         help="json: one object on stdout, for CI",
     )
+    add_options(this)
     return this
 
 
@@ -129,11 +130,9 @@ def main(arguments: list[str] | None = None) -> int:
             failed = {"state": "failed", "message": str(error), "exit_code": error.exit_code}
             print(json.dumps(failed))
         return error.exit_code
-    except KeyboardInterrupt:
-        print(
-            "\nStopped. Finished steps are kept: the same command goes on from there.",
-            file=sys.stderr,
-        )
+    except KeyboardInterrupt as interrupt:
+        default = "Stopped. Finished steps are kept: the same command goes on from there."
+        print(f"\n{interrupt or default}", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -151,7 +150,7 @@ def _run(options: argparse.Namespace) -> int:
         assignments=options.assignments,
         store=store,
     )
-    if not values["publish_store"]:
+    if not values["publish_store"] and needs_a_store(options):
         raise PipelineError(
             "no store to publish to is given",
             fix="pass --store s3://bucket/prefix; credentials come from the environment",
@@ -163,7 +162,7 @@ def _run(options: argparse.Namespace) -> int:
     outcome = (
         _run_locally(options, documents, values, runs)
         if options.local
-        else _run_on_cluster(options, documents, values)
+        else run_on_cluster(options, documents, values)
     )
     _finish(options, outcome)
     return outcome.exit_code
@@ -174,7 +173,8 @@ def _for_place(
 ) -> list[dict[str, Any]]:
     """The package for the place it will run in: with images and settings where those matter."""
     asked = bool(options.deployment or options.deploy or options.images)
-    if options.local == "processes" or (options.dry_run and not asked):
+    names_no_package = options.cancel or options.retry or (options.dry_run and not asked)
+    if options.local == "processes" or names_no_package:
         return documents
     deployment = load_deployment(options.deployment, options.deploy)
     built = package.BUILT_IMAGES
@@ -277,37 +277,6 @@ def _run_locally(
     if run.succeeded:
         read_outputs(outcome, run.artifacts)
     return outcome
-
-
-def _run_on_cluster(
-    options: argparse.Namespace, documents: list[dict[str, Any]], values: dict[str, Any]
-) -> Outcome:
-    from pipelines import cluster
-
-    target = cluster.endpoint(options.endpoint, options.namespace, options.experiment)
-    client = cluster.connect(target)
-    name = options.run_name or f"{values['publish_name']} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "package.yaml")
-        package.save_package(documents, path)
-        run_id = cluster.submit(client, target, path, values, name)
-    print(cluster.link(target, run_id), file=sys.stderr)
-    if not options.wait:
-        return Outcome("submitted", run_id, where=cluster.link(target, run_id))
-    try:
-        return cluster.wait(
-            client,
-            target,
-            run_id,
-            store=values["publish_store"],
-            timeout_seconds=options.timeout_seconds,
-            say=lambda text: print(text, file=sys.stderr),
-        )
-    except KeyboardInterrupt:
-        if not options.cancel_on_interrupt:
-            raise
-        cluster.cancel(client, run_id)
-        return Outcome("cancelled", run_id, where=cluster.link(target, run_id))
 
 
 def _finish(options: argparse.Namespace, outcome: Outcome) -> None:
