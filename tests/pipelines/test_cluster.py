@@ -238,6 +238,8 @@ def test_ctrl_c(backend, store, tmp_path, cancels):
         stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
+        # a test run in the background ignores SIGINT, and so would this process
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and not any(

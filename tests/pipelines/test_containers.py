@@ -144,6 +144,8 @@ def test_ctrl_c_ends_the_containers(checkout, images, bucket):
         text=True,
         cwd=checkout.folder,
         env=checkout.environment(**environment),
+        # a test run in the background ignores SIGINT, and so would this process
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     client = containers.connect()
     try:
