@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo.errors import ConfigError, DpoError
+from dpo.errors import ConfigError, DpoError, system_problem
 
 INTERRUPTED = 130
 REFUSED = 3
@@ -128,6 +128,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\ndpo: stopped; nothing half-written was kept", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
+        return 1
+    except OSError as error:
+        print(f"dpo: {system_problem(error)}", file=sys.stderr)
         return 1
 
 

@@ -23,6 +23,8 @@ no traceback, and exits with ``exit_code``: 2 for a mistake in the command or it
 
 from __future__ import annotations
 
+import errno
+
 
 class DpoError(Exception):
     """What was found, where, and what to do about it.
@@ -106,3 +108,13 @@ class PipelineError(DpoError):
 
 class MissingDependency(DpoError):
     """An optional package that this command needs is not installed."""
+
+
+def system_problem(error: OSError) -> DpoError:
+    """What the operating system refused (a full disk, a missing permission) as our message."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return DpoError(
+        "the disk is full" if full else error.strerror or str(error),
+        where=str(error.filename) if error.filename else None,
+        fix="free space, then run again" if full else "repair it, then run again",
+    )

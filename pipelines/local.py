@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,6 +38,7 @@ from pipelines.package import STEPS, save_package
 
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 15.0
+_LEAST_FREE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,9 @@ def run_local(job: Job, console: Console, *, timeout_seconds: float | None = Non
         succeeded = worker.returncode == 0
         view.finish(succeeded=succeeded)
         run = _outcome(job, folder, run_id, view, succeeded, started)
-        _record(run, job)
+        with suppress(OSError):
+            # the run is what it is, also where its record does not fit on the disk
+            _record(run, job)
         return run
 
 
@@ -195,6 +198,9 @@ def _failure(folder: Path, view: RunView) -> tuple[str, int]:
     log = folder / "log.txt"
     if view.error is not None and not view.error.get("bug"):
         return f"step {view.error['step']}: {view.error['text']}", view.error["exit_code"]
+    if shutil.disk_usage(folder).free < _LEAST_FREE_BYTES:
+        # then neither the step's message nor its log could be written
+        return str(DpoError("the disk is full", where=str(folder), fix="free space, run again")), 1
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     failed = [name for name, step in view.steps.items() if step.state == "failed"]
     what = f"step {failed[0]} ended without a message" if failed else "the run ended unexpectedly"

@@ -107,7 +107,8 @@ def show(outcome: Outcome, console: Console, *, next_command: str = "") -> None:
 
 def _show_evaluation(outcome: Outcome, console: Console) -> None:
     evaluation = outcome.evaluation
-    table = Table(title=f"Held out: {evaluation['n_pairs']} pairs", title_justify="left", box=None, title_style="")
+    console.print(f"Held out: {evaluation['n_pairs']} pairs", highlight=False)
+    table = Table(box=None)
     table.add_column("")
     table.add_column("before (SFT)", justify="right")
     table.add_column("after (policy)", justify="right")

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ if __package__ in (None, ""):
 from rich.console import Console
 from rich.table import Table
 
-from dpo.errors import DpoError, PipelineError
+from dpo.errors import DpoError, PipelineError, system_problem
 from pipelines import history, package
 from pipelines.deployment import load_deployment
 from pipelines.deployment import names as deployments
@@ -124,7 +125,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         return _run(options)
-    except DpoError as error:
+    except (DpoError, OSError) as problem:
+        error = system_problem(problem) if isinstance(problem, OSError) else problem
         print(error, file=sys.stderr)
         if options.output == "json":
             failed = {"state": "failed", "message": str(error), "exit_code": error.exit_code}
@@ -265,7 +267,8 @@ def _run_locally(
         return Outcome(
             "timed out", "", message=f"stopped after {options.timeout_seconds:.0f} seconds"
         )
-    history.remember(run.folder, plan, run.states)
+    with suppress(OSError):
+        history.remember(run.folder, plan, run.states)
     outcome = Outcome(
         "failed",
         run.run_id,

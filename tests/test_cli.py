@@ -78,32 +78,29 @@ def test_a_missing_file_is_named(tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-def test_stages_one_by_one_from_the_command_line(tmp_path):
-    """Each command reads what the one before wrote."""
-    out = tmp_path / "out"
-    common = ["model=tiny", "max_length=128", "max_prompt_length=64", "n_eval_examples=16"]
-    train = [*common, "n_examples=16", "batch_size=8", "lr=1e-4", "warmup_steps=0"]
-    data, sft, policy, scored = f"data={out}/data", f"{out}/sft", f"{out}/policy", f"{out}/ref"
-    judged, verdict = f"evaluation={out}/eval", f"verdict={out}/verdict"
-    commands = [
-        ["ingest", *common[:-1], f"output={out}/data"],
-        ["train", "loss=sft", *train, data, f"output={sft}"],
-        ["reference", *common, "n_examples=16", data, f"base={sft}", f"output={scored}"],
-        ["train", "loss=ipo", *train, data, f"base={sft}", f"reference={scored}"],
-        ["evaluate", "loss=ipo", *common, data, f"sft={sft}", f"policy={policy}"],
-        ["gate", judged, f"output={out}/verdict", "gate.min_reward_accuracy=0"],
-        ["publish", f"policy={policy}", judged, verdict, f"publish.store=file://{out}/store"],
-        ["verify", f"file://{out}/store/policy"],
-        ["pull", f"file://{out}/store/policy", f"output={out}/pulled"],
-    ]
-    commands[3] += [f"output={policy}"]
-    commands[4] += [f"reference={scored}", f"output={out}/eval"]
-    commands[4] += ["evaluation.n_samples=1", "evaluation.max_new_tokens=4"]
-    commands[6] += [f"output={out}/published"]
-    for command in commands:
-        done = dpo(*command)
-        assert done.returncode == 0, (command, done.stderr)
-    assert (out / "pulled/model.safetensors").read_bytes() == (
-        out / "policy/model.safetensors"
-    ).read_bytes()
-    assert "whole" in dpo("verify", f"file://{out}/store/policy").stdout
+@pytest.mark.parametrize("stage", ["ingest", "train"])
+def test_a_file_that_cannot_be_written_whole_ends_in_one_message(stage, tmp_path):
+    """A limit on the size of files stands in for a full disk: the write fails half way."""
+    code = (
+        "import resource, sys; from dpo.cli import main; "
+        "limit = int(sys.argv[1]); resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)); "
+        "sys.exit(main(sys.argv[2:]))"
+    )
+
+    def run(limit, *words):
+        command = [sys.executable, "-c", code, str(limit), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    ingest = ["ingest", "model=tiny", f"output={tmp_path}/data"]
+    if stage == "ingest":
+        done = run(100_000, *ingest)
+    else:
+        assert run(1 << 30, *ingest).returncode == 0
+        sizes = ["max_length=64", "max_prompt_length=32", "n_examples=4", "n_eval_examples=4"]
+        words = ["train", "model=tiny", "loss=sft", *sizes, f"data={tmp_path}/data"]
+        done = run(100_000, *words, f"output={tmp_path}/sft")
+    assert done.returncode == 1
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == (set() if stage == "ingest" else {"data"})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from dpo.modeling.quiet import quiet
 from dpo.storage.base_model import local_model, local_tokenizer
 
 _SHARD_SIZE = "2GB"
+_OS_ERROR = re.compile(r"os error (\d+)")
 
 
 def load_model(
@@ -165,9 +168,22 @@ def check_length(model: Any, max_length: int) -> None:
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """A Hugging Face folder: sharded safetensors, configurations, tokenizer with chat template."""
+    """A Hugging Face folder: sharded safetensors, configurations, tokenizer with chat template.
+
+    Raises:
+        OSError: a file could not be written.
+    """
     quiet()
-    model.save_pretrained(str(folder), max_shard_size=_SHARD_SIZE)
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(str(folder), max_shard_size=_SHARD_SIZE)
+    except SafetensorError as error:
+        # safetensors reports a full disk in the words of its own language
+        if found := _OS_ERROR.search(str(error)):
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), str(folder)) from None
+        raise
     tokenizer.save_pretrained(str(folder))
     for path in folder.rglob("*"):
         if path.is_file():

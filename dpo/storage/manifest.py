@@ -105,11 +105,14 @@ def write_manifest(
 def write_atomically(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old bytes or the new ones, never a part."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path, *, stage: str | None = None, verify: bool = True) -> Manifest:

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from dpo.errors import DpoError
+from dpo.errors import DpoError, system_problem
 from dpo.storage.processes import DIE_WITH_PARENT, die_with_parent
 
 FILE_VARIABLE = "DPO_PROGRESS_FILE"
@@ -41,12 +41,14 @@ def emit(event: Event, step: str, **values: Any) -> None:
     if not path:
         return
     line = json.dumps({"event": event, "step": step, "time": time.time(), **values}) + "\n"
-    # O_APPEND and one write: lines of several processes do not mix
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(descriptor, line.encode())
-    finally:
-        os.close(descriptor)
+    # O_APPEND and one write: lines of several processes do not mix. An event that does not fit on
+    # the disk is no reason to fail: whatever matters fails by itself.
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
 
 
 def read_events(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
@@ -57,7 +59,14 @@ def read_events(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]
         file.seek(offset)
         data = file.read()
     complete = data[: data.rfind(b"\n") + 1]
-    return [json.loads(line) for line in complete.splitlines()], offset + len(complete)
+    return [*_parsed(complete.splitlines())], offset + len(complete)
+
+
+def _parsed(lines: list[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        # a full disk cuts a line short, and the next one is appended to it
+        with suppress(ValueError):
+            yield json.loads(line)
 
 
 def message(step: str, text: str) -> None:
@@ -152,11 +161,7 @@ def reported(step: str) -> Iterator[None]:
         print(f"{step}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(error.exit_code) from None
     except OSError as error:
-        problem = DpoError(
-            f"{error.strerror or error}",
-            where=str(error.filename) if error.filename else None,
-            fix="free space, or repair permissions, then run again",
-        )
+        problem = system_problem(error)
         emit("error", step, text=str(problem), exit_code=1)
         print(f"{step}: {problem}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
