@@ -64,6 +64,12 @@ def connect(target: Endpoint) -> Any:
     """
     import kfp
 
+    class Client(kfp.Client):  # type: ignore[misc]
+        """Without kfp's own five tries and five logged tracebacks when the endpoint refuses."""
+
+        def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:  # noqa: ARG002
+            return self._healthz_api.healthz_service_get_healthz(_request_timeout=_ANSWER_SECONDS)
+
     # with host= given the client ignores in-cluster credentials, so they are passed on
     credentials: dict[str, Any] = {}
     token_path = Path(
@@ -79,10 +85,10 @@ def connect(target: Endpoint) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            client = kfp.Client(
+            client = Client(
                 host=target.host, ui_host=target.ui, namespace=target.namespace or "", **credentials
             )
-        client._healthz_api.healthz_service_get_healthz(_request_timeout=_ANSWER_SECONDS)
+        client.get_kfp_healthz()
     except Exception as error:
         raise problem("the endpoint does not answer", target, error) from None
     return client

@@ -385,7 +385,7 @@ def test_a_schedule_starts_no_run_now(backend, command):
     (made,) = backend.schedules.values()
     assert made["display_name"] == "nightly"
     assert made["trigger"]["cron_schedule"]["cron"] == "0 0 3 * * *"
-    assert made["max_concurrency"] == "1"
+    assert int(made["max_concurrency"]) == 1
 
 
 def test_a_schedule_of_five_fields_is_refused_here(backend, command):
