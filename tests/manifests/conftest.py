@@ -67,3 +67,7 @@ def node(plane, name, *, cpu, gpus=0):
         *("patch", "node", name, "--subresource=status", "--type=merge", "-p", json.dumps(status))
     )
     assert done.returncode == 0, done.stderr
+    # a new node is tainted until the controller that is switched off here has seen it ready
+    taints = json.dumps({"spec": {"taints": [taint] if gpus else []}})
+    done = plane.kubectl("patch", "node", name, "--type=merge", "-p", taints)
+    assert done.returncode == 0, done.stderr
