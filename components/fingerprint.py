@@ -68,6 +68,8 @@ def fingerprint(
     from collections import namedtuple
 
     from dpo.data.plan import plan_run
+    from dpo.storage.progress import reported
 
-    plan = plan_run(parameters)
+    with reported("fingerprint"):
+        plan = plan_run(parameters)
     return namedtuple("Plan", plan)(**plan)

@@ -13,10 +13,11 @@ from typing import Any
 from dpo.config.places import cache_dir
 from dpo.errors import PipelineError
 from dpo.storage import progress
+from dpo.storage.processes import END_WITH
 
 RUN_LABEL = "dpo.run"
 _PASSED_ON = ("AWS_", "MINIO_", "S3_", "HF_", "OMP_NUM_THREADS", "DPO_", "HTTPS_PROXY", "NO_PROXY")
-_NOT_PASSED_ON = {"DPO_DIE_WITH_PARENT", "DPO_RUNS_DIR", "HF_HOME"}
+_NOT_PASSED_ON = {END_WITH, "DPO_RUNS_DIR", "HF_HOME"}
 _SHARED_MEMORY = "1g"
 
 

@@ -30,7 +30,6 @@ from rich.console import Console
 from dpo.errors import DpoError, PipelineError
 from dpo.storage import progress
 from dpo.storage.manifest import write_atomically
-from dpo.storage.processes import DIE_WITH_PARENT
 from pipelines import containers
 from pipelines.artifacts import Artifacts, drop_broken_cache_entries
 from pipelines.display import Display, RunView
@@ -122,7 +121,6 @@ def _start_worker(job: Job, folder: Path, events: Path, lock: int) -> subprocess
     environment = {
         **os.environ,
         progress.FILE_VARIABLE: str(events),
-        DIE_WITH_PARENT: "1",
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "true"),
     }

@@ -13,12 +13,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dpo.storage.processes import die_with_parent
+from dpo.storage.processes import END_WITH, die_with_parent
 
 
 def main(job_file: str) -> int:
     """Run the job described in ``job_file``; 0 when the pipeline succeeded."""
     die_with_parent()
+    os.environ[END_WITH] = str(os.getpid())
     job: dict[str, Any] = json.loads(Path(job_file).read_text(encoding="utf-8"))
     from kfp import components, local
 

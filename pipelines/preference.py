@@ -39,7 +39,7 @@ def preference_pipeline(
     sft_warmup_steps: int = 1,
     sft_overrides: list = [],  # noqa: B006
     preference_loss: str = "dpo",
-    preference_beta: float = 0.1,
+    preference_beta: float = 0.0,
     preference_label_smoothing: float = 0.0,
     preference_n_examples: int = 192,
     preference_n_epochs: int = 1,
@@ -78,11 +78,12 @@ def preference_pipeline(
         sft_lr_schedule: constant, or linear down to zero.
         sft_warmup_steps: Optimiser steps until sft_lr is reached.
         sft_overrides: Any other setting of SFT as a list of overrides, e.g. ["max_grad_norm=1.0"].
-        preference_loss: dpo or ipo; dpo with preference_label_smoothing above 0 is conservative
-            DPO.
-        preference_beta: How strongly the policy is held to the SFT model; 0 keeps the loss's
-            default.
-        preference_label_smoothing: Assumed share of wrongly labelled pairs, below 0.5.
+        preference_loss: dpo, ipo, robust, hinge, simpo or orpo; dpo with
+            preference_label_smoothing above 0 is conservative DPO.
+        preference_beta: How strongly the policy is held to the SFT model; 0 takes the loss's own
+            default (0.1; simpo 2).
+        preference_label_smoothing: Assumed share of wrongly labelled pairs, below 0.5; for dpo and
+            robust.
         preference_n_examples: Pairs to train on; 0 takes all.
         preference_n_epochs: Passes over them.
         preference_batch_size: Pairs in an optimiser step.

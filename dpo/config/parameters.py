@@ -111,8 +111,11 @@ def stage_configs(parameters: Mapping[str, Any]) -> dict[Stage, RunConfig]:
     if sides["preference"].loss.name == "sft":
         raise ConfigError(
             "preference_loss=sft: the preference stage needs a preference loss",
-            fix="choose dpo or ipo",
+            fix="choose dpo, ipo or another preference loss",
         )
+    if not sides["preference"].loss.needs_reference:
+        # held-out pairs are scored all the same: the report compares with the SFT model
+        sides["preference"] = sides["preference"].model_copy(update={"score_training_pairs": False})
     return {stage: restrict(sides[side], stage) for stage, side in _SIDE_OF_STAGE.items()}
 
 

@@ -177,6 +177,9 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0)
     """Order of the examples, choice of subsets, sampling."""
 
+    score_training_pairs: bool = True
+    """Let the reference stage score the training pairs too; the pipeline decides it by the loss."""
+
     # Evaluation while training
     eval_every: int = Field(20_000, ge=0)
     """Evaluate each time so many examples were trained on; 0 evaluates before and after only."""

@@ -39,7 +39,9 @@ STAGE_KEYS: Mapping[Stage, frozenset[str]] = {
         | {"model"}
     ),
     "sft": frozenset(_TRAIN),
-    "reference": frozenset(_TOKENS | _SELECTION | {"model", "trainer", "micro_batch_tokens"}),
+    "reference": frozenset(
+        _TOKENS | _SELECTION | {"model", "trainer", "micro_batch_tokens", "score_training_pairs"}
+    ),
     "preference": frozenset(_TRAIN),
     "evaluate": frozenset(
         _TOKENS

@@ -17,7 +17,6 @@ from dpo.config.stages import Stage, stage_json
 from dpo.data.sources import source_fingerprint
 from dpo.storage.base_model import model_fingerprint
 from dpo.storage.fingerprint import code_fingerprint
-from dpo.storage.progress import reported
 from dpo.storage.store import open_store
 
 _CACHED: tuple[Stage, ...] = ("ingest", "sft", "reference", "preference", "evaluate")
@@ -30,23 +29,22 @@ def plan_run(parameters: Mapping[str, Any]) -> dict[str, str]:
     Everything that can be known to be wrong before training is found here: a setting, a source or a
     base model that is missing, a store that does not answer.
     """
-    with reported("fingerprint"):
-        configs = stage_configs(parameters)
-        publish = configs["publish"].publish
-        if publish.store:
-            open_store(publish.store).check(create=publish.create_bucket)
-        data = data_fingerprint(configs["ingest"])
-        model = model_fingerprint(configs["sft"].model)
-        sources: dict[Stage, dict[str, str]] = {"ingest": {"data": data}, "sft": {"model": model}}
-        if configs["ingest"].prompt_format == "chat":
-            # the chat template comes with the base model's tokenizer
-            sources["ingest"]["model"] = model
-        plan = {f"{stage}_settings": stage_json(configs[stage], stage) for stage in _NEVER_CACHED}
-        for stage in _CACHED:
-            known = {"code": code_fingerprint(stage), **sources.get(stage, {})}
-            plan[f"{stage}_settings"] = stage_json(configs[stage], stage)
-            plan[f"{stage}_fingerprint"] = json.dumps(known, sort_keys=True)
-        return plan
+    configs = stage_configs(parameters)
+    publish = configs["publish"].publish
+    if publish.store:
+        open_store(publish.store).check(create=publish.create_bucket)
+    data = data_fingerprint(configs["ingest"])
+    model = model_fingerprint(configs["sft"].model)
+    sources: dict[Stage, dict[str, str]] = {"ingest": {"data": data}, "sft": {"model": model}}
+    if configs["ingest"].prompt_format == "chat":
+        # the chat template comes with the base model's tokenizer
+        sources["ingest"]["model"] = model
+    plan = {f"{stage}_settings": stage_json(configs[stage], stage) for stage in _NEVER_CACHED}
+    for stage in _CACHED:
+        known = {"code": code_fingerprint(stage), **sources.get(stage, {})}
+        plan[f"{stage}_settings"] = stage_json(configs[stage], stage)
+        plan[f"{stage}_fingerprint"] = json.dumps(known, sort_keys=True)
+    return plan
 
 
 def data_fingerprint(config: RunConfig) -> str:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo.config.losses import IPOLoss, SFTLoss
+from dpo.config.losses import SFTLoss
 from dpo.config.schema import RunConfig
 from dpo.data.log_probs import PairLogProbs
 from dpo.evaluate.bootstrap import intervals
-from dpo.modeling.losses import PairLogps, preference_loss
+from dpo.modeling.losses import PairLogps, preference_loss, uses_means
 
 
 @dataclass(frozen=True)
@@ -78,18 +78,21 @@ def _model(rows: Sequence[PairLogProbs]) -> dict[str, list[float]]:
 
 def _preference(held_out: HeldOut, config: RunConfig) -> dict[str, list[float]]:
     assert not isinstance(config.loss, SFTLoss)
-    mean = isinstance(config.loss, IPOLoss) and config.loss.log_probs == "mean"
-    reduce = _means if mean else _sums
-    logps = PairLogps(
-        *(
-            torch.tensor(reduce(rows, side), dtype=torch.float64)
-            for rows in (held_out.after, held_out.before)
-            for side in ("chosen", "rejected")
-        )
+    sums = (
+        torch.tensor(_sums(rows, side), dtype=torch.float64)
+        for rows in (held_out.after, held_out.before)
+        for side in ("chosen", "rejected")
     )
+    lengths = (
+        torch.tensor([len(getattr(row, side)) for row in held_out.after], dtype=torch.float64)
+        for side in ("chosen", "rejected")
+    )
+    logps = PairLogps(*sums, *lengths)
+    # rewards are measured against the SFT model, also where the loss leaves it out
+    used = logps.per_token() if uses_means(config.loss) else logps
     beta = config.loss.beta
-    chosen = beta * (logps.policy_chosen_B - logps.reference_chosen_B)
-    rejected = beta * (logps.policy_rejected_B - logps.reference_rejected_B)
+    chosen = beta * (used.policy_chosen_B - used.reference_chosen_B)
+    rejected = beta * (used.policy_rejected_B - used.reference_rejected_B)
     return {
         "reward_accuracy": (chosen > rejected).double().tolist(),
         "reward_margin": (chosen - rejected).tolist(),

@@ -57,11 +57,20 @@ Text generation in the form of its training data. The licences of base model and
 """
 
 
+_LOSS_NAMES = {
+    "dpo": "direct preference optimisation (DPO)",
+    "robust": "robust DPO",
+    "hinge": "preference training with a hinge loss (SLiC)",
+    "ipo": "identity preference optimisation (IPO)",
+    "simpo": "simple preference optimisation (SimPO)",
+    "orpo": "odds-ratio preference optimisation (ORPO)",
+}
+
+
 def _loss_name(loss: dict[str, Any]) -> str:
-    if loss["name"] == "dpo":
-        smoothed = loss.get("label_smoothing", 0) > 0
-        return "conservative DPO" if smoothed else "direct preference optimisation (DPO)"
-    return "identity preference optimisation (IPO)" if loss["name"] == "ipo" else loss["name"]
+    if loss["name"] == "dpo" and loss.get("label_smoothing", 0) > 0:
+        return "conservative DPO"
+    return _LOSS_NAMES[loss["name"]]
 
 
 def _options(loss: dict[str, Any]) -> str:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
 import sys
+import threading
 
-DIE_WITH_PARENT = "DPO_DIE_WITH_PARENT"
+END_WITH = "DPO_END_WITH"
+"""Environment variable with the process id that the steps of a local run must not outlive."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -20,3 +23,26 @@ def die_with_parent() -> None:
     if os.getppid() != parent:
         # the parent ended before the request was made
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_with(pid: int) -> None:
+    """End this process as soon as process ``pid`` ends, though it is not our parent (Linux).
+
+    kfp starts a step through a shell; the shell outlives the runner, and the step with it.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        os.kill(os.getpid(), signal.SIGKILL)
+    watch = threading.Thread(target=_wait_and_end, args=(descriptor,), daemon=True)
+    watch.start()
+
+
+def _wait_and_end(descriptor: int) -> None:
+    poll = select.poll()
+    # readable when the process has ended
+    poll.register(descriptor, select.POLLIN)
+    poll.poll()
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -26,7 +26,7 @@ from rich.progress import (
 )
 
 from dpo.errors import DpoError, system_problem
-from dpo.storage.processes import DIE_WITH_PARENT, die_with_parent
+from dpo.storage.processes import END_WITH, end_with
 
 FILE_VARIABLE = "DPO_PROGRESS_FILE"
 _LOG_INTERVAL_SECONDS = 10.0
@@ -151,8 +151,8 @@ def reported(step: str) -> Iterator[None]:
 
     Every other exception is a bug of ours and keeps its traceback; its last line is reported too.
     """
-    if os.environ.get(DIE_WITH_PARENT):
-        die_with_parent()
+    if runner := os.environ.get(END_WITH):
+        end_with(int(runner))
     emit("start", step)
     try:
         yield

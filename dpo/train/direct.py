@@ -43,7 +43,7 @@ def train_directly(
         data = run_dir / "data"
         message(stage, f"run folder: {run_dir}")
         run_ingest(restrict(config, "ingest"), data)
-    if stage == "preference" and reference is None:
+    if config.loss.needs_reference and reference is None:
         reference = run_dir / "reference"
         run_reference(restrict(config, "reference"), reference, pairs=data, model=base)
     run_train(restrict(config, stage), target, pairs=data, base=base, reference=reference)

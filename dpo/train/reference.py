@@ -41,8 +41,9 @@ def run_reference(
     check_length(policy, config.max_length)
     # the set of pairs does not depend on how they are batched
     examples = load_examples(config, pairs, tokenizer, batch_size=1, responses="pair")
-    every = [*examples.train.values(), *examples.held_out]
-    splits = [TRAIN] * len(examples.train) + [TEST] * len(examples.held_out)
+    train = [*examples.train.values()] if config.score_training_pairs else []
+    every = [*train, *examples.held_out]
+    splits = [TRAIN] * len(train) + [TEST] * len(examples.held_out)
     dtype = compute_dtype(config.model, device)
     with track("reference", "pairs", len(every)) as bar:
         scored = score(policy, every, dtype=dtype, token_budget=config.micro_batch_tokens, bar=bar)

@@ -65,7 +65,8 @@ def run_train(
     objective = Objective(
         model, config.loss, compute_dtype(config.model, device), config.micro_batch_tokens
     )
-    log_probs = None if stage == "sft" else _reference(objective, examples, reference)
+    needed = config.loss.needs_reference
+    log_probs = _reference(objective, examples, reference) if needed else None
     with staged(output) as folder:
         log = MetricLog(folder)
         trainer = Trainer(config, stage, objective, examples, log_probs, log)

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo.config.losses import AnyLoss, IPOLoss, SFTLoss
+from dpo.config.losses import AnyLoss, SFTLoss
 from dpo.data.log_probs import PairLogProbs
 from dpo.data.packing import PackedBatch, pack
 from dpo.data.tokenize import TokenizedExample
 from dpo.errors import InvariantError, NonFiniteError
-from dpo.modeling.losses import PairLogps, preference_loss, sft_loss, starting_loss
+from dpo.modeling.losses import PairLogps, as_used, preference_loss, sft_loss, starting_loss
 from dpo.modeling.metrics import Split, preference_metrics, sft_metrics
 from dpo.modeling.precision import autocast
 from dpo.modeling.scoring import response_lengths, response_sums, token_log_probs
@@ -52,18 +52,22 @@ class Objective:
         if isinstance(self.loss, SFTLoss):
             losses_E = sft_loss(logps_ER[:, 0])
             return losses_E, sft_metrics(logps_ER[:, 0], losses_E, split)
-        assert reference is not None
-        # summed in the same way as the policy's, so that equal models differ by exactly nothing
-        reference_N = np.concatenate(
-            [part for row in reference for part in (row.chosen, row.rejected)]
-        )
-        reference_ER = response_sums(batch, torch.as_tensor(reference_N, device=log_probs_N.device))
-        if isinstance(self.loss, IPOLoss) and self.loss.log_probs == "mean":
-            lengths_ER = response_lengths(batch, logps_ER.device)
-            logps_ER, reference_ER = logps_ER / lengths_ER, reference_ER / lengths_ER
-        logps = PairLogps(logps_ER[:, 0], logps_ER[:, 1], reference_ER[:, 0], reference_ER[:, 1])
+        lengths_ER = response_lengths(batch, logps_ER.device)
+        if reference is None:
+            reference_ER = torch.zeros_like(logps_ER)
+        else:
+            # summed in the same way as the policy's: equal models differ by exactly nothing
+            reference_N = np.concatenate(
+                [part for row in reference for part in (row.chosen, row.rejected)]
+            )
+            reference_ER = response_sums(
+                batch, torch.as_tensor(reference_N, device=log_probs_N.device)
+            )
+        columns = (matrix[:, r] for matrix in (logps_ER, reference_ER, lengths_ER) for r in (0, 1))
+        logps = PairLogps(*columns)
         losses_E = preference_loss(self.loss, logps)
-        return losses_E, preference_metrics(logps, losses_E, self.loss.beta, split)
+        used = as_used(self.loss, logps)
+        return losses_E, preference_metrics(used, losses_E, self.loss.beta, split)
 
     def accumulate(
         self,
@@ -139,7 +143,7 @@ def check_starting_point(figures: dict[str, Tensor], loss: AnyLoss, dtype: torch
     Raises:
         InvariantError: they differ by more than the precision in use explains.
     """
-    if isinstance(loss, SFTLoss):
+    if isinstance(loss, SFTLoss) or not loss.needs_reference:
         return
     largest = max(figures[f"logps_train/{side}"].abs().max() for side in ("chosen", "rejected"))
     tolerance = _TOLERANCE[dtype] * float(largest) + _TOLERANCE[dtype]
@@ -155,9 +159,9 @@ def check_starting_point(figures: dict[str, Tensor], loss: AnyLoss, dtype: torch
     if expected is None:
         return
     found = float(figures["loss/train"].mean())
-    # |d loss / d h| at h = 0: beta / 2 for DPO, 1 / beta for IPO
-    slope = max(loss.beta, 1 / loss.beta) * tolerance + tolerance**2
-    if abs(found - expected) > slope + 1e-5:
+    drifted = [starting_loss(loss, drift) for drift in (-tolerance, tolerance)]
+    allowed = max(abs(value - expected) for value in drifted if value is not None)
+    if abs(found - expected) > allowed + 1e-5:
         raise InvariantError(
             f"the loss before training is {found:.6f}, expected {expected:.6f}",
             where="step 0",

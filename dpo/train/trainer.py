@@ -33,7 +33,7 @@ class Trainer:
     objective: Objective
     examples: Examples
     reference: dict[str, PairLogProbs] | None
-    """Log-probabilities of the reference by pair id; None for SFT."""
+    """Log-probabilities of the reference by pair id; None where the loss needs none."""
     log: MetricLog
     steps: int = 0
     trained: int = 0
@@ -138,9 +138,10 @@ class Trainer:
 
     def _call_out_collapse(self) -> None:
         """DPO can lower both responses' probability; the loss does not show it."""
-        if isinstance(self.objective.loss, SFTLoss) or not self.last:
+        if not self.objective.loss.needs_reference or not self.last:
             return
         loss = self.objective.loss
+        assert not isinstance(loss, SFTLoss)
         change = self.last["rewards_train/chosen"] / loss.beta
         start = self.last["logps_train/chosen"] - change
         if change < _COLLAPSE_SHARE * start:

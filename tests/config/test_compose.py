@@ -68,7 +68,7 @@ def test_defaults_are_those_of_the_reference_code():
 
 
 @pytest.mark.parametrize("model", [*MODELS])
-@pytest.mark.parametrize("loss", ["sft", "dpo", "ipo"])
+@pytest.mark.parametrize("loss", choices("loss"))
 @pytest.mark.parametrize("trainer", ["BasicTrainer", "FSDPTrainer", "TensorParallelTrainer"])
 def test_every_choice_composes(model, loss, trainer):
     config = compose([f"model={model}", f"loss={loss}", f"trainer={trainer}"]).config
@@ -77,7 +77,7 @@ def test_every_choice_composes(model, loss, trainer):
 
 def test_choices_are_the_names_that_people_know():
     assert set(choices("model")) == {*MODELS, "blank_model"}
-    assert set(choices("loss")) == {"sft", "dpo", "ipo"}
+    assert set(choices("loss")) == {"sft", "dpo", "ipo", "robust", "hinge", "simpo", "orpo"}
     assert {"hh", "shp", "se", "novalto", "hh_sample"} <= set(choices("dataset"))
 
 
@@ -161,6 +161,9 @@ def test_mistakes_name_key_value_and_choices(override, words):
         ["loss=sft", "loss.beta=0.1"],
         ["loss=sft", "loss.reference_free=true"],
         ["loss=dpo", "loss.log_probs=mean"],
+        ["loss=simpo", "loss.reference_free=true"],
+        ["loss=orpo", "loss.sft_weight=1"],
+        ["loss=hinge", "loss.label_smoothing=0.1"],
     ],
 )
 def test_options_that_the_loss_ignores_are_errors(overrides):

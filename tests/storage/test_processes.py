@@ -1,0 +1,47 @@
+"""A step ends with the run that started it, though a shell stands between them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+STEP = (
+    "import os, sys, time; from dpo.storage.processes import end_with; "
+    "end_with(int(sys.argv[1])); print(os.getpid(), flush=True); time.sleep(60)"
+)
+RUNNER = (
+    "import os, subprocess, sys; subprocess.run(['sh', '-c', "
+    "f'{sys.executable} -c \"$0\" {os.getpid()}; true', sys.argv[1]])"
+)
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # what nobody has waited for yet is a zombie
+    stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_step_does_not_outlive_a_runner_that_was_killed():
+    command = [sys.executable, "-c", RUNNER, STEP]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as runner:
+        step = int(runner.stdout.readline())
+        assert is_running(step)
+        runner.send_signal(signal.SIGKILL)
+        runner.wait()
+        deadline = time.monotonic() + 10
+        while is_running(step) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not is_running(step)
+
+
+def test_a_step_of_a_runner_that_is_gone_ends_at_once():
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    done = subprocess.run([sys.executable, "-c", STEP, str(gone.pid)], check=False)
+    assert done.returncode == -signal.SIGKILL
