@@ -6,7 +6,9 @@ PORT ?= 8000
 TOY_DATA := toy-data/community.json
 BIN := .venv/bin
 READY := .venv/.ready
-FAST := not long and not gpu and not containers and not cluster
+IMAGES := data train service
+UV_LOCK := --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet
+FAST := not long and not gpu and not containers and not cluster and not kubernetes
 
 .DEFAULT_GOAL := help
 
@@ -65,12 +67,49 @@ test: setup ## Every test that needs no system package and no container engine
 .PHONY: test-long
 test-long: setup ## The tests that take minutes
 	@$(BIN)/python -m tests.support.minio --ensure
-	@$(BIN)/python -m pytest -m "long and not gpu and not containers and not cluster" --timeout 3600 $(PYTEST)
+	@$(BIN)/python -m pytest -m "long and not gpu and not containers and not cluster and not kubernetes" --timeout 3600 $(PYTEST)
 
 .PHONY: test-gpu
 test-gpu: setup ## The GPU tests; fails without a GPU
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("no GPU was found: torch.cuda.is_available() is false")'
 	@$(BIN)/python -m pytest -m gpu $(PYTEST)
+
+.PHONY: test-containers
+test-containers: setup ## The tests that build images and run the pipeline in containers
+	@$(BIN)/python -m tests.support.minio --ensure
+	@$(BIN)/python -m pytest -m containers --timeout 3600 $(PYTEST)
+
+.PHONY: test-kubernetes
+test-kubernetes: setup ## The tests on a real Kubernetes API server (built once, five minutes)
+	@$(BIN)/python -m tests.support.kubernetes --ensure
+	@$(BIN)/python -m pytest -m kubernetes $(PYTEST)
+
+.PHONY: manifests-check
+manifests-check: test-kubernetes ## Apply the manifests to a real API server, with accounts and admission
+
+.PHONY: deploy
+deploy: ## Apply manifests/overlays/OVERLAY to the current cluster (kubectl)
+	@test -n "$(OVERLAY)" || { echo "make deploy OVERLAY=$$(ls -m manifests/overlays)" >&2; exit 1; }
+	@kubectl apply --server-side -k manifests/overlays/$(OVERLAY)
+
+.PHONY: undeploy
+undeploy: ## Remove what make deploy OVERLAY=... applied
+	@test -n "$(OVERLAY)" || { echo "make undeploy OVERLAY=$$(ls -m manifests/overlays)" >&2; exit 1; }
+	@kubectl delete --ignore-not-found -k manifests/overlays/$(OVERLAY)
+
+.PHONY: images
+images: setup ## Build the images data, train and service (Docker or Podman; BASE=image)
+	@$(BIN)/python images/build.py build $(if $(BASE),--base '$(BASE)')
+
+.PHONY: images-push
+images-push: setup ## Push the images to REGISTRY and note their digests
+	@test -n "$(REGISTRY)" || { echo "make images-push REGISTRY=host/path" >&2; exit 1; }
+	@$(BIN)/python images/build.py push --registry '$(REGISTRY)'
+
+.PHONY: images-check
+images-check: setup ## Run each image as a random user, read-only, without network
+	@$(BIN)/python images/build.py check
+	@$(BIN)/python images/build.py sizes
 
 .PHONY: test-cluster
 test-cluster: setup ## The tests against the endpoint in KF_PIPELINES_ENDPOINT
@@ -117,17 +156,20 @@ format: setup ## Let ruff format and fix
 	@$(BIN)/ruff format .
 
 .PHONY: pipeline
-pipeline: setup ## Compile the pipeline into pipelines/preference_pipeline.yaml
-	@$(BIN)/python -m pipelines.package
+pipeline: setup ## Compile the pipeline; with DEPLOYMENT=cpu|gpu|FILE a package for a cluster (DEPLOY)
+	@$(if $(DEPLOYMENT),$(BIN)/python -m pipelines.package --output build/preference_pipeline.yaml --deployment '$(DEPLOYMENT)' $(if $(wildcard build/images.json),--images build/images.json) $(foreach s,$(DEPLOY),--deploy '$(s)'),$(BIN)/python -m pipelines.package)
 
 .PHONY: schemas
 schemas: setup ## Write config/schemas/*.json from the types
 	@$(BIN)/python -m dpo.config.schemas
 
 .PHONY: lock
-lock: setup ## Resolve images/requirements.lock again from pyproject.toml
+lock: setup ## Resolve the lock files of development and images again
 	@$(BIN)/python -m pip install --quiet uv
-	@$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet -o images/requirements.lock
+	@$(BIN)/uv pip compile pyproject.toml --extra dev $(UV_LOCK) -o images/requirements.lock
+	@for image in $(IMAGES); do $(BIN)/uv pip compile pyproject.toml $(UV_LOCK) \
+		--constraint images/requirements.lock $$(sed 's/^/--extra /' images/$$image/extras) \
+		-o images/$$image/requirements.lock; done
 
 .PHONY: setup-system
 setup-system: ## Install the system packages that further tests use (Debian, as root)

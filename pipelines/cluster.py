@@ -6,20 +6,20 @@ does not tell a failed run from a good one.
 
 from __future__ import annotations
 
+import json
 import os
-import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo.errors import PipelineError
-from dpo.storage.runs import read_run_manifest
-from pipelines.outcome import Outcome
+from dpo.errors import ConfigError, PipelineError
 
-_POLL_SECONDS = 5.0
-_TRANSIENT_FAILURES = 12
-_FINAL = {"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"}
+_ANSWER_SECONDS = 20.0
+_CRON_FIELDS = 6
+_BAD_REQUEST = 400
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,12 @@ def connect(target: Endpoint) -> Any:
     """
     import kfp
 
+    class Client(kfp.Client):  # type: ignore[misc]
+        """Without kfp's own five tries and five logged tracebacks when the endpoint refuses."""
+
+        def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:  # noqa: ARG002
+            return self._healthz_api.healthz_service_get_healthz(_request_timeout=_ANSWER_SECONDS)
+
     # with host= given the client ignores in-cluster credentials, so they are passed on
     credentials: dict[str, Any] = {}
     token_path = Path(
@@ -72,15 +78,62 @@ def connect(target: Endpoint) -> Any:
     if token := os.environ.get("KF_PIPELINES_TOKEN"):
         credentials["existing_token"] = token
     elif token_path.is_file():
+        # read again for each request: the kubelet renews it
         credentials["credentials"] = kfp.client.ServiceAccountTokenVolumeCredentials(
             str(token_path)
         )
     try:
-        return kfp.Client(
-            host=target.host, ui_host=target.ui, namespace=target.namespace or "", **credentials
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            client = Client(
+                host=target.host, ui_host=target.ui, namespace=target.namespace or "", **credentials
+            )
+        client.get_kfp_healthz()
     except Exception as error:
-        raise _problem("the endpoint does not answer", target, error) from None
+        raise problem("the endpoint does not answer", target, error) from None
+    return client
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A pipeline version on the endpoint."""
+
+    pipeline_id: str
+    version_id: str
+    new: bool
+    """Whether this call made it."""
+
+
+def upload(client: Any, target: Endpoint, package: Path, name: str, version: str) -> Registered:
+    """Register a package, once: what is there under this name and version is used again.
+
+    Args:
+        client: From ``connect``.
+        target: Where it is connected to.
+        package: The compiled pipeline.
+        name: Pipeline that it becomes, or becomes a version of.
+        version: Name of the version; the same for the same content.
+
+    Raises:
+        PipelineError: the endpoint refused it.
+    """
+    try:
+        with _quiet():
+            pipeline_id = client.get_pipeline_id(name)
+            if pipeline_id is None:
+                pipeline_id = client.upload_pipeline(
+                    str(package), pipeline_name=name, namespace=target.namespace
+                ).pipeline_id
+            versions = client.list_pipeline_versions(pipeline_id, page_size=100)
+            for known in versions.pipeline_versions or []:
+                if known.display_name == version:
+                    return Registered(pipeline_id, known.pipeline_version_id, new=False)
+            made = client.upload_pipeline_version(
+                str(package), pipeline_version_name=version, pipeline_id=pipeline_id
+            )
+    except Exception as error:
+        raise problem("the endpoint refused the pipeline", target, error) from None
+    return Registered(pipeline_id, str(made.pipeline_version_id), new=True)
 
 
 def submit(
@@ -89,23 +142,104 @@ def submit(
     package: Path,
     parameters: Mapping[str, Any],
     run_name: str,
+    registered: Registered | None = None,
 ) -> str:
     """Start a run; returns its id.
+
+    Args:
+        client: From ``connect``.
+        target: Where it is connected to.
+        package: The compiled pipeline.
+        parameters: Values of its parameters.
+        run_name: Name in the UI.
+        registered: Version to run and be linked to, instead of the package itself.
 
     Raises:
         PipelineError: the endpoint refused it.
     """
+    what: dict[str, Any] = {"pipeline_package_path": str(package)}
+    if registered:
+        what = {"pipeline_id": registered.pipeline_id, "version_id": registered.version_id}
     try:
-        run = client.create_run_from_pipeline_package(
-            str(package),
-            arguments=dict(parameters),
-            run_name=run_name,
-            experiment_name=target.experiment,
-            namespace=target.namespace,
-        )
+        with _quiet():
+            run = client.run_pipeline(
+                experiment_id=_experiment(client, target),
+                job_name=run_name,
+                params=dict(parameters),
+                **what,
+            )
     except Exception as error:
-        raise _problem("the endpoint refused the run", target, error) from None
+        raise problem("the endpoint refused the run", target, error) from None
     return str(run.run_id)
+
+
+def schedule(
+    client: Any,
+    target: Endpoint,
+    package: Path,
+    parameters: Mapping[str, Any],
+    run_name: str,
+    cron: str,
+) -> str:
+    """Start runs at set times; returns the id of the recurring run.
+
+    Args:
+        client: From ``connect``.
+        target: Where it is connected to.
+        package: The compiled pipeline.
+        parameters: Values of its parameters.
+        run_name: Name in the UI.
+        cron: Six fields, seconds first, as Kubeflow wants it.
+
+    Raises:
+        PipelineError: the endpoint refused it.
+    """
+    if len(cron.split()) != _CRON_FIELDS:
+        raise ConfigError(
+            f"the schedule {cron!r} has {len(cron.split())} fields",
+            where="--schedule",
+            fix='give six, seconds first: "0 0 3 * * *" is every night at three',
+        )
+    try:
+        with _quiet():
+            made = client.create_recurring_run(
+                experiment_id=_experiment(client, target),
+                job_name=run_name,
+                cron_expression=cron,
+                params=dict(parameters),
+                pipeline_package_path=str(package),
+                # a run that outlasts the interval is not joined by a second one
+                max_concurrency=1,
+                no_catchup=True,
+            )
+    except Exception as error:
+        raise problem("the endpoint refused the schedule", target, error) from None
+    return str(made.recurring_run_id)
+
+
+def retry(client: Any, target: Endpoint, run_id: str) -> None:
+    """Let a failed run go on where it failed.
+
+    Raises:
+        PipelineError: there is no such run, or it did not fail.
+    """
+    try:
+        # the SDK has no public method for it (kubeflow/pipelines#9771)
+        client._run_api.run_service_retry_run(run_id)
+    except Exception as error:
+        raise problem(f"run {run_id} cannot be retried", target, error) from None
+
+
+def cancel(client: Any, target: Endpoint, run_id: str) -> None:
+    """Ask the backend to terminate the run.
+
+    Raises:
+        PipelineError: there is no such run, or it has ended.
+    """
+    try:
+        client.terminate_run(run_id)
+    except Exception as error:
+        raise problem(f"run {run_id} cannot be cancelled", target, error) from None
 
 
 def link(target: Endpoint, run_id: str) -> str:
@@ -113,85 +247,43 @@ def link(target: Endpoint, run_id: str) -> str:
     return f"{target.ui}/#/runs/details/{run_id}"
 
 
-def wait(
-    client: Any,
-    target: Endpoint,
-    run_id: str,
-    *,
-    store: str,
-    timeout_seconds: float | None,
-    say: Callable[[str], None],
-) -> Outcome:
-    """Poll until the run has ended or the time is over.
-
-    Raises:
-        PipelineError: the endpoint stopped answering, or the run was deleted.
-    """
-    deadline = time.monotonic() + timeout_seconds if timeout_seconds else None
-    outcome = Outcome("timed out", run_id, where=link(target, run_id))
-    failures = 0
-    while deadline is None or time.monotonic() < deadline:
-        try:
-            run = client.get_run(run_id)
-            failures = 0
-        except Exception as error:
-            failures += 1
-            if failures >= _TRANSIENT_FAILURES or getattr(error, "status", None) in (401, 403, 404):
-                raise _problem("the run cannot be read any more", target, error) from None
-            time.sleep(_POLL_SECONDS)
-            continue
-        _report_steps(run, outcome, say)
-        if run.state in _FINAL:
-            return _ended(run, outcome, store)
-        time.sleep(_POLL_SECONDS)
-    outcome.message = f"the run has not ended after {timeout_seconds:.0f} s; it goes on"
-    return outcome
+def _experiment(client: Any, target: Endpoint) -> str:
+    found = client.create_experiment(target.experiment, namespace=target.namespace)
+    return str(found.experiment_id)
 
 
-def _report_steps(run: Any, outcome: Outcome, say: Callable[[str], None]) -> None:
-    details = getattr(run.run_details, "task_details", None) or []
-    for task in details:
-        name, state = task.display_name, task.state
-        if not name or name.endswith("-driver") or "executor" in name or not state:
-            continue
-        if outcome.steps.get(name) != state:
-            outcome.steps[name] = state
-            say(f"{name}: {state.lower()}")
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep kfp's own lines off stdout, which ``--output json`` promises to JSON."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
-def _ended(run: Any, outcome: Outcome, store: str) -> Outcome:
-    history = [status.state for status in run.state_history or []]
-    if run.state == "CANCELED" or "CANCELING" in history:
-        outcome.state = "cancelled"
-        return outcome
-    if run.state != "SUCCEEDED":
-        outcome.state = "failed"
-        failed = [name for name, state in outcome.steps.items() if state == "FAILED"]
-        error = getattr(run.error, "message", "") or ""
-        outcome.message = f"failed: {', '.join(failed) or 'see the UI'} {error}".rstrip()
-        return outcome
-    # task outputs are empty in the run API (kubeflow/pipelines#9858): the store knows the verdict
-    manifest = read_run_manifest(store, outcome.run_id)
-    outcome.verdict = manifest["verdict"]
-    outcome.published = manifest.get("published") or {}
-    outcome.evaluation = manifest.get("evaluation") or {}
-    outcome.state = "succeeded" if outcome.verdict["approved"] else "refused"
-    return outcome
+_FIXES = {
+    401: "the token is missing or expired: renew it (KF_PIPELINES_TOKEN or the token volume)",
+    403: "the account may not do this here: check namespace and role",
+    404: "check the endpoint's path, the namespace and the run id",
+    409: "look at its state in the UI",
+}
 
 
-def cancel(client: Any, run_id: str) -> None:
-    """Ask the backend to terminate the run."""
-    client.terminate_run(run_id)
-
-
-def _problem(what: str, target: Endpoint, error: Exception) -> PipelineError:
-    status = getattr(error, "status", None)
-    reason = getattr(error, "reason", None) or str(error).splitlines()[0]
-    fixes = {
-        401: "the token is missing or expired: renew it (KF_PIPELINES_TOKEN or the token volume)",
-        403: "the account may not do this here: check namespace and role",
-        404: "check the endpoint's path, the namespace and the run id",
-    }
-    fix = fixes.get(status or 0, "check KF_PIPELINES_ENDPOINT and that the service is up")
+def problem(what: str, target: Endpoint, error: Exception) -> PipelineError:
+    """An exception of the client as one message with the endpoint's own words."""
+    status = getattr(error, "status", None) or 0
+    reason = _reason(error)
+    fix = _FIXES.get(status, "check KF_PIPELINES_ENDPOINT and that the service is up")
+    if status == _BAD_REQUEST:
+        fix = "correct what the endpoint names; a package of another version has other parameters"
     code = f" (HTTP {status})" if status else ""
     return PipelineError(f"{what}: {reason}{code}", where=target.host, fix=fix)
+
+
+def _reason(error: Exception) -> str:
+    body = getattr(error, "body", None)
+    if isinstance(body, str | bytes):
+        try:
+            return str(json.loads(body)["message"])
+        except (ValueError, KeyError, TypeError):
+            pass
+    lines = str(getattr(error, "reason", None) or error).splitlines()
+    return lines[0] if lines else type(error).__name__

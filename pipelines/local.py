@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from rich.console import Console
 from dpo.errors import DpoError, PipelineError
 from dpo.storage import progress
 from dpo.storage.manifest import write_atomically
+from pipelines import containers
 from pipelines.artifacts import Artifacts, drop_broken_cache_entries
 from pipelines.display import Display, RunView
 from pipelines.package import STEPS, save_package
@@ -67,17 +68,19 @@ class Job:
     parameters: Mapping[str, Any]
     runs: Path
     runner: str = "processes"
-    environment: dict[str, str] = field(default_factory=dict)
-    docker: dict[str, Any] = field(default_factory=dict)
+    """``processes`` or ``docker``."""
 
 
 def run_local(job: Job, console: Console, *, timeout_seconds: float | None = None) -> LocalRun:
     """Run a package here and wait for its end.
 
     Raises:
-        PipelineError: another run is using the same folder, or the time is over.
+        PipelineError: another run is using the same folder, or an image is missing.
+        TimeoutError: the time is over; the steps were stopped.
         KeyboardInterrupt: after the steps were stopped.
     """
+    if job.runner == "docker":
+        containers.check_images(job.documents)
     with locked(job.runs) as lock:
         drop_broken_cache_entries(job.runs / "cache")
         run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")[:-3]
@@ -91,6 +94,8 @@ def run_local(job: Job, console: Console, *, timeout_seconds: float | None = Non
             _watch(worker, events, Display(view, console), timeout_seconds)
         finally:
             _stop(worker)
+            if job.runner == "docker":
+                containers.stop_containers(run_id)
         succeeded = worker.returncode == 0
         view.finish(succeeded=succeeded)
         run = _outcome(job, folder, run_id, view, succeeded, started)
@@ -108,8 +113,9 @@ def _start_worker(job: Job, folder: Path, events: Path, lock: int) -> subprocess
         "pipeline_root": str(job.runs / "artifacts"),
         "cache_root": str(job.runs / "cache"),
         "runner": job.runner,
-        "environment": job.environment,
-        "docker": job.docker,
+        "docker": containers.container_settings(folder.name, job.runs, events, job.parameters)
+        if job.runner == "docker"
+        else {},
     }
     job_file = folder / "job.json"
     job_file.write_text(json.dumps(description, indent=1), encoding="utf-8")

@@ -46,7 +46,12 @@ def main(job_file: str) -> int:
 def _runner(local: Any, job: dict[str, Any]) -> Any:
     if job["runner"] == "processes":
         return local.SubprocessRunner(use_venv=False)
-    return local.DockerRunner(environment=job["environment"], **job["docker"])
+    from kfp.local import docker_task_handler
+
+    from pipelines.containers import run_container
+
+    docker_task_handler.run_docker_container = run_container
+    return local.DockerRunner(**job["docker"])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -11,9 +13,13 @@ from typing import Any
 
 import yaml
 
-from dpo.errors import ConfigError, PipelineError
+from dpo.config.places import config_dir
+from dpo.errors import ConfigError, DpoError, PipelineError
+from pipelines.deployment import Deployment, Images, deploy, load_deployment, names
 
 PACKAGE = Path(__file__).resolve().parent / "preference_pipeline.yaml"
+BUILT_IMAGES = Path(__file__).resolve().parent.parent / "build" / "images.json"
+"""Names of the images that were built here last, as `make images` wrote them."""
 STEPS = (
     "fingerprint",
     "ingest",
@@ -27,13 +33,58 @@ STEPS = (
 """Task names, in the order in which they run."""
 
 
-def compile_pipeline(target: Path) -> None:
-    """Write the compiled pipeline to ``target``."""
+_HEADER = """\
+# Made by `make pipeline`; do not edit. The images are placeholders: no pod can start. A package for
+# a cluster is made by `make pipeline DEPLOYMENT=...` or `submit.py --deployment ...`.
+"""
+
+
+def compile_pipeline(target: Path, deployment: Deployment | None = None) -> None:
+    """Write the compiled pipeline to ``target``, with a cluster's settings where some are given."""
     from kfp import compiler
 
     from pipelines.preference import preference_pipeline
 
+    if deployment is not None:
+        compiler.Compiler().compile(_deployed(preference_pipeline, deployment), str(target))
+        return
     compiler.Compiler().compile(preference_pipeline, str(target))
+    target.write_text(_HEADER + target.read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def deployed_package(deployment: Deployment) -> list[dict[str, Any]]:
+    """The documents of a package for a cluster: spec, then the Kubernetes part.
+
+    Raises:
+        ConfigError: an image is not named, so a pod could not start.
+    """
+    for kind in ("data", "train"):
+        if not getattr(deployment.images, kind):
+            raise ConfigError(
+                f"the deployment names no {kind} image",
+                where=f"images.{kind}",
+                fix=f"build and push it with `make images-push`, then set images.{kind}",
+            )
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder, "package.yaml")
+        compile_pipeline(target, deployment)
+        return load_package(target)
+
+
+def _deployed(pipeline: Any, deployment: Deployment) -> Any:
+    """The same pipeline, compiled again with settings on its tasks."""
+    from kfp import dsl
+    from kfp.dsl import pipeline_context
+
+    @functools.wraps(pipeline.pipeline_func)
+    def deployed(*channels: Any) -> None:
+        pipeline.pipeline_func(*channels)
+        deploy(pipeline_context.Pipeline.get_default_pipeline().tasks, deployment)
+
+    spec = pipeline.pipeline_spec.pipeline_info
+    return dsl.pipeline(
+        name=spec.name, description=spec.description, display_name=spec.display_name
+    )(deployed)
 
 
 def load_package(path: Path = PACKAGE) -> list[dict[str, Any]]:
@@ -105,23 +156,89 @@ def set_uncached(documents: list[dict[str, Any]], steps: Iterable[str]) -> None:
                 task.pop("cachingOptions", None)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Compile into the repository, or with ``--check`` compare with what is there."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipelines.package", description=main.__doc__)
     parser.add_argument("--check", action="store_true", help="compare only; exit 1 on a difference")
-    options = parser.parse_args(arguments)
-    if not options.check:
-        compile_pipeline(PACKAGE)
-        print(f"wrote {PACKAGE.name}")
-        return 0
+    parser.add_argument("--output", type=Path, help="write a package for a cluster here")
+    parser.add_argument("--deployment", default="", help=f"{', '.join(names())} or a YAML file")
+    parser.add_argument(
+        "--deploy", action="append", default=[], metavar="KEY=VALUE", help="train.gpus=0"
+    )
+    parser.add_argument(
+        "--images", type=Path, help="JSON with the names that `make images-push` wrote"
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile into the repository, compare with what is there, or write a package for a cluster."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.output:
+            return _write_for_cluster(options)
+    except DpoError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    if options.check:
+        return _check()
+    compile_pipeline(PACKAGE)
+    print(f"wrote {PACKAGE.name}")
+    _schema_file().write_text(deployment_schema(), encoding="utf-8")
+    return 0
+
+
+def _write_for_cluster(options: argparse.Namespace) -> int:
+    deployment = load_deployment(options.deployment, options.deploy)
+    if options.images:
+        deployment = with_images(deployment, options.images)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    save_package(deployed_package(deployment), options.output)
+    print(f"wrote {options.output}: upload it in the Kubeflow UI under Pipelines")
+    return 0
+
+
+def with_images(deployment: Deployment, names_file: Path) -> Deployment:
+    """The deployment with the images of a JSON file, where it names none itself.
+
+    Raises:
+        ConfigError: the file is not there or names no images.
+    """
+    try:
+        found = json.loads(names_file.read_text(encoding="utf-8"))
+        images = Images(data=found["data"], train=found["train"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(
+            "the names of the images cannot be read",
+            where=str(names_file),
+            fix="run `make images-push REGISTRY=...`, which writes them",
+        ) from None
+    chosen = {
+        kind: getattr(deployment.images, kind) or getattr(images, kind)
+        for kind in ("data", "train")
+    }
+    return deployment.model_copy(update={"images": Images(**chosen)})
+
+
+def _check() -> int:
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder, PACKAGE.name)
         compile_pipeline(fresh)
-        if PACKAGE.is_file() and fresh.read_bytes() == PACKAGE.read_bytes():
-            print(f"{PACKAGE.name} is up to date")
-            return 0
-    print(f"{PACKAGE.name} differs from its source: run `make pipeline`", file=sys.stderr)
-    return 1
+        texts = {PACKAGE: fresh.read_text(encoding="utf-8"), _schema_file(): deployment_schema()}
+        for path, text in texts.items():
+            if not path.is_file() or path.read_text(encoding="utf-8") != text:
+                print(f"{path.name} differs from its source: run `make pipeline`", file=sys.stderr)
+                return 1
+            print(f"{path.name} is up to date")
+    return 0
+
+
+def deployment_schema() -> str:
+    """JSON Schema of deployment files, for editors."""
+    return json.dumps(Deployment.model_json_schema(), indent=1, sort_keys=True) + "\n"
+
+
+def _schema_file() -> Path:
+    return config_dir() / "schemas" / "deployment.json"
 
 
 if __name__ == "__main__":

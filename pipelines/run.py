@@ -19,6 +19,7 @@ from rich.console import Console
 from dpo.config.overrides import model_overrides
 from dpo.errors import PipelineError
 from pipelines import history, package
+from pipelines.deployment import load_deployment
 from pipelines.local import Job, run_local
 from pipelines.outcome import Outcome, read_outputs
 from pipelines.request import local_store, parameters
@@ -33,6 +34,7 @@ def run_pipeline(
     where: Where = "processes",
     store: str | None = None,
     rerun: Sequence[str] = (),
+    deployment: str = "",
     runs_dir: str | PathLike[str] | None = None,
     endpoint: str | None = None,
     namespace: str | None = None,
@@ -51,6 +53,7 @@ def run_pipeline(
         where: ``processes`` or ``docker`` on this machine, or ``cluster``.
         store: Where to publish; ``published`` in the runs folder for ``processes``.
         rerun: Steps to run although they are cached, and what follows.
+        deployment: On a cluster: name or file of the deployment with images and resources.
         runs_dir: Folder of local runs; ``DPO_RUNS_DIR`` or ``runs`` when left out.
         endpoint: Kubeflow Pipelines; ``KF_PIPELINES_ENDPOINT`` when left out.
         namespace: Profile namespace, where the backend has several users.
@@ -68,7 +71,12 @@ def run_pipeline(
         ConfigError: a setting that cannot work; found before anything runs.
         DpoError: data, base model, store or endpoint that are not to be had.
     """
-    documents = package.load_package()
+    on_cluster = where == "cluster"
+    documents = (
+        package.deployed_package(load_deployment(deployment))
+        if on_cluster
+        else package.load_package()
+    )
     runs = runs_folder(runs_dir)
     values = parameters(
         package.defaults(documents),
@@ -79,7 +87,7 @@ def run_pipeline(
     require_store(values)
     package.set_uncached(documents, list(rerun))
     console = console or Console(stderr=True)
-    if where != "cluster":
+    if not on_cluster:
         job = Job(documents, values, runs, runner=where)
         return run_here(job, console, timeout_seconds=timeout_seconds)
     return _run_on_cluster(
@@ -170,6 +178,7 @@ def _run_on_cluster(
     timeout_seconds: float | None,
 ) -> Outcome:
     from pipelines import cluster
+    from pipelines.watch import wait as wait_for
 
     place = cluster.endpoint(*target)
     client = cluster.connect(place)
@@ -182,7 +191,7 @@ def _run_on_cluster(
     if not wait:
         return Outcome("submitted", run_id, where=link)
     console.print(link, highlight=False, soft_wrap=True)
-    return cluster.wait(
+    return wait_for(
         client,
         place,
         run_id,

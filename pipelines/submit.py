@@ -10,7 +10,6 @@ import argparse
 import json
 import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,10 @@ from rich.table import Table
 
 from dpo.errors import DpoError, PipelineError, system_problem
 from pipelines import history, package
+from pipelines.deployment import load_deployment
+from pipelines.deployment import names as deployments
 from pipelines.local import Job
+from pipelines.on_cluster import add_options, needs_a_store, run_on_cluster
 from pipelines.outcome import Outcome, show
 from pipelines.request import local_store, parameters, presets
 from pipelines.run import obtain_model, require_store, run_here, runs_folder
@@ -71,6 +73,23 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--namespace", help="profile namespace, where the backend has several users")
     where.add_argument("--experiment", help="default: KF_PIPELINES_DEFAULT_EXPERIMENT_NAME")
     where.add_argument("--run-name", help="name in the UI")
+    where.add_argument(
+        "--deployment",
+        default="",
+        metavar="NAME|FILE",
+        help=f"resources, nodes, secrets of the cluster: {', '.join(deployments())} or a YAML file",
+    )
+    where.add_argument(
+        "--deploy",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="one setting of the deployment (train.gpus=2, images.data=NAME@sha256:...); "
+        "may be repeated; reruns no finished step, but for the images",
+    )
+    where.add_argument(
+        "--images", type=Path, metavar="FILE", help="JSON that `make images-push` wrote"
+    )
     how = this.add_argument_group("how")
     how.add_argument(
         "--dry-run", action="store_true", help="say what would run and why; run nothing"
@@ -96,6 +115,7 @@ def parser() -> argparse.ArgumentParser:
         default="text",
         help="json: one object on stdout, for CI",
     )
+    add_options(this)
     return this
 
 
@@ -111,11 +131,9 @@ def main(arguments: list[str] | None = None) -> int:
             failed = {"state": "failed", "message": str(error), "exit_code": error.exit_code}
             print(json.dumps(failed))
         return error.exit_code
-    except KeyboardInterrupt:
-        print(
-            "\nStopped. Finished steps are kept: the same command goes on from there.",
-            file=sys.stderr,
-        )
+    except KeyboardInterrupt as interrupt:
+        default = "Stopped. Finished steps are kept: the same command goes on from there."
+        print(f"\n{interrupt or default}", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -124,15 +142,17 @@ def _run(options: argparse.Namespace) -> int:
     if options.list:
         return _list_parameters(documents)
     _check_package_is_current()
+    documents = _for_place(options, documents)
     runs = runs_folder(options.runs_dir)
-    store = options.store or (local_store(runs) if options.local == "processes" else None)
+    store = options.store or (local_store(runs) if options.local else None)
     values = parameters(
         package.defaults(documents),
         preset_name=options.preset,
         assignments=options.assignments,
         store=store,
     )
-    require_store(values)
+    if needs_a_store(options):
+        require_store(values)
     rerun = [step for step in options.rerun.split(",") if step]
     package.set_uncached(documents, rerun)
     if options.dry_run:
@@ -144,10 +164,25 @@ def _run(options: argparse.Namespace) -> int:
             timeout_seconds=options.timeout_seconds,
         )
         if options.local
-        else _run_on_cluster(options, documents, values)
+        else run_on_cluster(options, documents, values)
     )
     _finish(options, outcome)
     return outcome.exit_code
+
+
+def _for_place(
+    options: argparse.Namespace, documents: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The package for the place it will run in: with images and settings where those matter."""
+    asked = bool(options.deployment or options.deploy or options.images)
+    names_no_package = options.cancel or options.retry or (options.dry_run and not asked)
+    if options.local == "processes" or names_no_package:
+        return documents
+    deployment = load_deployment(options.deployment, options.deploy)
+    built = package.BUILT_IMAGES
+    if names_file := options.images or (built if options.local and built.is_file() else None):
+        deployment = package.with_images(deployment, names_file)
+    return package.deployed_package(deployment)
 
 
 def _check_package_is_current() -> None:
@@ -204,37 +239,6 @@ def _dry_run(
     console.print(table)
     console.print(f"\npackage: {target}", highlight=False, soft_wrap=True)
     return 0
-
-
-def _run_on_cluster(
-    options: argparse.Namespace, documents: list[dict[str, Any]], values: dict[str, Any]
-) -> Outcome:
-    from pipelines import cluster
-
-    target = cluster.endpoint(options.endpoint, options.namespace, options.experiment)
-    client = cluster.connect(target)
-    name = options.run_name or f"{values['publish_name']} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "package.yaml")
-        package.save_package(documents, path)
-        run_id = cluster.submit(client, target, path, values, name)
-    print(cluster.link(target, run_id), file=sys.stderr)
-    if not options.wait:
-        return Outcome("submitted", run_id, where=cluster.link(target, run_id))
-    try:
-        return cluster.wait(
-            client,
-            target,
-            run_id,
-            store=values["publish_store"],
-            timeout_seconds=options.timeout_seconds,
-            say=lambda text: print(text, file=sys.stderr),
-        )
-    except KeyboardInterrupt:
-        if not options.cancel_on_interrupt:
-            raise
-        cluster.cancel(client, run_id)
-        return Outcome("cancelled", run_id, where=cluster.link(target, run_id))
 
 
 def _finish(options: argparse.Namespace, outcome: Outcome) -> None:

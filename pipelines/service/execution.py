@@ -205,10 +205,11 @@ def _on_cluster(
     run: Run, parameters: dict[str, Any], settings: Settings, database: Database
 ) -> None:
     from pipelines import cluster
+    from pipelines.watch import wait
 
     target = cluster.endpoint()
     client = cluster.connect(target)
-    backend_run = run.backend_run or _submit(client, target, parameters, run.id)
+    backend_run = run.backend_run or _submit(client, target, parameters, run.id, settings)
     database.update(run.id, backend_run=backend_run)
     states: dict[str, str] = {}
 
@@ -217,8 +218,8 @@ def _on_cluster(
         states[name] = state
         database.update(run.id, steps=[{"name": n, "state": s} for n, s in states.items()])
 
-    with _cancelling(run, database, lambda: cluster.cancel(client, backend_run)):
-        outcome = cluster.wait(
+    with _cancelling(run, database, lambda: cluster.cancel(client, target, backend_run)):
+        outcome = wait(
             client,
             target,
             backend_run,
@@ -230,12 +231,16 @@ def _on_cluster(
     _end(run, outcome, report_key, settings, database)
 
 
-def _submit(client: Any, target: Any, parameters: dict[str, Any], name: str) -> str:
+def _submit(
+    client: Any, target: Any, parameters: dict[str, Any], name: str, settings: Settings
+) -> str:
     from pipelines import cluster
+    from pipelines.deployment import load_deployment
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "package.yaml")
-        package.save_package(package.load_package(), path)
+        deployment = load_deployment(settings.deployment)
+        package.save_package(package.deployed_package(deployment), path)
         return cluster.submit(client, target, path, parameters, name)
 
 

@@ -44,6 +44,8 @@ class Settings(BaseModel):
     """Pipeline parameters to start from."""
     settings: dict[str, Any] = {}
     """Further pipeline parameters or configuration keys, as a JSON object."""
+    deployment: str = ""
+    """On a cluster: name or file of the deployment with images and resources."""
     max_runs: int = Field(1, ge=1)
     """So many runs at a time; the others wait in their order."""
 

@@ -188,7 +188,8 @@ def judge(data: Path, settings: Settings) -> tuple[int, list[Dropped]]:
         Unacceptable: the step refuses the data set; with the rows at fault.
         DpoError: the base model's tokenizer is not to be had.
     """
-    from dpo.data.stage import QUARANTINE, run_ingest
+    from dpo.data.quarantine import QUARANTINE
+    from dpo.data.stage import run_ingest
 
     config = settings.ingest_config
     source = config.sources[SOURCE].model_copy(update={"path": str(data)})

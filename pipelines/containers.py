@@ -1,0 +1,151 @@
+"""Steps of a local run in containers: what they see of this machine, and how they end.
+
+Paths are mounted where they are here, so settings mean the same inside and outside.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dpo.config.places import cache_dir
+from dpo.errors import PipelineError
+from dpo.storage import progress
+from dpo.storage.processes import END_WITH
+
+RUN_LABEL = "dpo.run"
+_PASSED_ON = ("AWS_", "MINIO_", "S3_", "HF_", "OMP_NUM_THREADS", "DPO_", "HTTPS_PROXY", "NO_PROXY")
+_NOT_PASSED_ON = {END_WITH, "DPO_RUNS_DIR", "HF_HOME"}
+_SHARED_MEMORY = "1g"
+
+
+def container_settings(
+    run_id: str, runs: Path, events: Path, parameters: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments of ``kfp.local.DockerRunner`` for one run.
+
+    Args:
+        run_id: Labels the containers, so that they can be ended with the run.
+        runs: Folder of local runs; steps write there.
+        events: File that steps append their progress to.
+        parameters: The run's parameters; files and folders they name become readable.
+    """
+    cache = cache_dir()
+    cache.mkdir(parents=True, exist_ok=True)
+    readable = sorted(_named_paths(parameters))
+    writable = [runs, cache, *_file_store(str(parameters["publish_store"]), runs)]
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(_PASSED_ON) and name not in _NOT_PASSED_ON
+    }
+    return {
+        "environment": {
+            **environment,
+            "DPO_CACHE_DIR": str(cache),
+            progress.FILE_VARIABLE: str(events),
+        },
+        # stores on this machine are reached as from outside
+        "network": "host",
+        # what the steps write belongs to whoever started the run
+        "user": f"{os.getuid()}:{os.getgid()}",
+        "shm_size": _SHARED_MEMORY,
+        "labels": {RUN_LABEL: run_id},
+        "mounts": [
+            *(_mount(path, read_only=False) for path in writable),
+            *(_mount(path, read_only=True) for path in readable),
+        ],
+    }
+
+
+def _mount(path: Path, *, read_only: bool) -> dict[str, Any]:
+    where = str(path)
+    return {"Type": "bind", "Source": where, "Target": where, "ReadOnly": read_only}
+
+
+def _named_paths(parameters: Mapping[str, Any]) -> set[Path]:
+    named = [parameters.get("model", ""), *parameters.get("datasets", [])]
+    return {Path(name) for name in named if Path(name).is_absolute() and Path(name).exists()}
+
+
+def _file_store(url: str, runs: Path) -> Iterable[Path]:
+    if not url.startswith("file://"):
+        return
+    folder = Path(url.removeprefix("file://"))
+    if not folder.is_relative_to(runs):
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+
+
+def connect() -> Any:
+    """A client of the container engine.
+
+    Raises:
+        PipelineError: none answers.
+    """
+    import docker
+
+    try:
+        client = docker.from_env()
+        client.ping()
+    except docker.errors.DockerException:
+        raise PipelineError(
+            "no container engine answers",
+            where=os.environ.get("DOCKER_HOST", "the default socket of Docker"),
+            fix="start Docker, or point DOCKER_HOST at its socket; without one, use --local",
+        ) from None
+    return client
+
+
+def check_images(documents: list[dict[str, Any]]) -> None:
+    """Find out before the run that an image is missing.
+
+    Raises:
+        PipelineError: an image of the package is not on this machine, or no engine answers.
+    """
+    import docker
+
+    client = connect()
+    executors = documents[0]["deploymentSpec"]["executors"]
+    try:
+        for image in sorted({item["container"]["image"] for item in executors.values()}):
+            try:
+                client.images.get(image)
+            except docker.errors.ImageNotFound:
+                raise PipelineError(
+                    f"the image {image} is not on this machine",
+                    fix="run `make images`, or pull it",
+                ) from None
+    finally:
+        client.close()
+
+
+def stop_containers(run_id: str) -> None:
+    """End the containers of a run: they are no children of ours and would go on."""
+    client = connect()
+    try:
+        for container in client.containers.list(filters={"label": f"{RUN_LABEL}={run_id}"}):
+            container.kill()
+    finally:
+        client.close()
+
+
+def run_container(
+    client: Any, image: str, command: list[str], volumes: Mapping[str, Any], **settings: Any
+) -> int:
+    """Run one container to its end, print its log and return its exit code.
+
+    Takes the place of kfp's own function, which asks for the exit code of a container that may be
+    removed already and then reports success (kubeflow/pipelines#13332).
+    """
+    container = client.containers.run(
+        image=image, command=command, volumes=dict(volumes), detach=True, **settings
+    )
+    try:
+        for line in container.logs(stream=True):
+            print(line.decode(errors="replace"), end="", flush=True)
+        return int(container.wait()["StatusCode"])
+    finally:
+        container.remove(force=True)

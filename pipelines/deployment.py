@@ -1,0 +1,366 @@
+"""How the steps run on a cluster: images, resources, nodes, secrets, retries; one YAML file.
+
+None of it is a pipeline parameter. A parameter becomes an input of its task and so a part of
+Kubeflow's cache key: more memory would train again. What is set here, when a package is compiled or
+submitted, leaves finished steps finished (but the image: other code is another result).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from dpo.config.base import Section
+from dpo.config.describe import suggestion, validation_error
+from dpo.config.places import config_dir
+from dpo.errors import ConfigError
+
+DATA_STEPS = ("fingerprint", "ingest", "gate", "publish")
+TRAIN_STEPS = ("sft", "reference", "preference", "evaluate")
+
+Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|[kMGTPE]|[KMGTPE]i)?$")]
+"""An amount as Kubernetes writes it: 500m, 2, 16Gi."""
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
+"""Name of a Kubernetes object."""
+
+_WEEK_SECONDS = 7 * 24 * 3600
+_QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+_PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
+
+
+class Toleration(Section):
+    """A taint that the pod accepts."""
+
+    key: str
+    """Key of the taint."""
+    operator: Literal["Exists", "Equal"] = "Exists"
+    """Exists accepts any value."""
+    value: str = ""
+    """Value of the taint, for Equal."""
+    effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = ""
+    """Effect of the taint; empty accepts all."""
+
+
+class NodeRequirement(Section):
+    """A node label that must hold, one term of the required node affinity."""
+
+    key: str
+    """Label of the node."""
+    operator: Literal["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"] = "In"
+    """How the label is compared."""
+    values: list[str] = []
+    """What it is compared with."""
+
+
+class Resources(Section):
+    """What the pod of a step asks for, where it may run and how often it is tried."""
+
+    cpu: Quantity = "1"
+    """CPU request, in cores."""
+    cpu_limit: Quantity | None = None
+    """CPU limit, in cores; none by default, because throttling slows more than it protects."""
+    memory: Quantity = "2Gi"
+    """Memory request and, unless ``memory_limit`` says otherwise, limit."""
+    memory_limit: Quantity | None = None
+    """Memory limit, where it is to differ from the request."""
+    gpus: int = Field(0, ge=0, le=16)
+    """GPUs of the pod; 0 asks for none."""
+    gpu_resource: str = "nvidia.com/gpu"
+    """Resource name under which the nodes offer their GPUs."""
+    shared_memory: Quantity | None = None
+    """Size of ``/dev/shm`` in memory; counts towards the memory limit."""
+    node_selector: dict[str, str] = {}
+    """Labels that the node must have."""
+    affinity: list[NodeRequirement] = []
+    """Further requirements on the node, all of which must hold."""
+    tolerations: list[Toleration] = []
+    """Taints that the pod accepts."""
+    queue: Name | None = None
+    """Kueue queue that admits the pod."""
+    queue_priority: Name | None = None
+    """Kueue workload priority class."""
+    timeout_seconds: int = Field(0, ge=0)
+    """The pod is ended when it takes longer; 0 sets no limit."""
+    retries: int = Field(0, ge=0, le=50)
+    """Further attempts after a failure. A deleted or evicted pod is not tried again by Kubeflow."""
+    retry_wait_seconds: int = Field(60, ge=0)
+    """Wait before the second attempt; doubles with each attempt."""
+    retry_until_seconds: int = Field(_WEEK_SECONDS, ge=1)
+    """No attempt begins later than this after the first began; must exceed the training time."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Resources:
+        if self.queue_priority and not self.queue:
+            raise ValueError("queue_priority is set without queue: name the Kueue queue as well")
+        if self.retries and self.timeout_seconds >= self.retry_until_seconds:
+            raise ValueError(
+                f"retry_until_seconds={self.retry_until_seconds} is not longer than one attempt "
+                f"may take (timeout_seconds={self.timeout_seconds}): no retry would ever begin"
+            )
+        return self
+
+
+class Images(Section):
+    """The images of the steps, each by digest or by a tag that never moves."""
+
+    data: str = ""
+    """Image without torch; empty keeps the placeholder."""
+    train: str = ""
+    """Image with torch; empty keeps the placeholder."""
+
+    @field_validator("data", "train")
+    @classmethod
+    def _fixed(cls, image: str) -> str:
+        if not image or re.search(r"@sha256:[0-9a-f]{64}$", image):
+            return image
+        tag = image.rpartition("/")[2].partition(":")[2]
+        if tag in ("", "latest") or "@" in image:
+            raise ValueError(
+                f"image {image} names no fixed version: results would be cached although the image "
+                "behind the name changed. Use name@sha256:... or a tag that never moves"
+            )
+        return image
+
+
+class SecretEnv(Section):
+    """A Secret of the run's namespace whose keys become environment variables."""
+
+    name: Name
+    """Name of the Secret."""
+    keys: dict[str, str] = {
+        "AWS_ACCESS_KEY_ID": "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY": "AWS_SECRET_ACCESS_KEY",
+    }
+    """Key of the Secret to name of the variable."""
+
+
+class ModelCache(Section):
+    """A volume that keeps base models between runs."""
+
+    claim: Name
+    """PersistentVolumeClaim; ReadWriteMany where steps of several nodes use it at once."""
+    mount_path: str = Field("/cache", pattern=r"^/[^\s]+$")
+    """Where it is mounted; DPO_CACHE_DIR and HF_HOME point into it."""
+
+
+Step = Literal[
+    "fingerprint", "ingest", "sft", "reference", "preference", "evaluate", "gate", "publish"
+]
+
+
+class Deployment(Section):
+    """Everything about a run that is the cluster's and not the experiment's."""
+
+    images: Images = Images()
+    """Images of the steps."""
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    """When the node asks the registry."""
+    image_pull_secrets: list[Name] = []
+    """Secrets with credentials of the registry."""
+    run_as_non_root: bool = True
+    """Refuse to start an image as root; its numeric user or the namespace's range is used."""
+    store_secret: SecretEnv | None = None
+    """Credentials of the store, for every step."""
+    environment: dict[str, str] = {}
+    """Variables of every step, such as AWS_ENDPOINT_URL; never a secret."""
+    model_cache: ModelCache | None = None
+    """Volume for base models, mounted where they are read."""
+    labels: dict[str, str] = {}
+    """Labels of every pod."""
+    data: Resources = Resources()
+    """fingerprint, ingest, gate and publish."""
+    train: Resources = Resources(cpu="2", memory="8Gi")
+    """sft, reference, preference and evaluate."""
+    steps: dict[Step, dict[str, Any]] = {}
+    """Settings of single steps, over those of ``data`` or ``train``."""
+
+    @field_validator("environment")
+    @classmethod
+    def _no_secrets(cls, variables: dict[str, str]) -> dict[str, str]:
+        for name in variables:
+            if re.search(r"SECRET|PASSWORD|TOKEN|ACCESS_KEY", name, re.IGNORECASE):
+                raise ValueError(
+                    f"environment.{name} looks like a credential, and a package is readable by "
+                    "all users of the pipeline: put it into a Secret and name that in store_secret"
+                )
+        return variables
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> Deployment:
+        for step in self.steps:
+            self.resources(step)
+        return self
+
+    def resources(self, step: str) -> Resources:
+        """The settings of one step.
+
+        Raises:
+            ConfigError: an unknown key or an impossible value for this step.
+        """
+        group = self.train if step in TRAIN_STEPS else self.data
+        own = self.steps.get(step, {})  # type: ignore[call-overload]
+        try:
+            return Resources.model_validate({**group.model_dump(), **own})
+        except ValidationError as error:
+            raise validation_error(error, Resources, where=f"steps.{step}") from None
+
+
+def names() -> list[str]:
+    """The shipped deployments."""
+    return sorted(path.stem for path in (config_dir() / "deployment").glob("*.yaml"))
+
+
+def load_deployment(name_or_file: str, assignments: Iterable[str] = ()) -> Deployment:
+    """A deployment by shipped name or file, with ``KEY=VALUE`` assignments over it.
+
+    Args:
+        name_or_file: ``cpu``, or the path of a YAML file; empty starts from the defaults.
+        assignments: Dotted key and YAML value, such as ``train.gpus=2``; later ones win.
+
+    Raises:
+        ConfigError: no such deployment, not YAML, an unknown key or an impossible value.
+    """
+    values = _read(name_or_file) if name_or_file else {}
+    for assignment in assignments:
+        _assign(values, assignment)
+    try:
+        return Deployment.model_validate(values)
+    except ValidationError as error:
+        raise validation_error(error, Deployment, where=name_or_file or "deployment") from None
+
+
+def _read(name_or_file: str) -> dict[str, Any]:
+    path = Path(name_or_file)
+    if name_or_file in names():
+        path = config_dir() / "deployment" / f"{name_or_file}.yaml"
+    elif not path.is_file():
+        raise ConfigError(
+            f"there is no deployment {name_or_file}{suggestion(name_or_file, names())}",
+            fix="give a shipped name or the path of a YAML file",
+        )
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        line = str(error).splitlines()[-1].strip()
+        raise ConfigError(f"not YAML: {line}", where=str(path), fix="correct the file") from None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"a deployment is a mapping, this is a {type(values).__name__}",
+            where=str(path),
+            fix=f"see {config_dir().name}/deployment for examples",
+        )
+    return values
+
+
+def _assign(values: dict[str, Any], assignment: str) -> None:
+    key, equals, text = assignment.partition("=")
+    *parents, last = key.split(".")
+    if not equals or not all([*parents, last]):
+        raise ConfigError(f"{assignment!r} is not KEY=VALUE", fix="write for example train.gpus=2")
+    place = values
+    for parent in parents:
+        inner = place.get(parent)
+        place[parent] = inner = dict(inner) if isinstance(inner, Mapping) else {}
+        place = inner
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"the value of {key} is not YAML: {text}", fix="quote it") from None
+
+
+def deploy(tasks: Mapping[str, Any], deployment: Deployment) -> None:
+    """Give each task of the pipeline (name to ``kfp.dsl.PipelineTask``) its settings.
+
+    Tasks that are no step of ours (conditions) have none.
+    """
+    for step in (*DATA_STEPS, *TRAIN_STEPS):
+        _deploy_step(tasks[step], step, deployment)
+
+
+def _deploy_step(task: Any, step: str, deployment: Deployment) -> None:
+    resources = deployment.resources(step)
+    image = deployment.images.train if step in TRAIN_STEPS else deployment.images.data
+    if image:
+        task.set_container_image(image)
+    _set_amounts(task, resources)
+    _set_attempts(task, resources)
+    _set_place(task, resources)
+    _set_pod(task, deployment, resources)
+
+
+def _set_amounts(task: Any, resources: Resources) -> None:
+    from kfp import kubernetes
+
+    task.set_cpu_request(resources.cpu).set_memory_request(resources.memory)
+    task.set_memory_limit(resources.memory_limit or resources.memory)
+    if resources.cpu_limit:
+        task.set_cpu_limit(resources.cpu_limit)
+    if resources.gpus:
+        task.set_accelerator_type(resources.gpu_resource)
+        task.set_accelerator_limit(resources.gpus)
+    if resources.shared_memory:
+        # 64 MB is a container's default: NCCL and DataLoader workers die of it with bus errors
+        kubernetes.empty_dir_mount(
+            task, "dshm", "/dev/shm", medium="Memory", size_limit=resources.shared_memory
+        )
+
+
+def _set_attempts(task: Any, resources: Resources) -> None:
+    from kfp import kubernetes
+
+    if resources.timeout_seconds:
+        kubernetes.set_timeout(task, resources.timeout_seconds)
+    if resources.retries:
+        task.set_retry(
+            resources.retries,
+            backoff_duration=f"{resources.retry_wait_seconds}s",
+            backoff_factor=2.0,
+            backoff_max_duration=f"{resources.retry_until_seconds}s",
+        )
+
+
+def _set_place(task: Any, resources: Resources) -> None:
+    from kfp import kubernetes
+
+    for key, value in resources.node_selector.items():
+        kubernetes.add_node_selector(task, key, value)
+    if resources.affinity:
+        terms = [term.model_dump() for term in resources.affinity]
+        kubernetes.add_node_affinity(task, match_expressions=terms)
+    for toleration in resources.tolerations:
+        given = {key: value for key, value in toleration.model_dump().items() if value}
+        kubernetes.add_toleration(task, **given)
+
+
+def _set_pod(task: Any, deployment: Deployment, resources: Resources) -> None:
+    from kfp import kubernetes
+
+    kubernetes.set_image_pull_policy(task, deployment.image_pull_policy)
+    if deployment.image_pull_secrets:
+        kubernetes.set_image_pull_secrets(task, deployment.image_pull_secrets)
+    if deployment.run_as_non_root:
+        kubernetes.set_security_context(task, run_as_non_root=True)
+    if secret := deployment.store_secret:
+        kubernetes.use_secret_as_env(task, secret.name, secret.keys)
+    for name, value in deployment.environment.items():
+        task.set_env_variable(name, value)
+    if cache := deployment.model_cache:
+        kubernetes.mount_pvc(task, cache.claim, cache.mount_path)
+        task.set_env_variable("DPO_CACHE_DIR", f"{cache.mount_path}/dpo")
+        task.set_env_variable("HF_HOME", f"{cache.mount_path}/huggingface")
+    for name, value in _pod_labels(deployment, resources).items():
+        kubernetes.add_pod_label(task, name, value)
+
+
+def _pod_labels(deployment: Deployment, resources: Resources) -> dict[str, str]:
+    labels = dict(deployment.labels)
+    if resources.queue:
+        labels[_QUEUE_LABEL] = resources.queue
+    if resources.queue_priority:
+        labels[_PRIORITY_LABEL] = resources.queue_priority
+    return labels

@@ -1,0 +1,121 @@
+"""What ``submit.py`` does with an endpoint: register, schedule, start, go on with, wait for."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipelines import cluster, package
+from pipelines.outcome import Outcome
+from pipelines.watch import wait
+
+
+def add_options(this: argparse.ArgumentParser) -> None:
+    """The options that only an endpoint has."""
+    group = this.add_argument_group("on Kubeflow")
+    group.add_argument(
+        "--upload",
+        action="store_true",
+        help="register the package under its name; with --wait or --run also start a run of it",
+    )
+    group.add_argument("--run", action="store_true", help="with --upload: start a run as well")
+    group.add_argument(
+        "--schedule",
+        metavar="CRON",
+        help='start runs at set times instead of now: "0 0 3 * * *" is every night at three',
+    )
+    group.add_argument(
+        "--retry", metavar="RUN_ID", help="let a failed run go on where it failed, as it was sent"
+    )
+    group.add_argument("--cancel", metavar="RUN_ID", help="end a run")
+
+
+def needs_a_store(options: argparse.Namespace) -> bool:
+    """Whether the command starts a run or reads one's verdict; others publish nothing."""
+    if options.cancel:
+        return False
+    if options.retry:
+        return bool(options.wait)
+    return bool(not options.upload or options.run or options.wait)
+
+
+def run_on_cluster(
+    options: argparse.Namespace, documents: list[dict[str, Any]], values: Mapping[str, Any]
+) -> Outcome:
+    """Do what the options ask of the endpoint.
+
+    Raises:
+        PipelineError: the endpoint does not answer or refuses.
+        KeyboardInterrupt: with a text that says what goes on.
+    """
+    target = cluster.endpoint(options.endpoint, options.namespace, options.experiment)
+    client = cluster.connect(target)
+    if options.cancel:
+        cluster.cancel(client, target, options.cancel)
+        print(f"asked the endpoint to end run {options.cancel}", file=sys.stderr)
+        return Outcome("submitted", options.cancel, where=cluster.link(target, options.cancel))
+    if options.retry:
+        cluster.retry(client, target, options.retry)
+        return _follow(options, client, target, options.retry, values)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "package.yaml")
+        package.save_package(documents, path)
+        registered = _upload(client, target, path, documents) if options.upload else None
+        if registered and not (options.run or options.wait):
+            where = f"{target.ui}/#/pipelines/details/{registered.pipeline_id}"
+            return Outcome("submitted", "", where=f"{where}/version/{registered.version_id}")
+        name = options.run_name or f"{values['publish_name']} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
+        if options.schedule:
+            made = cluster.schedule(client, target, path, values, name, options.schedule)
+            return Outcome("submitted", made, where=f"{target.ui}/#/recurringrun/details/{made}")
+        run_id = cluster.submit(client, target, path, values, name, registered)
+    return _follow(options, client, target, run_id, values)
+
+
+def _upload(
+    client: Any, target: cluster.Endpoint, path: Path, documents: list[dict[str, Any]]
+) -> cluster.Registered:
+    # the same content has the same name, so a second upload finds the first
+    text = json.dumps(documents, sort_keys=True)
+    version = hashlib.sha256(text.encode()).hexdigest()[:12]
+    name = documents[0]["pipelineInfo"]["name"]
+    registered = cluster.upload(client, target, path, name, version)
+    word = "registered" if registered.new else "was registered before"
+    print(f"pipeline {name}, version {version}: {word}", file=sys.stderr)
+    return registered
+
+
+def _follow(
+    options: argparse.Namespace,
+    client: Any,
+    target: cluster.Endpoint,
+    run_id: str,
+    values: Mapping[str, Any],
+) -> Outcome:
+    link = cluster.link(target, run_id)
+    print(link, file=sys.stderr, flush=True)
+    if not options.wait:
+        return Outcome("submitted", run_id, where=link)
+    try:
+        return wait(
+            client,
+            target,
+            run_id,
+            store=str(values["publish_store"]),
+            timeout_seconds=options.timeout_seconds,
+            say=lambda text: print(text, file=sys.stderr, flush=True),
+        )
+    except KeyboardInterrupt:
+        if not options.cancel_on_interrupt:
+            raise KeyboardInterrupt(
+                f"Stopped waiting; the run goes on: {link}\n`submit.py --cancel {run_id}` ends it."
+            ) from None
+        cluster.cancel(client, target, run_id)
+        return Outcome("cancelled", run_id, where=link)

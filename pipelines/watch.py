@@ -1,0 +1,200 @@
+"""Waits for a run on Kubeflow and tells what happens, step by step.
+
+The client's own waiting is not used: it hangs on a cancelled run (kubeflow/pipelines#14473) and
+does not tell a failed run from a good one. The verdict is read from the store.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+from urllib.parse import quote
+
+from dpo.storage.runs import read_run_manifest
+from pipelines.cluster import Endpoint, link, problem
+from pipelines.outcome import Outcome
+from pipelines.package import STEPS
+
+_FIRST_POLL_SECONDS = 0.2
+_POLL_SECONDS = 5.0
+_TRANSIENT_FAILURES = 12
+_TOKEN_FAILURES = 2
+_FINAL = {"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"}
+_LOG_LINES = 8
+_WORDS = {"SUCCEEDED": "done", "SKIPPED": "skipped"}
+_REASONS = (
+    (
+        r"OOMKilled|exit code 137",
+        "the step ran out of memory: give it more (--deploy steps.STEP.memory=...) or use a "
+        "smaller batch",
+    ),
+    (
+        r"Insufficient (\S+)",
+        "no node has what the step asks for: ask for less (--deploy), or wait for a free node",
+    ),
+    (
+        r"ErrImagePull|ImagePullBackOff",
+        "the image cannot be pulled: check its name and image_pull_secrets of the deployment",
+    ),
+    (
+        r"secret \"?(\S+?)\"? not found",
+        "a Secret that the deployment names is missing in the run's namespace: create it",
+    ),
+    (r"exceeded quota", "the namespace's quota is used up: ask for less, or wait"),
+    (
+        r"DeadlineExceeded",
+        "the step took longer than its timeout_seconds: raise it in the deployment",
+    ),
+)
+"""Words of Kubernetes and what they mean for the person who started the run."""
+
+
+def wait(
+    client: Any,
+    target: Endpoint,
+    run_id: str,
+    *,
+    store: str,
+    timeout_seconds: float | None,
+    say: Callable[[str], None],
+) -> Outcome:
+    """Poll until the run has ended or the time is over.
+
+    Args:
+        client: From ``pipelines.cluster.connect``.
+        target: Where it is connected to.
+        run_id: The run.
+        store: URL that the run publishes to and leaves its manifest in.
+        timeout_seconds: None waits for ever.
+        say: Takes one line for each change of a step.
+
+    Raises:
+        PipelineError: the endpoint stopped answering, or the run was deleted.
+        StoreError: the run ended well and its verdict cannot be read from here.
+    """
+    deadline = time.monotonic() + timeout_seconds if timeout_seconds else None
+    outcome = Outcome("timed out", run_id, where=link(target, run_id))
+    failures, pause = 0, _FIRST_POLL_SECONDS
+    while deadline is None or time.monotonic() < deadline:
+        try:
+            run = client.get_run(run_id)
+            failures = 0
+        except Exception as error:
+            failures += 1
+            if failures >= _tries(error):
+                raise problem("the run cannot be read any more", target, error) from None
+        else:
+            _report_steps(run, outcome, say)
+            if run.state in _FINAL:
+                return _ended(client, run, outcome, store)
+        time.sleep(pause)
+        pause = min(pause * 1.5, _POLL_SECONDS)
+    outcome.message = f"the run has not ended after {timeout_seconds:.0f} s; it goes on"
+    return outcome
+
+
+def _tries(error: Exception) -> int:
+    """How often in a row a request may fail like this."""
+    status = getattr(error, "status", None)
+    if status in (403, 404):
+        return 1
+    # a token that the kubelet is just renewing
+    return _TOKEN_FAILURES if status == 401 else _TRANSIENT_FAILURES
+
+
+def _report_steps(run: Any, outcome: Outcome, say: Callable[[str], None]) -> None:
+    for name, task in _steps(run):
+        if not task.state:
+            continue
+        word = _WORDS.get(task.state, task.state.lower())
+        if word == "done" and any(child.state == "SKIPPED" for child in _children(run, task)):
+            word = "cached"
+        if outcome.steps.get(name) != word:
+            outcome.steps[name] = word
+            say(f"{name}: {word}")
+
+
+def _steps(run: Any) -> Iterable[tuple[str, Any]]:
+    """Our steps among the run's tasks, which also hold drivers, executors and conditions."""
+    details = getattr(run.run_details, "task_details", None) or []
+    for task in details:
+        name = re.sub(r"\(\d+\)$", "", task.display_name or "")
+        if name in STEPS:
+            yield name, task
+
+
+def _children(run: Any, task: Any) -> list[Any]:
+    named = {child.task_id or child.pod_name for child in task.child_tasks or []}
+    details = run.run_details.task_details
+    return [other for other in details if {other.task_id, other.pod_name} & named - {None}]
+
+
+def _ended(client: Any, run: Any, outcome: Outcome, store: str) -> Outcome:
+    history = [status.state for status in run.state_history or []]
+    if run.state == "CANCELED" or "CANCELING" in history[_last_start(history) :]:
+        # a terminated run ends as FAILED
+        outcome.state = "cancelled"
+        return outcome
+    if run.state != "SUCCEEDED":
+        outcome.state = "failed"
+        outcome.message = _failure(client, run)
+        return outcome
+    # task outputs are empty in the run API (kubeflow/pipelines#9858): the store knows the verdict
+    manifest = read_run_manifest(store, outcome.run_id)
+    outcome.verdict = manifest["verdict"]
+    outcome.published = manifest.get("published") or {}
+    outcome.evaluation = manifest.get("evaluation") or {}
+    outcome.state = "succeeded" if outcome.verdict["approved"] else "refused"
+    return outcome
+
+
+def _last_start(history: list[str]) -> int:
+    """Where the last attempt begins: a retried run keeps the history of those before."""
+    ends = [place for place, state in enumerate(history[:-1]) if state in _FINAL]
+    return ends[-1] + 1 if ends else 0
+
+
+def _failure(client: Any, run: Any) -> str:
+    """Which step failed, what Kubernetes and its own log say about it, and what to do."""
+    parts = []
+    for name, task in _steps(run):
+        if task.state != "FAILED":
+            continue
+        related = [task, *_children(run, task)]
+        words = [_message(item.error) for item in related]
+        log = _log(client, run.run_id, related)
+        parts.append(" ".join([f"step {name} failed", *dict.fromkeys(filter(None, words))]))
+        parts += [f"  | {line}" for line in log]
+        parts += _advice(" ".join([*words, *log]), name)
+    return "\n".join([*parts, *filter(None, [_message(run.error)])]) or "failed: see the UI"
+
+
+def _message(error: Any) -> str:
+    return str(getattr(error, "message", None) or "")
+
+
+def _advice(text: str, step: str) -> list[str]:
+    found = [fix for pattern, fix in _REASONS if re.search(pattern, text)]
+    return [f"  fix:   {fix.replace('STEP', step)}" for fix in found[:1]]
+
+
+def _log(client: Any, run_id: str, tasks: Iterable[Any]) -> list[str]:
+    """The last lines of the failed pod, where the backend still has them."""
+    for pod in filter(None, (task.pod_name for task in tasks)):
+        try:
+            text = client._run_api.api_client.call_api(
+                f"/apis/v1alpha1/runs/{quote(run_id)}/nodes/{quote(pod)}/log",
+                "GET",
+                response_type="str",
+                auth_settings=["Bearer"],
+                _return_http_data_only=True,
+                _request_timeout=20,
+            )
+        except Exception:
+            # the reason that the run itself gives is shown all the same
+            continue
+        lines = [line.rstrip() for line in str(text).splitlines() if line.strip()]
+        return lines[-_LOG_LINES:]
+    return []

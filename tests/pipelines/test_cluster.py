@@ -1,0 +1,405 @@
+"""The command on an endpoint: what it sends, what it says, how it exits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dpo.errors import PipelineError
+from dpo.storage.runs import write_run_manifest
+from dpo.storage.store import open_store
+from pipelines import cluster, package, submit, watch
+from tests.support.kfp_backend import STEPS, Fault, Scenario, running_backend, task
+
+IMAGES = [
+    *("--deploy", "images.data=registry.test/data:1"),
+    *("--deploy", "images.train=registry.test/train:1"),
+]
+
+
+@pytest.fixture
+def backend(monkeypatch, tmp_path):
+    for name in [name for name in os.environ if name.startswith("KF_PIPELINES")]:
+        monkeypatch.delenv(name)
+    # kfp keeps a context file in the home folder
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with running_backend() as server:
+        monkeypatch.setenv("KF_PIPELINES_ENDPOINT", server.url)
+        yield server
+
+
+@pytest.fixture
+def store(tmp_path):
+    return (tmp_path / "store").as_uri()
+
+
+@pytest.fixture
+def command(store, capsys, monkeypatch):
+    """Runs ``submit.py``; returns exit code, the JSON object and what stderr said."""
+    monkeypatch.setattr(watch, "_FIRST_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(watch, "_POLL_SECONDS", 0.02)
+
+    def run(*arguments):
+        code = submit.main([*IMAGES, "--store", store, "--output", "json", *arguments])
+        printed = capsys.readouterr()
+        assert printed.out.count("\n") == 1, "one JSON object and nothing else on stdout"
+        outcome = json.loads(printed.out)
+        assert outcome.get("exit_code", code) == code
+        return code, outcome, printed.err
+
+    return run
+
+
+def verdict(store, approved):
+    """What gate and publish leave in the store."""
+
+    def write(run_id):
+        published = {"published": {"name": "policy", "content_hash": "ab" * 32}}
+        write_run_manifest(
+            open_store(store),
+            run_id,
+            verdict={"approved": approved, "rules": []},
+            **(published if approved else {}),
+        )
+
+    return write
+
+
+def all_done(state="SUCCEEDED"):
+    return [row for step in STEPS for row in task(step, state)]
+
+
+def test_an_approved_run_exits_0_and_tells_each_step(backend, store, command):
+    backend.scenario = Scenario(
+        tasks=[[], task("ingest", "RUNNING"), all_done()], on_end=verdict(store, True)
+    )
+    code, outcome, said = command("--wait")
+    assert (code, outcome["state"]) == (0, "succeeded")
+    assert outcome["published"]["content_hash"] == "ab" * 32
+    assert outcome["steps"] == dict.fromkeys(STEPS, "done")
+    lines = said.splitlines()
+    assert lines[0] == f"{backend.url}/#/runs/details/{outcome['run_id']}", "the link comes first"
+    assert lines[1:3] == ["ingest: running", "fingerprint: done"]
+
+
+def test_what_is_sent(backend, command):
+    code, outcome, _ = command("--set", "preference_beta=0.3", "--run-name", "mine")
+    assert (code, outcome["state"]) == (0, "submitted")
+    run = backend.runs[outcome["run_id"]]
+    assert run["display_name"] == "mine"
+    parameters = run["runtime_config"]["parameters"]
+    assert parameters["preference_beta"] == 0.3
+    assert set(parameters) == set(package.defaults(package.load_package()))
+    spec = run["pipeline_spec"]
+    executors = spec["pipeline_spec"]["deploymentSpec"]["executors"]
+    assert executors["exec-sft"]["container"]["image"] == "registry.test/train:1"
+    pods = spec["platform_spec"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert pods["exec-sft"]["imagePullPolicy"] == "IfNotPresent"
+    experiment = backend.experiments[run["experiment_id"]]
+    assert experiment["display_name"] == "preference-fine-tuning"
+
+
+def test_the_experiment_is_made_once(backend, command):
+    command()
+    command()
+    assert len(backend.experiments) == 1
+
+
+def test_a_refused_model_exits_3(backend, store, command):
+    backend.scenario = Scenario(tasks=[all_done()], on_end=verdict(store, False))
+    code, outcome, _ = command("--wait")
+    assert (code, outcome["state"]) == (3, "refused")
+
+
+def test_cached_steps_are_told_from_executed_ones(backend, store, command):
+    rows = [
+        {"display_name": "sft", "state": "SUCCEEDED", "child_tasks": [{"pod_name": "p1"}]},
+        {"display_name": "executor", "state": "SKIPPED", "pod_name": "p1"},
+        {
+            "display_name": "preference(0)",
+            "state": "SUCCEEDED",
+            "child_tasks": [{"pod_name": "p2"}],
+        },
+        {"display_name": "executor", "state": "SUCCEEDED", "pod_name": "p2"},
+    ]
+    backend.scenario = Scenario(tasks=[rows], on_end=verdict(store, True))
+    _, outcome, _ = command("--wait")
+    assert outcome["steps"] == {"sft": "cached", "preference": "done"}
+
+
+def test_a_failed_run_exits_1_with_the_steps_own_message(backend, command):
+    backend.scenario = Scenario(
+        states=["RUNNING", "FAILED"], tasks=[task("sft", "FAILED", pod_name="p")]
+    )
+    backend.logs["p"] = "loading\nsft: the loss is NaN\n  fix:   lower sft_lr\n"
+    code, outcome, said = command("--wait")
+    assert (code, outcome["state"]) == (1, "failed")
+    assert outcome["message"].splitlines() == [
+        "step sft failed",
+        "  | loading",
+        "  | sft: the loss is NaN",
+        "  |   fix:   lower sft_lr",
+    ]
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        ("OOMKilled (exit code 137)", "--deploy steps.sft.memory="),
+        ("0/3 nodes are available: 3 Insufficient nvidia.com/gpu.", "no node has"),
+        ("Back-off pulling image: ImagePullBackOff", "image_pull_secrets"),
+        ('Error: secret "store" not found', "create it"),
+        ("pods is forbidden: exceeded quota: team", "quota is used up"),
+        ("Pod was active longer than specified deadline: DeadlineExceeded", "timeout_seconds"),
+    ],
+)
+def test_the_words_of_kubernetes_come_with_what_to_do(backend, command, words, advice):
+    error = {"code": 13, "message": words}
+    backend.scenario = Scenario(states=["FAILED"], tasks=[task("sft", "FAILED", error=error)])
+    _, outcome, _ = command("--wait")
+    assert words in outcome["message"]
+    assert advice in outcome["message"]
+
+
+def test_a_run_that_does_not_end_in_time_exits_5_and_goes_on(backend, command):
+    backend.scenario = Scenario(states=["RUNNING"])
+    code, outcome, _ = command("--wait", "--timeout-seconds", "0.3")
+    assert (code, outcome["state"]) == (5, "timed out")
+    assert "goes on" in outcome["message"]
+    assert backend.runs[outcome["run_id"]]["state"] == "RUNNING"
+
+
+def test_a_run_that_someone_ends_exits_4(backend, command):
+    backend.scenario = Scenario(states=["RUNNING"])
+    original = backend.get_run
+
+    def get_run(run_id):
+        run = original(run_id)
+        if run["state"] == "RUNNING":
+            backend.terminate(run_id)
+        return run
+
+    backend.get_run = get_run
+    code, outcome, _ = command("--wait", "--timeout-seconds", "20")
+    assert (code, outcome["state"]) == (4, "cancelled")
+
+
+def test_a_retried_run_is_not_taken_for_cancelled_because_it_once_was(backend, store, command):
+    backend.scenario = Scenario(states=["RUNNING"])
+    _, outcome, _ = command()
+    run_id = outcome["run_id"]
+    backend.get_run(run_id)
+    backend.terminate(run_id)
+    backend.get_run(run_id)
+    assert backend.runs[run_id]["state"] == "FAILED"
+    backend.scenario = Scenario(states=["RUNNING", "FAILED"])
+    code, outcome, _ = command("--retry", run_id, "--wait")
+    assert (code, outcome["state"]) == (1, "failed")
+    backend.scenario = Scenario(on_end=verdict(store, True))
+    code, outcome, _ = command("--retry", run_id, "--wait")
+    assert (code, outcome["run_id"]) == (0, run_id)
+
+
+def test_a_succeeded_run_is_not_retried(backend, store, command):
+    backend.scenario = Scenario(on_end=verdict(store, True))
+    _, outcome, _ = command("--wait")
+    code, outcome, said = command("--retry", outcome["run_id"])
+    assert code == 1
+    assert "the run has succeeded (HTTP 409)" in said
+
+
+def test_cancel_ends_a_run_and_needs_neither_images_nor_a_store(backend, command, capsys):
+    backend.scenario = Scenario(states=["RUNNING"])
+    _, outcome, _ = command()
+    assert submit.main(["--cancel", outcome["run_id"]]) == 0
+    assert backend.runs[outcome["run_id"]]["state"] == "CANCELING"
+    assert submit.main(["--cancel", "none"]) == 1
+    assert "run none not found (HTTP 404)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cancels", [True, False])
+def test_ctrl_c(backend, store, tmp_path, cancels):
+    """In a process of its own, because a signal is what Ctrl-C is."""
+    backend.scenario = Scenario(states=["RUNNING"])
+    more = ["--cancel-on-interrupt"] if cancels else []
+    root = Path(submit.__file__).resolve().parent.parent
+    process = subprocess.Popen(
+        [
+            *(sys.executable, str(root / "pipelines/submit.py"), *IMAGES, "--store", store),
+            *("--wait", "--output", "json", *more),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        # a test run in the background ignores SIGINT, and so would this process
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not any(
+        run["state"] == "RUNNING" for run in backend.runs.values()
+    ):
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=240)
+    (run,) = backend.runs.values()
+    assert "Traceback" not in err
+    if cancels:
+        assert process.returncode == 4
+        assert json.loads(out)["state"] == "cancelled"
+        assert "CANCELING" in [entry["state"] for entry in run["state_history"]]
+    else:
+        assert process.returncode == 130
+        assert "the run goes on" in err
+        assert run["state"] == "RUNNING"
+
+
+def test_a_few_failing_answers_are_lived_with(backend, store, command):
+    backend.scenario = Scenario(tasks=[all_done()], on_end=verdict(store, True))
+    backend.faults = [Fault(r"/runs/[^/]+$", times=3), Fault(r"/runs/[^/]+$", times=2, cut=True)]
+    code, _, _ = command("--wait")
+    assert code == 0
+    assert [fault.times for fault in backend.faults] == [0, 0]
+
+
+def test_an_endpoint_that_stays_broken_is_reported(backend, command, monkeypatch):
+    monkeypatch.setattr(watch, "_TRANSIENT_FAILURES", 3)
+    backend.faults = [
+        Fault(r"/runs/[^/]+$", status=503, times=10**6, message="no healthy upstream")
+    ]
+    code, _, said = command("--wait")
+    assert code == 1
+    assert "cannot be read any more: no healthy upstream (HTTP 503)" in said
+
+
+def test_a_deleted_run_is_reported_at_once(backend, command, monkeypatch):
+    backend.scenario = Scenario(states=["RUNNING"])
+    original = backend.get_run
+
+    def get_run(run_id):
+        run = original(run_id)
+        del backend.runs[run_id]
+        return run
+
+    backend.get_run = get_run
+    code, _, said = command("--wait")
+    assert code == 1
+    assert "not found (HTTP 404)" in said
+
+
+def test_a_renewed_token_is_read_again(backend, store, command, tmp_path, monkeypatch):
+    token = tmp_path / "token"
+    token.write_text("first")
+    monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(token))
+    backend.token = "first"
+    backend.scenario = Scenario(tasks=[all_done()], on_end=verdict(store, True))
+    original = backend.get_run
+
+    def get_run(run_id):
+        backend.token = "second"
+        token.write_text("second")
+        return original(run_id)
+
+    backend.get_run = get_run
+    code, _, _ = command("--wait")
+    assert code == 0
+
+
+def test_an_expired_token_is_named_before_anything_is_sent(backend, command, monkeypatch):
+    backend.token = "wanted"
+    monkeypatch.setenv("KF_PIPELINES_TOKEN", "old")
+    code, _, said = command("--wait")
+    assert code == 1
+    assert "token expired (HTTP 401)" in said
+    assert "renew it" in said
+    assert not backend.runs
+
+
+def test_an_endpoint_that_is_down(command, monkeypatch, backend):
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", "http://127.0.0.1:9")
+    code, _, said = command()
+    assert code == 1
+    assert "the endpoint does not answer" in said
+    assert "http://127.0.0.1:9" in said
+
+
+def test_no_endpoint_is_a_message(command, monkeypatch, backend):
+    monkeypatch.delenv("KF_PIPELINES_ENDPOINT")
+    code, _, said = command()
+    assert code == 1
+    assert "set KF_PIPELINES_ENDPOINT" in said
+
+
+def test_a_run_that_left_no_manifest_says_so(backend, command):
+    backend.scenario = Scenario(tasks=[all_done()])
+    code, _, said = command("--wait")
+    assert code == 1
+    assert "left no manifest" in said
+
+
+def test_uploading_twice_registers_once(backend, command):
+    code, outcome, said = command("--upload")
+    assert code == 0
+    assert "registered" in said
+    assert not backend.runs
+    (pipeline,) = backend.pipelines.values()
+    assert pipeline["display_name"] == "preference-fine-tuning"
+    versions = len(backend.versions[pipeline["pipeline_id"]])
+    _, again, said = command("--upload")
+    assert "was registered before" in said
+    assert again["where"] == outcome["where"]
+    assert len(backend.versions[pipeline["pipeline_id"]]) == versions
+    command("--upload", "--deploy", "train.memory=9Gi")
+    assert len(backend.pipelines) == 1
+    assert len(backend.versions[pipeline["pipeline_id"]]) == versions + 1
+
+
+def test_a_run_of_an_uploaded_package_is_linked_to_its_version(backend, command):
+    _, outcome, _ = command("--upload", "--run")
+    reference = backend.runs[outcome["run_id"]]["pipeline_version_reference"]
+    (pipeline,) = backend.pipelines
+    ids = {version["pipeline_version_id"] for version in backend.versions[pipeline]}
+    assert reference["pipeline_id"] == pipeline
+    assert reference["pipeline_version_id"] in ids
+
+
+def test_rerun_reaches_the_endpoint_for_these_steps_alone(backend, command):
+    _, outcome, _ = command("--rerun", "sft,publish")
+    spec = backend.runs[outcome["run_id"]]["pipeline_spec"]["pipeline_spec"]
+    tasks = spec["root"]["dag"]["tasks"]
+    cached = {n for n, t in tasks.items() if t.get("cachingOptions", {}).get("enableCache")}
+    assert cached == {"ingest", "reference", "preference", "evaluate"}
+
+
+def test_a_schedule_starts_no_run_now(backend, command):
+    code, _, _ = command("--schedule", "0 0 3 * * *", "--run-name", "nightly")
+    assert code == 0
+    assert not backend.runs
+    (made,) = backend.schedules.values()
+    assert made["display_name"] == "nightly"
+    assert made["trigger"]["cron_schedule"]["cron"] == "0 0 3 * * *"
+    assert int(made["max_concurrency"]) == 1
+
+
+def test_a_schedule_of_five_fields_is_refused_here(backend, command):
+    code, _, said = command("--schedule", "0 3 * * *")
+    assert code == 2
+    assert "has 5 fields" in said
+    assert not backend.schedules
+
+
+def test_a_parameter_that_the_endpoint_does_not_know(backend, tmp_path):
+    target = cluster.endpoint()
+    client = cluster.connect(target)
+    path = tmp_path / "package.yaml"
+    package.save_package(package.load_package(), path)
+    with pytest.raises(PipelineError, match="parameter none is not defined") as caught:
+        cluster.submit(client, target, path, {"none": 1}, "run")
+    assert "another version" in str(caught.value)
