@@ -195,7 +195,8 @@ class RunConfig(Section):
     batch_size: int = Field(4, gt=0)
     """Examples in an optimiser step, over all processes and accumulation steps."""
     eval_batch_size: int = Field(16, gt=0)
-    """Examples in an evaluation batch, over all processes."""
+    """Examples in an evaluation batch; rows are packed by ``micro_batch_tokens`` instead, and the
+    figures do not depend on either."""
     gradient_accumulation_steps: int = Field(1, gt=0)
     """Micro-batches in an optimiser step."""
     micro_batch_tokens: int = Field(2048, gt=0)

@@ -40,7 +40,7 @@ from dpo.storage.store import Store
 
 FORMAT_VERSION = 1
 LATEST = "latest.json"
-_NOT_PUBLISHED = {MANIFEST, "run.json", "metrics.jsonl", "trainer_state.json"}
+_NOT_PUBLISHED = {MANIFEST, "run.json", "metrics.jsonl", "samples.jsonl", "trainer_state.json"}
 _NOT_PUBLISHED_FOLDERS = {"training_state", "data", "reference"}
 _UPLOADS = 4
 _CONFLICT_TRIES = 5

@@ -42,11 +42,12 @@ def processes_here() -> int:
     return int(text)
 
 
-def launch(job: Mapping[str, Any]) -> None:
+def launch(job: Mapping[str, Any], *, port: int = 0) -> None:
     """Run ``dpo.train.worker`` in every process and wait for all of them.
 
     Args:
         job: What the worker reads, as JSON values.
+        port: Of the rendezvous on this host; 0 takes a free one.
 
     Raises:
         DpoError: that of the first process that failed; the others are ended.
@@ -56,7 +57,7 @@ def launch(job: Mapping[str, Any]) -> None:
 
     _raise_open_files()
     n_hosts = int(os.environ.get("PET_NNODES") or 1)
-    endpoint = os.environ.get("PET_RDZV_ENDPOINT") or "127.0.0.1:0"
+    endpoint = os.environ.get("PET_RDZV_ENDPOINT") or f"127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "job.json")
         file.write_text(json.dumps(dict(job)), encoding="utf-8")

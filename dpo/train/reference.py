@@ -37,7 +37,9 @@ def run_reference(
     inputs = {"pairs": read_manifest(pairs, stage="ingest").content_hash}
     if model is not None:
         inputs["model"] = read_manifest(model).content_hash
-    policy, tokenizer = load_for_training(config.model, model, device=device)
+    # the types may differ by explicit choice; the check at step 0 then says by how much it shows
+    settings = config.model.model_copy(update={"policy_dtype": config.model.reference_dtype})
+    policy, tokenizer = load_for_training(settings, model, device=device)
     check_length(policy, config.max_length)
     # the set of pairs does not depend on how they are batched
     examples = load_examples(config, pairs, tokenizer, batch_size=1, responses="pair")
@@ -46,7 +48,7 @@ def run_reference(
     train = list(unique.values()) if config.score_training_pairs else []
     every = [*train, *examples.held_out]
     splits = [TRAIN] * len(train) + [TEST] * len(examples.held_out)
-    dtype = compute_dtype(config.model, device)
+    dtype = compute_dtype(settings, device)
     with track("reference", "pairs", len(every)) as bar:
         scored = score(policy, every, dtype=dtype, token_budget=config.micro_batch_tokens, bar=bar)
     rows = [

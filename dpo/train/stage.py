@@ -28,7 +28,7 @@ from dpo.train.checkpoint import Checkpoints, barrier, is_first, place_of
 from dpo.train.data import Examples, load_examples
 from dpo.train.launch import launch
 from dpo.train.log import FILE as METRICS
-from dpo.train.log import MetricLog
+from dpo.train.log import MetricLog, WandbLog
 from dpo.train.parallel import Ranks, Scorer, check_batch, shard, whole_weights
 from dpo.train.step import Objective
 from dpo.train.trainer import NLL_PER_TOKEN, Trainer, best_device, checkpoint_activations
@@ -72,6 +72,12 @@ def run_train(
             where="trainer",
             fix="use trainer=FSDPTrainer, or BasicTrainer: one process",
         )
+    if config.trainer.name == "FSDPTrainer" and config.sample_during_eval:
+        raise ConfigError(
+            "sample_during_eval cannot run over several processes in this version",
+            where="sample_during_eval",
+            fix="set it to false; the evaluation stage samples from the finished model",
+        )
     if config.trainer.name == "FSDPTrainer" and not dist.is_initialized():
         paths = {"output": output, "pairs": pairs, "base": base, "reference": reference}
         paths["checkpoints"] = checkpoints
@@ -81,7 +87,8 @@ def run_train(
                 "settings": stage_json(config, stage),
                 "paths": {name: str(path) if path else "" for name, path in paths.items()},
                 "code": code,
-            }
+            },
+            port=config.fsdp_port or 0,
         )
         return read_manifest(output, stage=stage)
     inputs = _input_hashes(pairs, base, reference)
@@ -94,6 +101,8 @@ def run_train(
         start = keeper.find() if keeper else None
         log = MetricLog(folder, begin=start / METRICS if start else None)
         try:
+            if config.wandb.enabled and not config.debug and is_first():
+                log.also = WandbLog(config, output.parent, stage_settings(config, stage))
             trainer = _trainer(config, stage, pairs, base, reference, log, keeper)
             if start:
                 trainer.go_on_from(start)

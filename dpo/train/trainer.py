@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 import time
@@ -18,6 +19,7 @@ from dpo.config.schema import RunConfig
 from dpo.data.log_probs import PairLogProbs
 from dpo.data.tokenize import TokenizedExample
 from dpo.errors import TrainingStopped
+from dpo.modeling.generation import generate
 from dpo.storage.progress import message, track
 from dpo.train.checkpoint import Checkpoints, Position
 from dpo.train.data import Examples
@@ -192,6 +194,25 @@ class Trainer:
                 **figures,
             }
         )
+        if self.config.sample_during_eval:
+            self._sample()
+
+    def _sample(self) -> None:
+        """Answers to the first held-out prompts, in ``samples.jsonl`` beside the metric log."""
+        examples = self.examples.held_out[: self.config.n_eval_model_samples]
+        prompts = [self.tokenizer.decode(example.prompt_T) for example in examples]
+        answers = generate(
+            self.objective.model,
+            self.tokenizer,
+            prompts,
+            max_new_tokens=self.config.max_length - self.config.max_prompt_length,
+            max_prompt_length=self.config.max_prompt_length,
+            seed=self.config.seed,
+        )
+        with self.log.path.with_name("samples.jsonl").open("a", encoding="utf-8") as file:
+            for prompt, answer in zip(prompts, answers, strict=True):
+                line = {"step": self.position.steps, "prompt": prompt, "answer": answer}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _shown(self, figures: dict[str, float]) -> dict[str, float]:
         shown = {"loss": figures["loss/train"]}

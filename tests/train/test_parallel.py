@@ -1,13 +1,14 @@
 """FSDP over processes gives the trajectory of one process."""
 
 import json
+import sys
 
 import pytest
 from safetensors.numpy import load_file
 
 from dpo.config.compose import compose
 from dpo.config.stages import restrict
-from dpo.errors import ConfigError, ModelError
+from dpo.errors import ConfigError, MissingDependency, ModelError
 from dpo.train.launch import processes_here
 from dpo.train.stage import run_train
 from tests.train.conftest import SETTINGS
@@ -86,6 +87,36 @@ def test_tensor_parallel_is_refused_in_one_message(prepared, tmp_path):
     config = config_of("sft", "trainer=TensorParallelTrainer")
     with pytest.raises(ConfigError, match="TensorParallelTrainer"):
         run_train(config, tmp_path / "out", **prepared.paths(sft=True))
+
+
+def test_samples_while_training_and_processes_are_refused_together(prepared, tmp_path):
+    config = config_of("sft", "trainer=FSDPTrainer", "sample_during_eval=true")
+    with pytest.raises(ConfigError, match="sample_during_eval"):
+        run_train(config, tmp_path / "out", **prepared.paths(sft=True))
+
+
+def test_samples_while_training(prepared, tmp_path):
+    more = ["sample_during_eval=true", "n_eval_model_samples=2"]
+    run_train(config_of("sft", *more), tmp_path / "out", **prepared.paths(sft=True))
+    lines = (tmp_path / "out/samples.jsonl").read_text(encoding="utf-8").splitlines()
+    # before the first and after the last of three steps
+    assert [json.loads(line)["step"] for line in lines] == [0, 0, 3, 3]
+    assert all(json.loads(line)["prompt"] for line in lines)
+
+
+def test_wandb_that_is_missing_is_a_clear_error(prepared, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = config_of("sft", "wandb.enabled=true")
+    with pytest.raises(MissingDependency, match="wandb is not installed"):
+        run_train(config, tmp_path / "out", **prepared.paths(sft=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_asks_for_no_wandb(prepared, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = config_of("sft", "wandb.enabled=true", "debug=true")
+    run_train(config, tmp_path / "out", **prepared.paths(sft=True))
+    assert (tmp_path / "out/model.safetensors").is_file()
 
 
 def test_one_process_on_a_machine_without_a_gpu(monkeypatch):
