@@ -1,0 +1,84 @@
+"""``model.archive``: the reference code's policy.pt, our checkpoint folders, their LATEST."""
+
+import os
+import shutil
+
+import pytest
+import torch
+
+from dpo.config.places import builtin
+from dpo.config.schema import ModelConfig
+from dpo.errors import ModelError
+from dpo.modeling.load import load_for_training, load_model, save_model
+
+TINY = builtin("builtin:tiny")
+
+
+@pytest.fixture
+def shifted():
+    """The tiny model with other weights."""
+    model = load_model(TINY, torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.5
+    return model
+
+
+def weights(archive):
+    model, _ = load_for_training(ModelConfig(archive=str(archive)), None)
+    return model.state_dict()
+
+
+def assert_same(found, model):
+    for name, expected in model.state_dict().items():
+        assert torch.equal(found[name], expected), name
+
+
+def test_a_policy_file_of_the_reference_code(shifted, tmp_path):
+    path = tmp_path / "policy.pt"
+    torch.save({"step_idx": 5, "state": shifted.state_dict(), "metrics": {"loss": 1.0}}, path)
+    assert_same(weights(path), shifted)
+
+
+@pytest.mark.parametrize("name", ["LATEST", "LATEST/policy.pt", "."])
+def test_a_checkpoint_folder_by_each_of_its_names(shifted, tmp_path, name):
+    _, tokenizer = load_for_training(ModelConfig(), None)
+    folder = tmp_path / "LATEST"
+    folder.mkdir()
+    save_model(shifted, tokenizer, folder)
+    assert_same(weights(tmp_path / name), shifted)
+
+
+def test_a_file_with_code_in_it_is_not_run(tmp_path):
+    class Planted:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "planted"),))
+
+    path = tmp_path / "policy.pt"
+    torch.save({"state": Planted()}, path)
+    with pytest.raises(ModelError, match=r"not a policy\.pt"):
+        weights(path)
+    assert not (tmp_path / "planted").exists()
+
+
+def test_weights_of_another_architecture_are_named(tmp_path):
+    path = tmp_path / "policy.pt"
+    torch.save({"state": {"transformer.wte.weight": torch.zeros(2, 2)}}, path)
+    with pytest.raises(ModelError, match="another model"):
+        weights(path)
+
+
+def test_there_is_no_checkpoint(tmp_path):
+    with pytest.raises(ModelError, match="no checkpoint"):
+        weights(tmp_path)
+
+
+def test_a_tokenizer_that_is_larger_than_the_model_is_refused(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    model, tokenizer = load_for_training(ModelConfig(), None)
+    rows = model.get_input_embeddings().weight.shape[0]
+    tokenizer.add_tokens([f"<new{number}>" for number in range(rows)])
+    tokenizer.save_pretrained(str(folder))
+    with pytest.raises(ModelError, match="tokenizer has"):
+        load_for_training(ModelConfig(name_or_path=str(folder)), None)
