@@ -18,6 +18,8 @@ from dpo.errors import ConfigError, DpoError, system_problem
 INTERRUPTED = 130
 REFUSED = 3
 
+_ABOUT_PUBLISHED = ("verify", "pull", "list", "retain", "lineage", "forget")
+
 PATHS = {
     "data": "output folder of ingest",
     "output": "folder to write the result to",
@@ -86,9 +88,11 @@ COMMANDS = {
         "Publish an approved policy to a store.",
         ("policy", "evaluation", "verdict", "output"),
         ("policy", "evaluation", "verdict", "output"),
-        "publish.store publish.name publish.create_bucket exp_name (the run's id in the store)",
+        "publish.store publish.name publish.create_bucket publish.registry (registry= for short) "
+        "exp_name (the run's id in the store)",
         "dpo publish policy=out/policy evaluation=out/evaluation verdict=out/verdict "
-        "publish.store=s3://models output=out/published",
+        "publish.store=s3://models output=out/published\n"
+        "  dpo publish --rollback s3://models/policy [version=HASH]",
     ),
     "config": Command(
         "Print every setting with its value and where it came from.",
@@ -101,7 +105,7 @@ COMMANDS = {
         "Bring the base model onto this machine.", (), (), "model", "dpo fetch model=smollm2"
     ),
     "verify": Command(
-        "Re-hash a published model: dpo verify URL.",
+        "Re-hash a published model, and check its signature: dpo verify URL.",
         (),
         (),
         "",
@@ -113,6 +117,34 @@ COMMANDS = {
         ("output",),
         "",
         "dpo pull s3://models/policy output=policy",
+    ),
+    "list": Command(
+        "List what is published at or below a URL: dpo list URL.",
+        (),
+        (),
+        "format=json",
+        "dpo list s3://models",
+    ),
+    "retain": Command(
+        "Remove old versions and what interrupted publishers left: dpo retain URL keep=K.",
+        (),
+        (),
+        "keep grace_hours (of versions that were never completed, default 1)",
+        "dpo retain s3://models/policy keep=5",
+    ),
+    "lineage": Command(
+        "Print where a published model comes from, or what was made of a community's data.",
+        (),
+        (),
+        "community format=json",
+        "dpo lineage s3://models/policy\n  dpo lineage s3://models community=NAME",
+    ),
+    "forget": Command(
+        "Remove a community's data and list what still depends on it.",
+        (),
+        (),
+        "community reports=true (also remove reports that show its text) format=json",
+        "dpo forget s3://models community=NAME",
     ),
 }
 
@@ -205,6 +237,10 @@ def _options(name: str) -> argparse.ArgumentParser:
         parser.add_argument(
             "--output", choices=("text", "json"), default="text", help="of --check (default: text)"
         )
+    if name == "publish":
+        parser.add_argument(
+            "--rollback", action="store_true", help="go back to the version before: URL [version=]"
+        )
     if name == "config":
         parser.add_argument("--json", action="store_true", help="one JSON object")
     return parser
@@ -212,19 +248,21 @@ def _options(name: str) -> argparse.ArgumentParser:
 
 def _run(name: str, options: argparse.Namespace, overrides: list[str]) -> int:
     command = COMMANDS[name]
-    if name == "verify":
-        return _verify(overrides)
+    if name in _ABOUT_PUBLISHED or (name == "publish" and options.rollback):
+        from dpo.publish.command import run
+
+        which = "publish --rollback" if name == "publish" else name
+        return run(which, overrides, command.example)
     if name == "ingest" and options.check:
         return _check(options, overrides)
     paths = {}
     settings = []
-    urls = []
     for text in overrides:
         key, separator, value = text.partition("=")
         if key in command.paths and separator:
             paths[key] = Path(value).expanduser()
-        elif not separator and name == "pull":
-            urls.append(text)
+        elif key == "registry" and name == "publish":
+            settings.append(f"publish.{text}")
         elif key in PATHS and separator:
             raise ConfigError(
                 f"dpo {name} takes no {key}=",
@@ -237,8 +275,6 @@ def _run(name: str, options: argparse.Namespace, overrides: list[str]) -> int:
         raise ConfigError(
             f"dpo {name} needs {missing[0]}= ({PATHS[missing[0]]})", fix=command.example
         )
-    if name == "pull":
-        return _pull(urls, paths["output"])
     from dpo.config.compose import compose
 
     composed = compose(settings, user_dir=options.config_dir)
@@ -246,28 +282,6 @@ def _run(name: str, options: argparse.Namespace, overrides: list[str]) -> int:
         print(f"dpo: {warning}", file=sys.stderr)
     runner: Callable[[Any, dict[str, Path], argparse.Namespace], int] = _RUNNERS[name]
     return runner(composed, paths, options)
-
-
-def _verify(arguments: list[str]) -> int:
-    from dpo.publish.verify import verify
-
-    if len(arguments) != 1:
-        raise ConfigError("dpo verify takes one URL", fix=COMMANDS["verify"].example)
-    manifest = verify(arguments[0])
-    print(
-        f"{manifest['name']} {manifest['content_hash']}: {len(manifest['files'])} files are whole"
-    )
-    return 0
-
-
-def _pull(urls: list[str], output: Path) -> int:
-    from dpo.publish.verify import pull
-
-    if len(urls) != 1:
-        raise ConfigError("dpo pull takes one URL", fix=COMMANDS["pull"].example)
-    manifest = pull(urls[0], output)
-    print(f"{manifest['name']} {manifest['content_hash']} is in {output}")
-    return 0
 
 
 def _ingest(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:

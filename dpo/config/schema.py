@@ -155,11 +155,24 @@ class PublishConfig(Section):
     """Where the model goes."""
 
     store: str | None = None
-    """``file://``, ``s3://`` or ``minio://`` URL with bucket and optional prefix."""
+    """``file://``, ``s3://``, ``minio://`` or ``gs://`` URL with bucket and optional prefix."""
     name: str = Field("policy", pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")
     """Name under which the model is published."""
     create_bucket: bool = False
     """Create the bucket where it does not exist."""
+    max_shard_mib: int = Field(2048, gt=0)
+    """Largest file of weights, in MiB; larger ones are divided when they are published."""
+    lora: Literal["merged", "adapter"] = "merged"
+    """How a model trained as an adapter is published: merged into its base, or alone."""
+    license: str = Field("", pattern=r"^[a-z0-9.+-]{0,64}$")
+    """Licence of the model on its card, as hubs write it (apache-2.0); empty takes the base
+    model's where it is known, else ``other``."""
+    registry: str | None = Field(None, pattern=r"^https?://")
+    """Address of Kubeflow's Model Registry, where the version is registered too."""
+    retry_seconds: float = Field(120.0, gt=0, le=86400)
+    """How long a request is repeated while the store does not answer."""
+    deadline_seconds: float = Field(21600.0, gt=0, le=86400)
+    """How long publishing may take in all."""
 
 
 class RunConfig(Section):
