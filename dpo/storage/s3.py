@@ -181,7 +181,7 @@ class S3Store(Store):
 
         count = 0
         now = datetime.now(UTC).timestamp()
-        for upload in ElementTree.fromstring(self._call(self.url(key), ask)).iter("{*}Upload"):
+        for upload in ElementTree.fromstring(self._call(self.url(key), ask)).findall("{*}Upload"):
             begun = datetime.fromisoformat(upload.findtext("{*}Initiated", "")).timestamp()
             if upload.findtext("{*}Key") == name and now - begun >= older_seconds:
                 self._abort(key, upload.findtext("{*}UploadId", ""))
