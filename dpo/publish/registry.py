@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -29,39 +30,36 @@ def register(
         MissingDependency: the package ``model-registry`` is not installed.
         StoreError: the registry refuses or does not answer; the model is published all the same.
     """
-    client = _client(address)
     try:
-        if client.get_model_version(name, version) is not None:
-            return
-        client.register_model(
-            name,
-            url,
-            version=version,
-            model_format_name=_FORMAT,
-            model_format_version=_FORMAT_VERSION,
-            metadata=dict(facts),
-        )
+        client = _client(address)
+        # the client fails where it is asked for a version of a model that there is not
+        known = client.get_registered_model(name)
+        if known is None or client.get_model_version(name, version) is None:
+            client.register_model(
+                name,
+                url,
+                version=version,
+                model_format_name=_FORMAT,
+                model_format_version=_FORMAT_VERSION,
+                metadata=dict(facts),
+            )
+    except ImportError:
+        raise MissingDependency(
+            "the model is published; publish.registry needs the package model-registry",
+            where="publish.registry",
+            fix='pip install "dpo-pipeline[registry]"',
+        ) from None
     except Exception as error:
         raise _problem(address, name, version, error) from None
 
 
 def _client(address: str) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from model_registry import ModelRegistry
+    with warnings.catch_warnings():
+        # it warns of a missing token, and of any port but 80
+        warnings.simplefilter("ignore")
+        from model_registry import ModelRegistry
 
-            return ModelRegistry(address, author=_AUTHOR)
-    except ImportError:
-        raise MissingDependency(
-            "publish.registry needs the package model-registry",
-            where="publish.registry",
-            fix='pip install "dpo-pipeline[registry]"',
-        ) from None
-    except Exception as error:
-        raise StoreError(
-            f"the model registry cannot be used: {_first_line(error)}", where=address
-        ) from None
+        return ModelRegistry(address, author=_AUTHOR, log_level=logging.ERROR)
 
 
 def _problem(address: str, name: str, version: str, error: Exception) -> StoreError:

@@ -175,7 +175,9 @@ def _remove(store: Store, version: Version, grace_seconds: float, result: Retain
     at, name = _at(store, version)
     hash_ = version.content_hash
     with being_retired(at, name, hash_) as now:
-        young = now is not None and not version.complete and now - version.touched < grace_seconds
+        # an object's own answer has whole seconds, a listing has fractions
+        age_seconds = (now or 0.0) - version.touched + 1.0
+        young = not version.complete and age_seconds < grace_seconds
         latest = read_latest(at, name)
         if now is None or young or (latest and latest.content_hash == hash_):
             result.busy.append(version)
