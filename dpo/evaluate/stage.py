@@ -18,6 +18,7 @@ from dpo.data.schema import TEST, Pair
 from dpo.data.tokenize import Limits, TokenizedExample, load_tokenizer, tokenize_pair
 from dpo.errors import ConfigError, DataError
 from dpo.evaluate.heldout import HeldOut, figures
+from dpo.evaluate.parts import in_part
 from dpo.evaluate.report import write_reports
 from dpo.modeling.generation import generate
 from dpo.modeling.load import load_model
@@ -67,7 +68,7 @@ def run_evaluate(
     chosen = evaluation_indices(len(held_out.rows), config.n_eval_examples, config.seed)
     if not chosen:
         raise DataError("no pair is held out", where=str(pairs), fix="raise test_fraction")
-    rows = [held_out.rows[index] for index in chosen]
+    rows = _in_part(config, [held_out.rows[index] for index in chosen])
     tokenizer = load_tokenizer(policy)
     examples = _tokenize(config, held_out, rows, tokenizer)
     before = select_log_probs(read_log_probs(reference), examples, reference)
@@ -116,6 +117,18 @@ def run_evaluate(
                 },
             },
         )
+
+
+def _in_part(config: RunConfig, rows: list[Pair]) -> list[Pair]:
+    wanted = config.evaluation
+    found = [row for row in rows if in_part(row.prompt, wanted.part, wanted.validation_fraction)]
+    if not found:
+        raise DataError(
+            f"none of the {len(rows)} held-out pairs is in the {wanted.part} part",
+            where="evaluation.part",
+            fix="raise n_eval_examples or test_fraction, or change evaluation.validation_fraction",
+        )
+    return found
 
 
 def _tokenize(
