@@ -12,6 +12,7 @@
     ├── EvaluationError          a judge that gives no verdict, runs that cannot be compared
     ├── StoreError               a store that refuses or does not answer
     │   ├── StoreUnavailable     no answer, or the connection broke and retries ran out
+    │   ├── StoreFull            no space is left where the store keeps its objects
     │   ├── StoreAccessDenied    wrong or missing credentials, or no permission
     │   ├── ObjectMissing        no such object or bucket
     │   └── WriteConflict        a conditional write lost against another writer
@@ -100,6 +101,10 @@ class StoreError(DpoError):
 
 class StoreUnavailable(StoreError):
     """The store gave no answer, or the connection broke and the retries ran out."""
+
+
+class StoreFull(StoreError):
+    """No space is left where the store keeps its objects; trying again does not help."""
 
 
 class StoreAccessDenied(StoreError):
