@@ -9,7 +9,14 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from dpo.config.base import Section
 from dpo.config.losses import AnyLoss, DPOLoss
@@ -176,6 +183,16 @@ class EvaluationConfig(Section):
     published changes."""
     judge: JudgeConfig = JudgeConfig()
     """Pairwise win rate by a language model."""
+
+    @field_validator("published")
+    @classmethod
+    def _one_version(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[a-z0-9]+://.+/[0-9a-f]{64}/?", value):
+            raise ValueError(
+                f"evaluation.published={value} names no version: write .../NAME/CONTENT_HASH (64 "
+                "hex digits; `dpo verify .../NAME` prints the latest)"
+            )
+        return value
 
     @model_validator(mode="after")
     def _judge_has_a_model(self) -> EvaluationConfig:
