@@ -7,6 +7,7 @@ named; others only side by side, and the page says so. Imports no torch.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,7 @@ COLUMNS = (
 """Title and place of each figure of the table."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """One evaluated run."""
 
@@ -183,12 +184,16 @@ def _label(runs: Sequence[Run]) -> None:
         smoothing = loss.get("label_smoothing")
         shown += [f"smoothing {smoothing}"] if smoothing else []
         run.label = " ".join(shown)
-    for run in runs:
-        if sum(other.label == run.label for other in runs) > 1:
-            run.label = f"{run.label} ({_short(run.where)})"
-    for number, run in enumerate(runs, 1):
-        if sum(other.label == run.label for other in runs) > 1:
-            run.label = f"{run.label} #{number}"
+    for run in _repeated(runs):
+        run.label = f"{run.label} ({_short(run.where)})"
+    for run in _repeated(runs):
+        run.label = f"{run.label} #{runs.index(run) + 1}"
+
+
+def _repeated(runs: Sequence[Run]) -> list[Run]:
+    """The runs whose label another run has too."""
+    counts = Counter(run.label for run in runs)
+    return [run for run in runs if counts[run.label] > 1]
 
 
 def _short(where: str) -> str:
