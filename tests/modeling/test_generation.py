@@ -1,5 +1,8 @@
 """Answers in batches are those of each prompt alone, for architectures of every kind."""
 
+import json
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -204,3 +207,17 @@ def test_prompts_are_cut_to_their_end_and_may_be_empty():
 def test_repetition_by_hand(ids, share):
     """Eight equal tokens hold five 4-grams, all the same: 1 - 1/5. 1234 twice: one of five."""
     assert repetition(ids) == pytest.approx(share)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["fsdp", "tensor"])
+def test_two_processes_answer_as_one_and_do_not_hang(kind, tmp_path):
+    from tests.modeling.sharded_generation import HOW
+
+    file = tmp_path / "answers.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command += ["-m", "tests.modeling.sharded_generation", kind, str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = answer(model_of("llama"), Tokenizer, PROMPTS, **HOW)
+    assert json.loads(file.read_text()) == [item.ids for item in alone]
