@@ -123,24 +123,6 @@ def find_blocks(model: Any, block_name: str | None) -> list[Any]:
     )
 
 
-def flush_gradients(scorer: nn.Module) -> None:
-    """Reduce the gradients that arrived after FSDP had looked for them.
-
-    With torch 2.13 on a CPU the hook that reduces a block's gradients runs before all of them have
-    been accumulated, from the second backward pass of a step on; the rest would be added to the
-    next step. Seen as a gradient norm of 40.4 where one process has 51.0 (test_parallel.py).
-    """
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in scorer.modules():
-        if not isinstance(module, FSDPModule):
-            continue
-        for group in module._get_fsdp_state()._fsdp_param_groups:
-            group.post_backward()
-            group.finalize_backward()
-            group._training_state = type(group._training_state).IDLE
-
-
 def whole_weights(model: Any) -> dict[str, Tensor] | None:
     """All weights in the first process, gathered from the ranks; None where they are whole."""
     if not dist.is_initialized():
