@@ -42,6 +42,10 @@ class ModelConfig(Section):
     """Type of the reference's weights; differs from ``policy_dtype`` only by explicit choice."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of matrix products; ``auto`` takes bfloat16 where the processor has it in hardware."""
+    kernels: Literal["auto", "plain", "liger"] = "auto"
+    """``auto`` runs norms, gated layers and attention in our own few passes over memory where they
+    fit the model; ``plain`` as transformers has them; ``liger`` with the package liger-kernel (on a
+    GPU)."""
     fsdp_policy_mp: Dtype | None = None
     """Mixed precision of the FSDP trainer (overrides ``compute_dtype`` there)."""
     trust_remote_code: bool = False

@@ -20,6 +20,7 @@ from dpo.config.compose import compose
 from dpo.config.places import builtin
 from dpo.config.schema import RunConfig
 from dpo.data.tokenize import Limits, TokenizedExample, load_tokenizer, tokenize_pair
+from dpo.modeling.kernels import apply_kernels
 from dpo.modeling.load import load_model
 from dpo.modeling.obtain import obtain
 
@@ -63,10 +64,10 @@ def model_folder(name: str) -> Path:
     return obtain(compose(["model=smollm2"]).config.model)
 
 
-def load(name: str, seed: int = 0) -> Any:
-    """The model with float32 weights."""
+def load(name: str, seed: int = 0, kernels: str = "auto") -> Any:
+    """The model with float32 weights; ``plain`` as transformers runs it."""
     if name == "smollm2":
-        return load_model(model_folder(name), torch.float32)
+        return load_model(model_folder(name), torch.float32, kernels=kernels)
     from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
     config = GPTNeoXConfig(
@@ -83,7 +84,9 @@ def load(name: str, seed: int = 0) -> Any:
         hidden_dropout=0.0,
     )
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    apply_kernels(model, kernels)
+    return model
 
 
 def tokenizer_of(name: str) -> Any:
