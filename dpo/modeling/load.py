@@ -12,6 +12,7 @@ import torch
 from dpo.config.schema import ModelConfig
 from dpo.data.tokenize import load_tokenizer
 from dpo.errors import ModelError
+from dpo.modeling.kernels import apply_kernels
 from dpo.modeling.precision import DTYPES
 from dpo.modeling.quiet import quiet
 from dpo.storage.base_model import local_model, local_tokenizer
@@ -21,12 +22,25 @@ _OS_ERROR = re.compile(r"os error (\d+)")
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype, *, device: str = "cpu", trust_remote_code: bool = False
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    kernels: str = "auto",
 ) -> Any:
     """A model in evaluation mode (no dropout, as the paper trains), with gradients.
 
+    Args:
+        folder: Its configuration and weights.
+        dtype: Type of the weights.
+        device: Where to put it.
+        trust_remote_code: Run code that comes with it.
+        kernels: As ``model.kernels``.
+
     Raises:
         ModelError: the folder holds no causal model that transformers can load.
+        MissingDependency: ``kernels`` needs a package that is not here.
     """
     quiet()
     from transformers import AutoModelForCausalLM
@@ -45,7 +59,9 @@ def load_model(
             where=str(folder),
             fix="give model.name_or_path a causal language model of transformers",
         ) from None
-    return model.eval().to(device)
+    model = model.eval().to(device)
+    apply_kernels(model, kernels)
+    return model
 
 
 def _attention(folder: Path) -> str:
@@ -65,16 +81,19 @@ def load_for_training(
         ModelError: they cannot be loaded or do not fit each other.
     """
     dtype = DTYPES[model.policy_dtype]
+    options: dict[str, Any] = {
+        "device": device,
+        "trust_remote_code": model.trust_remote_code,
+        "kernels": model.kernels,
+    }
     archive = None if base is not None or model.archive is None else Path(model.archive)
     if archive is not None and archive.is_file():
-        policy = load_model(
-            local_model(model), dtype, device=device, trust_remote_code=model.trust_remote_code
-        )
+        policy = load_model(local_model(model), dtype, **options)
         load_policy_file(policy, archive)
         tokenizer = load_tokenizer(local_tokenizer(model))
     else:
         folder = base or (checkpoint_folder(archive) if archive else local_model(model))
-        policy = load_model(folder, dtype, device=device, trust_remote_code=model.trust_remote_code)
+        policy = load_model(folder, dtype, **options)
         own = base is not None or archive is not None
         tokenizer = load_tokenizer(folder if own else local_tokenizer(model))
     check_tokenizer(policy, tokenizer)
