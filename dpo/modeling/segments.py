@@ -85,9 +85,9 @@ class SegmentAttention(torch.autograd.Function):
                 here = slice(at, at + end - start)
                 at = here.stop
                 grad_value_GTD[:, start:end] += probs_GQK[..., here].transpose(1, 2) @ grad_GQD
-                grad_key_GTD[:, start:end] += (
-                    grad_scores_GQK[..., here].transpose(1, 2) @ query_GQD.to(dtype)
-                )
+                grad_key_GTD[:, start:end] += grad_scores_GQK[..., here].transpose(
+                    1, 2
+                ) @ query_GQD.to(dtype)
             grad_query_GQD = _times(grad_scores_GQK, key_GTD, spans)
             grad_query_HTD[:, first:last] = _ungrouped(grad_query_GQD, len(query_HTD))
         return grad_query_HTD, grad_key_GTD, grad_value_GTD, None, None
@@ -145,6 +145,8 @@ def _grad_scores(
     wide = torch.promote_types(probs_GQK.dtype, torch.float32)
     product_GQK = probs_GQK.to(wide) * grad_probs_GQK
     total_GQ1 = product_GQK.sum(-1, keepdim=True)
-    return product_GQK.addcmul_(probs_GQK.to(wide), total_GQ1, value=-1).mul_(scale).to(
-        probs_GQK.dtype
+    return (
+        product_GQK.addcmul_(probs_GQK.to(wide), total_GQ1, value=-1)
+        .mul_(scale)
+        .to(probs_GQK.dtype)
     )

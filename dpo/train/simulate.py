@@ -26,10 +26,11 @@ from dpo.config.schema import RunConfig
 from dpo.data.log_probs import PairLogProbs
 from dpo.data.packing import pack
 from dpo.data.tokenize import TokenizedExample
+from dpo.modeling.lora import add_adapter
 from dpo.modeling.precision import DTYPES, autocast
 from dpo.plan.architecture import config_values
 from dpo.train.optimizer import build_optimizer
-from dpo.train.parallel import Scorer, flush_gradients, shard
+from dpo.train.parallel import Layout, Scorer, shard
 from dpo.train.step import Objective
 from dpo.train.trainer import checkpoint_activations
 
@@ -81,13 +82,13 @@ class StorageCount(TorchDispatchMode):
             return result
 
         # FSDP frees gathered weights by giving their storage no bytes
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = resize
         super().__enter__()
         return self
 
     def __exit__(self, *problem: Any) -> None:
         super().__exit__(*problem)
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = self._resize
 
 
 def peak_bytes(
@@ -112,11 +113,15 @@ def peak_bytes(
         warnings.simplefilter("ignore")
         with fake:
             model = _model(config)
+            if config.lora.enabled:
+                add_adapter(model, config.lora, config.model.name_or_path)
             checkpoint_activations(model, config.activation_checkpointing)
         scorer = Scorer(model)
         if gpus > 1:
             # outside: the mesh of processes is made of real tensors
-            scorer = shard(scorer, config)
+            mesh = Layout.of(config.trainer, "cpu").data
+            assert mesh is not None
+            scorer = shard(scorer, config, mesh)
         with fake:
             _steps(config, scorer, dtype, row, n_rows)
     return count.peak
@@ -163,7 +168,6 @@ def _backward(objective: Objective, row: tuple[int, int, int], n_rows: int) -> N
         for _ in range(n_rows):
             losses_E, _ = objective.figures(batch, reference, "train")
             losses_E.sum().backward()
-            flush_gradients(objective.scorer)
 
 
 @contextmanager
