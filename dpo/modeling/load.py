@@ -68,6 +68,8 @@ def load_model(
             attn_implementation=_attention(folder),
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            # reported by the check below, which names the weight
+            ignore_mismatched_sizes=True,
         )
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
@@ -89,7 +91,7 @@ def _refuse_unfilled(model: Any, found: dict[str, Any], folder: Path) -> None:
     missing += sorted(str(item[0]) for item in found.get("mismatched_keys", ()))
     if missing:
         raise ModelError(
-            f"the files of weights lack {missing[0]}, as config.json describes it"
+            f"the files of weights lack {missing[0]} in the shape that config.json describes"
             + (f", and {len(missing) - 1} more" if len(missing) > 1 else ""),
             where=str(folder),
             fix="config.json and weights belong to different models: fetch the model again",
