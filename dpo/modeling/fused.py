@@ -98,7 +98,9 @@ class _RMSNorm(torch.autograd.Function):
     """x / sqrt(mean(x^2) + eps) * w over the last axis, given in ``dtype``."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype
+    ) -> Tensor:
         hidden_TD = hidden.reshape(-1, hidden.shape[-1])
         out_TD = torch.empty_like(hidden_TD, dtype=dtype)
         wide = torch.promote_types(hidden.dtype, torch.float32)

@@ -8,7 +8,7 @@ part in the cache. Grouped key/value heads are not repeated, and no slice's grad
 row.
 
 Scores and softmax are in float32 at least. Probabilities are kept for the backward pass, in the
-type of the values: for SmolLM2 and 8 HH pairs 150 MB in bfloat16. Parts that are longer than
+type of the values: for SmolLM2 and 8 HH pairs 150 MB in bfloat16. Examples that are longer than
 ``LONGEST`` take the other path (``attention``).
 
 Axes: H heads, G key/value heads, T tokens of the row, Q queries and K keys of one part (Q counts a
@@ -27,7 +27,9 @@ from torch import Tensor
 from dpo.data.packing import Segment
 
 LONGEST = 1024
-"""Most tokens of a part: its scores are a square in memory."""
+"""Most tokens of an example: its probabilities are kept in memory."""
+_QUERIES = 128
+"""Tokens of a part: of the square of its own scores a half is computed in vain."""
 
 Span = tuple[int, int]
 Part = tuple[Span, tuple[Span, ...]]
@@ -35,13 +37,15 @@ Part = tuple[Span, tuple[Span, ...]]
 
 
 def parts_of(segments: Sequence[Segment]) -> list[Part]:
-    """Prompts and responses of a row."""
+    """Prompts and responses of a row, in blocks of queries."""
     parts: list[Part] = []
     for segment in segments:
         prompt = (segment.start, segment.prompt_end)
-        context = (prompt,) if prompt[0] < prompt[1] else ()
-        parts += [(prompt, context)] if context else []
-        parts += [(own, (*context, own)) for own in segment.response_spans if own[0] < own[1]]
+        for own in (prompt, *segment.response_spans):
+            for first in range(own[0], own[1], _QUERIES):
+                block = (first, min(first + _QUERIES, own[1]))
+                before = (() if own == prompt else (prompt,)) + ((own[0], first), block)
+                parts.append((block, tuple(span for span in before if span[0] < span[1])))
     return parts
 
 
@@ -62,13 +66,15 @@ class SegmentAttention(torch.autograd.Function):
         scale: float,
         parts: list[Part],
     ) -> Tensor:
+        """Keeps the probabilities of each part."""
         n_groups, dtype = key_TGD.shape[1], value_TGD.dtype
         out_THD = torch.empty_like(query_THD, dtype=dtype, memory_format=torch.contiguous_format)
         rotation = _Rotation(cos_TD, sin_TD)
-        kept, keys = [], _Keys(key_TGD, rotation)
+        key_GTD = rotation.forward(key_TGD, 0, len(key_TGD)).transpose(0, 1).contiguous()
+        kept = []
         for (first, last), spans in parts:
             query_GQD = _heads_first(rotation.forward(query_THD, first, last) * scale, n_groups)
-            scores = [query_GQD @ keys.span(span).transpose(1, 2) for span in spans]
+            scores = [query_GQD @ key_GTD[:, a:b].transpose(1, 2) for a, b in spans]
             scores_GQK = scores[0] if len(scores) == 1 else torch.cat(scores, dim=2)
             _hide_later(scores_GQK, last - first)
             probs_GQK = scores_GQK.softmax(-1).to(dtype)
@@ -81,10 +87,11 @@ class SegmentAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_THD: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of queries, keys and values before their rotation."""
         query_THD, key_TGD, value_TGD, cos_TD, sin_TD, *kept = ctx.saved_tensors
         (_, n_heads, _), n_groups, dtype = query_THD.shape, key_TGD.shape[1], value_TGD.dtype
         rotation = _Rotation(cos_TD, sin_TD)
-        keys = _Keys(key_TGD, rotation, dtype)
+        key_GTD = rotation.forward(key_TGD, 0, len(key_TGD)).to(dtype).transpose(0, 1).contiguous()
         shape = {"memory_format": torch.contiguous_format}
         grad_query_THD = torch.empty_like(query_THD, **shape)
         # summed over parts with heads first, as the products give them
@@ -101,7 +108,7 @@ class SegmentAttention(torch.autograd.Function):
             for (start, end), part_GQS, probs_GQS in _by_span(spans, grad_scores_GQK, probs_GQK):
                 grad_value_GTD[:, start:end].baddbmm_(probs_GQS.transpose(1, 2), grad_GQD)
                 grad_key_GTD[:, start:end].baddbmm_(part_GQS.transpose(1, 2), query_GQD)
-            grad_query_GQD = _times(grad_scores_GQK, [keys.span(span) for span in spans])
+            grad_query_GQD = _times(grad_scores_GQK, [key_GTD[:, a:b] for a, b in spans])
             own_THD = _tokens_first(grad_query_GQD, n_heads).to(query_THD_part.dtype) * ctx.scale
             grad_query_THD[first:last] = rotation.backward(own_THD, first, last)
         grad_key_TGD = grad_key_GTD.transpose(0, 1)
@@ -143,24 +150,6 @@ class _Rotation:
         return out_SHD
 
 
-class _Keys:
-    """Rotated keys of a span, heads first, each made once: [G, S, D]."""
-
-    def __init__(
-        self, key_TGD: Tensor, rotation: _Rotation, dtype: torch.dtype | None = None
-    ) -> None:
-        self._key_TGD, self._rotation, self._dtype = key_TGD, rotation, dtype
-        self._made: dict[Span, Tensor] = {}
-
-    def span(self, span: Span) -> Tensor:
-        """The keys of tokens ``span``."""
-        if span not in self._made:
-            key_SGD = self._rotation.forward(self._key_TGD, *span)
-            key_SGD = key_SGD if self._dtype is None else key_SGD.to(self._dtype)
-            self._made[span] = key_SGD.transpose(0, 1)
-        return self._made[span]
-
-
 def _heads_first(values_SHD: Tensor, n_groups: int) -> Tensor:
     """The heads that share a key as one longer list of queries: [G, Q, D]."""
     n_tokens, n_heads, head_size = values_SHD.shape
@@ -182,9 +171,7 @@ def _later(n: int, dtype: torch.dtype) -> Tensor:
     return torch.full((n, n), float("-inf"), dtype=dtype).triu_(1)
 
 
-def _by_span(
-    spans: tuple[Span, ...], *values_GQK: Tensor
-) -> list[tuple[Span, Tensor, Tensor]]:
+def _by_span(spans: tuple[Span, ...], *values_GQK: Tensor) -> list[tuple[Span, Tensor, Tensor]]:
     """Each span with its columns."""
     found, at = [], 0
     for start, end in spans:
