@@ -38,7 +38,7 @@ def prefix_shared_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each segment; output [B, T, H, D] as transformers wants it."""
-    if _takes_own_products(query_BHTD, segments):
+    if takes_own_products(query_BHTD.device, segments):
         return _by_own_products(query_BHTD, key_BGTD, value_BGTD, scaling, segments), None
     groups = query_BHTD.shape[1] // key_BGTD.shape[1]
     if groups > 1:
@@ -76,9 +76,10 @@ def prefix_shared_attention(
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 
-def _takes_own_products(query_BHTD: Tensor, segments: Sequence[Segment]) -> bool:
+def takes_own_products(device: torch.device, segments: Sequence[Segment]) -> bool:
+    """Whether a row is attended to by ``segments.SegmentAttention``."""
     longest = max(segment.response_ends[-1] - segment.start for segment in segments)
-    return query_BHTD.device.type == "cpu" and longest <= LONGEST
+    return device.type == "cpu" and longest <= LONGEST
 
 
 def _by_own_products(
@@ -89,9 +90,10 @@ def _by_own_products(
     segments: Sequence[Segment],
 ) -> Tensor:
     scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
+    tokens_first = (x_BHTD[0].transpose(0, 1) for x_BHTD in (query_BHTD, key_BGTD, value_BGTD))
     with torch.autocast(query_BHTD.device.type, enabled=False):
         out_THD: Tensor = SegmentAttention.apply(
-            query_BHTD[0], key_BGTD[0], value_BGTD[0], scale, parts_of(segments)
+            *tokens_first, None, None, scale, parts_of(segments)
         )
     return out_THD[None]
 

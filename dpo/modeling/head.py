@@ -104,14 +104,15 @@ def token_log_probs_from_hidden(
     target_N: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Log-probability of each target; float32 (float64 for such weights), shape [N], with gradients.
+    """Log-probability of each target; shape [N], with gradients.
 
     Args:
         hidden_ND: Hidden states that predict the targets.
         weight_VD: Output embeddings.
         bias_V: Their bias, if the model has one.
         target_N: Token ids.
-        dtype: Type of the products; sums and softmax are float32 (float64 for float64 input).
+        dtype: Type of the products; sums, softmax and the result are float32 (float64 for float64
+            weights).
     """
     if isinstance(weight_VD, DTensor):
         # tensor parallel; no architecture that is split so has a bias here
