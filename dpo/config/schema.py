@@ -42,10 +42,29 @@ class ModelConfig(Section):
     """Type of the reference's weights; differs from ``policy_dtype`` only by explicit choice."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of matrix products; ``auto`` takes bfloat16 where the processor has it in hardware."""
+    kernels: Literal["auto", "plain", "liger"] = "auto"
+    """``auto`` runs norms, gated layers and attention in our own few passes over memory where they
+    fit the model; ``plain`` as transformers has them; ``liger`` with the package liger-kernel (on a
+    GPU)."""
     fsdp_policy_mp: Dtype | None = None
     """Mixed precision of the FSDP trainer (overrides ``compute_dtype`` there)."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model; only for a source you trust."""
+
+
+class LoraConfig(Section):
+    """LoRA: train small matrices beside those of the model, which stays as it is."""
+
+    enabled: bool = False
+    """Train an adapter instead of all weights; the base is then its own reference."""
+    rank: int = Field(16, ge=1, le=4096)
+    """Rank of each change."""
+    alpha: float = Field(32.0, gt=0)
+    """A change counts alpha / rank times."""
+    modules: Literal["all"] | list[str] = "all"
+    """Linear layers of the blocks to change, by the last part of their names (``q_proj``)."""
+    save: Literal["merged", "adapter"] = "merged"
+    """Write the whole model with the adapter added, or the adapter alone with its base recorded."""
 
 
 class TrainerConfig(Section):
@@ -188,6 +207,8 @@ class RunConfig(Section):
     """``loss=sft`` trains the SFT stage, any other one the preference stage."""
     trainer: TrainerConfig = TrainerConfig()
     """Process layout."""
+    lora: LoraConfig = LoraConfig()
+    """Train an adapter instead of all weights."""
 
     # Data
     datasets: list[str] = ["hh_sample"]
@@ -287,6 +308,9 @@ class RunConfig(Section):
     answer, for so long."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
+    tensorboard: str | None = None
+    """Folder for TensorBoard's event files, each run in a folder of its own below it; none is
+    written when left out."""
 
     # After training
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -35,6 +35,7 @@ from dpo.storage.mirror import Mirror
 from dpo.storage.progress import message
 from dpo.train.log import FILE as METRICS
 from dpo.train.place import Place
+from dpo.train.scaling import LossScale
 from dpo.train.together import agree, gather, is_first, is_first_of_host, saving_group
 
 LATEST = "LATEST"
@@ -68,6 +69,8 @@ class Position:
     """Time since the run began, without what was between an end and going on."""
     useful_seconds: float = 0.0
     """Of it, in optimiser steps."""
+    loss_scale: LossScale = field(default_factory=LossScale)
+    """Used where products are float16."""
 
 
 class Checkpoints:
@@ -134,7 +137,7 @@ class Checkpoints:
         try:
             dcp.load(state, checkpoint_id=path / _TENSORS, no_dist=not dist.is_initialized())
             values = json.loads((path / _POSITION).read_text(encoding="utf-8"))
-            position = Position(**{**values, "loader": LoaderState(**values["loader"])})
+            position = _position(values)
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             raise ArtifactError(
@@ -365,6 +368,11 @@ def _explain(error: Exception, folder: Path) -> DpoError:
         where=str(folder),
         fix="free space" if full else "see the reason; keep_checkpoints=1 needs least space",
     )
+
+
+def _position(values: dict[str, Any]) -> Position:
+    scale = LossScale(**values.pop("loss_scale", {}))
+    return Position(**{**values, "loader": LoaderState(**values["loader"])}, loss_scale=scale)
 
 
 def _canonical(values: Mapping[str, Any]) -> str:

@@ -15,10 +15,19 @@ import torch.distributed as dist
 from dpo.config.compose import flatten
 from dpo.config.losses import SFTLoss
 from dpo.config.schema import RunConfig
-from dpo.config.stages import Stage, stage_json, stage_settings
+from dpo.config.stages import OUT_OF_BAND, Stage, stage_json, stage_settings
 from dpo.data.log_probs import PairLogProbs, read_log_probs, select_log_probs
 from dpo.data.tokenize import TokenizedExample
+from dpo.errors import ConfigError
 from dpo.modeling.load import check_length, load_for_training, save_model
+from dpo.modeling.lora import (
+    adapter_off,
+    add_adapter,
+    has_adapter,
+    remove_adapter,
+    save_adapter,
+    whole_state,
+)
 from dpo.modeling.precision import DTYPES, compute_dtype
 from dpo.modeling.scoring import score
 from dpo.storage.manifest import MANIFEST, Manifest, read_manifest, staged, write_manifest
@@ -27,7 +36,7 @@ from dpo.train.checkpoint import Checkpoints
 from dpo.train.data import Examples, load_examples
 from dpo.train.launch import launch
 from dpo.train.log import FILE as METRICS
-from dpo.train.log import MetricLog, WandbLog
+from dpo.train.log import MetricLog, open_sinks
 from dpo.train.parallel import (
     Layout,
     Ranks,
@@ -42,13 +51,6 @@ from dpo.train.step import Objective
 from dpo.train.tensor_parallel import parallelize
 from dpo.train.together import barrier, is_first
 from dpo.train.trainer import NLL_PER_TOKEN, Trainer, best_device, checkpoint_activations
-
-_NOT_OF_THE_RESULT = {
-    *("checkpoint_every", "checkpoint_seconds", "keep_checkpoints", "resume", "debug"),
-    *("minimum_log_interval_secs", "wandb", "fsdp_port", "exp_name"),
-    *("checkpoint_uri", "process_timeout_seconds"),
-}
-"""Settings that change nothing in the weights."""
 
 
 def run_train(
@@ -83,7 +85,7 @@ def run_train(
         first_here = launch(
             {
                 "stage": stage,
-                "settings": stage_json(config, stage),
+                "settings": stage_json(config, stage, key_only=False),
                 "paths": {name: str(path) if path else "" for name, path in paths.items()},
                 "code": code,
             },
@@ -104,8 +106,8 @@ def run_train(
         start = keeper.find() if keeper else None
         log = MetricLog(folder, begin=start / METRICS if start else None)
         try:
-            if config.wandb.enabled and not config.debug and is_first():
-                log.also = WandbLog(config, output.parent, stage_settings(config, stage))
+            if is_first():
+                log.sinks += open_sinks(config, stage, output.parent, stage_settings(config, stage))
             trainer = _trainer(config, stage, pairs, base, reference, log, keeper)
             if start:
                 trainer.go_on_from(start)
@@ -125,7 +127,7 @@ def _identity(config: RunConfig, stage: Stage, inputs: dict[str, str], code: str
     settings = {
         key: value
         for key, value in flatten(stage_settings(config, stage)).items()
-        if key.partition(".")[0] not in _NOT_OF_THE_RESULT
+        if key.partition(".")[0] not in OUT_OF_BAND
     }
     return {**settings, **{f"input {name}": hash_ for name, hash_ in inputs.items()}, "code": code}
 
@@ -157,6 +159,9 @@ def _trainer(
     torch.manual_seed(config.seed)
     model, tokenizer = load_for_training(config.model, base, device=device)
     check_length(model, config.max_length)
+    if config.lora.enabled:
+        _refuse_lora_with(config)
+        add_adapter(model, config.lora, str(base or config.model.archive or model.name_or_path))
     checkpoint_activations(model, config.activation_checkpointing)
     examples = load_examples(
         config,
@@ -181,6 +186,15 @@ def _trainer(
     return Trainer(config, stage, objective, examples, log_probs, log, tokenizer, keeper)
 
 
+def _refuse_lora_with(config: RunConfig) -> None:
+    if config.trainer.name == "TensorParallelTrainer":
+        raise ConfigError(
+            "LoRA and tensor parallelism cannot be used together",
+            where="lora.enabled",
+            fix="use trainer=FSDPTrainer or BasicTrainer",
+        )
+
+
 def _write(
     trainer: Trainer,
     folder: Path,
@@ -194,7 +208,7 @@ def _write(
     details = _details(trainer)
     manifest = Manifest(stage, (), "")
     if is_first():
-        save_model(trainer.objective.model, trainer.tokenizer, folder, weights)
+        _save(trainer, config, folder, weights)
         _write_run(folder, config, stage, trainer.examples, code, details)
         manifest = write_manifest(
             folder,
@@ -206,6 +220,21 @@ def _write(
         )
     barrier()
     return manifest
+
+
+def _save(
+    trainer: Trainer, config: RunConfig, folder: Path, weights: dict[str, torch.Tensor] | None
+) -> None:
+    """A whole model, or an adapter alone with the tokenizer."""
+    model = trainer.objective.model
+    if has_adapter(model) and config.lora.save == "adapter":
+        save_adapter(model, folder, weights)
+        trainer.tokenizer.save_pretrained(str(folder))
+        return
+    if has_adapter(model):
+        weights = whole_state(model, weights)
+        remove_adapter(model)
+    save_model(model, trainer.tokenizer, folder, weights)
 
 
 def _input_hashes(pairs: Path, base: Path | None, reference: Path | None) -> dict[str, str]:
@@ -224,7 +253,9 @@ def _reference(
     if folder is not None:
         rows = select_log_probs(read_log_probs(folder), every, folder)
     else:
-        rows = score_pairs(objective, every, "reference")
+        # an adapter's base is its own reference
+        with adapter_off(objective.model):
+            rows = score_pairs(objective, every, "reference")
     return {example.pair_id: row for example, row in zip(every, rows, strict=True)}
 
 

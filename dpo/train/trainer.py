@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import threading
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dpo.config.losses import SFTLoss
 from dpo.config.schema import RunConfig
@@ -63,6 +65,7 @@ class Trainer:
         before, started = self.position.trained, time.monotonic()
         self._saved_at = self._counted_at = started
         with self._polite_end(), track(self.stage, "steps", order.total_steps) as bar:
+            bar.shortest_seconds = self.config.minimum_log_interval_secs
             bar.advance(self.position.steps)
             if self.config.do_first_eval and not self.position.steps:
                 self._evaluate()
@@ -163,12 +166,7 @@ class Trainer:
         rate = learning_rate(self.config, self.position.steps, self.examples.order.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        figures = self.objective.accumulate(
-            examples,
-            self._reference_of(examples),
-            n_micro_batches or self.config.gradient_accumulation_steps,
-        )
-        grad_norm = clip_gradients(self.parameters, self.config.max_grad_norm)
+        figures, grad_norm = self._gradients(examples, n_micro_batches)
         check_finite(figures, grad_norm, examples)
         if self.position.steps == 0:
             check_starting_point(figures, self.objective.loss, self.objective.dtype)
@@ -196,6 +194,33 @@ class Trainer:
         self.position.first = self.position.first or means
         self.position.last = means
         return {**means, "grad_norm": grad_norm, "lr": rate}
+
+    def _gradients(
+        self, examples: Sequence[TokenizedExample], n_micro_batches: int | None
+    ) -> tuple[dict[str, Tensor], float]:
+        """Clipped gradients of a step; figures of each example, and the norm before.
+
+        In float16 losses are scaled, and a step that overflows is done again with a smaller scale.
+        """
+        scaled = self.objective.dtype == torch.float16
+        scale = self.position.loss_scale
+        while True:
+            figures = self.objective.accumulate(
+                examples,
+                self._reference_of(examples),
+                n_micro_batches or self.config.gradient_accumulation_steps,
+                scale.value if scaled else 1.0,
+            )
+            if scaled:
+                scale.unscale(self.parameters)
+            norm = clip_gradients(self.parameters, self.config.max_grad_norm)
+            lost = not torch.isfinite(figures["loss/train"]).all()
+            if not scaled or lost or math.isfinite(norm):
+                scale.went_well()
+                return figures, norm
+            if not scale.overflowed():
+                return figures, norm
+            self.optimizer.zero_grad(set_to_none=True)
 
     def _reference_of(self, examples: Sequence[TokenizedExample]) -> list[PairLogProbs] | None:
         if self.reference is None:
