@@ -203,7 +203,11 @@ def run_trl(case: Case) -> Result:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     with tempfile.TemporaryDirectory() as folder:
         args = DPOConfig(
-            output_dir=folder, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
+            output_dir=folder,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
             **settings,
         )
         trainer = Peer(

@@ -15,6 +15,8 @@ from dpo.config.stages import restrict, stage_json
 from dpo.errors import ConfigError, MissingDependency, ModelError
 from dpo.modeling.vocab_parallel import _own
 from dpo.train.launch import processes_here
+from dpo.train.parallel import find_blocks
+from dpo.train.spread import shares, spread_layers
 from dpo.train.stage import run_train
 from dpo.train.tensor_parallel import check_model
 from tests.train.conftest import SETTINGS
@@ -239,6 +241,31 @@ def test_a_model_that_cannot_be_split_is_refused(shape, size, words):
     assert re.search(words, str(caught.value), re.DOTALL)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "rest", "devices", "expected"),
+    [
+        ([1, 1, 1, 1], 0, 2, [0, 0, 1, 1]),
+        # embeddings as large as two layers: they take the room of two
+        ([1, 1, 1, 1, 1, 1], 2, 2, [0, 0, 1, 1, 1, 1]),
+        ([1] * 6, 0, 3, [0, 0, 1, 1, 2, 2]),
+        ([1, 1], 100, 2, [1, 1]),
+    ],
+)
+def test_layers_are_spread_by_their_bytes(sizes, rest, devices, expected):
+    assert shares(sizes, rest, devices) == expected
+
+
+def test_a_model_whose_layers_were_spread_computes_the_same(prepared):
+    # one device under two names: what a machine without GPUs can show of it
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(prepared.sft)
+    ids = torch.arange(12)[None]
+    expected = model(ids).logits
+    spread_layers(model, find_blocks(model, None), [torch.device("cpu"), torch.device("cpu:0")])
+    assert torch.equal(model(ids).logits, expected)
+
+
 def test_each_target_is_looked_up_by_the_process_that_has_it():
     targets = torch.tensor([0, 3, 4, 7])
     rows, here = _own(targets, first=4, size=4)
@@ -256,6 +283,13 @@ def test_each_target_is_looked_up_by_the_process_that_has_it():
 def test_a_setting_of_another_trainer_is_refused(settings, words):
     with pytest.raises(ConfigError, match=words):
         compose([*RUN, *settings])
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_activations_are_recomputed_through_the_same_attention(mode, prepared, tmp_path):
+    one = run_one(prepared, tmp_path / "one", "dpo")
+    recomputed = run_one(prepared, tmp_path / "other", "dpo", f"activation_checkpointing={mode}")
+    compare(one, recomputed, near=1e-6)
 
 
 def test_samples_while_training(prepared, tmp_path):
