@@ -124,8 +124,8 @@ def _start_worker(job: Job, folder: Path, events: Path, lock: int) -> subprocess
     environment = {
         **os.environ,
         progress.FILE_VARIABLE: str(events),
-        # dpo.train.checkpoint reads it; steps go on from here when a run was ended
-        "DPO_CHECKPOINTS": str(job.runs / "checkpoints"),
+        # dpo.train.place reads it; steps go on from here when a run was ended
+        "DPO_CHECKPOINTS": os.environ.get("DPO_CHECKPOINTS") or str(job.runs / "checkpoints"),
         "PYTHONUNBUFFERED": "1",
         **_out_of_band(job),
         "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "true"),

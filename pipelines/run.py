@@ -88,6 +88,8 @@ def run_pipeline(
     )
     require_store(values)
     package.set_uncached(documents, list(rerun))
+    if on_cluster:
+        package.keep_checkpoints(documents, str(values["publish_store"]))
     console = console or Console(stderr=True)
     if not on_cluster:
         job = Job(documents, values, runs, runner=where)

@@ -155,6 +155,8 @@ def _run(options: argparse.Namespace) -> int:
         require_store(values)
     rerun = [step for step in options.rerun.split(",") if step]
     package.set_uncached(documents, rerun)
+    if not options.local:
+        package.keep_checkpoints(documents, str(values["publish_store"]))
     if options.dry_run:
         return _dry_run(options, documents, values, runs, rerun)
     outcome = (

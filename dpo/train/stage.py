@@ -43,10 +43,12 @@ from dpo.train.parallel import (
     Scorer,
     check_batch,
     check_examples,
+    find_blocks,
     shard,
     whole_weights,
 )
 from dpo.train.place import Place, place_of
+from dpo.train.spread import spread_layers
 from dpo.train.step import Objective
 from dpo.train.tensor_parallel import parallelize
 from dpo.train.together import barrier, is_first
@@ -157,7 +159,7 @@ def _trainer(
     ranks = Ranks.here(layout)
     check_batch(config, ranks)
     torch.manual_seed(config.seed)
-    model, tokenizer = load_for_training(config.model, base, device=device)
+    model, tokenizer = _load(config, base, device)
     check_length(model, config.max_length)
     if config.lora.enabled:
         _refuse_lora_with(config)
@@ -184,6 +186,19 @@ def _trainer(
     needed = config.loss.needs_reference
     log_probs = _reference(objective, examples, reference) if needed else None
     return Trainer(config, stage, objective, examples, log_probs, log, tokenizer, keeper)
+
+
+def _load(config: RunConfig, base: Path | None, device: str) -> tuple[Any, Any]:
+    """Model and tokenizer; over all GPUs of this process where it is alone and has several."""
+    gpus = torch.cuda.device_count() if config.trainer.name == "BasicTrainer" else 0
+    if gpus < 2:
+        return load_for_training(config.model, base, device=device)
+    # kernels for a CPU would stay when the layers leave it
+    own = {"kernels": "plain"} if config.model.kernels == "auto" else {}
+    model, tokenizer = load_for_training(config.model.model_copy(update=own), base)
+    devices = [torch.device("cuda", number) for number in range(gpus)]
+    spread_layers(model, find_blocks(model, config.model.block_name), devices)
+    return model, tokenizer
 
 
 def _refuse_lora_with(config: RunConfig) -> None:

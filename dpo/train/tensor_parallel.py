@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -25,18 +26,29 @@ from dpo.errors import ConfigError
 
 
 class _Whole(ParallelStyle):
-    """A module whose weights every process holds, as replicated DTensors."""
+    """A module whose weights every process holds, as replicated DTensors.
+
+    It computes with ordinary tensors, so kernels that know nothing of DTensors keep working.
+    """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def spread(_: nn.Module, inputs: Any, mesh: DeviceMesh) -> tuple[DTensor, ...]:
-            return tuple(
-                DTensor.from_local(x, mesh, [Replicate()], run_check=False) for x in inputs
-            )
+        distribute_module(module, device_mesh)
+        module.forward = partial(_with_local_weights, module, module.forward)
+        return module
 
-        def collect(_: nn.Module, output: DTensor, __: DeviceMesh) -> Any:
-            return output.to_local()
 
-        return distribute_module(module, device_mesh, None, spread, collect)
+def _with_local_weights(module: nn.Module, forward: Callable[..., Any], *inputs: Any) -> Any:
+    """``forward``, while the module's weights are what this process holds of them."""
+    weights = {name: weight for name, weight in module._parameters.items() if weight is not None}
+    for name, weight in weights.items():
+        del module._parameters[name]
+        setattr(module, name, weight.to_local())
+    try:
+        return forward(*inputs)
+    finally:
+        for name, weight in weights.items():
+            delattr(module, name)
+            module._parameters[name] = weight
 
 
 Plan = dict[str, Callable[[], ParallelStyle]]

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from dpo.config.schema import RunConfig
 from dpo.data.log_probs import PairLogProbs
 from dpo.data.tokenize import TokenizedExample
 from dpo.errors import TrainingStopped
+from dpo.modeling.attention import NAME as PACKED
+from dpo.modeling.attention import packed_attention
 from dpo.modeling.generation import generate
 from dpo.storage.progress import message, track
 from dpo.train.checkpoint import Checkpoints, Position
@@ -301,13 +303,28 @@ def checkpoint_activations(model: Any, mode: str) -> None:
     """Recompute the activations of every block (``full``) or of every second one in backward."""
     if mode == "none":
         return
-    from functools import partial
-
-    from torch.utils.checkpoint import checkpoint
-
     for number, block in enumerate(_blocks(model)):
         if mode == "full" or number % 2 == 0:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = _recomputed(model, block.forward)
+
+
+def _recomputed(model: Any, forward: Any) -> Any:
+    """``forward`` with its activations made again in backward, through the same attention.
+
+    The backward pass begins after ``packed_attention`` has ended: without this it would recompute
+    with transformers' attention, which knows nothing of shared prompts.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    def run(*arguments: Any, **named: Any) -> Any:
+        packed = model.config._attn_implementation == PACKED
+
+        def contexts() -> tuple[Any, Any]:
+            return nullcontext(), packed_attention(model) if packed else nullcontext()
+
+        return checkpoint(forward, *arguments, use_reentrant=False, context_fn=contexts, **named)
+
+    return run
 
 
 def _blocks(model: Any) -> list[Any]:
