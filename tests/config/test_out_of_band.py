@@ -1,4 +1,4 @@
-"""Settings that change no result are no part of a step's cache key, and reach the step all the same."""
+"""Settings that change no result are no part of a step's cache key, and reach the step."""
 
 import json
 

@@ -7,8 +7,11 @@ import pytest
 
 from dpo.config.compose import compose
 from dpo.config.stages import restrict
+from dpo.data.loader import Order
 from dpo.errors import MissingDependency
+from dpo.train import stage
 from dpo.train.checkpoint import Position
+from dpo.train.data import Examples
 from dpo.train.log import MetricLog, WandbLog, open_sinks
 from dpo.train.stage import run_train
 from dpo.train.trainer import Trainer
@@ -119,3 +122,15 @@ def test_the_terminal_shows_what_matters(prepared, tmp_path, capfd):
     shown = capfd.readouterr().err
     for word in ("loss", "accuracy", "margin", "pairs_per_second"):
         assert word in shown
+
+
+def test_more_examples_than_there_are_is_said(capfd):
+    config = config_of("sft", "n_examples=1000000")
+    order = Order(n_pairs=750, batch_size=8, n_epochs=1, n_examples=1_000_000, seed=0)
+    stage._say_what_is_missing(config, "sft", Examples(order, {}, [], ""))
+    shown = capfd.readouterr().err
+    assert "n_examples is 1,000,000" in shown
+    assert "750 training pairs gives 750" in shown
+    order = Order(n_pairs=750, batch_size=8, n_epochs=1, n_examples=24, seed=0)
+    stage._say_what_is_missing(config_of("sft"), "sft", Examples(order, {}, [], ""))
+    assert capfd.readouterr().err == ""
