@@ -74,6 +74,10 @@ test-gpu: setup ## The GPU tests; fails without a GPU
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("no GPU was found: torch.cuda.is_available() is false")'
 	@$(BIN)/python -m pytest -m gpu $(PYTEST)
 
+.PHONY: accept-gpu
+accept-gpu: setup ## For an owner of a GPU: correctness, speed, memory, kill and resume, as one table
+	@$(BIN)/python -m tests.acceptance.gpu $(ARGS)
+
 .PHONY: test-containers
 test-containers: setup ## The tests that build images and run the pipeline in containers
 	@$(BIN)/python -m tests.support.minio --ensure

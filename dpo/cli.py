@@ -29,6 +29,7 @@ PATHS = {
     "policy": "checkpoint of the preference stage",
     "evaluation": "output folder of evaluate",
     "verdict": "output folder of gate",
+    "checkpoint": "checkpoint of a training",
 }
 
 
@@ -103,6 +104,21 @@ COMMANDS = {
         "dpo publish policy=out/policy evaluation=out/evaluation verdict=out/verdict "
         "publish.store=s3://models output=out/published\n"
         "  dpo publish --rollback s3://models/policy [version=HASH]",
+    ),
+    "export": Command(
+        "Write a checkpoint as policy.pt of the DPO reference code.",
+        ("checkpoint", "output"),
+        ("checkpoint", "output"),
+        "",
+        "dpo export checkpoint=out/policy output=policy.pt",
+    ),
+    "plan": Command(
+        "Say what a run will need: memory, FLOPs, time. Exit code 2 when it does not fit.",
+        ("data",),
+        (),
+        "gpus gpu gpu_memory_gib utilisation pairs peak_tflops prompt_tokens chosen_tokens "
+        "rejected_tokens; model trainer batch_size micro_batch_tokens activation_checkpointing",
+        "dpo plan model=pythia28 trainer=FSDPTrainer gpus=4 gpu_memory_gib=80 datasets=[hh]",
     ),
     "config": Command(
         "Print every setting with its value and where it came from.",
@@ -251,6 +267,10 @@ def _options(name: str) -> argparse.ArgumentParser:
         parser.add_argument(
             "--rollback", action="store_true", help="go back to the version before: URL [version=]"
         )
+    if name == "plan":
+        parser.add_argument(
+            "--output", choices=("text", "json"), default="text", help="form (default: text)"
+        )
     if name == "config":
         parser.add_argument("--json", action="store_true", help="one JSON object")
     return parser
@@ -289,13 +309,28 @@ def _run(name: str, options: argparse.Namespace, overrides: list[str]) -> int:
         raise ConfigError(
             f"dpo {name} needs {missing[0]}= ({PATHS[missing[0]]})", fix=command.example
         )
+    if name == "plan":
+        return _plan(settings, paths, options)
+    composed = _composed(settings, options)
+    runner: Callable[[Any, dict[str, Path], argparse.Namespace], int] = _RUNNERS[name]
+    return runner(composed, paths, options)
+
+
+def _composed(settings: list[str], options: argparse.Namespace) -> Any:
     from dpo.config.compose import compose
 
     composed = compose(settings, user_dir=options.config_dir)
     for warning in composed.warnings:
         print(f"dpo: {warning}", file=sys.stderr)
-    runner: Callable[[Any, dict[str, Path], argparse.Namespace], int] = _RUNNERS[name]
-    return runner(composed, paths, options)
+    return composed
+
+
+def _plan(words: list[str], paths: dict[str, Path], options: argparse.Namespace) -> int:
+    from dpo.plan.command import run, take_keys
+
+    own, settings = take_keys(words)
+    config = _composed(settings, options).config
+    return run(config, own, paths.get("data"), as_json=options.output == "json")
 
 
 def _ingest(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
@@ -384,6 +419,13 @@ def _publish(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> in
     return 0
 
 
+def _export(_: Any, paths: dict[str, Path], __: argparse.Namespace) -> int:
+    from dpo.modeling.export import export_policy
+
+    print(f"policy.pt: {export_policy(paths['checkpoint'], paths['output'])}")
+    return 0
+
+
 def _config(composed: Any, _: dict[str, Path], options: argparse.Namespace) -> int:
     import json
 
@@ -419,14 +461,12 @@ def _fetch(composed: Any, _: dict[str, Path], __: argparse.Namespace) -> int:
     return 0
 
 
-_LISTED: dict[str, Callable[[list[str]], int]] = {"verify": _verify, "compare": _compare}
-"""Commands that take what stands after them as it is, without settings."""
-
 _RUNNERS = {
     "ingest": _ingest,
     "train": _train,
     "reference": _reference,
     "evaluate": _evaluate,
+    "export": _export,
     "gate": _gate,
     "publish": _publish,
     "config": _config,

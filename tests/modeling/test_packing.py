@@ -3,6 +3,7 @@
 The second part breaks the layout in each way that a mask can be wrong and asks that it shows.
 """
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from dpo.data.packing import Segment, pack
 from dpo.data.tokenize import TokenizedExample
 from dpo.modeling import attention
+from dpo.modeling.fused import fuse
 from dpo.modeling.scoring import response_sums, score, token_log_probs
 
 VOCABULARY = 97
@@ -51,6 +53,30 @@ def model(request):
     return made.eval()
 
 
+def normalise_in_float64(model, monkeypatch):
+    """transformers normalises in float32 whatever the model's type, our own code does not."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+
+            def exact(x, module=module):
+                mean = (x * x).mean(-1, keepdim=True) + module.variance_epsilon
+                return module.weight * x / mean.sqrt()
+
+            monkeypatch.setattr(module, "forward", exact)
+
+
+@pytest.fixture(params=["plain", "fused", "sdpa"])
+def runs_with(request, model, monkeypatch):
+    """Another model with the same weights, through each set of kernels."""
+    other = copy.deepcopy(model)
+    if request.param == "fused":
+        fuse(other)
+        normalise_in_float64(model, monkeypatch)
+    elif request.param == "sdpa":
+        monkeypatch.setattr(attention, "LONGEST", 0)
+    return other
+
+
 def examples(lengths, seed=0):
     """Random tokens; ``lengths`` has (prompt, response, ...) for each example."""
     generator = np.random.default_rng(seed)
@@ -86,7 +112,7 @@ def loss_and_gradients(model, compute):
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
-def test_rows_give_the_values_and_gradients_of_separate_sequences(model, packed):
+def test_rows_give_the_values_and_gradients_of_separate_sequences(model, runs_with, packed):
     data = examples(LENGTHS)
     (row,) = pack(data, 500)
     assert row.examples == (0, 1, 2, 3)
@@ -95,7 +121,7 @@ def test_rows_give_the_values_and_gradients_of_separate_sequences(model, packed)
         lambda: torch.stack([torch.stack([by_itself(model, e, r) for r in (0, 1)]) for e in data]),
     )
     found, own = loss_and_gradients(
-        model, lambda: response_sums(row, token_log_probs(model, row, packed=packed))
+        runs_with, lambda: response_sums(row, token_log_probs(runs_with, row, packed=packed))
     )
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     assert own.keys() == gradients.keys()
