@@ -21,8 +21,12 @@ from dpo.data.packing import Segment
 from dpo.modeling.segments import LONGEST, SegmentAttention, parts_of
 
 NAME = "dpo_prefix_shared"
-ARCHITECTURES = ("gpt_neox", "llama", "gpt2", "mistral")
-"""``model_type`` of the models that this is tested with; others take the plain path."""
+ARCHITECTURES = (
+    *("gpt_neox", "llama", "gpt2", "mistral"),
+    *("qwen2", "qwen3", "gemma", "olmo2", "phi", "phi3", "opt"),
+)
+"""``model_type`` of the models that this is tested with; others take the plain path (``plain``).
+GPT-J is one of them: it does not look into transformers' registry of attentions."""
 
 
 def prefix_shared_attention(

@@ -25,8 +25,8 @@ from dpo.modeling.segments import SegmentAttention, parts_of
 _BLOCK_ELEMENTS = 1 << 16
 """Elements worked on at once: 256 KB in float32, a fraction of a core's second-level cache."""
 
-_NORMS = ("LlamaRMSNorm", "MistralRMSNorm")
-_MLPS = ("LlamaMLP", "MistralMLP")
+NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
 _ATTENTIONS = ("LlamaAttention", "MistralAttention")
 
 
@@ -34,7 +34,7 @@ def fuse(model: Any) -> None:
     """Let the norms and feed-forward layers of ``model`` run through this module; idempotent."""
     for module in model.modules():
         kind = type(module).__name__
-        if kind in _NORMS:
+        if kind in NORMS:
             module.forward = partial(_norm, module)
         elif kind in _MLPS and getattr(module.config, "hidden_act", "") == "silu":
             module.forward = partial(_feed_forward, module)
