@@ -56,7 +56,19 @@ class TrainerConfig(Section):
 
 
 Format = Literal[
-    "auto", "pairs", "messages", "hh", "shp", "se", "novalto", "openai", "ranked", "rated"
+    "auto",
+    "pairs",
+    "messages",
+    "hh",
+    "shp",
+    "se",
+    "novalto",
+    "openai",
+    "ranked",
+    "rated",
+    "compared",
+    "argilla",
+    "labelstudio",
 ]
 _FUNCTION = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 CustomFunction = Annotated[str, Field(pattern=_FUNCTION)]

@@ -284,7 +284,7 @@ def _document(stream: Iterable[bytes], shown: str) -> Iterator[RawRow]:
 def _csv(stream: Iterable[bytes], shown: str) -> Iterator[RawRow]:
     lines = _text_lines(stream)
     header = next(lines, "")
-    delimiter = max(",;\t", key=header.count)
+    delimiter = max(",;\t|", key=header.count)
     csv.field_size_limit(MAX_ROW_BYTES)
     reader = csv.reader(chain([header], lines), delimiter=delimiter, strict=True)
     names = _header(reader, shown)
