@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from dpo.data.schema import SPLIT_WORDS
+
 ASSISTANT = "\n\nAssistant:"
 HUMAN = "\n\nHuman:"
 SHP_MIN_SCORE_RATIO = 2.0
@@ -181,7 +183,6 @@ def split_field(row: Mapping[str, Any]) -> str | None:
     value = row.get("split")
     if value is None:
         return None
-    known = {"train": "train", "test": "test", "validation": "test", "valid": "test"}
-    if not isinstance(value, str) or value not in known:
+    if not isinstance(value, str) or value not in SPLIT_WORDS:
         raise RowError("wrong_split", f"split must be train or test, found {value!r}", "split")
-    return known[value]
+    return SPLIT_WORDS[value]

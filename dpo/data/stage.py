@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import groupby
@@ -18,8 +19,9 @@ from typing import Any
 
 from dpo.config.schema import RunConfig
 from dpo.config.stages import stage_settings
-from dpo.data.assemble import Assembled, Cap, Part, assemble
+from dpo.data.assemble import Assembled, Cap, assemble
 from dpo.data.check import Block, Rules, blocks_of, check_blocks, validator_of
+from dpo.data.parts import Part
 from dpo.data.quarantine import NOT_FAULTY, QUARANTINE
 from dpo.data.ratings import Answer, pair_ratings
 from dpo.data.report import SAMPLE_ROWS, write_report
@@ -60,10 +62,11 @@ def run_ingest(
             rejected, or a split without a pair.
     """
     rules = _rules(config)
-    with staged(output) as folder:
-        if fingerprints is None:
-            fingerprints = source_fingerprints(config)
+    with staged(output) as folder, ThreadPoolExecutor(1) as beside:
+        # hashing leaves the interpreter's lock: workers check rows meanwhile
+        later = None if fingerprints else beside.submit(source_fingerprints, config)
         result = _ingest(config, rules, folder, workers)
+        found = later.result() if later else dict(fingerprints or {})
         _refuse_bad_share(config, result, folder, output)
         _refuse_empty_split(result)
         figures = result.figures()
@@ -71,7 +74,7 @@ def run_ingest(
         write_report(
             {
                 "figures": figures,
-                "sources": dict(fingerprints),
+                "sources": found,
                 "near_duplicates": result.near_examples,
             },
             result.sample,

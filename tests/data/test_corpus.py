@@ -283,7 +283,7 @@ def test_an_interrupt_leaves_nothing(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(check, "_check_row", interrupt)
+    monkeypatch.setattr(check, "_accept", interrupt)
     with pytest.raises(KeyboardInterrupt):
         ingest([good_row(1)])
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
