@@ -52,6 +52,13 @@ COMMANDS = {
         "dpo ingest datasets=[pairs.jsonl] model=smollm2 output=out/data\n"
         "  dpo ingest --check pairs.jsonl",
     ),
+    "tokenize": Command(
+        "Tokenise the pairs of ingest into the cache that the later steps share.",
+        ("data",),
+        ("data",),
+        "model model.tokenizer_name_or_path",
+        "dpo tokenize data=out/data model=smollm2",
+    ),
     "train": Command(
         "Train: SFT with loss=sft, else a preference loss.",
         ("data", "base", "reference", "output"),
@@ -285,6 +292,27 @@ def _check(options: argparse.Namespace, settings: list[str]) -> int:
     return check_file(options.check, settings, options.config_dir, as_json=options.output == "json")
 
 
+def _tokenize(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
+    from dpo.data.tokenize import load_tokenizer
+    from dpo.data.tokens import fill_cache
+    from dpo.storage.base_model import local_tokenizer
+    from dpo.storage.manifest import read_manifest
+
+    read_manifest(paths["data"], stage="ingest")
+    place = local_tokenizer(composed.config.model)
+    folder = fill_cache(paths["data"], load_tokenizer(place))
+    if folder is None:
+        raise ConfigError(
+            "there is nothing to keep: this tokenizer has no fast form, or the cache folder cannot "
+            "be written",
+            where=str(place),
+            fix="set DPO_CACHE_DIR to a folder that can be written; the other steps work without",
+        )
+    details = read_manifest(folder, verify=False).details
+    print(f"{details['pairs']:,} pairs, {details['tokens']:,} tokens: {folder}")
+    return 0
+
+
 def _train(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
     from dpo.train.direct import train_directly
 
@@ -388,6 +416,7 @@ def _fetch(composed: Any, _: dict[str, Path], __: argparse.Namespace) -> int:
 
 _RUNNERS = {
     "ingest": _ingest,
+    "tokenize": _tokenize,
     "train": _train,
     "reference": _reference,
     "evaluate": _evaluate,
