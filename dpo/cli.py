@@ -10,6 +10,7 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ REFUSED = 3
 PATHS = {
     "data": "output folder of ingest",
     "output": "folder to write the result to",
+    "shard": "I/N: read this share of the sources only; all N go to shards=",
+    "shards": "outputs of all shards, as a glob or with commas between: put them together",
     "base": "checkpoint to start from (default: model.archive, else the base model)",
     "reference": "output folder of reference",
     "sft": "checkpoint of the SFT stage",
@@ -46,7 +49,7 @@ class Command:
 COMMANDS = {
     "ingest": Command(
         "Read preference data, validate every row and write Parquet pairs.",
-        ("output",),
+        ("output", "shard", "shards"),
         ("output",),
         "datasets sources.NAME.path test_fraction max_rejected_share prompt_format max_length",
         "dpo ingest datasets=[pairs.jsonl] model=smollm2 output=out/data\n"
@@ -281,9 +284,28 @@ def _ingest(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int
     from dpo.config.stages import restrict
     from dpo.data.stage import run_ingest
 
-    run_ingest(restrict(composed.config, "ingest"), paths["output"])
+    config = restrict(composed.config, "ingest")
+    if "shard" in paths:
+        from dpo.data.shards import parse_shard, run_shard
+
+        run_shard(config, paths["output"], parse_shard(str(paths["shard"])))
+        print(f"shard: {paths['output']}")
+        return 0
+    run_ingest(config, paths["output"], shards=_folders(paths.get("shards")))
     print(f"pairs and report: {paths['output']}")
     return 0
+
+
+def _folders(given: Path | None) -> list[Path]:
+    """Folders of a list with commas or of a glob."""
+    if given is None:
+        return []
+    # Path.glob takes no absolute pattern
+    found = [sorted(glob(text)) for text in str(given).split(",")]  # noqa: PTH207
+    folders = [Path(name) for names in found for name in names]
+    if not folders:
+        raise ConfigError(f"no folder is shards={given}", fix="name the outputs of all shards")
+    return folders
 
 
 def _check(options: argparse.Namespace, settings: list[str]) -> int:

@@ -89,13 +89,15 @@ def blocks_of(
     found: list[Block] = []
     if source.split == "reference":
         return _with_reference_split(number, name, source, files, folder)
-    for file in files:
+    for index, file in enumerate(files):
+        if not file.fetched:
+            continue
         place = Place(name, file.shown, file.split)
         spans: list[tuple[int, int | None]] = [(0, None)]
         if is_lines(file.path, file.shown, plain=True):
             spans = [*_spans(file.path)] or spans
-        for start, end in spans:
-            part = folder / f"{number:03d}-{len(found):06d}"
+        for position, (start, end) in enumerate(spans):
+            part = folder / _block_name(number, index, position)
             found.append(Block(source, number, place, file.path, part, start, end))
     return found
 
@@ -115,12 +117,17 @@ def _with_reference_split(
     found, start = [], 0
     for index, (file, count) in enumerate(zip(files, counts, strict=True)):
         inside = held_out[(held_out >= start) & (held_out < start + count)] - start
-        part = folder / f"{number:03d}-{index:06d}"
+        part = folder / _block_name(number, index, 0)
         place = Place(name, file.shown, None)
         rows_held_out = frozenset(inside.tolist())
         found.append(Block(source, number, place, file.path, part, held_out=rows_held_out))
         start += count
     return found
+
+
+def _block_name(source: int, file: int, position: int) -> str:
+    """Sorts as the blocks of an input are ordered."""
+    return f"{source:03d}-{file:06d}-{position:06d}"
 
 
 def _spans(path: Path) -> Iterator[tuple[int, int]]:

@@ -281,7 +281,8 @@ def _parsed(data: bytes) -> pa.Table | None:
                 explicit_schema=schema, unexpected_field_behavior="error"
             ),
         )
-    except pa.ArrowException:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        # not ArrowCancelled, which stands for Ctrl-C
         return None
     return table if table.num_rows == len(ends) else None
 
