@@ -36,6 +36,7 @@ _TRAIN = (
 STAGE_KEYS: Mapping[Stage, frozenset[str]] = {
     "ingest": frozenset(
         {"datasets", "sources", "test_fraction", "max_rejected_share", "prompt_format", "seed"}
+        | {"chat_template"}
         | _TOKENS
         | {"model"}
     ),

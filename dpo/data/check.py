@@ -53,6 +53,8 @@ class Rules:
     limits: Limits
     prompt_format: str
     test_fraction: float
+    chat_template: str | None = None
+    """Instead of the tokenizer's own."""
 
 
 @dataclass(frozen=True)
@@ -300,7 +302,7 @@ def validator_of(block: Block, rules: Rules) -> Validator:
     source = block.source
     own = source.test_fraction
     return Validator(
-        tokenizer=_tokenizer(rules.tokenizer),
+        tokenizer=_tokenizer(rules.tokenizer, rules.chat_template),
         limits=rules.limits,
         prompt_format=rules.prompt_format,
         test_fraction=rules.test_fraction if own is None else own,
@@ -312,5 +314,8 @@ def validator_of(block: Block, rules: Rules) -> Validator:
 
 
 @cache
-def _tokenizer(folder: Path) -> Any:
-    return load_text_tokenizer(folder)
+def _tokenizer(folder: Path, chat_template: str | None) -> Any:
+    tokenizer = load_text_tokenizer(folder)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer

@@ -20,6 +20,7 @@ from dpo.data.tokenize import Limits, tokenize_pair
 
 CONTROLS = bytes(code for code in range(32) if code not in b"\n\r\t") + b"\x7f"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_MARK = re.compile(r"<\|\w+\|>")
 _ADVICE_ON_ENCODING = "read the original with its true encoding and save it as UTF-8"
 
 
@@ -138,7 +139,9 @@ class Validator:
         """Texts that mean something to the model: the end mark; in a chat, all special tokens."""
         reserved = {self.tokenizer.eos_token}
         if self.prompt_format == "chat":
-            reserved |= set(getattr(self.tokenizer, "all_special_tokens", ()))
+            reserved |= set(self.tokenizer.all_special_tokens)
+            # marks of a template that the tokenizer does not know as tokens
+            reserved |= set(_MARK.findall(self.tokenizer.chat_template or ""))
         return sorted(text for text in reserved if text)
 
     def _refuse_reserved(self, name: str, found: str) -> None:
