@@ -10,6 +10,7 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ _ABOUT_PUBLISHED = ("verify", "pull", "list", "retain", "lineage", "forget")
 PATHS = {
     "data": "output folder of ingest",
     "output": "folder to write the result to",
+    "shard": "I/N: read this share of the sources only; all N go to shards=",
+    "shards": "outputs of all shards, as a glob or with commas between: put them together",
     "base": "checkpoint to start from (default: model.archive, else the base model)",
     "reference": "output folder of reference",
     "sft": "checkpoint of the SFT stage",
@@ -49,11 +52,18 @@ class Command:
 COMMANDS = {
     "ingest": Command(
         "Read preference data, validate every row and write Parquet pairs.",
-        ("output",),
+        ("output", "shard", "shards"),
         ("output",),
         "datasets sources.NAME.path test_fraction max_rejected_share prompt_format max_length",
         "dpo ingest datasets=[pairs.jsonl] model=smollm2 output=out/data\n"
         "  dpo ingest --check pairs.jsonl",
+    ),
+    "tokenize": Command(
+        "Tokenise the pairs of ingest into the cache that the later steps share.",
+        ("data",),
+        ("data",),
+        "model model.tokenizer_name_or_path",
+        "dpo tokenize data=out/data model=smollm2",
     ),
     "train": Command(
         "Train: SFT with loss=sft, else a preference loss.",
@@ -337,15 +347,55 @@ def _ingest(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int
     from dpo.config.stages import restrict
     from dpo.data.stage import run_ingest
 
-    run_ingest(restrict(composed.config, "ingest"), paths["output"])
+    config = restrict(composed.config, "ingest")
+    if "shard" in paths:
+        from dpo.data.shards import parse_shard, run_shard
+
+        run_shard(config, paths["output"], parse_shard(str(paths["shard"])))
+        print(f"shard: {paths['output']}")
+        return 0
+    run_ingest(config, paths["output"], shards=_folders(paths.get("shards")))
     print(f"pairs and report: {paths['output']}")
     return 0
+
+
+def _folders(given: Path | None) -> list[Path]:
+    """Folders of a list with commas or of a glob."""
+    if given is None:
+        return []
+    # Path.glob takes no absolute pattern
+    found = [sorted(glob(text)) for text in str(given).split(",")]  # noqa: PTH207
+    folders = [Path(name) for names in found for name in names]
+    if not folders:
+        raise ConfigError(f"no folder is shards={given}", fix="name the outputs of all shards")
+    return folders
 
 
 def _check(options: argparse.Namespace, settings: list[str]) -> int:
     from dpo.data.check_file import check_file
 
     return check_file(options.check, settings, options.config_dir, as_json=options.output == "json")
+
+
+def _tokenize(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
+    from dpo.data.tokenize import load_tokenizer
+    from dpo.data.tokens import fill_cache
+    from dpo.storage.base_model import local_tokenizer
+    from dpo.storage.manifest import read_manifest
+
+    read_manifest(paths["data"], stage="ingest")
+    place = local_tokenizer(composed.config.model)
+    folder = fill_cache(paths["data"], load_tokenizer(place))
+    if folder is None:
+        raise ConfigError(
+            "there is nothing to keep: this tokenizer has no fast form, or the cache folder cannot "
+            "be written",
+            where=str(place),
+            fix="set DPO_CACHE_DIR to a folder that can be written; the other steps work without",
+        )
+    details = read_manifest(folder, verify=False).details
+    print(f"{details['pairs']:,} pairs, {details['tokens']:,} tokens: {folder}")
+    return 0
 
 
 def _train(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
@@ -463,6 +513,7 @@ def _fetch(composed: Any, _: dict[str, Path], __: argparse.Namespace) -> int:
 
 _RUNNERS = {
     "ingest": _ingest,
+    "tokenize": _tokenize,
     "train": _train,
     "reference": _reference,
     "evaluate": _evaluate,

@@ -286,6 +286,8 @@ def deploy(tasks: Mapping[str, Any], deployment: Deployment) -> None:
     """
     for step in (*DATA_STEPS, *TRAIN_STEPS):
         _deploy_step(tasks[step], step, deployment)
+    if "ingest-shard" in tasks:
+        _deploy_step(tasks["ingest-shard"], "ingest", deployment)
 
 
 def _deploy_step(task: Any, step: str, deployment: Deployment) -> None:

@@ -7,6 +7,7 @@ names; everything else carries it.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from pydantic import (
@@ -20,6 +21,7 @@ from pydantic import (
 
 from dpo.config.base import Section
 from dpo.config.losses import AnyLoss, DPOLoss
+from dpo.config.places import chat_templates
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 CheckpointingMode = Literal["none", "selective", "full"]
@@ -98,7 +100,19 @@ class TrainerConfig(Section):
 
 
 Format = Literal[
-    "auto", "pairs", "messages", "hh", "shp", "se", "novalto", "openai", "ranked", "rated"
+    "auto",
+    "pairs",
+    "messages",
+    "hh",
+    "shp",
+    "se",
+    "novalto",
+    "openai",
+    "ranked",
+    "rated",
+    "compared",
+    "argilla",
+    "labelstudio",
 ]
 _FUNCTION = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 CustomFunction = Annotated[str, Field(pattern=_FUNCTION)]
@@ -116,6 +130,20 @@ AnyFormat = Annotated[
     AfterValidator(_known_format),
     WithJsonSchema({"anyOf": [{"enum": list(get_args(Format))}, {"pattern": _FUNCTION}]}),
 ]
+
+
+def _template_text(value: str) -> str:
+    """A template's file becomes its text, so that settings say what was used, wherever it lay."""
+    known = chat_templates()
+    if value in known or "{" in value:
+        return value
+    path = Path(value).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise ValueError(
+            f"chat_template={value}: choose one of {', '.join(known)}, or a file that can be read"
+        ) from None
 
 
 class SourceConfig(Section):
@@ -310,6 +338,9 @@ class RunConfig(Section):
     """Ingest fails when a larger share of rows is rejected."""
     prompt_format: Literal["raw", "chat"] = "raw"
     """Dialogue text as it is, or through the tokenizer's chat template."""
+    chat_template: Annotated[str, AfterValidator(_template_text)] | None = None
+    """With ``prompt_format=chat``, instead of the tokenizer's own template: ``chatml``, ``llama3``,
+    ``zephyr``, or a file in Jinja."""
     max_length: int = Field(512, gt=1)
     """Longest prompt + response, in tokens."""
     max_prompt_length: int = Field(256, gt=0)
