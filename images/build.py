@@ -104,10 +104,25 @@ def _write_pip(target: Path) -> None:
 
 
 def base_image(command: str, wished: str | None) -> str:
-    """The base image: the wished one, else that of ``base.sh`` where it was made."""
+    """The base image: the wished one, the public one, or one made of Debian packages.
+
+    Raises:
+        ImageError: the public one cannot be pulled and none can be made.
+    """
     if wished:
         return wished
-    return OFFLINE_BASE if silent([command, "image", "inspect", OFFLINE_BASE]) else ONLINE_BASE
+    for name in (OFFLINE_BASE, ONLINE_BASE):
+        if silent([command, "image", "inspect", name]):
+            return name
+    if silent([command, "pull", ONLINE_BASE]):
+        return ONLINE_BASE
+    print(f"{ONLINE_BASE} cannot be pulled: making {OFFLINE_BASE} of Debian packages", flush=True)
+    output(
+        [str(ROOT / "images" / "base.sh"), command],
+        f"no base image: neither could {ONLINE_BASE} be pulled nor one be made "
+        "(name one that is here: BASE=...)",
+    )
+    return OFFLINE_BASE
 
 
 def build(options: argparse.Namespace) -> int:
