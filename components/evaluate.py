@@ -35,7 +35,10 @@ def evaluate(
     from pathlib import Path
 
     from dpo.evaluate.stage import run_evaluate
+    from dpo.storage.lineage import note_sources
     from dpo.storage.step import copy_report, log_metrics, step
+
+    inputs = {"ingest": pairs, "sft": sft, "reference": log_probs, "preference": policy}
 
     with step("evaluate", settings, fingerprint) as run:
         manifest = run_evaluate(
@@ -47,6 +50,7 @@ def evaluate(
             reference=Path(log_probs.path),
             code=run.code,
         )
+        note_sources(Path(evaluation.path), {name: item.uri for name, item in inputs.items()})
         copy_report(Path(evaluation.path, "report.html"), Path(report.path))
         copy_report(Path(evaluation.path, "report.md"), Path(summary.path))
         log_metrics(metrics, manifest)

@@ -20,7 +20,7 @@ from dpo.config.describe import suggestion, validation_error
 from dpo.config.places import config_dir
 from dpo.errors import ConfigError
 
-DATA_STEPS = ("fingerprint", "ingest", "gate", "publish")
+DATA_STEPS = ("fingerprint", "ingest", "gate", "publish", "finish")
 TRAIN_STEPS = ("sft", "reference", "preference", "evaluate")
 
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|[kMGTPE]|[KMGTPE]i)?$")]
@@ -149,7 +149,15 @@ class ModelCache(Section):
 
 
 Step = Literal[
-    "fingerprint", "ingest", "sft", "reference", "preference", "evaluate", "gate", "publish"
+    "fingerprint",
+    "ingest",
+    "sft",
+    "reference",
+    "preference",
+    "evaluate",
+    "gate",
+    "publish",
+    "finish",
 ]
 
 

@@ -29,6 +29,7 @@ STEPS = (
     "evaluate",
     "gate",
     "publish",
+    "finish",
 )
 """Task names, in the order in which they run."""
 

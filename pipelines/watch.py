@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 from urllib.parse import quote
 
+from dpo.errors import PipelineError
 from dpo.storage.runs import read_run_manifest
 from pipelines.cluster import Endpoint, link, problem
 from pipelines.outcome import Outcome
@@ -143,6 +144,12 @@ def _ended(client: Any, run: Any, outcome: Outcome, store: str) -> Outcome:
         return outcome
     # task outputs are empty in the run API (kubeflow/pipelines#9858): the store knows the verdict
     manifest = read_run_manifest(store, outcome.run_id)
+    if "verdict" not in manifest:
+        raise PipelineError(
+            f"run {outcome.run_id} succeeded, but its manifest in the store holds no verdict",
+            where=store,
+            fix="look at its gate in the UI",
+        )
     outcome.verdict = manifest["verdict"]
     outcome.published = manifest.get("published") or {}
     outcome.evaluation = manifest.get("evaluation") or {}

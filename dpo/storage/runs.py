@@ -14,6 +14,7 @@ from dpo.errors import ConfigError, ObjectMissing, PipelineError
 from dpo.storage.store import Store, open_store
 
 FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -32,10 +33,21 @@ def run_prefix(run_id: str) -> str:
 
 def write_run_manifest(store: Store, run_id: str, **values: Any) -> None:
     """Add ``values`` to the run's manifest."""
-    key = f"{run_prefix(run_id)}/manifest.json"
-    known = json.loads(store.read(key)) if store.stat(key) else {}
-    merged = {**known, **values, "run_id": run_id, "format_version": FORMAT_VERSION}
+    key = f"{run_prefix(run_id)}/{MANIFEST_NAME}"
+    merged = {
+        **stored_run_manifest(store, run_id),
+        **values,
+        "run_id": run_id,
+        "format_version": FORMAT_VERSION,
+    }
     store.write(key, json.dumps(merged, indent=1, sort_keys=True).encode())
+
+
+def stored_run_manifest(store: Store, run_id: str) -> dict[str, Any]:
+    """What the run's manifest holds so far; empty where there is none."""
+    key = f"{run_prefix(run_id)}/{MANIFEST_NAME}"
+    known: dict[str, Any] = json.loads(store.read(key)) if store.stat(key) else {}
+    return known
 
 
 def read_run_manifest(url: str, run_id: str) -> dict[str, Any]:

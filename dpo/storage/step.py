@@ -31,6 +31,11 @@ class Step:
     planned: dict[str, str]
     """What the run was planned with: fingerprints of ``code``, ``data``, ``model``."""
 
+    @property
+    def artifact(self) -> str:
+        """Content hash of the earlier artifact that the run was planned to start from."""
+        return self.planned.get("artifact", "")
+
     def expect(self, name: str, found: str) -> None:
         """Stop when ``name`` is no longer what the run was planned with.
 
