@@ -15,7 +15,10 @@ import yaml
 
 from dpo.config.places import config_dir
 from dpo.errors import ConfigError, DpoError, PipelineError
-from pipelines.deployment import Deployment, Images, deploy, load_deployment, names
+from dpo.storage.store import open_store
+from pipelines.deployment import Deployment, Images, load_deployment, names
+from pipelines.pods import deploy
+from pipelines.request import preset, presets
 
 PACKAGE = Path(__file__).resolve().parent / "preference_pipeline.yaml"
 BUILT_IMAGES = Path(__file__).resolve().parent.parent / "build" / "images.json"
@@ -69,7 +72,17 @@ def deployed_package(deployment: Deployment) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "package.yaml")
         compile_pipeline(target, deployment)
-        return load_package(target)
+        documents = load_package(target)
+    if deployment.store:
+        set_defaults(documents, {"publish_store": deployment.store})
+    return documents
+
+
+def set_defaults(documents: list[dict[str, Any]], values: Mapping[str, Any]) -> None:
+    """Change what the form of a package shows in these fields."""
+    definitions = documents[0]["root"]["inputDefinitions"]["parameters"]
+    for name, value in values.items():
+        definitions[name]["defaultValue"] = value
 
 
 def _deployed(pipeline: Any, deployment: Deployment) -> Any:
@@ -168,6 +181,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--images", type=Path, help="JSON with the names that `make images-push` wrote"
     )
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="KIND=NAME",
+        help="one image by fixed tag or digest: data=registry/dpo-data:1.2",
+    )
+    parser.add_argument("--preset", choices=presets(), help="what the form's fields show")
+    parser.add_argument("--store", default="", help="where runs publish to unless they say")
     return parser
 
 
@@ -189,13 +211,50 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _write_for_cluster(options: argparse.Namespace) -> int:
-    deployment = load_deployment(options.deployment, options.deploy)
+    deployment = load_deployment(
+        options.deployment, [*options.deploy, *image_assignments(options.image)]
+    )
     if options.images:
         deployment = with_images(deployment, options.images)
+    if options.store:
+        deployment = with_store(deployment, options.store)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    save_package(deployed_package(deployment), options.output)
+    documents = deployed_package(deployment)
+    if options.preset:
+        set_defaults(documents, preset(options.preset))
+    save_package(documents, options.output)
     print(f"wrote {options.output}: upload it in the Kubeflow UI under Pipelines")
     return 0
+
+
+def image_assignments(images: Iterable[str]) -> list[str]:
+    """``data=NAME`` as a setting of the deployment.
+
+    Raises:
+        ConfigError: not a kind of image and a name.
+    """
+    kinds = list(Images.model_fields)
+    for image in images:
+        kind, equals, name = image.partition("=")
+        if kind not in kinds or not equals or not name:
+            raise ConfigError(
+                f"--image {image} is not KIND=NAME",
+                fix=f"the kinds are {' and '.join(kinds)}: --image data=registry/dpo-data:1.2",
+            )
+    # quoted, because a tag such as x:1.2 must stay a text
+    return [
+        f"images.{kind}={json.dumps(name)}" for kind, _, name in (i.partition("=") for i in images)
+    ]
+
+
+def with_store(deployment: Deployment, store: str) -> Deployment:
+    """The deployment with a store, where it names none itself.
+
+    Raises:
+        ConfigError: not the URL of a store.
+    """
+    open_store(store)
+    return deployment if deployment.store else deployment.model_copy(update={"store": store})
 
 
 def with_images(deployment: Deployment, names_file: Path) -> Deployment:

@@ -90,6 +90,13 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--images", type=Path, metavar="FILE", help="JSON that `make images-push` wrote"
     )
+    where.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="KIND=NAME",
+        help="one image by fixed tag or digest: --image data=NAME --image train=NAME",
+    )
     how = this.add_argument_group("how")
     how.add_argument(
         "--dry-run", action="store_true", help="say what would run and why; run nothing"
@@ -174,14 +181,17 @@ def _for_place(
     options: argparse.Namespace, documents: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """The package for the place it will run in: with images and settings where those matter."""
-    asked = bool(options.deployment or options.deploy or options.images)
+    asked = bool(options.deployment or options.deploy or options.images or options.image)
     names_no_package = options.cancel or options.retry or (options.dry_run and not asked)
     if options.local == "processes" or names_no_package:
         return documents
-    deployment = load_deployment(options.deployment, options.deploy)
+    assignments = [*options.deploy, *package.image_assignments(options.image)]
+    deployment = load_deployment(options.deployment, assignments)
     built = package.BUILT_IMAGES
     if names_file := options.images or (built if options.local and built.is_file() else None):
         deployment = package.with_images(deployment, names_file)
+    if options.store and not options.local:
+        deployment = package.with_store(deployment, options.store)
     return package.deployed_package(deployment)
 
 
