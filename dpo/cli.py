@@ -90,6 +90,14 @@ COMMANDS = {
         "dpo publish policy=out/policy evaluation=out/evaluation verdict=out/verdict "
         "publish.store=s3://models output=out/published",
     ),
+    "plan": Command(
+        "Say what a run will need: memory, FLOPs, time. Exit code 2 when it does not fit.",
+        ("data",),
+        (),
+        "gpus gpu gpu_memory_gib utilisation pairs peak_tflops prompt_tokens chosen_tokens "
+        "rejected_tokens; model trainer batch_size micro_batch_tokens activation_checkpointing",
+        "dpo plan model=pythia28 trainer=FSDPTrainer gpus=4 gpu_memory_gib=80 datasets=[hh]",
+    ),
     "config": Command(
         "Print every setting with its value and where it came from.",
         (),
@@ -205,6 +213,10 @@ def _options(name: str) -> argparse.ArgumentParser:
         parser.add_argument(
             "--output", choices=("text", "json"), default="text", help="of --check (default: text)"
         )
+    if name == "plan":
+        parser.add_argument(
+            "--output", choices=("text", "json"), default="text", help="form (default: text)"
+        )
     if name == "config":
         parser.add_argument("--json", action="store_true", help="one JSON object")
     return parser
@@ -239,13 +251,28 @@ def _run(name: str, options: argparse.Namespace, overrides: list[str]) -> int:
         )
     if name == "pull":
         return _pull(urls, paths["output"])
+    if name == "plan":
+        return _plan(settings, paths, options)
+    composed = _composed(settings, options)
+    runner: Callable[[Any, dict[str, Path], argparse.Namespace], int] = _RUNNERS[name]
+    return runner(composed, paths, options)
+
+
+def _composed(settings: list[str], options: argparse.Namespace) -> Any:
     from dpo.config.compose import compose
 
     composed = compose(settings, user_dir=options.config_dir)
     for warning in composed.warnings:
         print(f"dpo: {warning}", file=sys.stderr)
-    runner: Callable[[Any, dict[str, Path], argparse.Namespace], int] = _RUNNERS[name]
-    return runner(composed, paths, options)
+    return composed
+
+
+def _plan(words: list[str], paths: dict[str, Path], options: argparse.Namespace) -> int:
+    from dpo.plan.command import run, take_keys
+
+    own, settings = take_keys(words)
+    config = _composed(settings, options).config
+    return run(config, own, paths.get("data"), as_json=options.output == "json")
 
 
 def _verify(arguments: list[str]) -> int:
