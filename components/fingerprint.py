@@ -72,12 +72,15 @@ def fingerprint(
     parameters = dict(locals())
     from collections import namedtuple
 
-    from dpo.data.plan import plan_run
+    from dpo.data.plan import check_source, plan_run
+    from dpo.plan.booked import check_booked
     from dpo.publish.runs import record_plan
     from dpo.storage.progress import reported
 
     with reported("fingerprint"):
         parameters.pop("run_id")
+        check_source()
+        check_booked(parameters)
         plan = plan_run(parameters, store_needed=True)
         record_plan(parameters, run_id, plan)
     return namedtuple("Plan", plan)(**plan)

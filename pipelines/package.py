@@ -248,13 +248,13 @@ def image_assignments(images: Iterable[str]) -> list[str]:
 
 
 def with_store(deployment: Deployment, store: str) -> Deployment:
-    """The deployment with a store, where it names none itself.
+    """The deployment with another store.
 
     Raises:
         ConfigError: not the URL of a store.
     """
     open_store(store)
-    return deployment if deployment.store else deployment.model_copy(update={"store": store})
+    return deployment.model_copy(update={"store": store})
 
 
 def with_images(deployment: Deployment, names_file: Path) -> Deployment:

@@ -65,6 +65,14 @@ def _own_variables(step: str, deployment: Deployment) -> dict[str, str]:
     return {}
 
 
+def booked(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a package books for its training steps, as its first step will be told."""
+    executor = documents[0]["deploymentSpec"]["executors"]["exec-fingerprint"]
+    variables = {item["name"]: item["value"] for item in executor["container"].get("env", [])}
+    machine: dict[str, Any] = json.loads(variables.get("DPO_MACHINE", "{}"))
+    return machine
+
+
 def _set_amounts(task: Any, resources: Resources) -> None:
     from kfp import kubernetes
 

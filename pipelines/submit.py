@@ -21,12 +21,14 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo.errors import DpoError, PipelineError, system_problem
-from pipelines import history, package
+from dpo.plan.booked import check_booked
+from pipelines import explain, history, package, start
 from pipelines.deployment import load_deployment
 from pipelines.deployment import names as deployments
 from pipelines.local import Job
 from pipelines.on_cluster import add_options, needs_a_store, run_on_cluster
 from pipelines.outcome import Outcome, show
+from pipelines.pods import booked
 from pipelines.request import local_store, parameters, presets
 from pipelines.run import obtain_model, require_store, run_here, runs_folder
 
@@ -58,6 +60,13 @@ def parser() -> argparse.ArgumentParser:
         default="",
         metavar="STEP[,STEP]",
         help="run these steps although they are cached, and what follows",
+    )
+    what.add_argument(
+        "--from",
+        dest="start_from",
+        metavar="RUN_ID",
+        help="start from an earlier run: its parameters, and its pairs, SFT model and "
+        "log-probabilities, but for steps named in --rerun and what follows them",
     )
     what.add_argument("--list", action="store_true", help="print all parameters and stop")
     where = this.add_argument_group("where")
@@ -128,8 +137,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    options = parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    explaining = given[:1] == ["explain"]
+    options = explain.parser().parse_args(given[1:]) if explaining else parser().parse_args(given)
     try:
+        if explaining:
+            return explain.main(options, runs_folder(options.runs_dir))
         return _run(options)
     except (DpoError, OSError) as problem:
         error = system_problem(problem) if isinstance(problem, OSError) else problem
@@ -152,16 +165,22 @@ def _run(options: argparse.Namespace) -> int:
     documents = _for_place(options, documents)
     runs = runs_folder(options.runs_dir)
     store = options.store or (local_store(runs) if options.local else None)
+    rerun = [step for step in options.rerun.split(",") if step]
+    package.set_uncached(documents, rerun)
+    defaults = package.defaults(documents)
+    earlier = start.earlier_run(options, runs) if options.start_from else {}
+    begin = {**defaults, **start.base(earlier, defaults, rerun)}
+    if options.store:
+        begin["publish_store"] = ""
     values = parameters(
-        package.defaults(documents),
+        begin,
         preset_name=options.preset,
         assignments=options.assignments,
         store=store,
     )
     if needs_a_store(options):
         require_store(values)
-    rerun = [step for step in options.rerun.split(",") if step]
-    package.set_uncached(documents, rerun)
+        check_booked(values, booked(documents))
     if options.dry_run:
         return _dry_run(options, documents, values, runs, rerun)
     outcome = (
@@ -214,9 +233,9 @@ def _list_parameters(documents: list[dict[str, Any]]) -> int:
     texts = package.help_texts(documents)
     defaults = package.defaults(documents)
     # the sources' order groups them by stage; the compiled form is sorted by name
-    from dpo.config.parameters import OVERRIDES, PARAMETERS
+    from dpo.config.parameters import OVERRIDES, PARAMETERS, STARTS
 
-    for name in [*PARAMETERS, *OVERRIDES]:
+    for name in [*PARAMETERS, *OVERRIDES, *STARTS]:
         table.add_row(name, json.dumps(defaults[name]), " ".join(texts[name].split()))
     Console().print(table)
     return 0

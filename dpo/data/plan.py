@@ -7,6 +7,7 @@ steps, so Kubeflow's cache sees each change of data, base model, settings or cod
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,11 +18,30 @@ from dpo.data.sources import data_fingerprint, source_fingerprints
 from dpo.errors import ConfigError
 from dpo.storage.adopt import read_artifact
 from dpo.storage.base_model import model_fingerprint
-from dpo.storage.fingerprint import code_fingerprint
+from dpo.storage.fingerprint import code_fingerprint, source_fingerprint
 from dpo.storage.store import open_store
 
 _CACHED: tuple[Stage, ...] = ("ingest", "sft", "reference", "preference", "evaluate")
 _NEVER_CACHED: tuple[Stage, ...] = ("gate", "publish")
+
+
+EXPECTED_SOURCE = "DPO_EXPECTED_SOURCE"
+"""Set on the first step when a package is made for a cluster: ``source_fingerprint`` there."""
+
+
+def check_source() -> None:
+    """Refuse to run in an image that holds other code than the package was compiled from.
+
+    Raises:
+        ConfigError: with both fingerprints.
+    """
+    expected = os.environ.get(EXPECTED_SOURCE)
+    if expected and expected != (found := source_fingerprint()):
+        raise ConfigError(
+            "the image was built from other code than the pipeline that runs in it: "
+            f"source {found[:12]}, the pipeline expects {expected[:12]}",
+            fix="build images and pipeline from one commit: `make images-push`, `make pipeline`",
+        )
 
 
 def plan_run(parameters: Mapping[str, Any], *, store_needed: bool = False) -> dict[str, str]:
