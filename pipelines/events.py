@@ -224,8 +224,13 @@ def _connect() -> Any:
     import kubernetes
 
     configuration = kubernetes.client.Configuration()
+    files = os.environ.get("KUBECONFIG") or str(Path("~/.kube/config").expanduser())
     try:
-        kubernetes.config.load_config(client_configuration=configuration)
+        # not load_config(), which prints where it looks
+        if any(Path(file).is_file() for file in files.split(os.pathsep)):
+            kubernetes.config.load_kube_config(client_configuration=configuration)
+        else:
+            kubernetes.config.load_incluster_config(client_configuration=configuration)
     except (kubernetes.config.ConfigException, OSError):
         return None
     # a cluster that is not there must not hold up the run

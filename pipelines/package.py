@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import json
 import sys
 import tempfile
@@ -170,6 +171,37 @@ def set_uncached(documents: list[dict[str, Any]], steps: Iterable[str]) -> None:
                 task.pop("cachingOptions", None)
 
 
+def write_components(folder: Path, images: Mapping[str, str] | None = None) -> list[Path]:
+    """Compile each component alone, for other people's pipelines; returns the files.
+
+    Args:
+        folder: Where to write NAME.yaml.
+        images: Placeholder image to the one to put in its place.
+    """
+    from kfp import compiler
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for step in STEPS:
+        component = getattr(importlib.import_module(f"components.{step}"), step)
+        target = folder / f"{step}.yaml"
+        compiler.Compiler().compile(component, str(target))
+        if images:
+            documents = load_package(target)
+            set_images(documents, images)
+            save_package(documents, target)
+        written.append(target)
+    return written
+
+
+def placeholders(images: Images) -> dict[str, str]:
+    """The placeholder image of each kind and what a deployment puts in its place."""
+    from components.images import DATA_IMAGE, TRAIN_IMAGE
+
+    named = {DATA_IMAGE: images.data, TRAIN_IMAGE: images.train}
+    return {placeholder: name for placeholder, name in named.items() if name}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pipelines.package", description=main.__doc__)
     parser.add_argument("--check", action="store_true", help="compare only; exit 1 on a difference")
@@ -224,6 +256,9 @@ def _write_for_cluster(options: argparse.Namespace) -> int:
         set_defaults(documents, preset(options.preset))
     save_package(documents, options.output)
     print(f"wrote {options.output}: upload it in the Kubeflow UI under Pipelines")
+    folder = options.output.parent / "components"
+    write_components(folder, placeholders(deployment.images))
+    print(f"wrote {folder}/*.yaml: each step alone, for pipelines of your own")
     return 0
 
 
