@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from dpo.config.compose import compose
+from dpo.config.overrides import override_value
 from dpo.config.schema import RunConfig
 from dpo.config.stages import Stage, load_stage
 from dpo.errors import ConfigError
@@ -63,12 +65,20 @@ def step(stage: Stage, settings: str, fingerprint: str = "") -> Iterator[Step]:
     with reported(stage):
         running = Step(
             stage=stage,
-            config=load_stage(stage, settings),
+            config=_with_sources(stage, load_stage(stage, settings)),
             code=code_fingerprint(stage),
             planned=json.loads(fingerprint) if fingerprint else {},
         )
         running.expect("code", running.code)
         yield running
+
+
+def _with_sources(stage: Stage, config: RunConfig) -> RunConfig:
+    """The sources behind ``datasets``, where a component is used alone and nobody composed them."""
+    if stage != "ingest" or config.sources:
+        return config
+    composed = compose([f"datasets={override_value(config.datasets)}"]).config
+    return config.model_copy(update={"datasets": composed.datasets, "sources": composed.sources})
 
 
 class MetricsArtifact(Protocol):

@@ -55,4 +55,4 @@ def test_a_component_runs_in_another_pipeline(folder, tmp_path, golden_dir, monk
         settings=json.dumps(settings)
     )
     (manifest,) = (tmp_path / "root").glob("*/ingest/pairs/manifest.json")
-    assert read_manifest(manifest.parent, stage="ingest").details["accepted"] == 64
+    assert read_manifest(manifest.parent, stage="ingest").details["pairs"] == 64
