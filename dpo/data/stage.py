@@ -86,7 +86,7 @@ def run_ingest(
             settings=stage_settings(config, "ingest"),
             inputs={},
             code=code,
-            details={"metrics": _scalars(figures)},
+            details={"metrics": _scalars(figures), "sources": dict(fingerprints)},
         )
     _tell(figures)
     return manifest

@@ -19,6 +19,7 @@ from dpo.errors import ConfigError
 from dpo.storage.fingerprint import code_fingerprint
 from dpo.storage.manifest import Manifest
 from dpo.storage.progress import reported
+from dpo.storage.provenance import note
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def step(stage: Stage, settings: str, fingerprint: str = "") -> Iterator[Step]:
             code=code_fingerprint(stage),
             planned=json.loads(fingerprint) if fingerprint else {},
         )
+        note(running.planned)
         running.expect("code", running.code)
         yield running
 
