@@ -17,6 +17,8 @@ def evaluate(
     metrics: dsl.Output[dsl.Metrics],
     settings: str = "{}",
     fingerprint: str = "",
+    overrides: str = "",
+    part: str = "",
 ):
     """Compares the policy with the SFT model on pairs that neither was trained on.
 
@@ -31,6 +33,8 @@ def evaluate(
         metrics: The held-out figures.
         settings: JSON of the settings that this step reads (see config/README.md).
         fingerprint: JSON with the fingerprint of the code that the run was planned with.
+        overrides: JSON list of settings that a sweep changes, such as ["loss.beta=0.2"].
+        part: all, validation or test: which held-out pairs; empty leaves it to the settings.
     """
     from pathlib import Path
 
@@ -40,7 +44,7 @@ def evaluate(
 
     inputs = {"ingest": pairs, "sft": sft, "reference": log_probs, "preference": policy}
 
-    with step("evaluate", settings, fingerprint) as run:
+    with step("evaluate", settings, fingerprint, overrides, part=part) as run:
         manifest = run_evaluate(
             run.config,
             Path(evaluation.path),

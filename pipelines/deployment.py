@@ -21,7 +21,7 @@ from dpo.config.places import config_dir
 from dpo.errors import ConfigError
 from dpo.storage.store import open_store
 
-DATA_STEPS = ("fingerprint", "ingest", "gate", "publish", "finish")
+DATA_STEPS = ("fingerprint", "ingest", "gate", "select", "publish", "finish")
 TRAIN_STEPS = ("sft", "reference", "preference", "evaluate")
 
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|[kMGTPE]|[KMGTPE]i)?$")]
@@ -167,6 +167,7 @@ Step = Literal[
     "reference",
     "preference",
     "evaluate",
+    "select",
     "gate",
     "publish",
     "finish",

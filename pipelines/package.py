@@ -6,6 +6,7 @@ import argparse
 import functools
 import importlib
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -20,6 +21,7 @@ from dpo.storage.store import open_store
 from pipelines.deployment import Deployment, Images, load_deployment, names
 from pipelines.pods import deploy
 from pipelines.request import preset, presets
+from pipelines.sweep import NO_SWEEP, Sweep, compiled_with, parse_sweep
 
 PACKAGE = Path(__file__).resolve().parent / "preference_pipeline.yaml"
 BUILT_IMAGES = Path(__file__).resolve().parent.parent / "build" / "images.json"
@@ -36,6 +38,8 @@ STEPS = (
     "finish",
 )
 """Task names, in the order in which they run."""
+SELECT = "select"
+"""The task that a sweep has besides."""
 
 
 _HEADER = """\
@@ -44,20 +48,41 @@ _HEADER = """\
 """
 
 
+def step_of(task: str) -> str:
+    """The step behind a task's name: of a sweep's second evaluation, ``evaluate-2``, evaluate."""
+    return re.sub(r"-\d+$", "", task)
+
+
+def steps_of(documents: list[dict[str, Any]]) -> tuple[str, ...]:
+    """The steps of a package in the order in which they run."""
+    if f"comp-{SELECT}" not in documents[0]["components"]:
+        return STEPS
+    place = STEPS.index("evaluate") + 1
+    return (*STEPS[:place], SELECT, *STEPS[place:])
+
+
+def swept_package(sweep: Sweep) -> list[dict[str, Any]]:
+    """The documents of a package with a sweep, to run on this machine."""
+    with tempfile.TemporaryDirectory() as folder, compiled_with(sweep):
+        target = Path(folder, "package.yaml")
+        _compile_again(target, None)
+        return load_package(target)
+
+
 def compile_pipeline(target: Path, deployment: Deployment | None = None) -> None:
     """Write the compiled pipeline to ``target``, with a cluster's settings where some are given."""
+    if deployment is not None:
+        _compile_again(target, deployment)
+        return
     from kfp import compiler
 
     from pipelines.preference import preference_pipeline
 
-    if deployment is not None:
-        compiler.Compiler().compile(_deployed(preference_pipeline, deployment), str(target))
-        return
     compiler.Compiler().compile(preference_pipeline, str(target))
     target.write_text(_HEADER + target.read_text(encoding="utf-8"), encoding="utf-8")
 
 
-def deployed_package(deployment: Deployment) -> list[dict[str, Any]]:
+def deployed_package(deployment: Deployment, sweep: Sweep = NO_SWEEP) -> list[dict[str, Any]]:
     """The documents of a package for a cluster: spec, then the Kubernetes part.
 
     Raises:
@@ -70,7 +95,7 @@ def deployed_package(deployment: Deployment) -> list[dict[str, Any]]:
                 where=f"images.{kind}",
                 fix=f"build and push it with `make images-push`, then set images.{kind}",
             )
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, compiled_with(sweep):
         target = Path(folder, "package.yaml")
         compile_pipeline(target, deployment)
         documents = load_package(target)
@@ -86,20 +111,26 @@ def set_defaults(documents: list[dict[str, Any]], values: Mapping[str, Any]) -> 
         definitions[name]["defaultValue"] = value
 
 
-def _deployed(pipeline: Any, deployment: Deployment) -> Any:
-    """The same pipeline, compiled again with settings on its tasks."""
-    from kfp import dsl
+def _compile_again(target: Path, deployment: Deployment | None) -> None:
+    """Compile the pipeline with the sweep of this moment, and with settings on its tasks."""
+    from kfp import compiler, dsl
     from kfp.dsl import pipeline_context
 
+    from pipelines.preference import preference_pipeline
+
+    pipeline = preference_pipeline
+
     @functools.wraps(pipeline.pipeline_func)
-    def deployed(*channels: Any) -> None:
+    def again(*channels: Any) -> None:
         pipeline.pipeline_func(*channels)
-        deploy(pipeline_context.Pipeline.get_default_pipeline().tasks, deployment)
+        if deployment is not None:
+            deploy(pipeline_context.Pipeline.get_default_pipeline().tasks, deployment)
 
     spec = pipeline.pipeline_spec.pipeline_info
-    return dsl.pipeline(
+    made = dsl.pipeline(
         name=spec.name, description=spec.description, display_name=spec.display_name
-    )(deployed)
+    )(again)
+    compiler.Compiler().compile(made, str(target))
 
 
 def load_package(path: Path = PACKAGE) -> list[dict[str, Any]]:
@@ -159,7 +190,7 @@ def set_uncached(documents: list[dict[str, Any]], steps: Iterable[str]) -> None:
         ConfigError: no step has that name.
     """
     wanted = set(steps)
-    if unknown := sorted(wanted - set(STEPS)):
+    if unknown := sorted(wanted - set(steps_of(documents))):
         raise ConfigError(
             f"no step is called {', '.join(unknown)}", fix=f"the steps are {', '.join(STEPS)}"
         )
@@ -167,7 +198,7 @@ def set_uncached(documents: list[dict[str, Any]], steps: Iterable[str]) -> None:
     components = [spec["root"], *spec["components"].values()]
     for component in components:
         for name, task in component.get("dag", {}).get("tasks", {}).items():
-            if name in wanted:
+            if step_of(name) in wanted:
                 task.pop("cachingOptions", None)
 
 
@@ -182,7 +213,7 @@ def write_components(folder: Path, images: Mapping[str, str] | None = None) -> l
 
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for step in STEPS:
+    for step in (*STEPS, SELECT):
         component = getattr(importlib.import_module(f"components.{step}"), step)
         target = folder / f"{step}.yaml"
         compiler.Compiler().compile(component, str(target))
@@ -221,6 +252,9 @@ def _parser() -> argparse.ArgumentParser:
         help="one image by fixed tag or digest: data=registry/dpo-data:1.2",
     )
     parser.add_argument("--preset", choices=presets(), help="what the form's fields show")
+    parser.add_argument(
+        "--sweep", action="append", default=[], metavar="KEY=V,V", help="loss.beta=0.05,0.1,0.5"
+    )
     parser.add_argument("--store", default="", help="where runs publish to unless they say")
     return parser
 
@@ -251,7 +285,7 @@ def _write_for_cluster(options: argparse.Namespace) -> int:
     if options.store:
         deployment = with_store(deployment, options.store)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    documents = deployed_package(deployment)
+    documents = deployed_package(deployment, Sweep(parse_sweep(options.sweep)))
     if options.preset:
         set_defaults(documents, preset(options.preset))
     save_package(documents, options.output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,8 +20,11 @@ def deploy(tasks: Mapping[str, Any], deployment: Deployment) -> None:
 
     Tasks that are no step of ours (conditions) have none.
     """
-    for step in (*DATA_STEPS, *TRAIN_STEPS):
-        _deploy_step(tasks[step], step, deployment)
+    for name, task in tasks.items():
+        # a sweep evaluates twice: evaluate-2
+        step = re.sub(r"-\d+$", "", name)
+        if step in (*DATA_STEPS, *TRAIN_STEPS):
+            _deploy_step(task, step, deployment)
 
 
 def _deploy_step(task: Any, step: str, deployment: Deployment) -> None:

@@ -6,15 +6,14 @@ Defaults are those of the preset ``quick`` (a test compares them with its YAML).
 
 from kfp import dsl
 
-from components.evaluate import evaluate
 from components.fingerprint import fingerprint
 from components.finish import finish
 from components.gate import gate
 from components.ingest import ingest
-from components.preference import preference
 from components.publish import publish
 from components.reference import reference
 from components.sft import sft
+from pipelines.sweep import train_and_judge
 
 
 @dsl.pipeline(
@@ -175,25 +174,16 @@ def preference_pipeline(
             model=start.outputs["checkpoint"],
             reference_uri=reference_uri,
         )
-        trained = preference(
-            settings=planned["preference_settings"],
-            fingerprint=planned["preference_fingerprint"],
+        policy, evaluation = train_and_judge(
+            planned,
             pairs=data.outputs["pairs"],
             model=start.outputs["checkpoint"],
-            log_probs=scored.outputs["log_probs"],
-        )
-        judged = evaluate(
-            settings=planned["evaluate_settings"],
-            fingerprint=planned["evaluate_fingerprint"],
-            pairs=data.outputs["pairs"],
-            sft=start.outputs["checkpoint"],
-            policy=trained.outputs["policy"],
             log_probs=scored.outputs["log_probs"],
         )
         decision = gate(
             settings=planned["gate_settings"],
             run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
-            evaluation=judged.outputs["evaluation"],
+            evaluation=evaluation,
         )
         decision.set_caching_options(enable_caching=False)
         # a boolean that the gate computed: no text of a user reaches a condition
@@ -201,8 +191,8 @@ def preference_pipeline(
             publication = publish(
                 settings=planned["publish_settings"],
                 run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
-                policy=trained.outputs["policy"],
-                evaluation=judged.outputs["evaluation"],
+                policy=policy,
+                evaluation=evaluation,
                 verdict=decision.outputs["verdict"],
             )
             publication.set_caching_options(enable_caching=False)

@@ -31,6 +31,7 @@ from pipelines.outcome import Outcome, show
 from pipelines.pods import booked
 from pipelines.request import local_store, parameters, presets
 from pipelines.run import obtain_model, require_store, run_here, runs_folder
+from pipelines.sweep import Sweep, assignments_of, parse_sweep
 
 INTERRUPTED = 130
 
@@ -67,6 +68,15 @@ def parser() -> argparse.ArgumentParser:
         metavar="RUN_ID",
         help="start from an earlier run: its parameters, and its pairs, SFT model and "
         "log-probabilities, but for steps named in --rerun and what follows them",
+    )
+    what.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="KEY=V,V",
+        help="train one policy for each value (loss.beta=0.05,0.1,0.5; preference_loss=dpo,ipo), "
+        "take the best on a validation part of the held-out pairs, and send it through the gate on "
+        "the rest; several make all combinations",
     )
     what.add_argument("--list", action="store_true", help="print all parameters and stop")
     where = this.add_argument_group("where")
@@ -178,6 +188,8 @@ def _run(options: argparse.Namespace) -> int:
         assignments=options.assignments,
         store=store,
     )
+    for candidate in parse_sweep(options.sweep):
+        parameters(values, assignments=assignments_of(candidate))
     if needs_a_store(options):
         require_store(values)
         check_booked(values, booked(documents))
@@ -202,8 +214,10 @@ def _for_place(
     """The package for the place it will run in: with images and settings where those matter."""
     asked = bool(options.deployment or options.deploy or options.images or options.image)
     names_no_package = options.cancel or options.retry or (options.dry_run and not asked)
+    candidates = parse_sweep(options.sweep)
     if options.local == "processes" or names_no_package:
-        return documents
+        # one after the other: two trainings at once would share this machine's processors
+        return package.swept_package(Sweep(candidates, 1)) if candidates else documents
     assignments = [*options.deploy, *package.image_assignments(options.image)]
     deployment = load_deployment(options.deployment, assignments)
     built = package.BUILT_IMAGES
@@ -211,7 +225,7 @@ def _for_place(
         deployment = package.with_images(deployment, names_file)
     if options.store and not options.local:
         deployment = package.with_store(deployment, options.store)
-    return package.deployed_package(deployment)
+    return package.deployed_package(deployment, Sweep(candidates, 1 if options.local else 0))
 
 
 def _check_package_is_current() -> None:

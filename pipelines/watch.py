@@ -17,7 +17,7 @@ from dpo.storage.runs import read_run_manifest
 from pipelines.cluster import Endpoint, link, problem
 from pipelines.events import Watcher, advice
 from pipelines.outcome import Outcome
-from pipelines.package import STEPS
+from pipelines.package import SELECT, STEPS, step_of
 
 _FIRST_POLL_SECONDS = 0.2
 _POLL_SECONDS = 5.0
@@ -108,8 +108,8 @@ def _steps(run: Any) -> Iterable[tuple[str, Any]]:
     """Our steps among the run's tasks, which also hold drivers, executors and conditions."""
     details = getattr(run.run_details, "task_details", None) or []
     for task in details:
-        name = re.sub(r"\(\d+\)$", "", task.display_name or "")
-        if name in STEPS:
+        name = step_of(re.sub(r"\(\d+\)$", "", task.display_name or ""))
+        if name in (*STEPS, SELECT):
             yield name, task
 
 

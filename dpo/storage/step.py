@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from dpo.config.compose import compose
 from dpo.config.overrides import override_value
 from dpo.config.schema import RunConfig
-from dpo.config.stages import Stage, load_stage
+from dpo.config.stages import Stage, load_stage, overridden
 from dpo.errors import ConfigError
 from dpo.storage.fingerprint import code_fingerprint
 from dpo.storage.manifest import Manifest
@@ -55,18 +55,25 @@ class Step:
 
 
 @contextmanager
-def step(stage: Stage, settings: str, fingerprint: str = "") -> Iterator[Step]:
+def step(
+    stage: Stage, settings: str, fingerprint: str = "", overrides: str = "", *, part: str = ""
+) -> Iterator[Step]:
     """Run a stage inside a component.
 
     Args:
         stage: Which one.
         settings: JSON of the settings that it reads; keys left out take their defaults.
         fingerprint: JSON of what the run was planned with; empty skips the comparison.
+        overrides: JSON list of ``KEY=VALUE`` that a sweep puts over the settings; keys that the
+            stage does not read are left out.
+        part: Which held-out pairs an evaluation measures on; empty leaves it to the settings.
     """
+    changes = json.loads(overrides) if overrides else []
+    changes += [f"evaluation.part={part}"] if part else []
     with reported(stage):
         running = Step(
             stage=stage,
-            config=_with_sources(stage, load_stage(stage, settings)),
+            config=_with_sources(stage, load_stage(stage, overridden(stage, settings, changes))),
             code=code_fingerprint(stage),
             planned=json.loads(fingerprint) if fingerprint else {},
         )
@@ -128,3 +135,9 @@ def copy_report(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
     else:
         target.write_text("This step wrote no report.\n", encoding="utf-8")
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write a report that is a text to where the UI looks for it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text, encoding="utf-8")
