@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
 
 
 def test_every_step_is_written_and_loads(folder):
-    assert {path.stem for path in folder.glob("*.yaml")} == set(package.STEPS)
+    assert {path.stem for path in folder.glob("*.yaml")} == {*package.STEPS, package.SELECT}
     for path in folder.glob("*.yaml"):
         loaded = components.load_component_from_file(str(path))
         assert loaded.description, path.stem
@@ -55,4 +55,4 @@ def test_a_component_runs_in_another_pipeline(folder, tmp_path, golden_dir, monk
         settings=json.dumps(settings)
     )
     (manifest,) = (tmp_path / "root").glob("*/ingest/pairs/manifest.json")
-    assert read_manifest(manifest.parent, stage="ingest").details["pairs"] == 64
+    assert read_manifest(manifest.parent, stage="ingest").details["metrics"]["pairs"] == 64
