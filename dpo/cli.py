@@ -27,6 +27,7 @@ PATHS = {
     "policy": "checkpoint of the preference stage",
     "evaluation": "output folder of evaluate",
     "verdict": "output folder of gate",
+    "checkpoint": "checkpoint of a training",
 }
 
 
@@ -89,6 +90,13 @@ COMMANDS = {
         "publish.store publish.name publish.create_bucket exp_name (the run's id in the store)",
         "dpo publish policy=out/policy evaluation=out/evaluation verdict=out/verdict "
         "publish.store=s3://models output=out/published",
+    ),
+    "export": Command(
+        "Write a checkpoint as policy.pt of the DPO reference code.",
+        ("checkpoint", "output"),
+        ("checkpoint", "output"),
+        "",
+        "dpo export checkpoint=out/policy output=policy.pt",
     ),
     "plan": Command(
         "Say what a run will need: memory, FLOPs, time. Exit code 2 when it does not fit.",
@@ -378,6 +386,13 @@ def _publish(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> in
     return 0
 
 
+def _export(_: Any, paths: dict[str, Path], __: argparse.Namespace) -> int:
+    from dpo.modeling.export import export_policy
+
+    print(f"policy.pt: {export_policy(paths['checkpoint'], paths['output'])}")
+    return 0
+
+
 def _config(composed: Any, _: dict[str, Path], options: argparse.Namespace) -> int:
     import json
 
@@ -418,6 +433,7 @@ _RUNNERS = {
     "train": _train,
     "reference": _reference,
     "evaluate": _evaluate,
+    "export": _export,
     "gate": _gate,
     "publish": _publish,
     "config": _config,

@@ -23,6 +23,9 @@ from dpo.storage.store import open_store
 
 DATA_STEPS = ("fingerprint", "ingest", "gate", "select", "publish", "finish")
 TRAIN_STEPS = ("sft", "reference", "preference", "evaluate")
+CHECKPOINTED_STEPS = ("sft", "preference")
+CHECKPOINTS_VARIABLE = "DPO_CHECKPOINTS"
+"""Read by dpo.train.place."""
 
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|[kMGTPE]|[KMGTPE]i)?$")]
 """An amount as Kubernetes writes it: 500m, 2, 16Gi."""
@@ -187,13 +190,13 @@ class Deployment(Section):
     """Refuse to start an image as root; its numeric user or the namespace's range is used."""
     store: str = ""
     """Where runs publish to unless they say otherwise: the default of publish_store in the form."""
-    checkpoints: str = ""
-    """Where training steps keep checkpoints to go on from after a pod was lost: a store's URL;
-    ``checkpoints`` under ``store`` when left empty, and none where that is empty too."""
     notification: Notification | None = None
     """Who is told when a run has ended."""
     store_secret: SecretEnv | None = None
     """Credentials of the store, for every step."""
+    checkpoint_uri: str = ""
+    """Where training keeps checkpoints, so that a new pod goes on from the last one: a store
+    (``s3://bucket/prefix``) or a mounted folder. Empty takes ``checkpoints`` in the run's store."""
     environment: dict[str, str] = {}
     """Variables of every step, such as AWS_ENDPOINT_URL; never a secret."""
     model_cache: ModelCache | None = None
@@ -218,7 +221,7 @@ class Deployment(Section):
                 )
         return variables
 
-    @field_validator("store", "checkpoints")
+    @field_validator("store")
     @classmethod
     def _store_urls(cls, url: str) -> str:
         if url:
@@ -228,7 +231,12 @@ class Deployment(Section):
     @property
     def checkpoint_root(self) -> str:
         """URL under which the training steps keep their checkpoints; empty for none."""
-        return self.checkpoints or (f"{self.store.rstrip('/')}/checkpoints" if self.store else "")
+        if self.checkpoint_uri or not self.store.startswith(("s3://", "minio://")):
+            # a folder of one pod is not seen by the next
+            return self.checkpoint_uri
+        return f"{self.store.rstrip('/')}/checkpoints"
+            f"{self.store.rstrip('/')}/checkpoints" if self.store else ""
+        )
 
     @model_validator(mode="after")
     def _steps_fit(self) -> Deployment:

@@ -18,7 +18,14 @@ import yaml
 from dpo.config.places import config_dir
 from dpo.errors import ConfigError, DpoError, PipelineError
 from dpo.storage.store import open_store
-from pipelines.deployment import Deployment, Images, load_deployment, names
+from pipelines.deployment import (
+    CHECKPOINTED_STEPS,
+    CHECKPOINTS_VARIABLE,
+    Deployment,
+    Images,
+    load_deployment,
+    names,
+)
 from pipelines.pods import deploy
 from pipelines.request import preset, presets
 from pipelines.sweep import NO_SWEEP, Sweep, compiled_with, parse_sweep
@@ -181,6 +188,22 @@ def set_images(documents: list[dict[str, Any]], images: Mapping[str, str]) -> No
     for executor in executors.values():
         container = executor["container"]
         container["image"] = images.get(container["image"], container["image"])
+
+
+def keep_checkpoints(documents: list[dict[str, Any]], store: str) -> None:
+    """Let training keep its checkpoints in ``store``, where a new pod finds them.
+
+    A deployment that says where (``checkpoint_uri``) is left as it is; so is everything where
+    ``store`` is a folder, which another pod does not see. Not a part of Kubeflow's cache key.
+    """
+    if not store.startswith(("s3://", "minio://")):
+        return
+    executors = documents[0]["deploymentSpec"]["executors"]
+    for step in CHECKPOINTED_STEPS:
+        variables = executors[f"exec-{step}"]["container"].setdefault("env", [])
+        if all(variable["name"] != CHECKPOINTS_VARIABLE for variable in variables):
+            place = f"{store.rstrip('/')}/checkpoints"
+            variables.append({"name": CHECKPOINTS_VARIABLE, "value": place})
 
 
 def set_uncached(documents: list[dict[str, Any]], steps: Iterable[str]) -> None:

@@ -8,9 +8,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpo.storage.fingerprint import source_fingerprint
-from pipelines.deployment import DATA_STEPS, TRAIN_STEPS, Deployment, Resources
+from pipelines.deployment import (
+    CHECKPOINTED_STEPS,
+    CHECKPOINTS_VARIABLE,
+    DATA_STEPS,
+    TRAIN_STEPS,
+    Deployment,
+    Resources,
+)
 
-CHECKPOINTING_STEPS = ("sft", "preference")
 _QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 _PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 
@@ -55,7 +61,7 @@ def _own_variables(step: str, deployment: Deployment) -> dict[str, str]:
                 "gpus": deployment.resources(name).gpus,
                 "gpu_memory_gib": deployment.resources(name).gpu_memory_gib,
             }
-            for name in CHECKPOINTING_STEPS
+            for name in CHECKPOINTED_STEPS
         }
         return {
             "DPO_IMAGES": json.dumps(deployment.images.model_dump(), sort_keys=True),
@@ -64,8 +70,8 @@ def _own_variables(step: str, deployment: Deployment) -> dict[str, str]:
         }
     if step == "finish" and deployment.notification:
         return {"DPO_NOTIFY_URL": deployment.notification.url}
-    if step in CHECKPOINTING_STEPS and deployment.checkpoint_root:
-        return {"DPO_CHECKPOINTS": deployment.checkpoint_root}
+    if step in CHECKPOINTED_STEPS and deployment.checkpoint_root:
+        return {CHECKPOINTS_VARIABLE: deployment.checkpoint_root}
     return {}
 
 

@@ -84,13 +84,15 @@ STARTS: Mapping[str, Stage] = {
 }
 """Parameters that name an earlier artifact, and the step whose work it spares; empty means none."""
 
-_SHARED_SECTIONS = {"model", "datasets", "sources", "trainer", "wandb"}
+_SHARED_SECTIONS = {"model", "datasets", "sources", "trainer", "wandb", "lora"}
 _SHARED_KEYS = {parameter.key for parameter in PARAMETERS.values() if len(parameter.sides) == 2} | {
     "truncation_mode",
     "exp_name",
     "debug",
     "eval_batch_size",
     "activation_checkpointing",
+    "minimum_log_interval_secs",
+    "tensorboard",
 }
 _PREFERENCE_SECTIONS = {"loss", "evaluation", "gate", "publish"}
 _SIDE_OF_STAGE: Mapping[Stage, Side] = {

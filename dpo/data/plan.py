@@ -44,7 +44,9 @@ def check_source() -> None:
         )
 
 
-def plan_run(parameters: Mapping[str, Any], *, store_needed: bool = False) -> dict[str, str]:
+def plan_run(
+    parameters: Mapping[str, Any], *, store_needed: bool = False, key_only: bool | None = None
+) -> dict[str, str]:
     """Settings and fingerprints by output name (``sft_settings``, ``sft_fingerprint``, ...).
 
     Everything that can be known to be wrong before training is found here: a setting, a source or a
@@ -54,6 +56,7 @@ def plan_run(parameters: Mapping[str, Any], *, store_needed: bool = False) -> di
     Args:
         parameters: Values of the pipeline's parameters.
         store_needed: Whether a run without a store is a mistake.
+        key_only: Leave out settings that change no result (``stage_json``).
 
     Raises:
         DpoError: what is wrong.
@@ -69,10 +72,12 @@ def plan_run(parameters: Mapping[str, Any], *, store_needed: bool = False) -> di
             fix="set it to s3://bucket/prefix, minio://bucket/prefix or file:///folder",
         )
     sources = _sources(configs, parameters)
-    plan = {f"{stage}_settings": stage_json(configs[stage], stage) for stage in _NEVER_CACHED}
+    plan = {
+        f"{stage}_settings": stage_json(configs[stage], stage, key_only=key_only)
+        for stage in _NEVER_CACHED
+    }
     for stage in _CACHED:
         known = {"code": code_fingerprint(stage), **sources.get(stage, {})}
-        plan[f"{stage}_settings"] = stage_json(configs[stage], stage)
         plan[f"{stage}_fingerprint"] = json.dumps(known, sort_keys=True)
     return plan
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpo.data.packing import Segment
+from dpo.modeling.segments import LONGEST, SegmentAttention, parts_of
 
 NAME = "dpo_prefix_shared"
 ARCHITECTURES = ("gpt_neox", "llama", "gpt2", "mistral")
@@ -37,6 +38,8 @@ def prefix_shared_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each segment; output [B, T, H, D] as transformers wants it."""
+    if _takes_own_products(query_BHTD, segments):
+        return _by_own_products(query_BHTD, key_BGTD, value_BGTD, scaling, segments), None
     groups = query_BHTD.shape[1] // key_BGTD.shape[1]
     if groups > 1:
         key_BGTD = key_BGTD.repeat_interleave(groups, dim=1)
@@ -71,6 +74,26 @@ def prefix_shared_attention(
                 )
             )
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _takes_own_products(query_BHTD: Tensor, segments: Sequence[Segment]) -> bool:
+    longest = max(segment.response_ends[-1] - segment.start for segment in segments)
+    return query_BHTD.device.type == "cpu" and longest <= LONGEST
+
+
+def _by_own_products(
+    query_BHTD: Tensor,
+    key_BGTD: Tensor,
+    value_BGTD: Tensor,
+    scaling: float | None,
+    segments: Sequence[Segment],
+) -> Tensor:
+    scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
+    with torch.autocast(query_BHTD.device.type, enabled=False):
+        out_THD: Tensor = SegmentAttention.apply(
+            query_BHTD[0], key_BGTD[0], value_BGTD[0], scale, parts_of(segments)
+        )
+    return out_THD[None]
 
 
 def _bottom_right(n_queries: int, n_keys: int, device: torch.device) -> Tensor:

@@ -181,11 +181,13 @@ def job_of(config: RunConfig, shape: Architecture, machine: Machine, lengths: Le
     a_step = share / config.gradient_accumulation_steps * lengths.tokens
     longest = lengths.longest or 2 * config.max_length - config.max_prompt_length
     rank = _lora_rank(config)
+    # with a shard a group of processes, hybrid sharding shares weights within a group only
+    shards = max(1, devices // config.trainer.replicas)
     return Job(
         shape=shape,
         micro_batch_tokens=round(min(config.micro_batch_tokens, max(a_step * 1.5, longest))),
         longest=min(longest, 2 * config.max_length),
-        devices=devices,
+        devices=shards,
         weights_dtype=config.model.policy_dtype,
         mode=_mode(config, machine, devices),
         optimizer=config.optimizer,
@@ -207,8 +209,7 @@ def lora_parameters(shape: Architecture, rank: int) -> int:
 
 
 def _lora_rank(config: RunConfig) -> int | None:
-    lora = getattr(config, "lora", None)
-    return lora.rank if lora is not None and lora.enabled else None
+    return config.lora.rank if config.lora.enabled else None
 
 
 def _devices(config: RunConfig, machine: Machine) -> int:
@@ -336,9 +337,8 @@ def _more_gpus(config: RunConfig, machine: Machine) -> Iterator[_Change]:
 
 
 def _adapters(config: RunConfig, machine: Machine) -> Iterator[_Change]:
-    lora = getattr(config, "lora", None)
-    if lora is not None and not lora.enabled:
-        chosen = lora.model_copy(update={"enabled": True})
+    if not config.lora.enabled:
+        chosen = config.lora.model_copy(update={"enabled": True})
         yield _Change("lora.enabled=true", _with(config, lora=chosen), machine)
 
 

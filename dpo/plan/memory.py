@@ -123,7 +123,8 @@ def _states(job: Job) -> tuple[float, float, float]:
         if job.adapter_parameters is None:
             # as it comes out of backward, and in float32 to be summed over devices
             gradients += (gathered + 4) * max(block, shape.embedding_parameters)
-    elif job.mode == "autocast":
+    if job.mode == "autocast":
+        # casts of weights are kept until backward has passed them
         weights += 2 * shape.n_layers * shape.block_matrices
     values = {"RMSprop": 1, "AdamW": 2}[job.optimizer]
     return weights, gradients, values * job.trained * size / n

@@ -302,7 +302,7 @@ def test_the_store_is_the_forms_default_and_the_checkpoints_lie_under_it():
     for step in package.STEPS:
         place = variables(containers, step).get("DPO_CHECKPOINTS")
         assert place == ("s3://models/team/checkpoints" if step in ("sft", "preference") else None)
-    _, containers, _ = deployed(store="s3://models/team", checkpoints="s3://scratch/c")
+    _, containers, _ = deployed(store="s3://models/team", checkpoint_uri="s3://scratch/c")
     assert variables(containers, "sft")["DPO_CHECKPOINTS"] == "s3://scratch/c"
     _, containers, _ = deployed()
     assert "DPO_CHECKPOINTS" not in variables(containers, "sft")
@@ -416,3 +416,32 @@ def test_a_sweep_that_cannot_work(sweep, words, capsys, monkeypatch):
     arguments = ["--image", "data=r/d:1", "--image", "train=r/t:1", "--store", "s3://bucket"]
     assert main([*arguments, *(item for s in sweep for item in ("--sweep", s))]) == 2
     assert words in capsys.readouterr().err
+
+
+def checkpoint_places(documents):
+    executors = documents[0]["deploymentSpec"]["executors"]
+    return {
+        name.removeprefix("exec-"): variable["value"]
+        for name, executor in executors.items()
+        for variable in executor["container"].get("env", [])
+        if variable["name"] == "DPO_CHECKPOINTS"
+    }
+
+
+@pytest.mark.parametrize(
+    ("store", "uri", "place"),
+    [
+        ("s3://bucket/models", "", "s3://bucket/models/checkpoints"),
+        ("minio://bucket/", "", "minio://bucket/checkpoints"),
+        ("s3://bucket", "s3://other/kept", "s3://other/kept"),
+        # another pod sees no folder of this one, unless a volume is said to be there
+        ("file:///models", "", None),
+        ("file:///models", "/volume/kept", "/volume/kept"),
+    ],
+)
+def test_training_keeps_checkpoints_where_a_new_pod_finds_them(store, uri, place):
+    values = {"images": IMAGES, **({"checkpoint_uri": uri} if uri else {})}
+    documents = package.deployed_package(Deployment.model_validate(values))
+    package.keep_checkpoints(documents, store)
+    expected = {"sft": place, "preference": place} if place else {}
+    assert checkpoint_places(documents) == expected
