@@ -235,8 +235,6 @@ class Deployment(Section):
             # a folder of one pod is not seen by the next
             return self.checkpoint_uri
         return f"{self.store.rstrip('/')}/checkpoints"
-            f"{self.store.rstrip('/')}/checkpoints" if self.store else ""
-        )
 
     @model_validator(mode="after")
     def _steps_fit(self) -> Deployment:
