@@ -23,15 +23,10 @@ def sft(
         fingerprint: JSON with the fingerprints of code and base model that the run was planned
             with.
     """
-    from pathlib import Path
-
     from dpo.storage.base_model import model_fingerprint
     from dpo.storage.step import log_metrics, step
-    from dpo.train.stage import run_train
+    from dpo.train.place import train_step
 
     with step("sft", settings, fingerprint) as run:
         run.expect("model", model_fingerprint(run.config.model))
-        manifest = run_train(
-            run.config, Path(checkpoint.path), pairs=Path(pairs.path), code=run.code
-        )
-        log_metrics(metrics, manifest)
+        log_metrics(metrics, train_step(run, checkpoint, pairs=pairs))

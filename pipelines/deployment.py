@@ -17,6 +17,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dpo.config.base import Section
 from dpo.config.describe import suggestion, validation_error
+from dpo.config.nodes import VARIABLE as NODES_VARIABLE
+from dpo.config.nodes import NodeResources, NodesConfig, NodesOptions
 from dpo.config.places import config_dir
 from dpo.errors import ConfigError
 
@@ -28,6 +30,11 @@ Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|[kMGTPE]|[KMGTPE]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
 """Name of a Kubernetes object."""
 
+NODE_STEPS = ("sft", "preference")
+"""Steps that can train over several nodes."""
+
+_LAUNCHING_CPU, _LAUNCHING_MEMORY = "500m", "2Gi"
+"""What a step asks for that only starts a job and follows it."""
 _WEEK_SECONDS = 7 * 24 * 3600
 _QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 _PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
@@ -176,6 +183,9 @@ class Deployment(Section):
     """fingerprint, ingest, gate and publish."""
     train: Resources = Resources(cpu="2", memory="8Gi")
     """sft, reference, preference and evaluate."""
+    nodes: NodesOptions = NodesOptions()
+    """Training over several nodes: sft and preference then start a job on the cluster, and their
+    resources are those of each of its nodes."""
     steps: dict[Step, dict[str, Any]] = {}
     """Settings of single steps, over those of ``data`` or ``train``."""
 
@@ -287,10 +297,44 @@ def _deploy_step(task: Any, step: str, deployment: Deployment) -> None:
     image = deployment.images.train if step in TRAIN_STEPS else deployment.images.data
     if image:
         task.set_container_image(image)
-    _set_amounts(task, resources)
     _set_attempts(task, resources)
+    if step in NODE_STEPS and deployment.nodes.count > 1:
+        task.set_env_variable(NODES_VARIABLE, _nodes(deployment, resources).model_dump_json())
+        resources = _launching(resources)
+    _set_amounts(task, resources)
     _set_place(task, resources)
     _set_pod(task, deployment, resources)
+
+
+def _launching(resources: Resources) -> Resources:
+    """What the pod of a step needs that leaves the work to the pods of a job: no GPU, no queue."""
+    return Resources(
+        cpu=_LAUNCHING_CPU, memory=_LAUNCHING_MEMORY, timeout_seconds=resources.timeout_seconds
+    )
+
+
+def _nodes(deployment: Deployment, resources: Resources) -> NodesConfig:
+    """The job that a training step starts, with what its own pod would have got."""
+    secret = deployment.store_secret
+    tolerations = [
+        {key: value for key, value in given.model_dump().items() if value}
+        for given in resources.tolerations
+    ]
+    return NodesConfig(
+        options=deployment.nodes,
+        resources=NodeResources(
+            **resources.model_dump(include={*NodeResources.model_fields} - {"tolerations"}),
+            tolerations=tolerations,
+        ),
+        image=deployment.images.train,
+        image_pull_policy=deployment.image_pull_policy,
+        image_pull_secrets=deployment.image_pull_secrets,
+        environment=deployment.environment,
+        secret=secret.name if secret else None,
+        secret_keys=secret.keys if secret else {},
+        labels=_pod_labels(deployment, resources),
+        timeout_seconds=resources.timeout_seconds,
+    )
 
 
 def _set_amounts(task: Any, resources: Resources) -> None:

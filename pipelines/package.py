@@ -165,6 +165,9 @@ def _parser() -> argparse.ArgumentParser:
         "--deploy", action="append", default=[], metavar="KEY=VALUE", help="train.gpus=0"
     )
     parser.add_argument(
+        "--nodes", type=int, metavar="N", help="train over N nodes; short for nodes.count=N"
+    )
+    parser.add_argument(
         "--images", type=Path, help="JSON with the names that `make images-push` wrote"
     )
     return parser
@@ -188,7 +191,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _write_for_cluster(options: argparse.Namespace) -> int:
-    deployment = load_deployment(options.deployment, options.deploy)
+    nodes = [] if options.nodes is None else [f"nodes.count={options.nodes}"]
+    deployment = load_deployment(options.deployment, [*options.deploy, *nodes])
     if options.images:
         deployment = with_images(deployment, options.images)
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = ["errors", "config", "storage", "data", "modeling", "train", "evaluate"]
 MAY_IMPORT = {name: set(ORDER[: number + 1]) for number, name in enumerate(ORDER)}
 MAY_IMPORT["evaluate"] -= {"train"}
+# the launching of jobs on a cluster, which needs no torch; training pods read its request
+MAY_IMPORT["nodes"] = {"errors", "config", "storage", "nodes"}
+MAY_IMPORT["train"] |= {"nodes"}
 MAY_IMPORT["publish"] = {"errors", "config", "storage", "publish"}
 # the command line calls every stage, inside its functions
 MAY_IMPORT["cli"] = {*ORDER, "publish", "cli"}
@@ -69,6 +72,7 @@ def test_pipelines_import_no_training_code(path):
         ("import dpo.cli", {"torch", "transformers", "kfp", "pyarrow", "hydra", "pydantic"}),
         ("import dpo.data.stage, dpo.data.plan", {"torch", "transformers", "kfp"}),
         ("import dpo.evaluate.gate, dpo.publish.stage", {"torch", "transformers", "kfp"}),
+        ("import dpo.nodes.run", {"torch", "transformers", "kfp"}),
         ("import pipelines.local, pipelines.request, pipelines.history", {"torch", "transformers"}),
     ],
 )
