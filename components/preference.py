@@ -27,7 +27,7 @@ def preference(
         fingerprint: JSON with the fingerprint of the code that the run was planned with.
     """
     from dpo.storage.step import log_metrics, step
-    from dpo.train.place import train_step
+    from dpo.train.task import train_step
 
     with step("preference", settings, fingerprint) as run:
         manifest = train_step(run, policy, pairs=pairs, base=model, reference=log_probs)

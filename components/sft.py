@@ -25,7 +25,7 @@ def sft(
     """
     from dpo.storage.base_model import model_fingerprint
     from dpo.storage.step import log_metrics, step
-    from dpo.train.place import train_step
+    from dpo.train.task import train_step
 
     with step("sft", settings, fingerprint) as run:
         run.expect("model", model_fingerprint(run.config.model))

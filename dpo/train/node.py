@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from dpo.config.stages import load_stage
@@ -21,8 +22,6 @@ from dpo.nodes.request import Request, given
 from dpo.storage.fingerprint import code_fingerprint
 from dpo.storage.progress import reported
 from dpo.storage.remote import fetch_output, send_output
-
-_MASTER_PORT = "29500"
 
 
 def main() -> int:
@@ -38,21 +37,27 @@ def main() -> int:
         stopped.append(f"the step that started this job gave no sign for {request.lease_seconds} s")
         os.kill(os.getpid(), signal.SIGTERM)
 
+    def asked_to_end(*_: object) -> None:
+        raise TrainingStopped(
+            stopped[0] if stopped else "this node was asked to end",
+            where=f"host {socket.gethostname()}",
+            fix="run the step again: training goes on from its last checkpoint",
+        )
+
+    # torchrun's agent takes the signal over while it runs
+    signal.signal(signal.SIGTERM, asked_to_end)
     watch = lease.watch(request.output, request.lease_seconds, end)
     try:
         with reported(request.stage), tempfile.TemporaryDirectory() as folder:
-            train(request, Path(folder))
+            train(request, Path(folder), asked_to_end)
     except SystemExit as error:
-        if stopped:
-            print(f"{stopped[0]}: this node ended", file=sys.stderr)
-            return TrainingStopped.exit_code
-        return int(error.code or 0) if not isinstance(error.code, str) else 1
+        return error.code if isinstance(error.code, int) else 1
     finally:
         watch.set()
     return 0
 
 
-def train(request: Request, folder: Path) -> None:
+def train(request: Request, folder: Path, asked_to_end: Callable[[], None]) -> None:
     """Fetch, train, send.
 
     Raises:
@@ -70,18 +75,22 @@ def train(request: Request, folder: Path) -> None:
     inputs = {name: folder / name for name, url in request.inputs.items() if url}
     for name, path in inputs.items():
         fetch_output(request.inputs[name], path)
-    describe_hosts()
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
     from dpo.train.stage import run_train
 
     output = folder / "output"
-    run_train(
-        load_stage(request.stage, request.settings),
-        output,
-        pairs=inputs["pairs"],
-        base=inputs.get("base"),
-        reference=inputs.get("reference"),
-        code=code,
-    )
+    try:
+        run_train(
+            load_stage(request.stage, request.settings),
+            output,
+            pairs=inputs["pairs"],
+            base=inputs.get("base"),
+            reference=inputs.get("reference"),
+            code=code,
+        )
+    except SignalException:
+        asked_to_end()
     if node_rank() == 0:
         send_output(output, request.output)
 
@@ -89,14 +98,6 @@ def train(request: Request, folder: Path) -> None:
 def node_rank() -> int:
     """Which of the nodes this is."""
     return int(os.environ.get("PET_NODE_RANK") or os.environ.get("JOB_COMPLETION_INDEX") or 0)
-
-
-def describe_hosts() -> None:
-    """Say in torchrun's variables what the operator said in others."""
-    environment = os.environ
-    if environment.get("PET_MASTER_ADDR") and not environment.get("PET_RDZV_ENDPOINT"):
-        port = environment.get("PET_MASTER_PORT") or _MASTER_PORT
-        environment["PET_RDZV_ENDPOINT"] = f"{environment['PET_MASTER_ADDR']}:{port}"
 
 
 if __name__ == "__main__":
