@@ -53,6 +53,22 @@ class TrainerConfig(Section):
 
     name: Literal["BasicTrainer", "FSDPTrainer", "TensorParallelTrainer"] = "BasicTrainer"
     """One process, sharded data parallel, or tensor parallel."""
+    replicas: int = Field(1, ge=1)
+    """FSDPTrainer: so many groups of processes hold the whole model each (hybrid sharding). With
+    one group a host, weights stay within hosts and only gradients cross them."""
+    tensor_parallel: int | None = Field(None, ge=2)
+    """TensorParallelTrainer: how many processes share each layer; the rest is sharded data parallel
+    (FSDP) around them. All processes when left out."""
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> TrainerConfig:
+        if self.replicas > 1 and self.name != "FSDPTrainer":
+            raise ValueError(f"trainer.replicas belongs to FSDPTrainer, not to {self.name}")
+        if self.tensor_parallel and self.name != "TensorParallelTrainer":
+            raise ValueError(
+                f"trainer.tensor_parallel belongs to TensorParallelTrainer, not to {self.name}"
+            )
+        return self
 
 
 Format = Literal[
@@ -243,8 +259,13 @@ class RunConfig(Section):
     # Checkpoints, logs, places
     checkpoint_every: int = Field(0, ge=0)
     """Write a checkpoint each time so many examples were trained on; 0 goes by time alone."""
-    checkpoint_seconds: int = Field(300, ge=0)
-    """Write a checkpoint each time so many seconds have passed; 0 goes by examples alone."""
+    checkpoint_seconds: Literal["auto"] | Annotated[int, Field(ge=0)] = 300
+    """Write a checkpoint each time so many seconds have passed; 0 goes by examples alone. ``auto``
+    measures how long a checkpoint stops the training, and lets that be 1 % of the time."""
+    checkpoint_uri: str | None = None
+    """Folder or store (``s3://bucket/prefix``) for checkpoints, each run in a place of its own
+    below it, named by its settings, data and code. Beside the run, or in DPO_CHECKPOINTS, when left
+    out."""
     resume: Literal["auto", "force", "never"] = "auto"
     """Go on from the run's own checkpoints, from whatever checkpoints are there, or begin again."""
     keep_checkpoints: int = Field(2, gt=0)
@@ -261,6 +282,9 @@ class RunConfig(Section):
     """Shortest time between two lines on the terminal or in wandb, in seconds."""
     fsdp_port: int | None = Field(None, ge=1024, le=65535)
     """Port of the rendezvous; a free one when left out."""
+    process_timeout_seconds: int = Field(600, ge=5)
+    """Training over several processes ends when a host does not come, or one of them does not
+    answer, for so long."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
 

@@ -30,6 +30,7 @@ _TRAIN = (
     | {"activation_checkpointing", "eval_every", "do_first_eval", "sample_during_eval"}
     | {"n_eval_model_samples", "debug", "exp_name", "resume"}
     | {"checkpoint_every", "checkpoint_seconds", "keep_checkpoints"}
+    | {"checkpoint_uri", "process_timeout_seconds"}
     | {"minimum_log_interval_secs", "fsdp_port", "wandb"}
 )
 

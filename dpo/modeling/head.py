@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dpo.modeling.vocab_parallel import vocab_parallel_log_probs
 
 _CHUNK_TOKENS = 128
 
@@ -79,6 +82,9 @@ def token_log_probs_from_hidden(
         target_N: Token ids.
         dtype: Type of the products; sums and softmax are float32 (float64 for float64 input).
     """
+    if isinstance(weight_VD, DTensor):
+        # tensor parallel; no architecture that is split so has a bias here
+        return vocab_parallel_log_probs(hidden_ND, weight_VD, target_N, dtype)
     if weight_VD.dtype == torch.float64:
         logits_NV = hidden_ND @ weight_VD.t()
         logits_NV = logits_NV if bias_V is None else logits_NV + bias_V

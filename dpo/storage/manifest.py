@@ -20,7 +20,7 @@ from dpo.errors import ArtifactError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-LOGS = frozenset({"metrics.jsonl"})
+LOGS = frozenset({"metrics.jsonl", "run.json"})
 """Files with times in them: hashed and verified as every other, but not part of the content, so
 that equal training gives equal content hashes."""
 

@@ -18,24 +18,35 @@ from dpo.config.schema import RunConfig
 from dpo.config.stages import Stage, stage_json, stage_settings
 from dpo.data.log_probs import PairLogProbs, read_log_probs, select_log_probs
 from dpo.data.tokenize import TokenizedExample
-from dpo.errors import ConfigError
 from dpo.modeling.load import check_length, load_for_training, save_model
 from dpo.modeling.precision import DTYPES, compute_dtype
 from dpo.modeling.scoring import score
-from dpo.storage.manifest import Manifest, read_manifest, staged, write_manifest
+from dpo.storage.manifest import MANIFEST, Manifest, read_manifest, staged, write_manifest
 from dpo.storage.progress import track
-from dpo.train.checkpoint import Checkpoints, barrier, is_first, place_of
+from dpo.train.checkpoint import Checkpoints
 from dpo.train.data import Examples, load_examples
 from dpo.train.launch import launch
 from dpo.train.log import FILE as METRICS
 from dpo.train.log import MetricLog, WandbLog
-from dpo.train.parallel import Ranks, Scorer, check_batch, shard, whole_weights
+from dpo.train.parallel import (
+    Layout,
+    Ranks,
+    Scorer,
+    check_batch,
+    check_examples,
+    shard,
+    whole_weights,
+)
+from dpo.train.place import Place, place_of
 from dpo.train.step import Objective
+from dpo.train.tensor_parallel import parallelize
+from dpo.train.together import barrier, is_first
 from dpo.train.trainer import NLL_PER_TOKEN, Trainer, best_device, checkpoint_activations
 
 _NOT_OF_THE_RESULT = {
     *("checkpoint_every", "checkpoint_seconds", "keep_checkpoints", "resume", "debug"),
     *("minimum_log_interval_secs", "wandb", "fsdp_port", "exp_name"),
+    *("checkpoint_uri", "process_timeout_seconds"),
 }
 """Settings that change nothing in the weights."""
 
@@ -66,22 +77,10 @@ def run_train(
         DpoError: an input that is incomplete or does not fit, or training that cannot go on.
     """
     stage: Stage = "sft" if isinstance(config.loss, SFTLoss) else "preference"
-    if config.trainer.name == "TensorParallelTrainer":
-        raise ConfigError(
-            "trainer=TensorParallelTrainer cannot run in this version",
-            where="trainer",
-            fix="use trainer=FSDPTrainer, or BasicTrainer: one process",
-        )
-    if config.trainer.name == "FSDPTrainer" and config.sample_during_eval:
-        raise ConfigError(
-            "sample_during_eval cannot run over several processes in this version",
-            where="sample_during_eval",
-            fix="set it to false; the evaluation stage samples from the finished model",
-        )
-    if config.trainer.name == "FSDPTrainer" and not dist.is_initialized():
+    if config.trainer.name != "BasicTrainer" and not dist.is_initialized():
         paths = {"output": output, "pairs": pairs, "base": base, "reference": reference}
         paths["checkpoints"] = checkpoints
-        launch(
+        first_here = launch(
             {
                 "stage": stage,
                 "settings": stage_json(config, stage),
@@ -89,11 +88,15 @@ def run_train(
                 "code": code,
             },
             port=config.fsdp_port or 0,
+            timeout_seconds=config.process_timeout_seconds,
         )
-        return read_manifest(output, stage=stage)
+        # another host's first process has written it, and this host may not see it
+        there = first_here or (output / MANIFEST).is_file()
+        return read_manifest(output, stage=stage) if there else Manifest(stage, (), "")
     inputs = _input_hashes(pairs, base, reference)
     identity = _identity(config, stage, inputs, code)
-    place = checkpoints or place_of(stage, identity)
+    given = Place(checkpoints) if checkpoints and not config.checkpoint_uri else None
+    place = given or place_of(stage, identity, config.checkpoint_uri)
     with _output(output) as folder:
         keeper = (
             Checkpoints(place, identity, config.keep_checkpoints, config.resume) if place else None
@@ -109,8 +112,10 @@ def run_train(
             trainer.run()
         finally:
             log.close()
+            if keeper:
+                keeper.close()
         manifest = _write(trainer, folder, config, stage, inputs, code)
-    if keeper and checkpoints is None:
+    if keeper and not given:
         keeper.discard()
     return manifest
 
@@ -146,7 +151,8 @@ def _trainer(
     keeper: Checkpoints | None,
 ) -> Trainer:
     device = best_device()
-    ranks = Ranks.here()
+    layout = Layout.of(config.trainer, device) if dist.is_initialized() else None
+    ranks = Ranks.here(layout)
     check_batch(config, ranks)
     torch.manual_seed(config.seed)
     model, tokenizer = load_for_training(config.model, base, device=device)
@@ -159,9 +165,12 @@ def _trainer(
         batch_size=config.batch_size,
         responses="sft_target" if stage == "sft" else "pair",
     )
+    check_examples(examples.order.total_examples, ranks)
     scorer, dtype = Scorer(model), compute_dtype(config.model, device)
-    if dist.is_initialized():
-        scorer = shard(scorer, config)
+    if layout and layout.tensor:
+        parallelize(model, layout.tensor)
+    if layout and layout.data:
+        scorer = shard(scorer, config, layout.data)
         # FSDP casts by itself where it is asked to
         dtype = DTYPES[config.model.fsdp_policy_mp] if config.model.fsdp_policy_mp else dtype
     objective = Objective(
@@ -230,6 +239,7 @@ def score_pairs(
             dtype=objective.dtype,
             token_budget=objective.token_budget,
             bar=bar,
+            forward=objective.scorer,
         )
     return [
         PairLogProbs(split, example.tokens_hash(), chosen, rejected)
@@ -245,6 +255,7 @@ def _details(trainer: Trainer) -> dict[str, Any]:
         "last_train_loss": trainer.position.last.get("loss/train"),
         "first_nll_per_token": trainer.position.first.get(NLL_PER_TOKEN),
         "last_nll_per_token": trainer.position.last.get(NLL_PER_TOKEN),
+        "useful_time_share": round(trainer.useful_share, 4),
         "compute_dtype": str(trainer.objective.dtype).removeprefix("torch."),
         "metrics": {**trainer.position.last, **trainer.position.evaluation},
     }

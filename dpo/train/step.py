@@ -23,7 +23,7 @@ from dpo.modeling.losses import PairLogps, as_used, preference_loss, sft_loss, s
 from dpo.modeling.metrics import Split, preference_metrics, sft_metrics
 from dpo.modeling.precision import autocast
 from dpo.modeling.scoring import response_lengths, response_sums
-from dpo.train.parallel import Ranks, Scorer, flush_gradients
+from dpo.train.parallel import Ranks, Scorer
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-3, torch.float16: 4e-3}
 """Largest |h| at step 0 as a share of the responses' summed log-probabilities."""
@@ -96,7 +96,6 @@ class Objective:
             for row in rows:
                 losses_E, figures = self.figures(row.batch, row.reference, "train")
                 (losses_E.sum() * (scale * row.weight)).backward()
-                flush_gradients(self.scorer)
                 collected.add(row, figures)
         return collected.gathered(self.ranks)
 

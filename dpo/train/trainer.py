@@ -26,6 +26,7 @@ from dpo.train.data import Examples
 from dpo.train.log import MetricLog
 from dpo.train.optimizer import build_optimizer, learning_rate
 from dpo.train.step import Objective, check_finite, check_starting_point, clip_gradients
+from dpo.train.together import barrier, is_first
 
 NLL_PER_TOKEN = "nll_train/per_token"
 _COLLAPSE_SHARE = 0.2
@@ -60,7 +61,7 @@ class Trainer:
         """
         order = self.examples.order
         before, started = self.position.trained, time.monotonic()
-        self._saved_at = started
+        self._saved_at = self._counted_at = started
         with self._polite_end(), track(self.stage, "steps", order.total_steps) as bar:
             bar.advance(self.position.steps)
             if self.config.do_first_eval and not self.position.steps:
@@ -76,14 +77,32 @@ class Trainer:
             if self.config.do_last_eval:
                 self._evaluate()
             if self.checkpoints:
-                self.checkpoints.finish()
+                self.checkpoints.finish(strict=False)
+        self._count_seconds()
         self._call_out_collapse()
+        message(self.stage, f"{self.useful_share:.0%} of the time went into optimiser steps")
+
+    @property
+    def useful_share(self) -> float:
+        """Share of the time so far that went into optimiser steps, earlier attempts included."""
+        return self.position.useful_seconds / max(self.position.seconds, 1e-9)
+
+    def _count_seconds(self) -> None:
+        now = time.monotonic()
+        self.position.seconds += now - self._counted_at
+        self._counted_at = now
 
     def go_on_from(self, path: Path) -> None:
         """Take up a checkpoint: weights, optimiser and position."""
         assert self.checkpoints is not None
         self.position = self.checkpoints.load(path, self.objective.model, self.optimizer)
-        message(self.stage, f"goes on after step {self.position.steps}, from {path.name}")
+        wrote, here = self.position.processes, self.objective.ranks.processes
+        other = (
+            "" if wrote == here else f" (written by {wrote} processes, now {here}: equal within "
+        )
+        other += "rounding, not to the bit)" if other else ""
+        message(self.stage, f"goes on after step {self.position.steps}, from {path.name}{other}")
+        self.position.processes = here
 
     def _keep(self, just_trained: int) -> None:
         """Write a checkpoint where one is due; end where the process was asked to.
@@ -94,10 +113,16 @@ class Trainer:
         ranks = self.objective.ranks
         stop = ranks.any(self._asked_to_stop)
         done = self.position.trained >= self.examples.order.total_examples
-        seconds = self.config.checkpoint_seconds
+        seconds = (
+            self.checkpoints.period_seconds(self.config.checkpoint_seconds)
+            if self.checkpoints
+            else 0.0
+        )
         late = bool(seconds) and time.monotonic() - self._saved_at > seconds
         due = self._due(self.config.checkpoint_every, just_trained) or ranks.any(late)
         if self.checkpoints and (stop or (due and not self.config.debug and not done)):
+            self._count_seconds()
+            self.position.processes = ranks.processes
             # whole lines: the checkpoint takes the log along
             self.checkpoints.save(
                 self.objective.model, self.optimizer, self.position, self.log.path
@@ -106,6 +131,8 @@ class Trainer:
         if stop:
             if self.checkpoints:
                 self.checkpoints.finish()
+                # the others are ended as soon as the first process has
+                barrier()
             kept = "a checkpoint was written" if self.checkpoints else "nothing was kept"
             raise TrainingStopped(
                 f"training was asked to stop after step {self.position.steps}; {kept}",
@@ -155,6 +182,7 @@ class Trainer:
             n_tokens = sum(len(response) for e in examples for response in e.responses)
             means[NLL_PER_TOKEN] = means["loss/train"] * len(examples) / n_tokens
         seconds = time.monotonic() - began
+        self.position.useful_seconds += seconds
         self.log.write(
             {
                 "counters/updates": self.position.steps,
@@ -202,13 +230,15 @@ class Trainer:
         examples = self.examples.held_out[: self.config.n_eval_model_samples]
         prompts = [self.tokenizer.decode(example.prompt_T) for example in examples]
         answers = generate(
-            self.objective.model,
+            self.objective.scorer,
             self.tokenizer,
             prompts,
             max_new_tokens=self.config.max_length - self.config.max_prompt_length,
             max_prompt_length=self.config.max_prompt_length,
             seed=self.config.seed,
         )
+        if not is_first():
+            return
         with self.log.path.with_name("samples.jsonl").open("a", encoding="utf-8") as file:
             for prompt, answer in zip(prompts, answers, strict=True):
                 line = {"step": self.position.steps, "prompt": prompt, "answer": answer}
