@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable
+import time
 from pathlib import Path
 
 from dpo.config.stages import load_stage
@@ -22,6 +22,9 @@ from dpo.nodes.request import Request, given
 from dpo.storage.fingerprint import code_fingerprint
 from dpo.storage.progress import reported
 from dpo.storage.remote import fetch_output, send_output
+
+_GRACE_SECONDS = 60
+"""A node without a launcher has this long to write a checkpoint."""
 
 
 def main() -> int:
@@ -36,6 +39,10 @@ def main() -> int:
     def end() -> None:
         stopped.append(f"the step that started this job gave no sign for {request.lease_seconds} s")
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(min(_GRACE_SECONDS, request.lease_seconds))
+        # still waiting for other nodes, where nothing answers to the signal
+        print(f"{request.stage}: {stopped[0]}; this node ended", file=sys.stderr, flush=True)
+        os._exit(TrainingStopped.exit_code)
 
     def asked_to_end(*_: object) -> None:
         raise TrainingStopped(
@@ -49,7 +56,7 @@ def main() -> int:
     watch = lease.watch(request.output, request.lease_seconds, end)
     try:
         with reported(request.stage), tempfile.TemporaryDirectory() as folder:
-            train(request, Path(folder), asked_to_end)
+            train(request, Path(folder))
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 1
     finally:
@@ -57,7 +64,7 @@ def main() -> int:
     return 0
 
 
-def train(request: Request, folder: Path, asked_to_end: Callable[[], None]) -> None:
+def train(request: Request, folder: Path) -> None:
     """Fetch, train, send.
 
     Raises:
@@ -75,22 +82,17 @@ def train(request: Request, folder: Path, asked_to_end: Callable[[], None]) -> N
     inputs = {name: folder / name for name, url in request.inputs.items() if url}
     for name, path in inputs.items():
         fetch_output(request.inputs[name], path)
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-
     from dpo.train.stage import run_train
 
     output = folder / "output"
-    try:
-        run_train(
-            load_stage(request.stage, request.settings),
-            output,
-            pairs=inputs["pairs"],
-            base=inputs.get("base"),
-            reference=inputs.get("reference"),
-            code=code,
-        )
-    except SignalException:
-        asked_to_end()
+    run_train(
+        load_stage(request.stage, request.settings),
+        output,
+        pairs=inputs["pairs"],
+        base=inputs.get("base"),
+        reference=inputs.get("reference"),
+        code=code,
+    )
     if node_rank() == 0:
         send_output(output, request.output)
 

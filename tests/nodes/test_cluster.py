@@ -283,9 +283,7 @@ def test_the_job_belongs_to_the_workflow(plane, cluster, training, monkeypatch):
 
 
 def test_an_account_without_the_role_is_told_which(plane, training):
-    applied(
-        plane, {"kind": "ServiceAccount", "metadata": {"name": "nobody", "namespace": "team"}}
-    )
+    applied(plane, {"kind": "ServiceAccount", "metadata": {"name": "nobody", "namespace": "team"}})
     token = plane.account_token("team", "nobody")
     error = Launched(Cluster("TrainJob", "team", plane.client(token)), config(), training).result()
     assert isinstance(error, PipelineError)

@@ -124,7 +124,8 @@ def running_trainer(plane: ControlPlane, *, operators: bool = True) -> Iterator[
     """
     if not (cached() / "complete").is_file():
         raise NoKubernetes(
-            "Kubeflow Trainer was not found: build it with `python -m tests.support.trainer --ensure`"
+            "Kubeflow Trainer was not found: build it with "
+            "`python -m tests.support.trainer --ensure`"
         )
     _apply(plane, *sorted((cached() / "crds").glob("*.yaml")))
     for file in sorted((cached() / "crds").glob("*.yaml")):
