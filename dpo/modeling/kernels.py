@@ -5,16 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from dpo.errors import ConfigError, MissingDependency
+from dpo.modeling.attention import ARCHITECTURES
 from dpo.modeling.fused import fuse
 from dpo.modeling.host_memory import keep_freed_memory
 
+ROW_MULTIPLE = 512
+"""Rows of a compiled model are padded to a multiple of so many tokens: few shapes are compiled."""
 
-def apply_kernels(model: Any, kernels: str) -> None:
+_COMPILED = "_dpo_compiled"
+
+
+def apply_kernels(model: Any, kernels: str, *, compiled: bool = False) -> None:
     """Prepare ``model`` in place; its weights and their names stay.
 
     Args:
         model: A causal language model of transformers.
         kernels: ``auto``, ``plain`` or ``liger``.
+        compiled: As ``model.compile``.
 
     Raises:
         MissingDependency: ``liger`` is asked for and not installed.
@@ -23,8 +30,35 @@ def apply_kernels(model: Any, kernels: str) -> None:
     keep_freed_memory()
     if kernels == "liger":
         _liger(model)
-    elif kernels == "auto" and model.device.type == "cpu":
+    elif kernels == "auto" and model.device.type == "cpu" and not compiled:
         fuse(model)
+    if compiled:
+        compile_blocks(model)
+
+
+def compile_blocks(model: Any, backend: str = "inductor") -> None:
+    """Compile each transformer block for fixed shapes; attention over packed rows stays as it is.
+
+    Raises:
+        ConfigError: the architecture has no packed path, so shapes would differ in every batch.
+    """
+    if model.config.model_type not in ARCHITECTURES:
+        raise ConfigError(
+            f"{model.config.model_type} models run without shared prompts, in other shapes each "
+            "time: compiling them would take longer than it saves",
+            where="model.compile",
+            fix="set model.compile=false",
+        )
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    for module in model.modules():
+        if type(module).__name__ in names:
+            module.compile(backend=backend, dynamic=False)
+    setattr(model, _COMPILED, True)
+
+
+def is_compiled(model: Any) -> bool:
+    """Whether the blocks of ``model`` are compiled."""
+    return bool(getattr(model, _COMPILED, False))
 
 
 def _liger(model: Any) -> None:

@@ -28,6 +28,7 @@ def load_model(
     device: str = "cpu",
     trust_remote_code: bool = False,
     kernels: str = "auto",
+    compiled: bool = False,
 ) -> Any:
     """A model in evaluation mode (no dropout, as the paper trains), with gradients.
 
@@ -37,6 +38,7 @@ def load_model(
         device: Where to put it.
         trust_remote_code: Run code that comes with it.
         kernels: As ``model.kernels``.
+        compiled: As ``model.compile``.
 
     Raises:
         ModelError: the folder holds no causal model that transformers can load.
@@ -60,7 +62,7 @@ def load_model(
             fix="give model.name_or_path a causal language model of transformers",
         ) from None
     model = model.eval().to(device)
-    apply_kernels(model, kernels)
+    apply_kernels(model, kernels, compiled=compiled)
     return model
 
 
@@ -85,6 +87,7 @@ def load_for_training(
         "device": device,
         "trust_remote_code": model.trust_remote_code,
         "kernels": model.kernels,
+        "compiled": model.compile,
     }
     archive = None if base is not None or model.archive is None else Path(model.archive)
     if archive is not None and archive.is_file():
