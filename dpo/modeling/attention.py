@@ -34,7 +34,7 @@ ARCHITECTURES = (
 GPT-J is one of them: it does not look into transformers' registry of attentions."""
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable
 def prefix_shared_attention(
     module: torch.nn.Module,
     query_BHTD: Tensor,

@@ -29,6 +29,7 @@ def load_model(
     trust_remote_code: bool = False,
     kernels: str = "auto",
     compiled: bool = False,
+    output_layer: str = "tiled",
 ) -> Any:
     """A model in evaluation mode (no dropout, as the paper trains), with gradients.
 
@@ -39,6 +40,7 @@ def load_model(
         trust_remote_code: Run code that comes with it.
         kernels: As ``model.kernels``.
         compiled: As ``model.compile``.
+        output_layer: As ``model.output_layer``.
 
     Raises:
         ModelError: the folder holds no causal model that transformers can load.
@@ -62,7 +64,7 @@ def load_model(
             fix="give model.name_or_path a causal language model of transformers",
         ) from None
     model = model.eval().to(device)
-    apply_kernels(model, kernels, compiled=compiled)
+    apply_kernels(model, kernels, compiled=compiled, output_layer=output_layer)
     return model
 
 
@@ -88,6 +90,7 @@ def load_for_training(
         "trust_remote_code": model.trust_remote_code,
         "kernels": model.kernels,
         "compiled": model.compile,
+        "output_layer": model.output_layer,
     }
     archive = None if base is not None or model.archive is None else Path(model.archive)
     if archive is not None and archive.is_file():

@@ -41,17 +41,15 @@ def row_tensors(row: PackedBatch, device: torch.device) -> RowTensors:
     if device not in kept:
         layout = varlen_layout(row.segments)
         kept[device] = RowTensors(
-            *(
-                _sent(values, device)
-                for values in (
-                    *(row.input_ids_T, row.position_ids_T),
-                    *(row.predictor_N, row.target_N, row.slot_N),
-                )
-            ),
-            layout,
-            _sent(np.asarray(layout.keys, dtype=np.int64), device),
-            _sent(np.asarray((0, *layout.query_ends), dtype=np.int32), device),
-            _sent(np.asarray((0, *layout.key_ends), dtype=np.int32), device),
+            input_ids_T=_sent(row.input_ids_T, device),
+            position_ids_T=_sent(row.position_ids_T, device),
+            predictor_N=_sent(row.predictor_N, device),
+            target_N=_sent(row.target_N, device),
+            slot_N=_sent(row.slot_N, device),
+            layout=layout,
+            key_index_K=_sent(np.asarray(layout.keys, dtype=np.int64), device),
+            query_ends_S=_sent(np.asarray((0, *layout.query_ends), dtype=np.int32), device),
+            key_ends_S=_sent(np.asarray((0, *layout.key_ends), dtype=np.int32), device),
         )
     return kept[device]
 

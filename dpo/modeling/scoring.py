@@ -20,7 +20,7 @@ from dpo.data.packing import PackedBatch, pack
 from dpo.data.tokenize import TokenizedExample
 from dpo.modeling.attention import packed_attention, supports_packing
 from dpo.modeling.head import token_log_probs_from_hidden
-from dpo.modeling.kernels import ROW_MULTIPLE, is_compiled
+from dpo.modeling.kernels import ROW_MULTIPLE, is_by_torch, is_compiled
 from dpo.modeling.plain import plain_log_probs, warn_once
 from dpo.modeling.precision import autocast
 from dpo.modeling.rows import padded, row_tensors
@@ -85,6 +85,7 @@ def _packed(model: Any, batch: PackedBatch, dtype: torch.dtype) -> Tensor:
         getattr(head, "bias", None),
         sent.target_N,
         dtype,
+        by_torch=is_by_torch(model),
     )
 
 
