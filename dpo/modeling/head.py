@@ -15,6 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from dpo.modeling.vocab_parallel import vocab_parallel_log_probs
 
 _TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Logits in memory at once: on a CPU as many as its caches hold."""
@@ -115,6 +118,9 @@ def token_log_probs_from_hidden(
             weights).
         by_torch: Let ``F.linear_cross_entropy`` do it, where this torch has it.
     """
+    if isinstance(weight_VD, DTensor):
+        # tensor parallel; no architecture that is split so has a bias here
+        return vocab_parallel_log_probs(hidden_ND, weight_VD, target_N, dtype)
     if weight_VD.dtype == torch.float64:
         dtype = torch.float64
     with torch.autocast(hidden_ND.device.type, enabled=False):

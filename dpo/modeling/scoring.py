@@ -97,12 +97,26 @@ def score(
     dtype: torch.dtype,
     token_budget: int,
     bar: Bar | None = None,
+    forward: Any = None,
 ) -> list[tuple[NDArray, ...]]:
-    """Per-token log-probabilities of every response of every example, in the given order."""
+    """Per-token log-probabilities of every response of every example, in the given order.
+
+    Args:
+        model: A causal language model of transformers.
+        examples: What to score.
+        dtype: Type of matrix products.
+        token_budget: Tokens that go through the model at once.
+        bar: Advanced by every example.
+        forward: The model's forward pass where it is not ``token_log_probs`` itself: one that
+            gathers weights from other processes, which then all have to score the same examples.
+    """
     scored: list[tuple[NDArray, ...]] = [()] * len(examples)
     with autocast(dtype, model.device.type):
         for batch in pack(examples, token_budget):
-            log_probs_N = token_log_probs(model, batch, dtype=dtype).cpu().numpy()
+            found_N = (
+                forward(batch, dtype) if forward else token_log_probs(model, batch, dtype=dtype)
+            )
+            log_probs_N = found_N.cpu().numpy()
             for local, index in enumerate(batch.examples):
                 scored[index] = tuple(
                     log_probs_N[batch.slot_N == local * batch.n_responses + number]
