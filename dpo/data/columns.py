@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,8 +39,6 @@ _SCALARS: Mapping[type, pa.DataType] = {
     bool: pa.bool_(),
     type(None): pa.string(),
 }
-_SPLITS = pa.array([TRAIN, TEST])
-_WORDS = pa.array(list(SPLIT_WORDS))
 _WORD_CODES = np.array([SPLIT_WORDS[word] == TEST for word in SPLIT_WORDS] + [False])
 
 Mask = npt.NDArray[np.bool_]
@@ -156,7 +154,7 @@ class Columns:
         if (limit := self.validator.max_prompt_tokens) is not None:
             sound &= _mask(pc.less_equal(pc.binary_length(prompt), limit))
         if split.null_count < len(split):
-            sound &= _all(pc.or_(pc.is_null(split), pc.is_in(split, _WORDS)))
+            sound &= _all(pc.or_(pc.is_null(split), pc.is_in(split, _words())))
         return sound
 
     def _clean(self, texts: pa.Array) -> Mask:
@@ -201,7 +199,7 @@ class Columns:
             *(prompt, chosen, rejected),
             chosen if target.null_count == len(target) else pc.coalesce(target, chosen),
             pa.repeat(self.validator.dataset, len(prompt)),
-            _SPLITS.take(pa.array(in_test.astype(np.int8))),
+            _strings(TRAIN, TEST).take(pa.array(in_test.astype(np.int8))),
             _pair_ids(lists),
             pa.nulls(len(prompt), SPILL_SCHEMA.field("prompt_messages").type),
             pa.array(lines),
@@ -228,8 +226,8 @@ class Columns:
         if self.file_split is not None:
             in_test = np.full(len(digests), self.file_split == TEST)
         if split.null_count < len(split):
-            codes = pc.index_in(split, _WORDS).fill_null(len(_WORDS)).to_numpy()
-            in_test = np.where(codes < len(_WORDS), _WORD_CODES[codes], in_test)
+            codes = pc.index_in(split, _words()).fill_null(len(SPLIT_WORDS)).to_numpy()
+            in_test = np.where(codes < len(SPLIT_WORDS), _WORD_CODES[codes], in_test)
         return np.asarray(in_test)
 
 
@@ -322,6 +320,16 @@ def _schema(data: bytes, ends: npt.NDArray[np.int64]) -> pa.Schema | None:
         # numbers to Arrow, an error in JSON
         return None
     return pa.schema(fields.items())
+
+
+@cache
+def _strings(*texts: str) -> pa.Array:
+    # not when the module is imported: it makes Arrow import pandas
+    return pa.array(texts)
+
+
+def _words() -> pa.Array:
+    return _strings(*SPLIT_WORDS)
 
 
 def _column(table: pa.Table, name: str) -> pa.Array:

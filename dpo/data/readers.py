@@ -18,10 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo.data.json_stream import JsonSyntax, iter_document
-from dpo.data.lines import MAX_ROW_BYTES, Piece, RawRow, piece_rows, pieces
+from dpo.data.lines import MAX_ROW_BYTES, PIECE_BYTES, Piece, RawRow, piece_rows, pieces
 from dpo.data.unpack import (
     BYTE_ORDER_MARK,
-    CHUNK_BYTES,
     COMPRESSED,
     GZIP_MAGIC,
     ZSTD_MAGIC,
@@ -135,7 +134,7 @@ def is_lines(path: Path, shown: str, *, plain: bool = False) -> bool:
 
 
 def _part(raw: IO[bytes], size: int) -> Iterator[bytes]:
-    while size > 0 and (chunk := raw.read(min(size, CHUNK_BYTES))):
+    while size > 0 and (chunk := raw.read(min(size, PIECE_BYTES))):
         size -= len(chunk)
         yield chunk
 
