@@ -265,7 +265,7 @@ def _check_lines(
                 part.tally.rows += 1
                 one(row, place)
         else:
-            part.tally.rows += sound.n_rows
+            part.tally.rows += len(sound.keys)
             _accept(sound, piece, shown, part, lambda row: one(row, place))
         part.tally.lines += piece.n_ends
         advance(part.tally.rows - before)
@@ -274,16 +274,13 @@ def _check_lines(
 def _accept(
     sound: Sound, piece: Piece, shown: str, part: PartWriter, one: Callable[[RawRow], None]
 ) -> None:
-    others = np.ones(sound.n_rows, dtype=bool)
-    others[sound.rows] = False
-    flagged = np.flatnonzero(others).tolist()
-    ends = piece.ends() if flagged else []
+    ends = piece.ends() if sound.flagged else []
     start = 0
-    for row in flagged:
-        end = int(np.searchsorted(sound.rows, row))
-        part.accept_many(sound.batch.slice(start, end - start), sound.keys[start:end])
-        one(json_row(piece.data[ends[row] : ends[row + 1] - 1], shown, piece.first + row))
-        start = end
+    for row in sound.flagged:
+        part.accept_many(sound.batch.slice(start, row - start), sound.keys[start:row])
+        line = piece.data[ends[row] : ends[row + 1] - 1]
+        one(json_row(line, shown, piece.first + row))
+        start = row + 1
     part.accept_many(sound.batch.slice(start), sound.keys[start:])
 
 

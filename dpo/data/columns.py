@@ -45,15 +45,13 @@ Mask = npt.NDArray[np.bool_]
 
 
 class Sound(NamedTuple):
-    """The rows of a piece that are sound without doubt."""
+    """The rows of a piece, most of which are sound without doubt."""
 
-    rows: npt.NDArray[np.int64]
-    """Their numbers in the piece, from 0."""
+    flagged: list[int]
+    """Numbers of the rows that need a closer look, from 0; what ``batch`` has there is no pair."""
     batch: pa.RecordBatch
-    """Their pairs: ``spill.SPILL_SCHEMA``."""
+    """The pairs: ``spill.SPILL_SCHEMA``."""
     keys: repeats.Records
-    n_rows: int
-    """Rows of the piece; the others need a closer look."""
 
 
 class _Texts(NamedTuple):
@@ -115,14 +113,10 @@ class Columns:
         else:
             fits = _mask(pc.is_valid(texts.prompt))
         sound &= fits & self._sound_texts(texts)
-        n_rows = len(sound)
-        rows = np.flatnonzero(sound)
-        if len(rows) < (1 - _MAX_FLAGGED_SHARE) * n_rows:
+        flagged = np.flatnonzero(~sound).tolist()
+        if len(flagged) > _MAX_FLAGGED_SHARE * len(sound):
             return None
-        if len(rows) < n_rows:
-            chosen_rows = pa.array(rows)
-            texts = _Texts(*(column.take(chosen_rows) for column in texts))
-        return Sound(rows, *self._pairs(texts, lines[rows]), n_rows)
+        return Sound(flagged, *self._pairs(texts, lines))
 
     def _form(self, others: set[str], prompt_named: bool) -> str | None:
         """``hh`` or ``pairs``, as ``registry`` would say; None where it may say something else."""
@@ -192,7 +186,8 @@ class Columns:
         self, texts: _Texts, lines: npt.NDArray[np.int64]
     ) -> tuple[pa.RecordBatch, repeats.Records]:
         prompt, chosen, rejected, target, split = texts
-        lists = [column.to_pylist() for column in (prompt, chosen, rejected)]
+        # the nulls of rows that are flagged
+        lists = [column.fill_null("").to_pylist() for column in (prompt, chosen, rejected)]
         digests, near = _prompt_hashes(lists[0])
         in_test = self._in_test(split, digests)
         columns = [
@@ -238,8 +233,7 @@ def _prompt_hashes(
     sha256 = hashlib.sha256
     encoded = [prompt.encode() for prompt in prompts]
     digests = b"".join([sha256(b"split\0" + text).digest() for text in encoded])
-    near = [repeats.near_hash_of_bytes(text) for text in encoded]
-    return np.frombuffer(digests, dtype="<u8").reshape(-1, 4), np.array(near, dtype=np.uint64)
+    return np.frombuffer(digests, dtype="<u8").reshape(-1, 4), repeats.near_hashes(encoded)
 
 
 def _pair_ids(texts: Sequence[Sequence[str]]) -> pa.Array:
