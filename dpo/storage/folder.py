@@ -65,6 +65,11 @@ class FolderStore(Store):
         with self._problems(key):
             self._replace(key, lambda partial: self._copy(path, partial, progress), sha256)
 
+    def has(self, key: str, size: int, sha256: str) -> bool:
+        path = self._path(key)
+        with self._problems(key):
+            return path.is_file() and path.stat().st_size == size and sha256_file(path) == sha256
+
     def download(self, key: str, path: Path, progress: Progress | None = None) -> None:
         with self._problems(key):
             partial = _partial(path)
