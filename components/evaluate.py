@@ -15,6 +15,8 @@ def evaluate(
     report: dsl.Output[dsl.HTML],
     summary: dsl.Output[dsl.Markdown],
     metrics: dsl.Output[dsl.Metrics],
+    roc: dsl.Output[dsl.ClassificationMetrics],
+    confusion: dsl.Output[dsl.ClassificationMetrics],
     settings: str = "{}",
     fingerprint: str = "",
 ):
@@ -25,19 +27,27 @@ def evaluate(
         sft: Output of sft.
         policy: Output of preference.
         log_probs: Output of reference.
-        evaluation: Folder with evaluation.json, samples.json and both forms of the report.
+        evaluation: Folder with evaluation.json, samples.json, pairs.json and both forms of the
+            report.
         report: The report for a browser.
         summary: The report as Markdown.
         metrics: The held-out figures.
+        roc: How well the implicit reward tells chosen from rejected responses.
+        confusion: The same at the median reward.
         settings: JSON of the settings that this step reads (see config/README.md).
         fingerprint: JSON with the fingerprint of the code that the run was planned with.
     """
     from pathlib import Path
 
+    from dpo.evaluate.artifacts import log_classification
     from dpo.evaluate.stage import run_evaluate
+    from dpo.publish.pinned import pinned
     from dpo.storage.step import copy_report, log_metrics, step
 
-    with step("evaluate", settings, fingerprint) as run:
+    with (
+        step("evaluate", settings, fingerprint) as run,
+        pinned(run.config.evaluation.published) as published,
+    ):
         manifest = run_evaluate(
             run.config,
             Path(evaluation.path),
@@ -45,8 +55,10 @@ def evaluate(
             sft=Path(sft.path),
             policy=Path(policy.path),
             reference=Path(log_probs.path),
+            published=published,
             code=run.code,
         )
         copy_report(Path(evaluation.path, "report.html"), Path(report.path))
         copy_report(Path(evaluation.path, "report.md"), Path(summary.path))
         log_metrics(metrics, manifest)
+        log_classification(Path(evaluation.path), roc, confusion)

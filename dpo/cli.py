@@ -73,7 +73,8 @@ COMMANDS = {
         "Measure a policy on held-out pairs and write the report.",
         ("data", "sft", "policy", "reference", "output"),
         ("data", "sft", "policy", "reference", "output"),
-        "loss loss.beta n_eval_examples evaluation.n_samples evaluation.max_new_tokens",
+        "loss loss.beta n_eval_examples evaluation.part evaluation.n_samples "
+        "evaluation.max_new_tokens evaluation.published evaluation.judge.url",
         "dpo evaluate data=out/data sft=out/sft policy=out/policy reference=out/reference "
         "output=out/evaluation",
     ),
@@ -81,8 +82,17 @@ COMMANDS = {
         "Decide whether a policy may be published; exit code 3 when it may not.",
         ("evaluation", "output"),
         ("evaluation", "output"),
-        "gate.min_reward_accuracy gate.force",
+        "gate.min_reward_accuracy gate.min_improvement gate.max_kl gate.max_length_growth "
+        "gate.max_repetition gate.max_perplexity_growth gate.force publish.store publish.name",
         "dpo gate evaluation=out/evaluation output=out/verdict",
+    ),
+    "compare": Command(
+        "Compare evaluated runs: dpo compare RUN RUN... [output=FOLDER].",
+        ("output",),
+        (),
+        "",
+        "dpo compare out/beta-0.1/evaluation out/beta-0.3/evaluation output=comparison\n"
+        "  dpo compare s3://models/team/runs/ID s3://models/team/runs/ID",
     ),
     "publish": Command(
         "Publish an approved policy to a store.",
@@ -253,6 +263,10 @@ def _run(name: str, options: argparse.Namespace, overrides: list[str]) -> int:
 
         which = "publish --rollback" if name == "publish" else name
         return run(which, overrides, command.example)
+    if name == "compare":
+        from dpo.evaluate.compare import run_compare
+
+        return run_compare(overrides)
     if name == "ingest" and options.check:
         return _check(options, overrides)
     paths = {}
@@ -320,15 +334,19 @@ def _reference(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> 
 def _evaluate(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
     from dpo.config.stages import restrict
     from dpo.evaluate.stage import run_evaluate
+    from dpo.publish.pinned import pinned
 
-    run_evaluate(
-        restrict(composed.config, "evaluate"),
-        paths["output"],
-        pairs=paths["data"],
-        sft=paths["sft"],
-        policy=paths["policy"],
-        reference=paths["reference"],
-    )
+    config = restrict(composed.config, "evaluate")
+    with pinned(config.evaluation.published) as published:
+        run_evaluate(
+            config,
+            paths["output"],
+            pairs=paths["data"],
+            sft=paths["sft"],
+            policy=paths["policy"],
+            reference=paths["reference"],
+            published=published,
+        )
     print(f"report: {paths['output'] / 'report.html'}")
     return 0
 
@@ -341,7 +359,8 @@ def _gate(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
     verdict = run_gate(config, paths["output"], evaluation=paths["evaluation"])
     for rule in verdict.rules:
         print(f"{'passed' if rule.passed else 'failed'}: {rule.explanation}")
-    print("approved" + (" (forced)" if verdict.forced else "") if verdict.approved else "refused")
+    how = " (forced)" if verdict.forced else " (unchanged)" if verdict.unchanged else ""
+    print(f"approved{how}" if verdict.approved else "refused")
     return 0 if verdict.approved else REFUSED
 
 
@@ -399,6 +418,9 @@ def _fetch(composed: Any, _: dict[str, Path], __: argparse.Namespace) -> int:
     print(f"{model.name_or_path} is in {folder}")
     return 0
 
+
+_LISTED: dict[str, Callable[[list[str]], int]] = {"verify": _verify, "compare": _compare}
+"""Commands that take what stands after them as it is, without settings."""
 
 _RUNNERS = {
     "ingest": _ingest,

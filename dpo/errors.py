@@ -9,6 +9,7 @@
     │   ├── InvariantError       policy and reference differ where they must agree (step 0)
     │   ├── NonFiniteError       NaN or infinity in a loss or a gradient
     │   └── TrainingStopped      a polite request to end; a checkpoint was written
+    ├── EvaluationError          a judge that gives no verdict, runs that cannot be compared
     ├── StoreError               a store that refuses or does not answer
     │   ├── StoreUnavailable     no answer, or the connection broke and retries ran out
     │   ├── StoreFull            no space is left where the store keeps its objects
@@ -88,6 +89,10 @@ class TrainingStopped(TrainingError):
     """SIGTERM: a checkpoint was written, the same command goes on from there."""
 
     exit_code = 75
+
+
+class EvaluationError(DpoError):
+    """A judge that gives no verdict, or runs that cannot be compared."""
 
 
 class StoreError(DpoError):

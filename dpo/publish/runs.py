@@ -11,7 +11,7 @@ from dpo.storage.manifest import read_manifest, sha256_file
 from dpo.storage.runs import artifact_records, run_prefix, write_run_manifest
 from dpo.storage.store import Store, open_store
 
-_EVALUATION_FILES = ("report.html", "report.md", "evaluation.json", "samples.json")
+_EVALUATION_FILES = ("report.html", "report.md", "evaluation.json", "samples.json", "pairs.json")
 
 
 def configured_store(publish: PublishConfig) -> Store:
@@ -39,7 +39,10 @@ def record_verdict(publish: PublishConfig, run_id: str, *, evaluation: Path, ver
     store = configured_store(publish)
     judged = read_manifest(evaluation, stage="evaluate")
     decided = read_manifest(verdict, stage="gate")
-    files = [evaluation / name for name in _EVALUATION_FILES if (evaluation / name).is_file()]
+    # the gate's copy of the report has the verdict on top
+    own = {path.name for path in verdict.iterdir()}
+    files = [(verdict if name in own else evaluation) / name for name in _EVALUATION_FILES]
+    files = [path for path in files if path.is_file()]
     for path in (*files, verdict / "verdict.json"):
         store.upload(path, f"{run_prefix(run_id)}/{path.name}", sha256_file(path))
     configuration = {
