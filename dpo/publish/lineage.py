@@ -26,7 +26,7 @@ _LEAVES = ("evaluate", "gate", "publish")
 _RUN_KEY = re.compile(rf"^(?:.*/)?runs/(?P<run>[^/]+)/{re.escape(MANIFEST)}$")
 _VERSION_KEY = re.compile(rf"^(?P<prefix>(?:.*/)?[0-9a-f]{{64}})/{re.escape(MANIFEST)}$")
 _COMMUNITY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_TEXT_OF_DATA = ("report.html", "report.md", "samples.json")
+_TEXT_OF_DATA = ("report.html", "report.md", "samples.json", "pairs.json")
 """Files of a run that show prompts and answers."""
 
 
