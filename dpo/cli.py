@@ -10,6 +10,7 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,15 @@ _ABOUT_PUBLISHED = ("verify", "pull", "list", "retain", "lineage", "forget")
 PATHS = {
     "data": "output folder of ingest",
     "output": "folder to write the result to",
+    "shard": "I/N: read this share of the sources only; all N go to shards=",
+    "shards": "outputs of all shards, as a glob or with commas between: put them together",
     "base": "checkpoint to start from (default: model.archive, else the base model)",
     "reference": "output folder of reference",
     "sft": "checkpoint of the SFT stage",
     "policy": "checkpoint of the preference stage",
     "evaluation": "output folder of evaluate",
     "verdict": "output folder of gate",
+    "checkpoint": "checkpoint of a training",
 }
 
 
@@ -48,11 +52,18 @@ class Command:
 COMMANDS = {
     "ingest": Command(
         "Read preference data, validate every row and write Parquet pairs.",
-        ("output",),
+        ("output", "shard", "shards"),
         ("output",),
         "datasets sources.NAME.path test_fraction max_rejected_share prompt_format max_length",
         "dpo ingest datasets=[pairs.jsonl] model=smollm2 output=out/data\n"
         "  dpo ingest --check pairs.jsonl",
+    ),
+    "tokenize": Command(
+        "Tokenise the pairs of ingest into the cache that the later steps share.",
+        ("data",),
+        ("data",),
+        "model model.tokenizer_name_or_path",
+        "dpo tokenize data=out/data model=smollm2",
     ),
     "train": Command(
         "Train: SFT with loss=sft, else a preference loss.",
@@ -103,6 +114,21 @@ COMMANDS = {
         "dpo publish policy=out/policy evaluation=out/evaluation verdict=out/verdict "
         "publish.store=s3://models output=out/published\n"
         "  dpo publish --rollback s3://models/policy [version=HASH]",
+    ),
+    "export": Command(
+        "Write a checkpoint as policy.pt of the DPO reference code.",
+        ("checkpoint", "output"),
+        ("checkpoint", "output"),
+        "",
+        "dpo export checkpoint=out/policy output=policy.pt",
+    ),
+    "plan": Command(
+        "Say what a run will need: memory, FLOPs, time. Exit code 2 when it does not fit.",
+        ("data",),
+        (),
+        "gpus gpu gpu_memory_gib utilisation pairs peak_tflops prompt_tokens chosen_tokens "
+        "rejected_tokens; model trainer batch_size micro_batch_tokens activation_checkpointing",
+        "dpo plan model=pythia28 trainer=FSDPTrainer gpus=4 gpu_memory_gib=80 datasets=[hh]",
     ),
     "config": Command(
         "Print every setting with its value and where it came from.",
@@ -251,6 +277,10 @@ def _options(name: str) -> argparse.ArgumentParser:
         parser.add_argument(
             "--rollback", action="store_true", help="go back to the version before: URL [version=]"
         )
+    if name == "plan":
+        parser.add_argument(
+            "--output", choices=("text", "json"), default="text", help="form (default: text)"
+        )
     if name == "config":
         parser.add_argument("--json", action="store_true", help="one JSON object")
     return parser
@@ -289,28 +319,83 @@ def _run(name: str, options: argparse.Namespace, overrides: list[str]) -> int:
         raise ConfigError(
             f"dpo {name} needs {missing[0]}= ({PATHS[missing[0]]})", fix=command.example
         )
+    if name == "plan":
+        return _plan(settings, paths, options)
+    composed = _composed(settings, options)
+    runner: Callable[[Any, dict[str, Path], argparse.Namespace], int] = _RUNNERS[name]
+    return runner(composed, paths, options)
+
+
+def _composed(settings: list[str], options: argparse.Namespace) -> Any:
     from dpo.config.compose import compose
 
     composed = compose(settings, user_dir=options.config_dir)
     for warning in composed.warnings:
         print(f"dpo: {warning}", file=sys.stderr)
-    runner: Callable[[Any, dict[str, Path], argparse.Namespace], int] = _RUNNERS[name]
-    return runner(composed, paths, options)
+    return composed
+
+
+def _plan(words: list[str], paths: dict[str, Path], options: argparse.Namespace) -> int:
+    from dpo.plan.command import run, take_keys
+
+    own, settings = take_keys(words)
+    config = _composed(settings, options).config
+    return run(config, own, paths.get("data"), as_json=options.output == "json")
 
 
 def _ingest(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
     from dpo.config.stages import restrict
     from dpo.data.stage import run_ingest
 
-    run_ingest(restrict(composed.config, "ingest"), paths["output"])
+    config = restrict(composed.config, "ingest")
+    if "shard" in paths:
+        from dpo.data.shards import parse_shard, run_shard
+
+        run_shard(config, paths["output"], parse_shard(str(paths["shard"])))
+        print(f"shard: {paths['output']}")
+        return 0
+    run_ingest(config, paths["output"], shards=_folders(paths.get("shards")))
     print(f"pairs and report: {paths['output']}")
     return 0
+
+
+def _folders(given: Path | None) -> list[Path]:
+    """Folders of a list with commas or of a glob."""
+    if given is None:
+        return []
+    # Path.glob takes no absolute pattern
+    found = [sorted(glob(text)) for text in str(given).split(",")]  # noqa: PTH207
+    folders = [Path(name) for names in found for name in names]
+    if not folders:
+        raise ConfigError(f"no folder is shards={given}", fix="name the outputs of all shards")
+    return folders
 
 
 def _check(options: argparse.Namespace, settings: list[str]) -> int:
     from dpo.data.check_file import check_file
 
     return check_file(options.check, settings, options.config_dir, as_json=options.output == "json")
+
+
+def _tokenize(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
+    from dpo.data.tokenize import load_tokenizer
+    from dpo.data.tokens import fill_cache
+    from dpo.storage.base_model import local_tokenizer
+    from dpo.storage.manifest import read_manifest
+
+    read_manifest(paths["data"], stage="ingest")
+    place = local_tokenizer(composed.config.model)
+    folder = fill_cache(paths["data"], load_tokenizer(place))
+    if folder is None:
+        raise ConfigError(
+            "there is nothing to keep: this tokenizer has no fast form, or the cache folder cannot "
+            "be written",
+            where=str(place),
+            fix="set DPO_CACHE_DIR to a folder that can be written; the other steps work without",
+        )
+    details = read_manifest(folder, verify=False).details
+    print(f"{details['pairs']:,} pairs, {details['tokens']:,} tokens: {folder}")
+    return 0
 
 
 def _train(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
@@ -384,6 +469,13 @@ def _publish(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> in
     return 0
 
 
+def _export(_: Any, paths: dict[str, Path], __: argparse.Namespace) -> int:
+    from dpo.modeling.export import export_policy
+
+    print(f"policy.pt: {export_policy(paths['checkpoint'], paths['output'])}")
+    return 0
+
+
 def _config(composed: Any, _: dict[str, Path], options: argparse.Namespace) -> int:
     import json
 
@@ -419,14 +511,13 @@ def _fetch(composed: Any, _: dict[str, Path], __: argparse.Namespace) -> int:
     return 0
 
 
-_LISTED: dict[str, Callable[[list[str]], int]] = {"verify": _verify, "compare": _compare}
-"""Commands that take what stands after them as it is, without settings."""
-
 _RUNNERS = {
     "ingest": _ingest,
+    "tokenize": _tokenize,
     "train": _train,
     "reference": _reference,
     "evaluate": _evaluate,
+    "export": _export,
     "gate": _gate,
     "publish": _publish,
     "config": _config,

@@ -22,6 +22,9 @@ from dpo.errors import ConfigError
 
 DATA_STEPS = ("fingerprint", "ingest", "gate", "publish")
 TRAIN_STEPS = ("sft", "reference", "preference", "evaluate")
+CHECKPOINTED_STEPS = ("sft", "preference")
+CHECKPOINTS_VARIABLE = "DPO_CHECKPOINTS"
+"""Read by dpo.train.place."""
 
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|[kMGTPE]|[KMGTPE]i)?$")]
 """An amount as Kubernetes writes it: 500m, 2, 16Gi."""
@@ -166,6 +169,9 @@ class Deployment(Section):
     """Refuse to start an image as root; its numeric user or the namespace's range is used."""
     store_secret: SecretEnv | None = None
     """Credentials of the store, for every step."""
+    checkpoint_uri: str = ""
+    """Where training keeps checkpoints, so that a new pod goes on from the last one: a store
+    (``s3://bucket/prefix``) or a mounted folder. Empty takes ``checkpoints`` in the run's store."""
     environment: dict[str, str] = {}
     """Variables of every step, such as AWS_ENDPOINT_URL; never a secret."""
     model_cache: ModelCache | None = None
@@ -280,6 +286,8 @@ def deploy(tasks: Mapping[str, Any], deployment: Deployment) -> None:
     """
     for step in (*DATA_STEPS, *TRAIN_STEPS):
         _deploy_step(tasks[step], step, deployment)
+    if "ingest-shard" in tasks:
+        _deploy_step(tasks["ingest-shard"], "ingest", deployment)
 
 
 def _deploy_step(task: Any, step: str, deployment: Deployment) -> None:
@@ -291,6 +299,8 @@ def _deploy_step(task: Any, step: str, deployment: Deployment) -> None:
     _set_attempts(task, resources)
     _set_place(task, resources)
     _set_pod(task, deployment, resources)
+    if deployment.checkpoint_uri and step in CHECKPOINTED_STEPS:
+        task.set_env_variable(CHECKPOINTS_VARIABLE, deployment.checkpoint_uri)
 
 
 def _set_amounts(task: Any, resources: Resources) -> None:

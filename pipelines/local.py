@@ -28,6 +28,8 @@ from typing import Any
 
 from rich.console import Console
 
+from dpo.config.parameters import stage_configs
+from dpo.config.stages import OUT_OF_BAND_VARIABLE, out_of_band
 from dpo.errors import DpoError, PipelineError
 from dpo.storage import progress
 from dpo.storage.manifest import write_atomically
@@ -122,9 +124,10 @@ def _start_worker(job: Job, folder: Path, events: Path, lock: int) -> subprocess
     environment = {
         **os.environ,
         progress.FILE_VARIABLE: str(events),
-        # dpo.train.checkpoint reads it; steps go on from here when a run was ended
-        "DPO_CHECKPOINTS": str(job.runs / "checkpoints"),
+        # dpo.train.place reads it; steps go on from here when a run was ended
+        "DPO_CHECKPOINTS": os.environ.get("DPO_CHECKPOINTS") or str(job.runs / "checkpoints"),
         "PYTHONUNBUFFERED": "1",
+        **_out_of_band(job),
         "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "true"),
     }
     with (folder / "log.txt").open("wb") as log:
@@ -140,6 +143,13 @@ def _start_worker(job: Job, folder: Path, events: Path, lock: int) -> subprocess
             pass_fds=(lock,),
             cwd=Path(__file__).resolve().parent.parent,
         )
+
+
+def _out_of_band(job: Job) -> dict[str, str]:
+    """Settings that change no result: by the environment, so that changing one reruns nothing."""
+    if job.runner != "processes":
+        return {}
+    return {OUT_OF_BAND_VARIABLE: out_of_band(stage_configs(job.parameters))}
 
 
 def _watch(

@@ -15,7 +15,15 @@ import yaml
 
 from dpo.config.places import config_dir
 from dpo.errors import ConfigError, DpoError, PipelineError
-from pipelines.deployment import Deployment, Images, deploy, load_deployment, names
+from pipelines.deployment import (
+    CHECKPOINTED_STEPS,
+    CHECKPOINTS_VARIABLE,
+    Deployment,
+    Images,
+    deploy,
+    load_deployment,
+    names,
+)
 
 PACKAGE = Path(__file__).resolve().parent / "preference_pipeline.yaml"
 BUILT_IMAGES = Path(__file__).resolve().parent.parent / "build" / "images.json"
@@ -39,20 +47,31 @@ _HEADER = """\
 """
 
 
-def compile_pipeline(target: Path, deployment: Deployment | None = None) -> None:
-    """Write the compiled pipeline to ``target``, with a cluster's settings where some are given."""
+def compile_pipeline(
+    target: Path, deployment: Deployment | None = None, ingest_shards: int = 1
+) -> None:
+    """Write the compiled pipeline to ``target``, with a cluster's settings where some are given.
+
+    Args:
+        target: The file.
+        deployment: The cluster's settings.
+        ingest_shards: Tasks that share the reading of the data.
+    """
     from kfp import compiler
 
+    from pipelines import sharded
     from pipelines.preference import preference_pipeline
 
-    if deployment is not None:
-        compiler.Compiler().compile(_deployed(preference_pipeline, deployment), str(target))
+    if deployment is not None or ingest_shards > 1:
+        with sharded.ingest_shards(ingest_shards):
+            pipeline = _deployed(preference_pipeline, deployment or Deployment())
+        compiler.Compiler().compile(pipeline, str(target))
         return
     compiler.Compiler().compile(preference_pipeline, str(target))
     target.write_text(_HEADER + target.read_text(encoding="utf-8"), encoding="utf-8")
 
 
-def deployed_package(deployment: Deployment) -> list[dict[str, Any]]:
+def deployed_package(deployment: Deployment, ingest_shards: int = 1) -> list[dict[str, Any]]:
     """The documents of a package for a cluster: spec, then the Kubernetes part.
 
     Raises:
@@ -67,7 +86,7 @@ def deployed_package(deployment: Deployment) -> list[dict[str, Any]]:
             )
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "package.yaml")
-        compile_pipeline(target, deployment)
+        compile_pipeline(target, deployment, ingest_shards)
         return load_package(target)
 
 
@@ -137,6 +156,22 @@ def set_images(documents: list[dict[str, Any]], images: Mapping[str, str]) -> No
         container["image"] = images.get(container["image"], container["image"])
 
 
+def keep_checkpoints(documents: list[dict[str, Any]], store: str) -> None:
+    """Let training keep its checkpoints in ``store``, where a new pod finds them.
+
+    A deployment that says where (``checkpoint_uri``) is left as it is; so is everything where
+    ``store`` is a folder, which another pod does not see. Not a part of Kubeflow's cache key.
+    """
+    if not store.startswith(("s3://", "minio://")):
+        return
+    executors = documents[0]["deploymentSpec"]["executors"]
+    for step in CHECKPOINTED_STEPS:
+        variables = executors[f"exec-{step}"]["container"].setdefault("env", [])
+        if all(variable["name"] != CHECKPOINTS_VARIABLE for variable in variables):
+            place = f"{store.rstrip('/')}/checkpoints"
+            variables.append({"name": CHECKPOINTS_VARIABLE, "value": place})
+
+
 def set_uncached(documents: list[dict[str, Any]], steps: Iterable[str]) -> None:
     """Run these steps although the cache has a result, wherever in the spec they are.
 
@@ -167,6 +202,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--images", type=Path, help="JSON with the names that `make images-push` wrote"
     )
+    parser.add_argument(
+        "--ingest-shards",
+        type=int,
+        default=1,
+        metavar="N",
+        help="tasks that share the reading of the data, for sets that outgrow one machine",
+    )
     return parser
 
 
@@ -192,7 +234,7 @@ def _write_for_cluster(options: argparse.Namespace) -> int:
     if options.images:
         deployment = with_images(deployment, options.images)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    save_package(deployed_package(deployment), options.output)
+    save_package(deployed_package(deployment, options.ingest_shards), options.output)
     print(f"wrote {options.output}: upload it in the Kubeflow UI under Pipelines")
     return 0
 

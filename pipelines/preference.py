@@ -9,11 +9,11 @@ from kfp import dsl
 from components.evaluate import evaluate
 from components.fingerprint import fingerprint
 from components.gate import gate
-from components.ingest import ingest
 from components.preference import preference
 from components.publish import publish
 from components.reference import reference
 from components.sft import sft
+from pipelines.sharded import ingest_tasks
 
 
 @dsl.pipeline(
@@ -139,7 +139,9 @@ def preference_pipeline(
     plan.set_caching_options(enable_caching=False)
     planned = plan.outputs
 
-    data = ingest(settings=planned["ingest_settings"], fingerprint=planned["ingest_fingerprint"])
+    data = ingest_tasks(
+        settings=planned["ingest_settings"], fingerprint=planned["ingest_fingerprint"]
+    )
     start = sft(
         settings=planned["sft_settings"],
         fingerprint=planned["sft_fingerprint"],

@@ -88,6 +88,8 @@ def run_pipeline(
     )
     require_store(values)
     package.set_uncached(documents, list(rerun))
+    if on_cluster:
+        package.keep_checkpoints(documents, str(values["publish_store"]))
     console = console or Console(stderr=True)
     if not on_cluster:
         job = Job(documents, values, runs, runner=where)
@@ -146,7 +148,7 @@ def run_here(job: Job, console: Console, *, timeout_seconds: float | None = None
     from dpo.data.plan import plan_run
 
     obtain_model(job.parameters)
-    plan = plan_run(job.parameters)
+    plan = plan_run(job.parameters, key_only=job.runner == "processes")
     try:
         run = run_local(job, console, timeout_seconds=timeout_seconds)
     except TimeoutError:

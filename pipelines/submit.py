@@ -155,6 +155,8 @@ def _run(options: argparse.Namespace) -> int:
         require_store(values)
     rerun = [step for step in options.rerun.split(",") if step]
     package.set_uncached(documents, rerun)
+    if not options.local:
+        package.keep_checkpoints(documents, str(values["publish_store"]))
     if options.dry_run:
         return _dry_run(options, documents, values, runs, rerun)
     outcome = (
@@ -225,7 +227,8 @@ def _dry_run(
     from dpo.data.plan import plan_run
 
     obtain_model(values)
-    expected = history.expectations(plan_run(values), runs / "history", rerun)
+    plan = plan_run(values, key_only=options.local != "docker")
+    expected = history.expectations(plan, runs / "history", rerun)
     if options.output == "json":
         steps = {e.step: {"runs": e.runs, "reason": e.reason} for e in expected}
         print(json.dumps({"package": str(target), "parameters": values, "steps": steps}))

@@ -77,13 +77,15 @@ PARAMETERS: Mapping[str, Parameter] = {
 
 OVERRIDES: Mapping[str, Side] = {"sft_overrides": "sft", "preference_overrides": "preference"}
 
-_SHARED_SECTIONS = {"model", "datasets", "sources", "trainer", "wandb"}
+_SHARED_SECTIONS = {"model", "datasets", "sources", "trainer", "wandb", "lora"}
 _SHARED_KEYS = {parameter.key for parameter in PARAMETERS.values() if len(parameter.sides) == 2} | {
     "truncation_mode",
     "exp_name",
     "debug",
     "eval_batch_size",
     "activation_checkpointing",
+    "minimum_log_interval_secs",
+    "tensorboard",
 }
 _PREFERENCE_SECTIONS = {"loss", "evaluation", "gate", "publish"}
 _SIDE_OF_STAGE: Mapping[Stage, Side] = {

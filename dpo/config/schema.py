@@ -7,6 +7,7 @@ names; everything else carries it.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from pydantic import (
@@ -20,6 +21,7 @@ from pydantic import (
 
 from dpo.config.base import Section
 from dpo.config.losses import AnyLoss, DPOLoss
+from dpo.config.places import chat_templates
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 CheckpointingMode = Literal["none", "selective", "full"]
@@ -49,10 +51,29 @@ class ModelConfig(Section):
     """Type of the reference's weights; differs from ``policy_dtype`` only by explicit choice."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of matrix products; ``auto`` takes bfloat16 where the processor has it in hardware."""
+    kernels: Literal["auto", "plain", "liger"] = "auto"
+    """``auto`` runs norms, gated layers and attention in our own few passes over memory where they
+    fit the model; ``plain`` as transformers has them; ``liger`` with the package liger-kernel (on a
+    GPU)."""
     fsdp_policy_mp: Dtype | None = None
     """Mixed precision of the FSDP trainer (overrides ``compute_dtype`` there)."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model; only for a source you trust."""
+
+
+class LoraConfig(Section):
+    """LoRA: train small matrices beside those of the model, which stays as it is."""
+
+    enabled: bool = False
+    """Train an adapter instead of all weights; the base is then its own reference."""
+    rank: int = Field(16, ge=1, le=4096)
+    """Rank of each change."""
+    alpha: float = Field(32.0, gt=0)
+    """A change counts alpha / rank times."""
+    modules: Literal["all"] | list[str] = "all"
+    """Linear layers of the blocks to change, by the last part of their names (``q_proj``)."""
+    save: Literal["merged", "adapter"] = "merged"
+    """Write the whole model with the adapter added, or the adapter alone with its base recorded."""
 
 
 class TrainerConfig(Section):
@@ -60,10 +81,38 @@ class TrainerConfig(Section):
 
     name: Literal["BasicTrainer", "FSDPTrainer", "TensorParallelTrainer"] = "BasicTrainer"
     """One process, sharded data parallel, or tensor parallel."""
+    replicas: int = Field(1, ge=1)
+    """FSDPTrainer: so many groups of processes hold the whole model each (hybrid sharding). With
+    one group a host, weights stay within hosts and only gradients cross them."""
+    tensor_parallel: int | None = Field(None, ge=2)
+    """TensorParallelTrainer: how many processes share each layer; the rest is sharded data parallel
+    (FSDP) around them. All processes when left out."""
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> TrainerConfig:
+        if self.replicas > 1 and self.name != "FSDPTrainer":
+            raise ValueError(f"trainer.replicas belongs to FSDPTrainer, not to {self.name}")
+        if self.tensor_parallel and self.name != "TensorParallelTrainer":
+            raise ValueError(
+                f"trainer.tensor_parallel belongs to TensorParallelTrainer, not to {self.name}"
+            )
+        return self
 
 
 Format = Literal[
-    "auto", "pairs", "messages", "hh", "shp", "se", "novalto", "openai", "ranked", "rated"
+    "auto",
+    "pairs",
+    "messages",
+    "hh",
+    "shp",
+    "se",
+    "novalto",
+    "openai",
+    "ranked",
+    "rated",
+    "compared",
+    "argilla",
+    "labelstudio",
 ]
 _FUNCTION = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 CustomFunction = Annotated[str, Field(pattern=_FUNCTION)]
@@ -81,6 +130,20 @@ AnyFormat = Annotated[
     AfterValidator(_known_format),
     WithJsonSchema({"anyOf": [{"enum": list(get_args(Format))}, {"pattern": _FUNCTION}]}),
 ]
+
+
+def _template_text(value: str) -> str:
+    """A template's file becomes its text, so that settings say what was used, wherever it lay."""
+    known = chat_templates()
+    if value in known or "{" in value:
+        return value
+    path = Path(value).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise ValueError(
+            f"chat_template={value}: choose one of {', '.join(known)}, or a file that can be read"
+        ) from None
 
 
 class SourceConfig(Section):
@@ -261,6 +324,8 @@ class RunConfig(Section):
     """``loss=sft`` trains the SFT stage, any other one the preference stage."""
     trainer: TrainerConfig = TrainerConfig()
     """Process layout."""
+    lora: LoraConfig = LoraConfig()
+    """Train an adapter instead of all weights."""
 
     # Data
     datasets: list[str] = ["hh_sample"]
@@ -273,6 +338,9 @@ class RunConfig(Section):
     """Ingest fails when a larger share of rows is rejected."""
     prompt_format: Literal["raw", "chat"] = "raw"
     """Dialogue text as it is, or through the tokenizer's chat template."""
+    chat_template: Annotated[str, AfterValidator(_template_text)] | None = None
+    """With ``prompt_format=chat``, instead of the tokenizer's own template: ``chatml``, ``llama3``,
+    ``zephyr``, or a file in Jinja."""
     max_length: int = Field(512, gt=1)
     """Longest prompt + response, in tokens."""
     max_prompt_length: int = Field(256, gt=0)
@@ -332,8 +400,13 @@ class RunConfig(Section):
     # Checkpoints, logs, places
     checkpoint_every: int = Field(0, ge=0)
     """Write a checkpoint each time so many examples were trained on; 0 goes by time alone."""
-    checkpoint_seconds: int = Field(300, ge=0)
-    """Write a checkpoint each time so many seconds have passed; 0 goes by examples alone."""
+    checkpoint_seconds: Literal["auto"] | Annotated[int, Field(ge=0)] = 300
+    """Write a checkpoint each time so many seconds have passed; 0 goes by examples alone. ``auto``
+    measures how long a checkpoint stops the training, and lets that be 1 % of the time."""
+    checkpoint_uri: str | None = None
+    """Folder or store (``s3://bucket/prefix``) for checkpoints, each run in a place of its own
+    below it, named by its settings, data and code. Beside the run, or in DPO_CHECKPOINTS, when left
+    out."""
     resume: Literal["auto", "force", "never"] = "auto"
     """Go on from the run's own checkpoints, from whatever checkpoints are there, or begin again."""
     keep_checkpoints: int = Field(2, gt=0)
@@ -350,8 +423,14 @@ class RunConfig(Section):
     """Shortest time between two lines on the terminal or in wandb, in seconds."""
     fsdp_port: int | None = Field(None, ge=1024, le=65535)
     """Port of the rendezvous; a free one when left out."""
+    process_timeout_seconds: int = Field(600, ge=5)
+    """Training over several processes ends when a host does not come, or one of them does not
+    answer, for so long."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
+    tensorboard: str | None = None
+    """Folder for TensorBoard's event files, each run in a folder of its own below it; none is
+    written when left out."""
 
     # After training
     evaluation: EvaluationConfig = EvaluationConfig()

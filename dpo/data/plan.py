@@ -21,11 +21,15 @@ _CACHED: tuple[Stage, ...] = ("ingest", "sft", "reference", "preference", "evalu
 _NEVER_CACHED: tuple[Stage, ...] = ("gate", "publish")
 
 
-def plan_run(parameters: Mapping[str, Any]) -> dict[str, str]:
+def plan_run(parameters: Mapping[str, Any], *, key_only: bool | None = None) -> dict[str, str]:
     """Settings and fingerprints by output name (``sft_settings``, ``sft_fingerprint``, ...).
 
     Everything that can be known to be wrong before training is found here: a setting, a source or a
     base model that is missing, a store that does not answer.
+
+    Args:
+        parameters: Pipeline parameters by name.
+        key_only: Leave out settings that change no result (``stage_json``).
     """
     configs = stage_configs(parameters)
     publish = configs["publish"].publish
@@ -37,9 +41,11 @@ def plan_run(parameters: Mapping[str, Any]) -> dict[str, str]:
     if configs["ingest"].prompt_format == "chat":
         # the chat template comes with the base model's tokenizer
         sources["ingest"]["model"] = model
-    plan = {f"{stage}_settings": stage_json(configs[stage], stage) for stage in _NEVER_CACHED}
+    plan = {
+        f"{stage}_settings": stage_json(configs[stage], stage, key_only=key_only)
+        for stage in _NEVER_CACHED
+    }
     for stage in _CACHED:
         known = {"code": code_fingerprint(stage), **sources.get(stage, {})}
-        plan[f"{stage}_settings"] = stage_json(configs[stage], stage)
         plan[f"{stage}_fingerprint"] = json.dumps(known, sort_keys=True)
     return plan

@@ -18,10 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpo.data.packing import Segment
+from dpo.modeling.segments import LONGEST, SegmentAttention, parts_of
 
 NAME = "dpo_prefix_shared"
-ARCHITECTURES = ("gpt_neox", "llama", "gpt2", "mistral")
-"""``model_type`` of the models that this is tested with; others take the plain path."""
+ARCHITECTURES = (
+    *("gpt_neox", "llama", "gpt2", "mistral"),
+    *("qwen2", "qwen3", "gemma", "olmo2", "phi", "phi3", "opt"),
+)
+"""``model_type`` of the models that this is tested with; others take the plain path (``plain``).
+GPT-J is one of them: it does not look into transformers' registry of attentions."""
 
 
 def prefix_shared_attention(
@@ -37,6 +42,8 @@ def prefix_shared_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each segment; output [B, T, H, D] as transformers wants it."""
+    if takes_own_products(query_BHTD.device, segments):
+        return _by_own_products(query_BHTD, key_BGTD, value_BGTD, scaling, segments), None
     groups = query_BHTD.shape[1] // key_BGTD.shape[1]
     if groups > 1:
         key_BGTD = key_BGTD.repeat_interleave(groups, dim=1)
@@ -71,6 +78,28 @@ def prefix_shared_attention(
                 )
             )
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def takes_own_products(device: torch.device, segments: Sequence[Segment]) -> bool:
+    """Whether a row is attended to by ``segments.SegmentAttention``."""
+    longest = max(segment.response_ends[-1] - segment.start for segment in segments)
+    return device.type == "cpu" and longest <= LONGEST
+
+
+def _by_own_products(
+    query_BHTD: Tensor,
+    key_BGTD: Tensor,
+    value_BGTD: Tensor,
+    scaling: float | None,
+    segments: Sequence[Segment],
+) -> Tensor:
+    scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
+    tokens_first = (x_BHTD[0].transpose(0, 1) for x_BHTD in (query_BHTD, key_BGTD, value_BGTD))
+    with torch.autocast(query_BHTD.device.type, enabled=False):
+        out_THD: Tensor = SegmentAttention.apply(
+            *tokens_first, None, None, scale, parts_of(segments)
+        )
+    return out_THD[None]
 
 
 def _bottom_right(n_queries: int, n_keys: int, device: torch.device) -> Tensor:

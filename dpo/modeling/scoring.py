@@ -1,14 +1,13 @@
 """Log-probabilities of responses under a model: the one forward pass of training and evaluation.
 
 Two paths give the same values: rows packed with shared prompts (``attention.ARCHITECTURES``), and
-separate padded sequences for every other causal model.
+separate sequences for every other causal model (``plain``).
 
-Axes: T tokens of a row, N response tokens, E examples, R responses, S sequences, L their length.
+Axes: T tokens of a row, N response tokens, E examples, R responses.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,11 +20,11 @@ from dpo.data.packing import PackedBatch, pack
 from dpo.data.tokenize import TokenizedExample
 from dpo.modeling.attention import packed_attention, supports_packing
 from dpo.modeling.head import token_log_probs_from_hidden
+from dpo.modeling.plain import plain_log_probs, warn_once
 from dpo.modeling.precision import autocast
 from dpo.storage.progress import Bar
 
 NDArray = npt.NDArray[np.float32]
-_warned: set[str] = set()
 
 
 def token_log_probs(
@@ -42,13 +41,16 @@ def token_log_probs(
         batch: The row.
         dtype: Type of the products of the output layer.
         packed: Which path; None takes the packed one where the architecture is known.
+
+    Raises:
+        ModelError: the model is not causal.
     """
     if packed is None:
         longest = int(batch.position_ids_T.max()) + 1
         packed = supports_packing(model.config, longest)
         if not packed:
-            _warn_once(model.config.model_type)
-    return _packed(model, batch, dtype) if packed else _padded(model, batch)
+            warn_once(model.config.model_type)
+    return _packed(model, batch, dtype) if packed else plain_log_probs(model, batch)
 
 
 def response_sums(batch: PackedBatch, log_probs_N: Tensor) -> Tensor:
@@ -81,48 +83,6 @@ def _packed(model: Any, batch: PackedBatch, dtype: torch.dtype) -> Tensor:
     )
 
 
-def _padded(model: Any, batch: PackedBatch) -> Tensor:
-    """Each response in a padded sequence of its own, through the model's whole forward pass."""
-    device = model.device
-    rows, targets = _sequences(batch)
-    longest = max(len(ids) for ids in rows)
-    input_ids_SL = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
-    mask_SL = torch.zeros_like(input_ids_SL)
-    for number, ids in enumerate(rows):
-        input_ids_SL[number, : len(ids)] = torch.as_tensor(ids)
-        mask_SL[number, : len(ids)] = 1
-    logits_SLV = model(input_ids=input_ids_SL, attention_mask=mask_SL, use_cache=False).logits
-    wide = logits_SLV.dtype if logits_SLV.dtype == torch.float64 else torch.float32
-    parts = []
-    for number, (first, last) in enumerate(targets):
-        logits_LV = logits_SLV[number, first - 1 : last - 1].to(wide)
-        target_L = input_ids_SL[number, first:last]
-        parts.append(logits_LV.log_softmax(1).gather(1, target_L[:, None]).squeeze(1))
-    return torch.cat(parts)
-
-
-def _sequences(batch: PackedBatch) -> tuple[list[Any], list[tuple[int, int]]]:
-    """Token ids of prompt + response, and the response's span in it, in the order of ``slot_N``."""
-    rows, spans = [], []
-    for segment in batch.segments:
-        prompt = batch.input_ids_T[segment.start : segment.prompt_end].tolist()
-        for first, last in segment.response_spans:
-            response = batch.input_ids_T[first:last].tolist()
-            rows.append(prompt + response)
-            spans.append((len(prompt), len(prompt) + len(response)))
-    return rows, spans
-
-
-def _warn_once(model_type: str) -> None:
-    if model_type not in _warned:
-        _warned.add(model_type)
-        warnings.warn(
-            f"{model_type} models run without shared prompts: correct, but slower",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-
-
 @torch.no_grad()
 def score(
     model: Any,
@@ -131,12 +91,26 @@ def score(
     dtype: torch.dtype,
     token_budget: int,
     bar: Bar | None = None,
+    forward: Any = None,
 ) -> list[tuple[NDArray, ...]]:
-    """Per-token log-probabilities of every response of every example, in the given order."""
+    """Per-token log-probabilities of every response of every example, in the given order.
+
+    Args:
+        model: A causal language model of transformers.
+        examples: What to score.
+        dtype: Type of matrix products.
+        token_budget: Tokens that go through the model at once.
+        bar: Advanced by every example.
+        forward: The model's forward pass where it is not ``token_log_probs`` itself: one that
+            gathers weights from other processes, which then all have to score the same examples.
+    """
     scored: list[tuple[NDArray, ...]] = [()] * len(examples)
     with autocast(dtype, model.device.type):
         for batch in pack(examples, token_budget):
-            log_probs_N = token_log_probs(model, batch, dtype=dtype).cpu().numpy()
+            found_N = (
+                forward(batch, dtype) if forward else token_log_probs(model, batch, dtype=dtype)
+            )
+            log_probs_N = found_N.cpu().numpy()
             for local, index in enumerate(batch.examples):
                 scored[index] = tuple(
                     log_probs_N[batch.slot_N == local * batch.n_responses + number]

@@ -22,7 +22,7 @@ from dpo.storage.provenance import made_by
 FORMAT_VERSION = 2
 """1 knew no ``made_by`` and no ``lineage``."""
 MANIFEST = "manifest.json"
-LOGS = frozenset({"metrics.jsonl"})
+LOGS = frozenset({"metrics.jsonl", "run.json"})
 """Files with times in them: hashed and verified as every other, but not part of the content, so
 that equal training gives equal content hashes."""
 

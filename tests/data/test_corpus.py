@@ -192,8 +192,8 @@ REJECTED: dict[str, tuple[str, bytes, dict[str, int]]] = {
     "texts for rows": ("a.jsonl", b'"a"\n"b"\n', {"wrong_type": 2}),
     "nulls for rows": ("a.jsonl", b"null\nnull\n", {"wrong_type": 2}),
     "numbers for rows": ("a.jsonl", b"1\n2e400\n", {"wrong_type": 1, "unreadable": 1}),
-    "keys in capitals": ("a.jsonl", LINE.replace(b"prompt", b"Prompt"), {"no_assistant_turn": 1}),
-    "keys with a space": ("a.jsonl", LINE.replace(b"chosen", b"chosen "), {"missing_field": 1}),
+    "keys in capitals": ("a.jsonl", LINE.replace(b"prompt", b"Prompt"), {}),
+    "keys with a space": ("a.jsonl", LINE.replace(b"chosen", b"chosen "), {}),
     "Parquet of another schema": (
         *("a.parquet", table({"text": ["a"], "label": [1]}), {"unknown_format": 1}),
     ),
@@ -218,10 +218,28 @@ REJECTED: dict[str, tuple[str, bytes, dict[str, int]]] = {
     "a message of parts": (
         "a.jsonl",
         line(prompt=[{"role": "user", "content": [{"type": "text", "text": "Why?"}]}]),
+        {},
+    ),
+    "a message with an image": (
+        "a.jsonl",
+        line(prompt=[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]),
         {"wrong_type": 1},
     ),
     "a tool's message": (
-        *("a.jsonl", line(prompt=[{"role": "tool", "content": "x"}]), {"unknown_role": 1}),
+        *("a.jsonl", line(prompt=[{"role": "tool", "content": "x"}]), {"tool_message": 1}),
+    ),
+    "a call of a tool": (
+        "a.jsonl",
+        line(prompt=[{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]),
+        {"tool_message": 1},
+    ),
+    "two answers and a verdict on neither": (
+        "a.jsonl",
+        b'{"prompt": "p", "response_1": "a", "response_2": "b", "winner": "gpt"}\n',
+        {"unknown_verdict": 1},
+    ),
+    "texts that begin unlike, without a prompt": (
+        *("a.jsonl", b'{"chosen": "So.", "rejected": "No."}\n', {"no_common_prompt": 1}),
     ),
     "an answer last in the prompt": (
         "a.jsonl",
@@ -265,7 +283,7 @@ def test_an_interrupt_leaves_nothing(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(check, "_check_row", interrupt)
+    monkeypatch.setattr(check, "_accept", interrupt)
     with pytest.raises(KeyboardInterrupt):
         ingest([good_row(1)])
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []

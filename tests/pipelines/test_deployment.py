@@ -280,3 +280,32 @@ def test_submitting_without_images_fails_before_anything_is_sent(monkeypatch, ca
     monkeypatch.setenv("KF_PIPELINES_ENDPOINT", "http://127.0.0.1:1")
     assert main(["--deployment", "cpu", "--store", "s3://bucket"]) == 2
     assert "names no data image" in capsys.readouterr().err
+
+
+def checkpoint_places(documents):
+    executors = documents[0]["deploymentSpec"]["executors"]
+    return {
+        name.removeprefix("exec-"): variable["value"]
+        for name, executor in executors.items()
+        for variable in executor["container"].get("env", [])
+        if variable["name"] == "DPO_CHECKPOINTS"
+    }
+
+
+@pytest.mark.parametrize(
+    ("store", "uri", "place"),
+    [
+        ("s3://bucket/models", "", "s3://bucket/models/checkpoints"),
+        ("minio://bucket/", "", "minio://bucket/checkpoints"),
+        ("s3://bucket", "s3://other/kept", "s3://other/kept"),
+        # another pod sees no folder of this one, unless a volume is said to be there
+        ("file:///models", "", None),
+        ("file:///models", "/volume/kept", "/volume/kept"),
+    ],
+)
+def test_training_keeps_checkpoints_where_a_new_pod_finds_them(store, uri, place):
+    values = {"images": IMAGES, **({"checkpoint_uri": uri} if uri else {})}
+    documents = package.deployed_package(Deployment.model_validate(values))
+    package.keep_checkpoints(documents, store)
+    expected = {"sft": place, "preference": place} if place else {}
+    assert checkpoint_places(documents) == expected
