@@ -19,6 +19,8 @@ def evaluate(
     confusion: dsl.Output[dsl.ClassificationMetrics],
     settings: str = "{}",
     fingerprint: str = "",
+    overrides: str = "",
+    part: str = "",
 ):
     """Compares the policy with the SFT model on pairs that neither was trained on.
 
@@ -36,16 +38,21 @@ def evaluate(
         confusion: The same at the median reward.
         settings: JSON of the settings that this step reads (see config/README.md).
         fingerprint: JSON with the fingerprint of the code that the run was planned with.
+        overrides: JSON list of settings that a sweep changes, such as ["loss.beta=0.2"].
+        part: all, validation or test: which held-out pairs; empty leaves it to the settings.
     """
     from pathlib import Path
 
     from dpo.evaluate.artifacts import log_classification
     from dpo.evaluate.stage import run_evaluate
     from dpo.publish.pinned import pinned
+    from dpo.storage.lineage import note_sources
     from dpo.storage.step import copy_report, log_metrics, step
 
+    inputs = {"ingest": pairs, "sft": sft, "reference": log_probs, "preference": policy}
+
     with (
-        step("evaluate", settings, fingerprint) as run,
+        step("evaluate", settings, fingerprint, overrides, part=part) as run,
         pinned(run.config.evaluation.published) as published,
     ):
         manifest = run_evaluate(
@@ -58,6 +65,7 @@ def evaluate(
             published=published,
             code=run.code,
         )
+        note_sources(Path(evaluation.path), {name: item.uri for name, item in inputs.items()})
         copy_report(Path(evaluation.path, "report.html"), Path(report.path))
         copy_report(Path(evaluation.path, "report.md"), Path(summary.path))
         log_metrics(metrics, manifest)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from dpo.config.schema import PublishConfig
 from dpo.errors import ConfigError
+from dpo.storage.lineage import read_sources
 from dpo.storage.manifest import read_manifest, sha256_file
 from dpo.storage.runs import artifact_records, run_prefix, write_run_manifest
 from dpo.storage.store import Store, open_store
 
+IMAGES_VARIABLE = "DPO_IMAGES"
+"""Set on the first step when a package is made for a cluster: JSON of the images' names."""
 _EVALUATION_FILES = ("report.html", "report.md", "evaluation.json", "samples.json", "pairs.json")
 
 
@@ -32,6 +39,23 @@ def configured_store(publish: PublishConfig) -> Store:
     store.check(create=publish.create_bucket)
     store.retry_seconds = publish.retry_seconds
     return store
+
+
+def record_plan(parameters: Mapping[str, Any], run_id: str, plan: Mapping[str, str]) -> None:
+    """Begin the run's manifest: what it was asked for, and each step's settings and fingerprints.
+
+    Raises:
+        StoreError: the store refuses or does not answer.
+    """
+    write_run_manifest(
+        open_store(str(parameters["publish_store"])),
+        run_id,
+        state="running",
+        began=datetime.now(UTC).isoformat(timespec="seconds"),
+        parameters=dict(parameters),
+        plan=dict(plan),
+        images=json.loads(os.environ.get(IMAGES_VARIABLE) or "{}"),
+    )
 
 
 def record_verdict(publish: PublishConfig, run_id: str, *, evaluation: Path, verdict: Path) -> None:
@@ -57,4 +81,6 @@ def record_verdict(publish: PublishConfig, run_id: str, *, evaluation: Path, ver
         verdict=json.loads((verdict / "verdict.json").read_text(encoding="utf-8")),
         evaluation=json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8")),
         artifacts=artifact_records(judged, decided),
+        settings={"evaluate": judged.settings, "gate": decided.settings},
+        sources=read_sources(evaluation),
     )

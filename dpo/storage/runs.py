@@ -23,6 +23,7 @@ from dpo.errors import ArtifactError, ConfigError, ObjectMissing, PipelineError,
 from dpo.storage.manifest import Manifest, record
 from dpo.storage.store import Store, open_store
 
+MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 2
 """1 had settings and artifacts apart, of the steps evaluate and gate alone."""
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -64,7 +65,7 @@ def write_run_manifest(store: Store, run_id: str, **values: Any) -> None:
     Raises:
         StoreError: the store refuses, or other writers were faster again and again.
     """
-    key = f"{run_prefix(run_id)}/manifest.json"
+    key = f"{run_prefix(run_id)}/{MANIFEST_NAME}"
     for _ in range(_CONFLICT_TRIES):
         found = store.stat(key)
         try:
@@ -84,6 +85,12 @@ def write_run_manifest(store: Store, run_id: str, **values: Any) -> None:
     )
 
 
+def stored_run_manifest(store: Store, run_id: str) -> dict[str, Any]:
+    """What the run's manifest holds so far; empty where there is none."""
+    key = f"{run_prefix(run_id)}/{MANIFEST_NAME}"
+    return upgrade_run(json.loads(store.read(key)), store.url(key)) if store.stat(key) else {}
+
+
 def read_run_manifest(url: str, run_id: str) -> dict[str, Any]:
     """The manifest of a run, in the newest format.
 
@@ -92,7 +99,7 @@ def read_run_manifest(url: str, run_id: str) -> dict[str, Any]:
         StoreError: the store does not answer.
     """
     store = open_store(url)
-    key = f"{run_prefix(run_id)}/manifest.json"
+    key = f"{run_prefix(run_id)}/{MANIFEST_NAME}"
     try:
         return upgrade_run(json.loads(store.read(key)), store.url(key))
     except ObjectMissing:

@@ -14,7 +14,7 @@ from dpo.storage.manifest import read_manifest
 from tests.support.checkout import Checkout
 
 CACHEABLE = ["ingest", "sft", "reference", "preference", "evaluate"]
-NEVER_CACHED = ["fingerprint", "gate", "publish"]
+NEVER_CACHED = ["fingerprint", "gate", "publish", "finish"]
 
 
 @pytest.fixture(scope="module")
