@@ -62,7 +62,6 @@ def account(config, gpus, mode):
         pytest.param(LLAMA, "bfloat16", [], marks=pytest.mark.long),
         pytest.param(GPT2, "float32", [], marks=pytest.mark.long),
         pytest.param(GPT2, "bfloat16", [], marks=pytest.mark.long),
-        pytest.param(NEOX, "float32", ["lora.enabled=true"], marks=pytest.mark.long),
     ],
 )
 def test_the_account_follows_the_step(settings, values, dtype, words):
