@@ -10,7 +10,6 @@ Axes: T rows, D size, F size of the feed-forward layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,15 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo.data.packing import Segment
+from dpo.data.packing import PackedBatch
 from dpo.modeling.attention import takes_own_products
 from dpo.modeling.segments import SegmentAttention, parts_of
 
 _BLOCK_ELEMENTS = 1 << 16
 """Elements worked on at once: 256 KB in float32, a fraction of a core's second-level cache."""
 
-_NORMS = ("LlamaRMSNorm", "MistralRMSNorm")
-_MLPS = ("LlamaMLP", "MistralMLP")
+NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
 _ATTENTIONS = ("LlamaAttention", "MistralAttention")
 
 
@@ -34,7 +33,7 @@ def fuse(model: Any) -> None:
     """Let the norms and feed-forward layers of ``model`` run through this module; idempotent."""
     for module in model.modules():
         kind = type(module).__name__
-        if kind in _NORMS:
+        if kind in NORMS:
             module.forward = partial(_norm, module)
         elif kind in _MLPS and getattr(module.config, "hidden_act", "") == "silu":
             module.forward = partial(_feed_forward, module)
@@ -60,12 +59,12 @@ def _attention(
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     *args: Any,
-    segments: Sequence[Segment] | None = None,
+    row: PackedBatch | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Packed rows with the rotation inside; anything else as transformers has it."""
-    if segments is None or not takes_own_products(hidden_states.device, segments):
-        more = others if segments is None else {**others, "segments": segments}
+    if row is None or not takes_own_products(hidden_states.device, row.segments):
+        more = others if row is None else {**others, "row": row}
         result: tuple[Tensor, None] = type(module).forward(
             module, hidden_states, position_embeddings, *args, **more
         )
@@ -80,7 +79,7 @@ def _attention(
             cos_BTD[0],
             sin_BTD[0],
             module.scaling,
-            parts_of(segments),
+            parts_of(row.segments),
         )
     return module.o_proj(out_THD.flatten(1)[None]), None
 

@@ -5,13 +5,14 @@
 | dpo | DPOTrainer ``sigmoid`` |
 | hinge, robust | DPOTrainer, same name |
 | ipo, log_probs=mean | DPOTrainer ``ipo`` (TRL averages over tokens) |
-| dpo, sft_weight (RPO) | DPOTrainer ``sigmoid`` + weighted ``sft``, on one pair: TRL averages the second over all tokens of a batch |
-| dpo, label_smoothing and reference_free | CPOTrainer ``sigmoid`` with label_smoothing (DPOTrainer ignores it since 0.29) |
+| dpo, sft_weight (RPO) | DPOTrainer ``sigmoid`` + weighted ``sft``, on one pair |
+| dpo, label_smoothing, reference_free | CPOTrainer ``sigmoid`` with label_smoothing |
 | simpo | CPOTrainer ``simpo`` |
 | orpo | ORPOTrainer's odds ratio with the chosen response's mean negative log-likelihood |
 
 DPOTrainer's are computed from token ids by its own forward pass and padding, so they also compare
-log-probabilities. Ours with summed log-probs for IPO has no peer there.
+log-probabilities. DPOTrainer averages its ``sft`` over all tokens of a batch, and ignores
+label_smoothing for ``sigmoid`` since 0.29. IPO with summed log-probs has no peer there.
 """
 
 import os
