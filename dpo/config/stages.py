@@ -36,7 +36,7 @@ _TRAIN = (
 STAGE_KEYS: Mapping[Stage, frozenset[str]] = {
     "ingest": frozenset(
         {"datasets", "sources", "test_fraction", "max_rejected_share", "prompt_format", "seed"}
-        | {"chat_template"}
+        | {"chat_template", "bad_rows"}
         | _TOKENS
         | {"model"}
     ),

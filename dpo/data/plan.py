@@ -12,6 +12,7 @@ from typing import Any
 
 from dpo.config.parameters import stage_configs
 from dpo.config.stages import Stage, stage_json
+from dpo.data.rules import tokenizer_fingerprint
 from dpo.data.sources import data_fingerprint, source_fingerprints
 from dpo.storage.base_model import model_fingerprint
 from dpo.storage.fingerprint import code_fingerprint
@@ -34,9 +35,8 @@ def plan_run(parameters: Mapping[str, Any]) -> dict[str, str]:
     data = data_fingerprint(source_fingerprints(configs["ingest"]))
     model = model_fingerprint(configs["sft"].model)
     sources: dict[Stage, dict[str, str]] = {"ingest": {"data": data}, "sft": {"model": model}}
-    if configs["ingest"].prompt_format == "chat":
-        # the chat template comes with the base model's tokenizer
-        sources["ingest"]["model"] = model
+    # texts are checked against it, and it may bring the chat template
+    sources["ingest"]["tokenizer"] = tokenizer_fingerprint(configs["ingest"])
     plan = {f"{stage}_settings": stage_json(configs[stage], stage) for stage in _NEVER_CACHED}
     for stage in _CACHED:
         known = {"code": code_fingerprint(stage), **sources.get(stage, {})}
