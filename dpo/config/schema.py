@@ -211,8 +211,8 @@ class RunConfig(Section):
     max_rejected_share: float = Field(0.05, ge=0, le=1)
     """Ingest fails when a larger share of rows is rejected."""
     bad_rows: Literal["fail", "drop"] = "fail"
-    """``fail`` stops above ``max_rejected_share``; ``drop`` leaves out any number of bad rows. All of
-    them are in the quarantine with their reasons either way."""
+    """``fail`` stops above ``max_rejected_share``, ``drop`` leaves out any number of bad rows. They
+    are in the quarantine with their reasons either way."""
     prompt_format: Literal["raw", "chat"] = "raw"
     """Dialogue text as it is, or through the tokenizer's chat template."""
     chat_template: Annotated[str, AfterValidator(_template_text)] | None = None
