@@ -13,6 +13,7 @@ def ingest(
     metrics: dsl.Output[dsl.Metrics],
     settings: str = "{}",
     fingerprint: str = "",
+    data_uri: str = "",
 ):
     """Finds repeats over all shares and writes what one task would have written, byte for byte.
 
@@ -24,14 +25,19 @@ def ingest(
         metrics: Counts of rows.
         settings: JSON of the settings that this step reads (see config/README.md).
         fingerprint: JSON with the fingerprints of code and data that the run was planned with.
+        data_uri: An earlier output of this step to verify and use instead of the shares.
     """
     from pathlib import Path
 
     from dpo.data.stage import run_ingest
+    from dpo.storage.adopt import adopt
     from dpo.storage.step import copy_report, log_metrics, step
 
     with step("ingest", settings, fingerprint) as run:
-        folders = [Path(shard.path) for shard in shards]
-        manifest = run_ingest(run.config, Path(pairs.path), code=run.code, shards=folders)
+        if data_uri:
+            manifest = adopt(data_uri, Path(pairs.path), "ingest", expected=run.artifact)
+        else:
+            folders = [Path(shard.path) for shard in shards]
+            manifest = run_ingest(run.config, Path(pairs.path), code=run.code, shards=folders)
         copy_report(Path(pairs.path, "report.html"), Path(data_report.path))
         log_metrics(metrics, manifest)

@@ -19,6 +19,8 @@ from dpo.errors import ConfigError, DpoError, system_problem
 INTERRUPTED = 130
 REFUSED = 3
 
+_ABOUT_PUBLISHED = ("verify", "pull", "list", "retain", "lineage", "forget")
+
 PATHS = {
     "data": "output folder of ingest",
     "output": "folder to write the result to",
@@ -30,6 +32,7 @@ PATHS = {
     "policy": "checkpoint of the preference stage",
     "evaluation": "output folder of evaluate",
     "verdict": "output folder of gate",
+    "checkpoint": "checkpoint of a training",
 }
 
 
@@ -81,7 +84,8 @@ COMMANDS = {
         "Measure a policy on held-out pairs and write the report.",
         ("data", "sft", "policy", "reference", "output"),
         ("data", "sft", "policy", "reference", "output"),
-        "loss loss.beta n_eval_examples evaluation.n_samples evaluation.max_new_tokens",
+        "loss loss.beta n_eval_examples evaluation.part evaluation.n_samples "
+        "evaluation.max_new_tokens evaluation.published evaluation.judge.url",
         "dpo evaluate data=out/data sft=out/sft policy=out/policy reference=out/reference "
         "output=out/evaluation",
     ),
@@ -89,16 +93,42 @@ COMMANDS = {
         "Decide whether a policy may be published; exit code 3 when it may not.",
         ("evaluation", "output"),
         ("evaluation", "output"),
-        "gate.min_reward_accuracy gate.force",
+        "gate.min_reward_accuracy gate.min_improvement gate.max_kl gate.max_length_growth "
+        "gate.max_repetition gate.max_perplexity_growth gate.force publish.store publish.name",
         "dpo gate evaluation=out/evaluation output=out/verdict",
+    ),
+    "compare": Command(
+        "Compare evaluated runs: dpo compare RUN RUN... [output=FOLDER].",
+        ("output",),
+        (),
+        "",
+        "dpo compare out/beta-0.1/evaluation out/beta-0.3/evaluation output=comparison\n"
+        "  dpo compare s3://models/team/runs/ID s3://models/team/runs/ID",
     ),
     "publish": Command(
         "Publish an approved policy to a store.",
         ("policy", "evaluation", "verdict", "output"),
         ("policy", "evaluation", "verdict", "output"),
-        "publish.store publish.name publish.create_bucket exp_name (the run's id in the store)",
+        "publish.store publish.name publish.create_bucket publish.registry (registry= for short) "
+        "exp_name (the run's id in the store)",
         "dpo publish policy=out/policy evaluation=out/evaluation verdict=out/verdict "
-        "publish.store=s3://models output=out/published",
+        "publish.store=s3://models output=out/published\n"
+        "  dpo publish --rollback s3://models/policy [version=HASH]",
+    ),
+    "export": Command(
+        "Write a checkpoint as policy.pt of the DPO reference code.",
+        ("checkpoint", "output"),
+        ("checkpoint", "output"),
+        "",
+        "dpo export checkpoint=out/policy output=policy.pt",
+    ),
+    "plan": Command(
+        "Say what a run will need: memory, FLOPs, time. Exit code 2 when it does not fit.",
+        ("data",),
+        (),
+        "gpus gpu gpu_memory_gib utilisation pairs peak_tflops prompt_tokens chosen_tokens "
+        "rejected_tokens; model trainer batch_size micro_batch_tokens activation_checkpointing",
+        "dpo plan model=pythia28 trainer=FSDPTrainer gpus=4 gpu_memory_gib=80 datasets=[hh]",
     ),
     "config": Command(
         "Print every setting with its value and where it came from.",
@@ -111,7 +141,7 @@ COMMANDS = {
         "Bring the base model onto this machine.", (), (), "model", "dpo fetch model=smollm2"
     ),
     "verify": Command(
-        "Re-hash a published model: dpo verify URL.",
+        "Re-hash a published model, and check its signature: dpo verify URL.",
         (),
         (),
         "",
@@ -123,6 +153,34 @@ COMMANDS = {
         ("output",),
         "",
         "dpo pull s3://models/policy output=policy",
+    ),
+    "list": Command(
+        "List what is published at or below a URL: dpo list URL.",
+        (),
+        (),
+        "format=json",
+        "dpo list s3://models",
+    ),
+    "retain": Command(
+        "Remove old versions and what interrupted publishers left: dpo retain URL keep=K.",
+        (),
+        (),
+        "keep grace_hours (of versions that were never completed, default 1)",
+        "dpo retain s3://models/policy keep=5",
+    ),
+    "lineage": Command(
+        "Print where a published model comes from, or what was made of a community's data.",
+        (),
+        (),
+        "community format=json",
+        "dpo lineage s3://models/policy\n  dpo lineage s3://models community=NAME",
+    ),
+    "forget": Command(
+        "Remove a community's data and list what still depends on it.",
+        (),
+        (),
+        "community reports=true (also remove reports that show its text) format=json",
+        "dpo forget s3://models community=NAME",
     ),
 }
 
@@ -215,6 +273,14 @@ def _options(name: str) -> argparse.ArgumentParser:
         parser.add_argument(
             "--output", choices=("text", "json"), default="text", help="of --check (default: text)"
         )
+    if name == "publish":
+        parser.add_argument(
+            "--rollback", action="store_true", help="go back to the version before: URL [version=]"
+        )
+    if name == "plan":
+        parser.add_argument(
+            "--output", choices=("text", "json"), default="text", help="form (default: text)"
+        )
     if name == "config":
         parser.add_argument("--json", action="store_true", help="one JSON object")
     return parser
@@ -222,19 +288,25 @@ def _options(name: str) -> argparse.ArgumentParser:
 
 def _run(name: str, options: argparse.Namespace, overrides: list[str]) -> int:
     command = COMMANDS[name]
-    if name == "verify":
-        return _verify(overrides)
+    if name in _ABOUT_PUBLISHED or (name == "publish" and options.rollback):
+        from dpo.publish.command import run
+
+        which = "publish --rollback" if name == "publish" else name
+        return run(which, overrides, command.example)
+    if name == "compare":
+        from dpo.evaluate.compare import run_compare
+
+        return run_compare(overrides)
     if name == "ingest" and options.check:
         return _check(options, overrides)
     paths = {}
     settings = []
-    urls = []
     for text in overrides:
         key, separator, value = text.partition("=")
         if key in command.paths and separator:
             paths[key] = Path(value).expanduser()
-        elif not separator and name == "pull":
-            urls.append(text)
+        elif key == "registry" and name == "publish":
+            settings.append(f"publish.{text}")
         elif key in PATHS and separator:
             raise ConfigError(
                 f"dpo {name} takes no {key}=",
@@ -247,37 +319,28 @@ def _run(name: str, options: argparse.Namespace, overrides: list[str]) -> int:
         raise ConfigError(
             f"dpo {name} needs {missing[0]}= ({PATHS[missing[0]]})", fix=command.example
         )
-    if name == "pull":
-        return _pull(urls, paths["output"])
+    if name == "plan":
+        return _plan(settings, paths, options)
+    composed = _composed(settings, options)
+    runner: Callable[[Any, dict[str, Path], argparse.Namespace], int] = _RUNNERS[name]
+    return runner(composed, paths, options)
+
+
+def _composed(settings: list[str], options: argparse.Namespace) -> Any:
     from dpo.config.compose import compose
 
     composed = compose(settings, user_dir=options.config_dir)
     for warning in composed.warnings:
         print(f"dpo: {warning}", file=sys.stderr)
-    runner: Callable[[Any, dict[str, Path], argparse.Namespace], int] = _RUNNERS[name]
-    return runner(composed, paths, options)
+    return composed
 
 
-def _verify(arguments: list[str]) -> int:
-    from dpo.publish.verify import verify
+def _plan(words: list[str], paths: dict[str, Path], options: argparse.Namespace) -> int:
+    from dpo.plan.command import run, take_keys
 
-    if len(arguments) != 1:
-        raise ConfigError("dpo verify takes one URL", fix=COMMANDS["verify"].example)
-    manifest = verify(arguments[0])
-    print(
-        f"{manifest['name']} {manifest['content_hash']}: {len(manifest['files'])} files are whole"
-    )
-    return 0
-
-
-def _pull(urls: list[str], output: Path) -> int:
-    from dpo.publish.verify import pull
-
-    if len(urls) != 1:
-        raise ConfigError("dpo pull takes one URL", fix=COMMANDS["pull"].example)
-    manifest = pull(urls[0], output)
-    print(f"{manifest['name']} {manifest['content_hash']} is in {output}")
-    return 0
+    own, settings = take_keys(words)
+    config = _composed(settings, options).config
+    return run(config, own, paths.get("data"), as_json=options.output == "json")
 
 
 def _ingest(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
@@ -356,15 +419,19 @@ def _reference(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> 
 def _evaluate(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
     from dpo.config.stages import restrict
     from dpo.evaluate.stage import run_evaluate
+    from dpo.publish.pinned import pinned
 
-    run_evaluate(
-        restrict(composed.config, "evaluate"),
-        paths["output"],
-        pairs=paths["data"],
-        sft=paths["sft"],
-        policy=paths["policy"],
-        reference=paths["reference"],
-    )
+    config = restrict(composed.config, "evaluate")
+    with pinned(config.evaluation.published) as published:
+        run_evaluate(
+            config,
+            paths["output"],
+            pairs=paths["data"],
+            sft=paths["sft"],
+            policy=paths["policy"],
+            reference=paths["reference"],
+            published=published,
+        )
     print(f"report: {paths['output'] / 'report.html'}")
     return 0
 
@@ -377,7 +444,8 @@ def _gate(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
     verdict = run_gate(config, paths["output"], evaluation=paths["evaluation"])
     for rule in verdict.rules:
         print(f"{'passed' if rule.passed else 'failed'}: {rule.explanation}")
-    print("approved" + (" (forced)" if verdict.forced else "") if verdict.approved else "refused")
+    how = " (forced)" if verdict.forced else " (unchanged)" if verdict.unchanged else ""
+    print(f"approved{how}" if verdict.approved else "refused")
     return 0 if verdict.approved else REFUSED
 
 
@@ -398,6 +466,13 @@ def _publish(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> in
         run_id=run_id,
     )
     print((paths["output"] / "published.json").read_text(encoding="utf-8"))
+    return 0
+
+
+def _export(_: Any, paths: dict[str, Path], __: argparse.Namespace) -> int:
+    from dpo.modeling.export import export_policy
+
+    print(f"policy.pt: {export_policy(paths['checkpoint'], paths['output'])}")
     return 0
 
 
@@ -442,6 +517,7 @@ _RUNNERS = {
     "train": _train,
     "reference": _reference,
     "evaluate": _evaluate,
+    "export": _export,
     "gate": _gate,
     "publish": _publish,
     "config": _config,

@@ -28,13 +28,15 @@ from typing import Any
 
 from rich.console import Console
 
+from dpo.config.parameters import stage_configs
+from dpo.config.stages import OUT_OF_BAND_VARIABLE, out_of_band
 from dpo.errors import DpoError, PipelineError
 from dpo.storage import progress
 from dpo.storage.manifest import write_atomically
 from pipelines import containers
 from pipelines.artifacts import Artifacts, drop_broken_cache_entries
 from pipelines.display import Display, RunView
-from pipelines.package import STEPS, save_package
+from pipelines.package import save_package, steps_of
 
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 15.0
@@ -89,7 +91,7 @@ def run_local(job: Job, console: Console, *, timeout_seconds: float | None = Non
         events = folder / "progress.jsonl"
         started = time.time()
         worker = _start_worker(job, folder, events, lock)
-        view = RunView.of(STEPS)
+        view = RunView.of(steps_of(job.documents))
         try:
             _watch(worker, events, Display(view, console), timeout_seconds)
         finally:
@@ -122,9 +124,10 @@ def _start_worker(job: Job, folder: Path, events: Path, lock: int) -> subprocess
     environment = {
         **os.environ,
         progress.FILE_VARIABLE: str(events),
-        # dpo.train.checkpoint reads it; steps go on from here when a run was ended
-        "DPO_CHECKPOINTS": str(job.runs / "checkpoints"),
+        # dpo.train.place reads it; steps go on from here when a run was ended
+        "DPO_CHECKPOINTS": os.environ.get("DPO_CHECKPOINTS") or str(job.runs / "checkpoints"),
         "PYTHONUNBUFFERED": "1",
+        **_out_of_band(job),
         "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "true"),
     }
     with (folder / "log.txt").open("wb") as log:
@@ -140,6 +143,13 @@ def _start_worker(job: Job, folder: Path, events: Path, lock: int) -> subprocess
             pass_fds=(lock,),
             cwd=Path(__file__).resolve().parent.parent,
         )
+
+
+def _out_of_band(job: Job) -> dict[str, str]:
+    """Settings that change no result: by the environment, so that changing one reruns nothing."""
+    if job.runner != "processes":
+        return {}
+    return {OUT_OF_BAND_VARIABLE: out_of_band(stage_configs(job.parameters))}
 
 
 def _watch(

@@ -18,10 +18,12 @@ from rich.console import Console
 
 from dpo.config.overrides import model_overrides
 from dpo.errors import PipelineError
+from dpo.plan.booked import check_booked
 from pipelines import history, package
 from pipelines.deployment import load_deployment
 from pipelines.local import Job, run_local
 from pipelines.outcome import Outcome, read_outputs
+from pipelines.pods import booked
 from pipelines.request import local_store, parameters
 
 Where = Literal["processes", "docker", "cluster"]
@@ -87,7 +89,10 @@ def run_pipeline(
         store=store or (local_store(runs) if where == "processes" else None),
     )
     require_store(values)
+    check_booked(values, booked(documents))
     package.set_uncached(documents, list(rerun))
+    if on_cluster:
+        package.keep_checkpoints(documents, str(values["publish_store"]))
     console = console or Console(stderr=True)
     if not on_cluster:
         job = Job(documents, values, runs, runner=where)
@@ -146,7 +151,7 @@ def run_here(job: Job, console: Console, *, timeout_seconds: float | None = None
     from dpo.data.plan import plan_run
 
     obtain_model(job.parameters)
-    plan = plan_run(job.parameters)
+    plan = plan_run(job.parameters, key_only=job.runner == "processes")
     try:
         run = run_local(job, console, timeout_seconds=timeout_seconds)
     except TimeoutError:

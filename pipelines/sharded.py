@@ -30,22 +30,25 @@ def ingest_shards(number: int) -> Iterator[None]:
         _N_SHARDS.reset(token)
 
 
-def ingest_tasks(*, settings: Any, fingerprint: Any, **others: Any) -> Any:
+def ingest_tasks(*, settings: Any, fingerprint: Any, data_uri: Any) -> Any:
     """The task ``ingest``, after the tasks of its shards where there are some.
 
     Args:
         settings: Of ingest.
         fingerprint: Of ingest.
-        others: Arguments that the one task takes alone.
+        data_uri: An earlier output of ingest to use instead; there is nothing to share then.
     """
     number = _N_SHARDS.get()
     if number < 2:
-        return ingest(settings=settings, fingerprint=fingerprint, **others)
+        return ingest(settings=settings, fingerprint=fingerprint, data_uri=data_uri)
     names = [f"{index}/{number}" for index in range(1, number + 1)]
     with dsl.ParallelFor(items=names, name=f"{SHARD_STEP}s") as name:
-        shard = ingest_shard(shard=name, settings=settings, fingerprint=fingerprint)
+        shard = ingest_shard(
+            shard=name, settings=settings, fingerprint=fingerprint, data_uri=data_uri
+        )
     return merge(
         settings=settings,
         fingerprint=fingerprint,
         shards=dsl.Collected(shard.outputs["checked"]),
+        data_uri=data_uri,
     )

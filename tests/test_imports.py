@@ -11,14 +11,20 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = ["errors", "config", "storage", "data", "modeling", "train", "evaluate"]
 MAY_IMPORT = {name: set(ORDER[: number + 1]) for number, name in enumerate(ORDER)}
 MAY_IMPORT["evaluate"] -= {"train"}
+# torch-free like the data steps: the pipeline's preflight
+MAY_IMPORT["plan"] = {"errors", "config", "storage", "data", "plan"}
+MAY_IMPORT["train"] |= {"plan"}
+# the launching of jobs on a cluster, which needs no torch; training pods read its request
+MAY_IMPORT["nodes"] = {"errors", "config", "storage", "nodes"}
+MAY_IMPORT["train"] |= {"nodes"}
 MAY_IMPORT["publish"] = {"errors", "config", "storage", "publish"}
 # the command line calls every stage, inside its functions
-MAY_IMPORT["cli"] = {*ORDER, "publish", "cli"}
+MAY_IMPORT["cli"] = {*ORDER, "plan", "publish", "cli"}
 MAY_IMPORT["__main__"] = {"cli"}
 # the programmatic interface, imported when it is first used
 MAY_IMPORT["__init__"] = {"errors", "api"}
 MAY_IMPORT["api"] = {*ORDER, "api"}
-PIPELINES_MAY_IMPORT = {"config", "storage", "data", "errors"}
+PIPELINES_MAY_IMPORT = {"config", "storage", "data", "errors", "plan"}
 
 
 def imports(path):
@@ -68,7 +74,9 @@ def test_pipelines_import_no_training_code(path):
         ("import dpo", {"torch", "transformers", "kfp", "pyarrow", "hydra", "pydantic"}),
         ("import dpo.cli", {"torch", "transformers", "kfp", "pyarrow", "hydra", "pydantic"}),
         ("import dpo.data.stage, dpo.data.plan", {"torch", "transformers", "kfp"}),
+        ("import dpo.plan.preflight, dpo.plan.command", {"torch", "transformers", "kfp"}),
         ("import dpo.evaluate.gate, dpo.publish.stage", {"torch", "transformers", "kfp"}),
+        ("import dpo.nodes.run", {"torch", "transformers", "kfp"}),
         ("import pipelines.local, pipelines.request, pipelines.history", {"torch", "transformers"}),
     ],
 )

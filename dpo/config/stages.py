@@ -7,9 +7,11 @@ depend on a setting that is not part of its cache key.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
+import yaml
 from pydantic import ValidationError
 
 from dpo.config.describe import validation_error
@@ -30,8 +32,22 @@ _TRAIN = (
     | {"activation_checkpointing", "eval_every", "do_first_eval", "sample_during_eval"}
     | {"n_eval_model_samples", "debug", "exp_name", "resume"}
     | {"checkpoint_every", "checkpoint_seconds", "keep_checkpoints"}
-    | {"minimum_log_interval_secs", "fsdp_port", "wandb"}
+    | {"checkpoint_uri", "process_timeout_seconds"}
+    | {"minimum_log_interval_secs", "fsdp_port", "wandb", "tensorboard", "lora"}
 )
+
+OUT_OF_BAND = frozenset(
+    {"checkpoint_every", "checkpoint_seconds", "keep_checkpoints", "checkpoint_uri", "resume"}
+    | {"minimum_log_interval_secs", "wandb", "tensorboard", "debug", "exp_name"}
+    | {"fsdp_port", "process_timeout_seconds"}
+)
+"""Settings of training that change nothing in its result: logs, checkpoints, ports, time-outs.
+
+Where ``OUT_OF_BAND_VARIABLE`` is set they travel to the steps in it, and not in the arguments that
+are a step's cache key: changing one of them then reruns nothing. A run that is started from a form
+has only arguments, and reruns."""
+OUT_OF_BAND_VARIABLE = "DPO_OUT_OF_BAND"
+"""Environment variable: JSON object of such settings by stage."""
 
 STAGE_KEYS: Mapping[Stage, frozenset[str]] = {
     "ingest": frozenset(
@@ -70,9 +86,47 @@ def stage_settings(config: RunConfig, stage: Stage) -> dict[str, Any]:
     return config.model_dump(mode="json", include=set(STAGE_KEYS[stage]))
 
 
-def stage_json(config: RunConfig, stage: Stage) -> str:
-    """``stage_settings`` as canonical JSON: sorted keys, no spaces."""
-    return json.dumps(stage_settings(config, stage), sort_keys=True, separators=(",", ":"))
+def stage_json(config: RunConfig, stage: Stage, *, key_only: bool | None = None) -> str:
+    """``stage_settings`` as canonical JSON: sorted keys, no spaces.
+
+    Args:
+        config: Settings.
+        stage: Whose.
+        key_only: Leave out what changes no result; None does so where it travels by environment.
+    """
+    settings = stage_settings(config, stage)
+    if key_only is None:
+        key_only = OUT_OF_BAND_VARIABLE in os.environ
+    if key_only:
+        settings = {key: value for key, value in settings.items() if key not in OUT_OF_BAND}
+    return json.dumps(settings, sort_keys=True, separators=(",", ":"))
+
+
+def out_of_band(configs: Mapping[Stage, RunConfig]) -> str:
+    """What to set ``OUT_OF_BAND_VARIABLE`` to, for runs with these settings."""
+    found = {
+        stage: {
+            key: value for key, value in stage_settings(config, stage).items() if key in OUT_OF_BAND
+        }
+        for stage, config in configs.items()
+    }
+    kept = {stage: values for stage, values in found.items() if values}
+    return json.dumps(kept, sort_keys=True, separators=(",", ":"))
+
+
+def _from_environment(stage: Stage) -> dict[str, Any]:
+    text = os.environ.get(OUT_OF_BAND_VARIABLE)
+    if not text:
+        return {}
+    try:
+        values = json.loads(text).get(stage, {})
+        return {key: values[key] for key in OUT_OF_BAND & STAGE_KEYS[stage] & set(values)}
+    except (ValueError, AttributeError, TypeError):
+        raise ConfigError(
+            f"{OUT_OF_BAND_VARIABLE} is not a JSON object of settings by stage",
+            where="environment",
+            fix="unset it, or start the run again",
+        ) from None
 
 
 def load_stage(stage: Stage, text: str) -> RunConfig:
@@ -102,6 +156,29 @@ def load_stage(stage: Stage, text: str) -> RunConfig:
             fix=f"remove it; {stage} reads {', '.join(sorted(STAGE_KEYS[stage]))}",
         )
     try:
-        return restrict(RunConfig.model_validate(values), stage)
+        return restrict(RunConfig.model_validate({**_from_environment(stage), **values}), stage)
     except ValidationError as error:
         raise validation_error(error, RunConfig, where=f"settings of {stage}") from None
+
+
+def overridden(stage: Stage, text: str, changes: Iterable[str]) -> str:
+    """The settings of a step with ``KEY=VALUE`` over them, as a sweep varies them.
+
+    ``loss=NAME`` takes the defaults of that loss. Keys that the step does not read are left out:
+    one candidate of a sweep is given to several steps.
+    """
+    changes = list(changes)
+    if not changes:
+        return text
+    values = json.loads(text or "{}")
+    # the loss itself first, because it replaces what is set of it
+    for change in sorted(changes, key=lambda change: not change.startswith("loss=")):
+        key, _, value = change.partition("=")
+        *parents, last = key.split(".")
+        if (parents or [last])[0] not in STAGE_KEYS[stage]:
+            continue
+        place = values
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = {"name": value} if key == "loss" else yaml.safe_load(value)
+    return json.dumps(values, sort_keys=True, separators=(",", ":"))

@@ -1,6 +1,11 @@
 """Log-probabilities of tokens from hidden states, without logits of a whole row in memory.
 
-Axes: N response tokens, D hidden size, V vocabulary.
+The vocabulary is worked on in tiles: the first pass keeps a running maximum and sum of exponentials
+of each token, the backward pass makes each tile's probabilities again, and with them that tile's
+share of both gradients. So a row of output weights gets its gradient from one product over all
+tokens, in place, and memory holds one tile of logits, however many tokens there are.
+
+Axes: N response tokens, D hidden size, V vocabulary, v tokens of one tile of it.
 """
 
 from __future__ import annotations
@@ -8,59 +13,89 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-_CHUNK_TOKENS = 128
+from dpo.modeling.vocab_parallel import vocab_parallel_log_probs
+
+_TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Logits in memory at once: on a CPU as many as its caches hold."""
+_SMALLEST_TILE = 512
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """log softmax(hidden W^T + b)[target], chunk by chunk, in float32; recomputed for backward."""
+    """log softmax(hidden W^T + b)[target], in float32 at least."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N)
-        out_N = torch.empty(len(target_N), dtype=torch.float32, device=hidden_ND.device)
-        for chunk in _chunks(len(target_N)):
-            logits_nV = _logits(hidden_ND[chunk], weight_VD, bias_V)
-            chosen_n = logits_nV.gather(1, target_N[chunk, None]).squeeze(1)
-            out_N[chunk] = chosen_n - logits_nV.logsumexp(1)
-        return out_N
+        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+        n_tokens, device = len(target_N), hidden_ND.device
+        chosen_N = torch.zeros(n_tokens, dtype=wide, device=device)
+        most_N = torch.full((n_tokens,), float("-inf"), dtype=wide, device=device)
+        sums_N = torch.zeros(n_tokens, dtype=wide, device=device)
+        for first, last in _tiles(n_tokens, weight_VD):
+            logits_Nv = _logits(hidden_ND, weight_VD, bias_V, first, last, wide)
+            inside_N = (target_N >= first) & (target_N < last)
+            local_N1 = (target_N - first).clamp_(0, last - first - 1)[:, None]
+            chosen_N += torch.where(inside_N, logits_Nv.gather(1, local_N1)[:, 0], 0.0)
+            larger_N = torch.maximum(most_N, logits_Nv.amax(1))
+            sums_N *= (most_N - larger_N).exp_()
+            sums_N += logits_Nv.sub_(larger_N[:, None]).exp_().sum(1)
+            most_N = larger_N
+        log_sum_N = most_N + sums_N.log()
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, log_sum_N)
+        return chosen_N - log_sum_N
 
     @staticmethod
     def backward(
         ctx: Any, grad_N: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        hidden_ND, weight_VD, bias_V, target_N = ctx.saved_tensors
-        grad_hidden_ND = torch.empty_like(hidden_ND)
-        # sums over all tokens: in float32 whatever the products' type
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
-        for chunk in _chunks(len(target_N)):
+        hidden_ND, weight_VD, bias_V, target_N, log_sum_N = ctx.saved_tensors
+        wide = log_sum_N.dtype
+        # sums over the vocabulary: in float32 whatever the products' type
+        grad_hidden_ND = torch.zeros_like(hidden_ND, dtype=wide)
+        grad_weight_VD = torch.empty_like(weight_VD)
+        grad_bias_V = None if bias_V is None else torch.empty_like(bias_V, dtype=wide)
+        for first, last in _tiles(len(target_N), weight_VD):
+            logits_Nv = _logits(hidden_ND, weight_VD, bias_V, first, last, wide)
             # d logp / d logit = onehot - softmax
-            grad_nV = _logits(hidden_ND[chunk], weight_VD, bias_V).softmax(1).neg_()
-            grad_nV.scatter_add_(1, target_N[chunk, None], torch.ones_like(grad_nV[:, :1]))
-            grad_nV.mul_(grad_N[chunk, None])
+            grad_Nv = logits_Nv.sub_(log_sum_N[:, None]).exp_().mul_(-grad_N[:, None])
+            inside_N = (target_N >= first) & (target_N < last)
+            rows_n = inside_N.nonzero()[:, 0]
+            grad_Nv[rows_n, target_N[rows_n] - first] += grad_N[rows_n]
             if grad_bias_V is not None:
-                grad_bias_V += grad_nV.sum(0)
-            grad_nV = grad_nV.to(weight_VD.dtype)
-            grad_hidden_ND[chunk] = grad_nV @ weight_VD
-            if weight_VD.dtype == torch.float32:
-                grad_weight_VD.addmm_(grad_nV.t(), hidden_ND[chunk])
+                grad_bias_V[first:last] = grad_Nv.sum(0)
+            grad_Nv = grad_Nv.to(weight_VD.dtype)
+            grad_weight_VD[first:last] = grad_Nv.t() @ hidden_ND
+            if weight_VD.dtype == wide:
+                grad_hidden_ND.addmm_(grad_Nv, weight_VD[first:last])
             else:
-                grad_weight_VD += grad_nV.t() @ hidden_ND[chunk]
-        bias = None if grad_bias_V is None else grad_bias_V.to(bias_V.dtype)
-        return grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype), bias, None
+                grad_hidden_ND += grad_Nv @ weight_VD[first:last]
+        bias = None if bias_V is None or grad_bias_V is None else grad_bias_V.to(bias_V.dtype)
+        return grad_hidden_ND.to(hidden_ND.dtype), grad_weight_VD, bias, None
 
 
-def _chunks(n: int) -> list[slice]:
-    return [slice(start, start + _CHUNK_TOKENS) for start in range(0, n, _CHUNK_TOKENS)]
+def _tiles(n_tokens: int, weight_VD: Tensor) -> list[tuple[int, int]]:
+    """(first, one past the last) token of the vocabulary, of each tile."""
+    elements = _TILE_ELEMENTS.get(weight_VD.device.type, 1 << 20)
+    size = max(_SMALLEST_TILE, elements // max(1, n_tokens))
+    n_vocabulary = len(weight_VD)
+    return [(first, min(first + size, n_vocabulary)) for first in range(0, n_vocabulary, size)]
 
 
-def _logits(hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-    logits_nV = (hidden_nD @ weight_VD.t()).float()
-    return logits_nV if bias_V is None else logits_nV + bias_V.float()
+def _logits(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    first: int,
+    last: int,
+    wide: torch.dtype,
+) -> Tensor:
+    logits_Nv = (hidden_ND @ weight_VD[first:last].t()).to(wide)
+    return logits_Nv if bias_V is None else logits_Nv.add_(bias_V[first:last])
 
 
 def token_log_probs_from_hidden(
@@ -69,22 +104,48 @@ def token_log_probs_from_hidden(
     bias_V: Tensor | None,
     target_N: Tensor,
     dtype: torch.dtype,
+    *,
+    by_torch: bool = False,
 ) -> Tensor:
-    """Log-probability of each target; float32, shape [N], with gradients.
+    """Log-probability of each target; shape [N], with gradients.
 
     Args:
         hidden_ND: Hidden states that predict the targets.
         weight_VD: Output embeddings.
         bias_V: Their bias, if the model has one.
         target_N: Token ids.
-        dtype: Type of the products; sums and softmax are float32 (float64 for float64 input).
+        dtype: Type of the products; sums, softmax and the result are float32 (float64 for float64
+            weights).
+        by_torch: Let ``F.linear_cross_entropy`` do it, where this torch has it.
     """
+    if isinstance(weight_VD, DTensor):
+        # tensor parallel; no architecture that is split so has a bias here
+        return vocab_parallel_log_probs(hidden_ND, weight_VD, target_N, dtype)
     if weight_VD.dtype == torch.float64:
-        logits_NV = hidden_ND @ weight_VD.t()
-        logits_NV = logits_NV if bias_V is None else logits_NV + bias_V
-        return logits_NV.log_softmax(1).gather(1, target_N[:, None]).squeeze(1)
+        dtype = torch.float64
     with torch.autocast(hidden_ND.device.type, enabled=False):
+        if by_torch:
+            return _by_torch(hidden_ND.to(dtype), weight_VD.to(dtype), bias_V, target_N)
         result: Tensor = _TokenLogProbs.apply(
             hidden_ND.to(dtype), weight_VD.to(dtype), bias_V, target_N
         )
     return result
+
+
+def has_linear_cross_entropy() -> bool:
+    """Whether this torch has the chunked product with its loss (2.13 has)."""
+    return hasattr(F, "linear_cross_entropy") and hasattr(nn, "LinearCrossEntropyOptions")
+
+
+def _by_torch(
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N: Tensor
+) -> Tensor:
+    losses_N: Tensor = F.linear_cross_entropy(
+        hidden_ND,
+        weight_VD,
+        target_N,
+        linear_bias=None if bias_V is None else bias_V.to(weight_VD.dtype),
+        reduction="none",
+        options=nn.LinearCrossEntropyOptions(acc_policy="accurate"),
+    )
+    return -losses_N.to(torch.promote_types(losses_N.dtype, torch.float32))

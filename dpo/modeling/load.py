@@ -12,31 +12,68 @@ import torch
 from dpo.config.schema import ModelConfig
 from dpo.data.tokenize import load_tokenizer
 from dpo.errors import ModelError
+from dpo.modeling.folder import check_folder
+from dpo.modeling.kernels import apply_kernels
+from dpo.modeling.lora import CONFIG as ADAPTER_CONFIG
+from dpo.modeling.lora import base_of, is_adapter, merge_saved
 from dpo.modeling.precision import DTYPES
 from dpo.modeling.quiet import quiet
 from dpo.storage.base_model import local_model, local_tokenizer
 
 _SHARD_SIZE = "2GB"
+_TEXT = "\n\nHuman: How do I write a test?\n\nAssistant: Begin with what may go wrong, 123."
 _OS_ERROR = re.compile(r"os error (\d+)")
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype, *, device: str = "cpu", trust_remote_code: bool = False
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    kernels: str = "auto",
+    compiled: bool = False,
+    output_layer: str = "tiled",
 ) -> Any:
     """A model in evaluation mode (no dropout, as the paper trains), with gradients.
 
+    The folder of an adapter gives its base model with the adapter added.
+
+    Args:
+        folder: Its configuration and weights.
+        dtype: Type of the weights.
+        device: Where to put it.
+        trust_remote_code: Run code that comes with it.
+        kernels: As ``model.kernels``.
+        compiled: As ``model.compile``.
+        output_layer: As ``model.output_layer``.
+
     Raises:
         ModelError: the folder holds no causal model that transformers can load.
+        MissingDependency: ``kernels`` needs a package that is not here.
     """
     quiet()
+    if is_adapter(folder):
+        base = load_model(
+            _base_folder(folder),
+            dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            kernels=kernels,
+        )
+        return merge_saved(base, folder).eval()
+    check_folder(folder)
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             str(folder),
             dtype=dtype,
             attn_implementation=_attention(folder),
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            # reported by the check below, which names the weight
+            ignore_mismatched_sizes=True,
         )
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
@@ -45,7 +82,39 @@ def load_model(
             where=str(folder),
             fix="give model.name_or_path a causal language model of transformers",
         ) from None
-    return model.eval().to(device)
+    _refuse_unfilled(model, found, folder)
+    model = model.eval().to(device)
+    apply_kernels(model, kernels, compiled=compiled, output_layer=output_layer)
+    return model
+
+
+def _refuse_unfilled(model: Any, found: dict[str, Any], folder: Path) -> None:
+    """transformers fills weights that a file lacks with random numbers, and goes on."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    missing = sorted(set(found.get("missing_keys", ())) - tied)
+    missing += sorted(str(item[0]) for item in found.get("mismatched_keys", ()))
+    if missing:
+        raise ModelError(
+            f"the files of weights lack {missing[0]} in the shape that config.json describes"
+            + (f", and {len(missing) - 1} more" if len(missing) > 1 else ""),
+            where=str(folder),
+            fix="config.json and weights belong to different models: fetch the model again",
+        )
+
+
+def _base_folder(adapter: Path) -> Path:
+    """The folder of an adapter's base: a checkpoint, or a model as ``name_or_path`` names it."""
+    base = base_of(adapter)
+    if is_adapter(Path(base)):
+        return Path(base)
+    try:
+        return local_model(ModelConfig(name_or_path=base))
+    except ModelError as error:
+        raise ModelError(
+            f"the adapter's base model {base} cannot be had: {error.found}",
+            where=str(adapter / ADAPTER_CONFIG),
+            fix="correct base_model_name_or_path in it; lora.save=merged needs no base",
+        ) from None
 
 
 def _attention(folder: Path) -> str:
@@ -65,19 +134,26 @@ def load_for_training(
         ModelError: they cannot be loaded or do not fit each other.
     """
     dtype = DTYPES[model.policy_dtype]
+    options: dict[str, Any] = {
+        "device": device,
+        "trust_remote_code": model.trust_remote_code,
+        "kernels": model.kernels,
+        "compiled": model.compile,
+        "output_layer": model.output_layer,
+    }
     archive = None if base is not None or model.archive is None else Path(model.archive)
     if archive is not None and archive.is_file():
-        policy = load_model(
-            local_model(model), dtype, device=device, trust_remote_code=model.trust_remote_code
-        )
+        policy = load_model(local_model(model), dtype, **options)
         load_policy_file(policy, archive)
         tokenizer = load_tokenizer(local_tokenizer(model))
     else:
         folder = base or (checkpoint_folder(archive) if archive else local_model(model))
-        policy = load_model(folder, dtype, device=device, trust_remote_code=model.trust_remote_code)
+        policy = load_model(folder, dtype, **options)
         own = base is not None or archive is not None
         tokenizer = load_tokenizer(folder if own else local_tokenizer(model))
     check_tokenizer(policy, tokenizer)
+    if model.tokenizer_name_or_path and base is None:
+        _check_same_ids(local_model(model), tokenizer)
     return policy, tokenizer
 
 
@@ -90,7 +166,7 @@ def checkpoint_folder(archive: Path) -> Path:
     candidates = [archive, archive.parent] if archive.name == "policy.pt" else [archive]
     for candidate in candidates:
         for folder in (candidate, candidate / "LATEST"):
-            if (folder / "config.json").is_file():
+            if (folder / "config.json").is_file() or is_adapter(folder):
                 return folder
     raise ModelError(
         "there is no checkpoint",
@@ -149,6 +225,29 @@ def check_tokenizer(model: Any, tokenizer: Any) -> None:
             f"the tokenizer has {len(tokenizer):,} tokens, the model embeddings for {rows:,}",
             where="model.tokenizer_name_or_path",
             fix="use the tokenizer that belongs to the weights",
+        )
+
+
+def _check_same_ids(folder: Path, tokenizer: Any) -> None:
+    """Refuse a tokenizer that gives a text other ids than the weights were trained with.
+
+    Raises:
+        ModelError: it is another one than that beside the weights, where there is one.
+    """
+    try:
+        own = load_tokenizer(folder)
+    except ModelError:
+        return
+    ids, expected = (t(_TEXT, add_special_tokens=False)["input_ids"] for t in (tokenizer, own))
+    known = own.get_vocab()
+    # tokens may be added, but none may have a new number
+    moved = sum(known.get(token, n) != n for token, n in tokenizer.get_vocab().items())
+    if ids != expected or moved:
+        raise ModelError(
+            "the tokenizer is not that of the weights: the same text has other ids"
+            + (f" ({moved:,} tokens are numbered otherwise)" if moved else ""),
+            where="model.tokenizer_name_or_path",
+            fix="leave it out: the model has a tokenizer of its own",
         )
 
 

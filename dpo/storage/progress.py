@@ -26,6 +26,7 @@ from rich.progress import (
 )
 
 from dpo.errors import DpoError, system_problem
+from dpo.storage.notebook import NotebookBar, in_notebook
 from dpo.storage.processes import END_WITH, end_with
 
 FILE_VARIABLE = "DPO_PROGRESS_FILE"
@@ -82,11 +83,17 @@ class Bar:
     def __init__(self, step: str, unit: str, total: int | None) -> None:
         self.step, self.unit, self.total = step, unit, total
         self.done = 0
+        self.shortest_seconds = 0.0
+        """Least time between two lines; where they go may ask for more."""
         self._shown = 0.0
         self._events = bool(os.environ.get(FILE_VARIABLE))
         self._rich: Progress | None = None
         self._task: TaskID | None = None
-        if not self._events and sys.stderr.isatty():
+        self._notebook: NotebookBar | None = None
+        self._began = time.monotonic()
+        if not self._events and in_notebook():
+            self._notebook = NotebookBar(step, unit, total)
+        elif not self._events and sys.stderr.isatty():
             from rich.console import Console
 
             self._rich = Progress(
@@ -116,7 +123,9 @@ class Bar:
         self._show(force=False, values=values)
 
     def _show(self, *, force: bool, values: dict[str, float]) -> None:
-        interval = _EVENT_INTERVAL_SECONDS if self._events or self._rich else _LOG_INTERVAL_SECONDS
+        drawn = self._events or self._rich or self._notebook
+        usual = _EVENT_INTERVAL_SECONDS if drawn else _LOG_INTERVAL_SECONDS
+        interval = max(usual, self.shortest_seconds)
         now = time.monotonic()
         if not force and now - self._shown < interval and self.done != self.total:
             return
@@ -131,13 +140,24 @@ class Bar:
                 total=self.total,
                 note=note,
             )
+        elif self._notebook is not None:
+            self._notebook.show(self.done, f"{note}  {self._left()}".strip())
         elif self._rich is not None and self._task is not None:
             self._rich.update(self._task, completed=self.done)
             if note:
                 self._rich.update(self._task, note=note)
         elif not force or self.done:
             of = f"/{self.total}" if self.total else ""
-            print(f"{self.step}: {self.done}{of} {self.unit}  {note}".rstrip(), file=sys.stderr)
+            text = f"{self.step}: {self.done}{of} {self.unit}  {note}  {self._left()}"
+            print(text.rstrip(), file=sys.stderr)
+
+    def _left(self) -> str:
+        """Time to the end at the pace so far."""
+        if not self.total or not 0 < self.done < self.total:
+            return ""
+        seconds = (time.monotonic() - self._began) / self.done * (self.total - self.done)
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} left"
 
 
 def track(step: str, unit: str, total: int | None) -> Bar:

@@ -1,22 +1,24 @@
 """Checkpoints of a training run that goes on, and going on from them.
 
-    <folder>/identity.json   settings, inputs and code of the run that they belong to
-    <folder>/step-N/         weights, optimiser, position; complete when its manifest is there
-    <folder>/LATEST          name of the newest complete one
+    <place>/identity.json   settings, inputs and code of the run that they belong to
+    <place>/step-N/         weights, optimiser, position; complete when its manifest is there
+    <place>/LATEST          name of the newest complete one
 
-They are written while training goes on, from a copy of the tensors, one at a time. A run that was
-ended at any moment continues from the newest complete one with the same weights, bit for bit.
+The place is a folder, or an object store with a folder in front of it. They are written while
+training goes on, from a copy of the tensors, one at a time. A run that was ended at any moment
+continues from the newest complete one with the same weights, bit for bit.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
+import threading
 import time
 import warnings
 from collections.abc import Mapping
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,17 +29,28 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from dpo.data.loader import LoaderState
-from dpo.errors import ArtifactError, ConfigError
-from dpo.storage.manifest import read_manifest, staged, write_atomically, write_manifest
+from dpo.errors import ArtifactError, ConfigError, DpoError, StoreError
+from dpo.storage.manifest import read_manifest, write_atomically, write_manifest
+from dpo.storage.mirror import Mirror
 from dpo.storage.progress import message
 from dpo.train.log import FILE as METRICS
+from dpo.train.place import Place
+from dpo.train.scaling import LossScale
+from dpo.train.together import agree, gather, is_first, is_first_of_host, saving_group
 
-ROOT_VARIABLE = "DPO_CHECKPOINTS"
-"""Environment variable with the folder under which the steps of a pipeline keep checkpoints."""
 LATEST = "LATEST"
+FORMAT = 2
+"""Of what lies in a checkpoint; 1 did not say so."""
+_FORMAT_KEY = "format of checkpoints"
+_IDENTITY = "identity.json"
 _POSITION = "position.json"
 _TENSORS = "tensors"
 _SHOWN_DIFFERENCES = 5
+_FULL_BYTES = 1 << 20
+"""A disk with less than this left counts as full."""
+_AUTO_SHARE = 0.01
+"""Share of the time that ``checkpoint_seconds=auto`` lets checkpoints take."""
+_AUTO_FIRST_SECONDS, _AUTO_SECONDS = 60.0, (30.0, 3600.0)
 
 Resume = Literal["auto", "force", "never"]
 
@@ -52,42 +65,66 @@ class Position:
     first: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
     evaluation: dict[str, float] = field(default_factory=dict)
+    processes: int = 1
+    """How many wrote it."""
+    seconds: float = 0.0
+    """Time since the run began, without what was between an end and going on."""
+    useful_seconds: float = 0.0
+    """Of it, in optimiser steps."""
+    loss_scale: LossScale = field(default_factory=LossScale)
+    """Used where products are float16."""
 
 
-@dataclass
 class Checkpoints:
-    """The checkpoints of one run in ``folder``."""
+    """The checkpoints of one run.
 
-    folder: Path
-    identity: Mapping[str, Any]
-    """What decides the result: settings, content hashes of the inputs, code."""
-    keep: int
-    resume: Resume = "auto"
-    _pending: Future[Any] | None = None
-    _finish: Any = None
-    save_seconds: float = 0.0
-    """Time for which training stood still because of checkpoints."""
+    Args:
+        place: Where they are.
+        identity: What decides the result: settings, content hashes of the inputs, code.
+        keep: How many.
+        resume: Whether to go on from those that are there.
+    """
+
+    def __init__(
+        self, place: Place, identity: Mapping[str, Any], keep: int, resume: Resume = "auto"
+    ) -> None:
+        self.folder = place.folder
+        self.identity = {**identity, _FORMAT_KEY: FORMAT}
+        self.keep, self.resume = keep, resume
+        self.save_seconds: list[float] = []
+        """For how long training stood still, for each checkpoint."""
+        self._mirror = Mirror(place.store) if place.store else None
+        self._saving: threading.Thread | None = None
+        self._problem: DpoError | None = None
+        # no process removes what another one already writes
+        self._attempt = agree(secrets.token_hex(4))
 
     def find(self) -> Path | None:
         """The newest complete checkpoint of the same run, if there is one.
 
         Raises:
             ConfigError: the checkpoints are those of a run with other settings, data or code.
+            ArtifactError: they have a format that this version does not read.
         """
+        if is_first_of_host():
+            for left in self.folder.glob(".step-*"):
+                shutil.rmtree(left, ignore_errors=True)
         if self.resume == "never":
+            self.discard()
+            return None
+        numbers = agree(self._numbers() if is_first() else [])
+        if not numbers:
+            return None
+        if is_first():
+            self._check_identity()
+        for number in reversed(numbers):
+            path = self.folder / f"step-{number}"
+            problem = self._fetch(path) if is_first_of_host() else ""
+            problems = [text for text in gather(problem) if text]
+            if not problems:
+                return path
             if is_first():
-                shutil.rmtree(self.folder, ignore_errors=True)
-            return None
-        if not self._numbered():
-            return None
-        self._check_identity()
-        for path in reversed(self._numbered()):
-            try:
-                read_manifest(path, stage="checkpoint")
-            except ArtifactError as error:
-                message("train", f"{path.name} is not used: {error.found}")
-                continue
-            return path
+                message("train", f"{path.name} is not used: {problems[0]}")
         return None
 
     def load(self, path: Path, model: Any, optimizer: torch.optim.Optimizer) -> Position:
@@ -101,12 +138,14 @@ class Checkpoints:
         state = {"model": model_state, "optimizer": optimizer_state, "rng": torch.get_rng_state()}
         try:
             dcp.load(state, checkpoint_id=path / _TENSORS, no_dist=not dist.is_initialized())
+            values = json.loads((path / _POSITION).read_text(encoding="utf-8"))
+            position = _position(values)
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             raise ArtifactError(
                 f"the checkpoint does not fit this run: {reason}",
                 where=str(path),
-                fix="remove the folder to begin again",
+                fix="set resume=never to begin again",
             ) from None
         set_state_dict(
             model,
@@ -115,8 +154,7 @@ class Checkpoints:
             optim_state_dict=state["optimizer"],
         )
         torch.set_rng_state(state["rng"])
-        values = json.loads((path / _POSITION).read_text(encoding="utf-8"))
-        return Position(**{**values, "loader": LoaderState(**values["loader"])})
+        return position
 
     def save(
         self,
@@ -125,67 +163,172 @@ class Checkpoints:
         position: Position,
         metrics: Path,
     ) -> None:
-        """Begin to write a checkpoint; an earlier one is finished first."""
+        """Begin to write a checkpoint; an earlier one is finished first.
+
+        A checkpoint that cannot be written (a full disk, a store that does not answer) is reported
+        and left out: the training and the checkpoints before it are as good as they were.
+        """
         began = time.monotonic()
-        self.finish()
-        if is_first():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder / "identity.json", _canonical(self.identity))
-        target = self.folder / f"step-{position.steps}"
-        partial = self.folder / f".step-{position.steps}.partial"
-        if is_first():
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            values = json.dumps(asdict(position))
-            (partial / _POSITION).write_text(values, encoding="utf-8")
-            shutil.copyfile(metrics, partial / METRICS)
-        barrier()
+        self.finish(strict=False)
+        partial = self.folder / f".step-{position.steps}.{self._attempt}.partial"
         model_state, optimizer_state = get_state_dict(model, optimizer)
         state = {"model": model_state, "optimizer": optimizer_state, "rng": torch.get_rng_state()}
         # said by the thread that writes: that a process is alone is known and meant
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         # async_save copies the tensors before it returns
-        self._pending = dcp.async_save(
+        pending = dcp.async_save(
             state,
             checkpoint_id=partial / _TENSORS,
-            process_group=_saving_group(),
+            process_group=saving_group(),
             no_dist=not dist.is_initialized(),
         )
-        self._finish = (partial, target)
-        self.save_seconds += time.monotonic() - began
+        texts = {_POSITION: json.dumps(asdict(position)), METRICS: metrics.read_text("utf-8")}
+        self._saving = threading.Thread(
+            target=self._complete,
+            args=(pending, partial, texts),
+            name="checkpoint",
+            daemon=True,
+        )
+        self._saving.start()
+        self.save_seconds.append(time.monotonic() - began)
 
-    def finish(self) -> None:
-        """Wait for the checkpoint that is being written, and declare it complete."""
-        if self._pending is None:
-            return
-        pending, self._pending = self._pending, None
-        pending.result()
-        partial, target = self._finish
-        if is_first():
-            with staged(target) as folder:
-                folder.rmdir()
-                partial.rename(folder)
-                write_manifest(folder, "checkpoint")
-            write_atomically(self.folder / LATEST, f"{target.name}\n")
-            for old in self._numbered()[: -self.keep]:
-                shutil.rmtree(old, ignore_errors=True)
+    def finish(self, *, strict: bool = True) -> None:
+        """Wait until the checkpoint that is being written is complete.
+
+        Raises:
+            DpoError: it could not be written, and ``strict`` was asked for.
+        """
+        if self._saving is not None:
+            self._saving.join()
+            self._saving = None
+        problem, self._problem = self._problem, None
+        if problem and strict:
+            raise problem
+
+    def close(self) -> None:
+        """Training ended with an error: one process alone still completes what it has begun."""
+        if not dist.is_initialized():
+            self.finish(strict=False)
+
+    def period_seconds(self, setting: int | Literal["auto"]) -> float:
+        """How long to train between two checkpoints; 0 leaves time out of it."""
+        if setting != "auto":
+            return float(setting)
+        if not self.save_seconds:
+            return _AUTO_FIRST_SECONDS
+        shortest, longest = _AUTO_SECONDS
+        return min(max(self.save_seconds[-1] / _AUTO_SHARE, shortest), longest)
 
     def discard(self) -> None:
         """Remove them: the run's artifact is complete."""
-        if is_first():
+        if is_first_of_host():
             shutil.rmtree(self.folder, ignore_errors=True)
+        if is_first() and self._mirror:
+            self._mirror.clear()
 
-    def _numbered(self) -> list[Path]:
-        found = [path for path in self.folder.glob("step-*") if path.name[5:].isdigit()]
-        return sorted(found, key=lambda path: int(path.name[5:]))
+    def _complete(self, pending: Any, partial: Path, texts: Mapping[str, str]) -> None:
+        """In a thread: wait for the tensors, add what belongs to them, make it visible."""
+        target = self.folder / partial.name.removeprefix(".").partition(".")[0]
+        if self._failed(lambda: self._write(pending, partial, texts), partial):
+            return
+        if self._mirror and self._failed(lambda: self._send(partial, target.name), partial):
+            return
+        if not self._failed(lambda: self._declare(partial, target), partial):
+            self._failed(lambda: self._check_shared(target), partial)
+
+    def _failed(self, work: Any, partial: Path) -> bool:
+        """Whether ``work`` failed in any process; then it is reported once and cleaned up."""
+        problem: DpoError | None = None
+        try:
+            work()
+        except (Exception, dcp.CheckpointException) as error:
+            problem = _explain(error, partial.parent)
+        problems = [found for found in gather(problem, saving_group()) if found]
+        if not problems:
+            return False
+        self._problem = problems[0]
+        if is_first_of_host():
+            shutil.rmtree(partial, ignore_errors=True)
+        if is_first():
+            message("train", f"{problems[0]}\n  training goes on; earlier checkpoints are kept")
+        return True
+
+    def _write(self, pending: Any, partial: Path, texts: Mapping[str, str]) -> None:
+        pending.result()
+        if not is_first():
+            return
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8")
+        # of all files in a folder that all hosts share; else of this host's, and what the other
+        # hosts send to the store is compared there
+        write_manifest(partial, "checkpoint")
+        write_atomically(self.folder / _IDENTITY, _canonical(self.identity))
+
+    def _send(self, partial: Path, name: str) -> None:
+        if is_first_of_host():
+            assert self._mirror is not None
+            self._mirror.send(partial, name)
+
+    def _declare(self, partial: Path, target: Path) -> None:
+        """The files are where they belong: now the names that make them count."""
+        if self._mirror:
+            self._declare_in_store(partial, target.name)
+            return
+        if not is_first():
+            return
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        write_atomically(self.folder / LATEST, f"{target.name}\n")
+        for number in self._numbers()[: -self.keep]:
+            shutil.rmtree(self.folder / f"step-{number}", ignore_errors=True)
+
+    def _check_shared(self, target: Path) -> None:
+        if self._mirror or not is_first_of_host() or target in self.folder.glob("step-*"):
+            return
+        raise ArtifactError(
+            f"host {os.uname().nodename} does not see the checkpoint that the first host wrote",
+            where=str(target),
+            fix="use a folder that all hosts share, or a store: checkpoint_uri=s3://bucket/prefix",
+        )
+
+    def _declare_in_store(self, partial: Path, name: str) -> None:
+        assert self._mirror is not None
+        if is_first():
+            store = self._mirror.store
+            store.write(_IDENTITY, _canonical(self.identity).encode())
+            self._mirror.complete(partial, name)
+            store.write(LATEST, f"{name}\n".encode())
+            for number in self._mirror.numbers()[: -self.keep]:
+                self._mirror.remove(f"step-{number}")
+        if is_first_of_host():
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _numbers(self) -> list[int]:
+        if self._mirror:
+            return self._mirror.numbers()
+        found = (path.name[5:] for path in self.folder.glob("step-*"))
+        return sorted(int(number) for number in found if number.isdigit())
+
+    def _fetch(self, path: Path) -> str:
+        """Make sure that a checkpoint is whole and here; what is wrong with it, or nothing."""
+        try:
+            if self._mirror:
+                shutil.rmtree(path, ignore_errors=True)
+                self._mirror.fetch(path.name, path)
+            read_manifest(path, stage="checkpoint")
+        except (ArtifactError, StoreError) as error:
+            return error.found
+        return ""
 
     def _check_identity(self) -> None:
-        path = self.folder / "identity.json"
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            known = {}
+        known = self._known_identity()
         now = json.loads(_canonical(self.identity))
+        if (written := known.get(_FORMAT_KEY, 1)) != FORMAT:
+            raise ArtifactError(
+                f"the checkpoints have format {written}; this version reads {FORMAT}",
+                where=self._where(),
+                fix="go on with the version that wrote them, or set resume=never to begin again",
+            )
         differences = [
             f"{key}: {known.get(key)!r} → {now.get(key)!r}"
             for key in sorted({*known, *now})
@@ -196,43 +339,45 @@ class Checkpoints:
         shown = "\n    ".join(differences[:_SHOWN_DIFFERENCES])
         raise ConfigError(
             f"the checkpoints are those of another run:\n    {shown}",
-            where=str(self.folder),
+            where=self._where(),
             fix="set resume=force to go on with them all the same, or resume=never to begin again",
         )
 
+    def _known_identity(self) -> dict[str, Any]:
+        try:
+            if self._mirror:
+                text = self._mirror.store.read(_IDENTITY).decode()
+            else:
+                text = (self.folder / _IDENTITY).read_text(encoding="utf-8")
+            known: dict[str, Any] = json.loads(text)
+        except (OSError, ValueError, StoreError):
+            # cut off or gone: as one of another run, and of no known format
+            return {_FORMAT_KEY: "unknown"}
+        return known
 
-def is_first() -> bool:
-    """Whether this is the process that writes files."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    def _where(self) -> str:
+        return self._mirror.store.root if self._mirror else str(self.folder)
 
 
-def barrier() -> None:
-    """Wait for all processes."""
-    if dist.is_initialized():
-        dist.barrier()
+def _explain(error: BaseException, folder: Path) -> DpoError:
+    """Why a checkpoint could not be written, in our words."""
+    if isinstance(error, DpoError):
+        return error
+    causes = [one[0] for one in getattr(error, "failures", {}).values()] or [error]
+    reason = " ".join(str(causes[0]).split())
+    # torch's writer does not say why it failed
+    full = "No space left" in reason or shutil.disk_usage(folder).free < _FULL_BYTES
+    return ArtifactError(
+        f"a checkpoint could not be written: {'the disk is full' if full else reason[-300:]}",
+        where=str(folder),
+        fix="free space" if full else "see the reason; keep_checkpoints=1 needs least space",
+    )
 
 
-_group: Any = None
-
-
-def _saving_group() -> Any:
-    """A gloo group of its own: saving on the group of the training aborts or hangs (torch 2.13)."""
-    global _group
-    if dist.is_initialized() and _group is None:
-        _group = dist.new_group(backend="gloo")
-    return _group
+def _position(values: dict[str, Any]) -> Position:
+    scale = LossScale(**values.pop("loss_scale", {}))
+    return Position(**{**values, "loader": LoaderState(**values["loader"])}, loss_scale=scale)
 
 
 def _canonical(values: Mapping[str, Any]) -> str:
     return json.dumps(values, sort_keys=True, indent=1)
-
-
-def place_of(name: str, identity: Mapping[str, Any]) -> Path | None:
-    """Where a step of the pipeline keeps its checkpoints: a folder for each identity."""
-    import hashlib
-
-    root = os.environ.get(ROOT_VARIABLE)
-    if not root:
-        return None
-    digest = hashlib.sha256(_canonical(identity).encode()).hexdigest()[:24]
-    return Path(root) / f"{name}-{digest}"

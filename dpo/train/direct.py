@@ -18,7 +18,7 @@ from dpo.config.losses import SFTLoss
 from dpo.config.schema import RunConfig
 from dpo.config.stages import Stage, restrict
 from dpo.data.stage import run_ingest
-from dpo.errors import ConfigError
+from dpo.errors import ConfigError, TrainingStopped
 from dpo.storage.progress import message
 from dpo.train.reference import run_reference
 from dpo.train.stage import run_train
@@ -47,14 +47,21 @@ def train_directly(
     if config.loss.needs_reference and reference is None:
         reference = run_dir / "reference"
         run_reference(restrict(config, "reference"), reference, pairs=data, model=base)
-    run_train(
-        restrict(config, stage),
-        target,
-        pairs=data,
-        base=base,
-        reference=reference,
-        checkpoints=run_dir / "checkpoints" / target.name,
-    )
+    try:
+        run_train(
+            restrict(config, stage),
+            target,
+            pairs=data,
+            base=base,
+            reference=reference,
+            checkpoints=run_dir / "checkpoints" / target.name,
+        )
+    except TrainingStopped as stopped:
+        if output is None and config.local_run_dir is None:
+            # otherwise the next run would begin in a folder of its own
+            again = f"run the same command with local_run_dir={run_dir}: it goes on from there"
+            raise TrainingStopped(stopped.found, where=stopped.where, fix=again) from None
+        raise
     return target
 
 

@@ -5,13 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from dpo.config.schema import RunConfig
 from dpo.errors import MissingDependency
 
 FILE = "metrics.jsonl"
+
+
+class Sink(Protocol):
+    """Where figures go beside the file."""
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """The figures of a step or of an evaluation."""
+
+    def close(self) -> None:
+        """No more of them."""
 
 
 class MetricLog:
@@ -23,21 +34,77 @@ class MetricLog:
             # a resumed run: its lines so far, without those of steps that are done again
             shutil.copyfile(begin, self.path)
         self._file = self.path.open("a", encoding="utf-8")
-        self.also: WandbLog | None = None
-        """Where figures go beside the file."""
+        self.sinks: list[Sink] = []
 
     def write(self, values: dict[str, Any]) -> None:
         """One line."""
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
-        if self.also:
-            self.also.write(values)
+        for sink in self.sinks:
+            sink.write(values)
 
     def close(self) -> None:
         """No more lines."""
         self._file.close()
-        if self.also:
-            self.also.close()
+        for sink in self.sinks:
+            sink.close()
+
+
+def open_sinks(config: RunConfig, stage: str, folder: Path, settings: dict[str, Any]) -> list[Sink]:
+    """What the settings ask for beside the file; nothing of wandb in a debug run.
+
+    Args:
+        config: Settings.
+        stage: ``sft`` or ``preference``.
+        folder: Where wandb keeps its files.
+        settings: What is recorded with the run.
+
+    Raises:
+        MissingDependency: a package that is asked for is not installed.
+    """
+    sinks: list[Sink] = []
+    if config.tensorboard is not None:
+        sinks.append(TensorBoardLog(Path(config.tensorboard).expanduser(), config.exp_name, stage))
+    if config.wandb.enabled and not config.debug:
+        sinks.append(WandbLog(config, folder, settings))
+    return sinks
+
+
+class TensorBoardLog:
+    """Every figure as a scalar, by number of examples, in a folder of the run and its stage.
+
+    A run that goes on appends to what is there and hides the steps that are done again.
+
+    Raises:
+        MissingDependency: tensorboard is asked for and not installed.
+    """
+
+    def __init__(self, root: Path, name: str, stage: str) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise MissingDependency(
+                "tensorboard is set, but the package tensorboard is not installed",
+                where="tensorboard",
+                fix="pip install tensorboard, or leave the setting out",
+            ) from None
+        self._folder = root / name / stage
+        self._make = SummaryWriter
+        self._writer: Any = None
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """One point of each figure."""
+        examples = values.get("counters/examples", 0)
+        if self._writer is None:
+            self._writer = self._make(str(self._folder), purge_step=examples)
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name, value, examples)
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._writer is not None:
+            self._writer.close()
 
 
 class WandbLog:
@@ -66,7 +133,7 @@ class WandbLog:
         self._interval = config.minimum_log_interval_secs
         self._last = float("-inf")
 
-    def write(self, values: dict[str, Any]) -> None:
+    def write(self, values: Mapping[str, Any]) -> None:
         """One point, unless the last one is too recent; evaluations are always written."""
         now = time.monotonic()
         if "loss/eval" in values or now - self._last >= self._interval:

@@ -1,4 +1,4 @@
-"""Several processes that train one model: FSDP2, and what they have to agree on.
+"""Several processes that train one model: how they are arranged, and FSDP2.
 
 Axes: E examples.
 """
@@ -12,45 +12,107 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from dpo.config.schema import RunConfig
+from dpo.config.schema import RunConfig, TrainerConfig
 from dpo.data.packing import PackedBatch
 from dpo.errors import ConfigError, ModelError
 from dpo.modeling.precision import DTYPES
 from dpo.modeling.scoring import token_log_probs
+from dpo.train.heartbeat import arrived
+from dpo.train.together import gather
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which of the processes this is."""
+    """Which share of the examples this process takes.
+
+    Processes that share each layer (tensor parallel) take the same examples and count as one.
+    """
 
     rank: int = 0
     world: int = 1
+    """Number of shares."""
+    group: Any = None
+    """Process group of those that have the other shares; None is all processes."""
+    processes: int = 1
+    """Number of all processes."""
 
     @classmethod
-    def here(cls) -> Ranks:
-        """By the process group; one process where there is none."""
+    def here(cls, layout: Layout | None = None) -> Ranks:
+        """By the process group and the layout; one process where there is none."""
         if not dist.is_initialized():
             return cls()
-        return cls(dist.get_rank(), dist.get_world_size())
+        processes = dist.get_world_size()
+        if layout is None or layout.tensor is None:
+            return cls(dist.get_rank(), processes, None, processes)
+        if layout.data is None:
+            return cls(0, 1, None, processes)
+        group = layout.data.get_group()
+        return cls(layout.data.get_local_rank(), layout.data.size(), group, processes)
 
     def share(self, items: Sequence[T]) -> list[int]:
         """Indices of the items that this process takes: every ``world``-th."""
         return list(range(self.rank, len(items), self.world))
 
     def gather(self, value: T) -> list[T]:
-        """The value of every process, in the order of ranks."""
+        """The value of every share, in their order."""
         if self.world == 1:
             return [value]
-        found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, value)
-        return found
+        arrived()
+        return gather(value, self.group)
 
     def any(self, flag: bool) -> bool:
         """Whether any process says so."""
-        return any(self.gather(flag))
+        return any(gather(flag)) if self.processes > 1 else flag
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the processes are arranged.
+
+    Attributes:
+        data: Mesh of the processes that take different examples; one axis, or for hybrid sharding
+            two: copies of the model, and the shards of each. None where all take the same.
+        tensor: Mesh of those that share each layer; None without tensor parallelism.
+    """
+
+    data: DeviceMesh | None
+    tensor: DeviceMesh | None = None
+
+    @classmethod
+    def of(cls, trainer: TrainerConfig, device: str) -> Layout:
+        """The arrangement that the settings ask for.
+
+        Raises:
+            ConfigError: the number of processes does not come out.
+        """
+        world = dist.get_world_size()
+        if trainer.name == "TensorParallelTrainer":
+            size = trainer.tensor_parallel or world
+            _divides(size, world, "trainer.tensor_parallel")
+            if size == world:
+                return cls(None, init_device_mesh(device, (world,), mesh_dim_names=("tensor",)))
+            names = ("data", "tensor")
+            mesh = init_device_mesh(device, (world // size, size), mesh_dim_names=names)
+            return cls(mesh["data"], mesh["tensor"])
+        if trainer.replicas == 1:
+            return cls(init_device_mesh(device, (world,), mesh_dim_names=("shard",)))
+        _divides(trainer.replicas, world, "trainer.replicas")
+        shape = (trainer.replicas, world // trainer.replicas)
+        return cls(init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard")))
+
+
+def _divides(size: int, world: int, key: str) -> None:
+    if world % size:
+        possible = [str(n) for n in range(1, world + 1) if world % n == 0]
+        raise ConfigError(
+            f"{key} is {size}, which does not divide the {world} processes",
+            where=key,
+            fix=f"use one of {', '.join(possible)}, or another number of processes",
+        )
 
 
 class Scorer(nn.Module):
@@ -67,6 +129,20 @@ class Scorer(nn.Module):
     def forward(self, batch: PackedBatch, dtype: torch.dtype, packed: bool | None = None) -> Tensor:
         """Log-probability of every response token of a row; float32, shape [N]."""
         return token_log_probs(self.model, batch, dtype=dtype, packed=packed)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its inputs have to be."""
+        device: torch.device = self.model.device
+        return device
+
+    def generate(self, **arguments: Any) -> Any:
+        """Sample from the model; every process has to, with the same prompts.
+
+        Each gathers weights from all for each token, so a process that stayed away, or had other
+        prompts and so another number of tokens, would keep the others waiting for ever.
+        """
+        return self.model.generate(**arguments)
 
 
 def check_batch(config: RunConfig, ranks: Ranks) -> None:
@@ -85,13 +161,33 @@ def check_batch(config: RunConfig, ranks: Ranks) -> None:
         )
 
 
-def shard(scorer: Scorer, config: RunConfig) -> Scorer:
-    """FSDP2: each transformer block, then embeddings and output weights, spread over the ranks.
+def check_examples(n_examples: int, ranks: Ranks) -> None:
+    """Refuse to start more processes than there are examples.
+
+    Raises:
+        ConfigError: some would have nothing to do.
+    """
+    if n_examples < ranks.world:
+        raise ConfigError(
+            f"{ranks.world} processes for {n_examples} training examples",
+            where="number of processes",
+            fix=f"start at most {n_examples} (DPO_PROCESSES), or train on more examples",
+        )
+
+
+def shard(scorer: Scorer, config: RunConfig, mesh: DeviceMesh) -> Scorer:
+    """FSDP2: each transformer block, then embeddings and output weights, spread over the mesh.
+
+    With two axes a model is spread along the second and repeated along the first.
 
     Raises:
         ModelError: ``model.block_name`` names no class in the model.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     blocks = find_blocks(scorer.model, config.model.block_name)
     mixed = config.model.fsdp_policy_mp
@@ -100,9 +196,23 @@ def shard(scorer: Scorer, config: RunConfig) -> Scorer:
         param_dtype=DTYPES[mixed] if mixed else None, reduce_dtype=torch.float32
     )
     for block in blocks:
-        fully_shard(block, mp_policy=policy)
-    fully_shard(scorer, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(scorer, mesh=mesh, mp_policy=policy)
+    # embeddings and output weights are gathered for the whole of it
+    register_fsdp_forward_method(scorer, "generate")
     return scorer
+
+
+def release(scorer: Any) -> None:
+    """Give back what a forward pass without a backward pass has left gathered.
+
+    Of the root FSDP keeps the whole weights after a forward pass. Whoever then asks for the model's
+    parameters, an optimiser for example, gets those and not the shards that are trained.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(scorer, FSDPModule):
+        scorer.reshard()
 
 
 def find_blocks(model: Any, block_name: str | None) -> list[Any]:
@@ -123,24 +233,6 @@ def find_blocks(model: Any, block_name: str | None) -> list[Any]:
     )
 
 
-def flush_gradients(scorer: nn.Module) -> None:
-    """Reduce the gradients that arrived after FSDP had looked for them.
-
-    With torch 2.13 on a CPU the hook that reduces a block's gradients runs before all of them have
-    been accumulated, from the second backward pass of a step on; the rest would be added to the
-    next step. Seen as a gradient norm of 40.4 where one process has 51.0 (test_parallel.py).
-    """
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in scorer.modules():
-        if not isinstance(module, FSDPModule):
-            continue
-        for group in module._get_fsdp_state()._fsdp_param_groups:
-            group.post_backward()
-            group.finalize_backward()
-            group._training_state = type(group._training_state).IDLE
-
-
 def whole_weights(model: Any) -> dict[str, Tensor] | None:
     """All weights in the first process, gathered from the ranks; None where they are whole."""
     if not dist.is_initialized():
@@ -149,4 +241,6 @@ def whole_weights(model: Any) -> dict[str, Tensor] | None:
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights: dict[str, Tensor] = get_model_state_dict(model, options=options)
-    return weights
+    # a tied weight is gathered under each of its names, and saved under one
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name: weight for name, weight in weights.items() if tied.get(name) not in weights}

@@ -15,29 +15,45 @@ import torch.distributed as dist
 from dpo.config.compose import flatten
 from dpo.config.losses import SFTLoss
 from dpo.config.schema import RunConfig
-from dpo.config.stages import Stage, stage_json, stage_settings
+from dpo.config.stages import OUT_OF_BAND, Stage, stage_json, stage_settings
 from dpo.data.log_probs import PairLogProbs, read_log_probs, select_log_probs
 from dpo.data.tokenize import TokenizedExample
 from dpo.errors import ConfigError
 from dpo.modeling.load import check_length, load_for_training, save_model
+from dpo.modeling.lora import (
+    adapter_off,
+    add_adapter,
+    has_adapter,
+    remove_adapter,
+    save_adapter,
+    whole_state,
+)
 from dpo.modeling.precision import DTYPES, compute_dtype
 from dpo.modeling.scoring import score
-from dpo.storage.manifest import Manifest, read_manifest, staged, write_manifest
-from dpo.storage.progress import track
-from dpo.train.checkpoint import Checkpoints, barrier, is_first, place_of
+from dpo.storage.manifest import MANIFEST, Manifest, read_manifest, staged, write_manifest
+from dpo.storage.progress import message, track
+from dpo.train.checkpoint import Checkpoints
 from dpo.train.data import Examples, load_examples
 from dpo.train.launch import launch
 from dpo.train.log import FILE as METRICS
-from dpo.train.log import MetricLog, WandbLog
-from dpo.train.parallel import Ranks, Scorer, check_batch, shard, whole_weights
+from dpo.train.log import MetricLog, open_sinks
+from dpo.train.parallel import (
+    Layout,
+    Ranks,
+    Scorer,
+    check_batch,
+    check_examples,
+    find_blocks,
+    release,
+    shard,
+    whole_weights,
+)
+from dpo.train.place import Place, place_of
+from dpo.train.spread import spread_layers
 from dpo.train.step import Objective
+from dpo.train.tensor_parallel import parallelize
+from dpo.train.together import barrier, is_first
 from dpo.train.trainer import NLL_PER_TOKEN, Trainer, best_device, checkpoint_activations
-
-_NOT_OF_THE_RESULT = {
-    *("checkpoint_every", "checkpoint_seconds", "keep_checkpoints", "resume", "debug"),
-    *("minimum_log_interval_secs", "wandb", "fsdp_port", "exp_name"),
-}
-"""Settings that change nothing in the weights."""
 
 
 def run_train(
@@ -66,34 +82,26 @@ def run_train(
         DpoError: an input that is incomplete or does not fit, or training that cannot go on.
     """
     stage: Stage = "sft" if isinstance(config.loss, SFTLoss) else "preference"
-    if config.trainer.name == "TensorParallelTrainer":
-        raise ConfigError(
-            "trainer=TensorParallelTrainer cannot run in this version",
-            where="trainer",
-            fix="use trainer=FSDPTrainer, or BasicTrainer: one process",
-        )
-    if config.trainer.name == "FSDPTrainer" and config.sample_during_eval:
-        raise ConfigError(
-            "sample_during_eval cannot run over several processes in this version",
-            where="sample_during_eval",
-            fix="set it to false; the evaluation stage samples from the finished model",
-        )
-    if config.trainer.name == "FSDPTrainer" and not dist.is_initialized():
+    if config.trainer.name != "BasicTrainer" and not dist.is_initialized():
         paths = {"output": output, "pairs": pairs, "base": base, "reference": reference}
         paths["checkpoints"] = checkpoints
-        launch(
+        first_here = launch(
             {
                 "stage": stage,
-                "settings": stage_json(config, stage),
+                "settings": stage_json(config, stage, key_only=False),
                 "paths": {name: str(path) if path else "" for name, path in paths.items()},
                 "code": code,
             },
             port=config.fsdp_port or 0,
+            timeout_seconds=config.process_timeout_seconds,
         )
-        return read_manifest(output, stage=stage)
+        # another host's first process has written it, and this host may not see it
+        there = first_here or (output / MANIFEST).is_file()
+        return read_manifest(output, stage=stage) if there else Manifest(stage, (), "")
     inputs = _input_hashes(pairs, base, reference)
     identity = _identity(config, stage, inputs, code)
-    place = checkpoints or place_of(stage, identity)
+    given = Place(checkpoints) if checkpoints and not config.checkpoint_uri else None
+    place = given or place_of(stage, identity, config.checkpoint_uri)
     with _output(output) as folder:
         keeper = (
             Checkpoints(place, identity, config.keep_checkpoints, config.resume) if place else None
@@ -101,16 +109,18 @@ def run_train(
         start = keeper.find() if keeper else None
         log = MetricLog(folder, begin=start / METRICS if start else None)
         try:
-            if config.wandb.enabled and not config.debug and is_first():
-                log.also = WandbLog(config, output.parent, stage_settings(config, stage))
+            if is_first():
+                log.sinks += open_sinks(config, stage, output.parent, stage_settings(config, stage))
             trainer = _trainer(config, stage, pairs, base, reference, log, keeper)
             if start:
                 trainer.go_on_from(start)
             trainer.run()
         finally:
             log.close()
+            if keeper:
+                keeper.close()
         manifest = _write(trainer, folder, config, stage, inputs, code)
-    if keeper and checkpoints is None:
+    if keeper and not given:
         keeper.discard()
     return manifest
 
@@ -120,7 +130,7 @@ def _identity(config: RunConfig, stage: Stage, inputs: dict[str, str], code: str
     settings = {
         key: value
         for key, value in flatten(stage_settings(config, stage)).items()
-        if key.partition(".")[0] not in _NOT_OF_THE_RESULT
+        if key.partition(".")[0] not in OUT_OF_BAND
     }
     return {**settings, **{f"input {name}": hash_ for name, hash_ in inputs.items()}, "code": code}
 
@@ -146,11 +156,15 @@ def _trainer(
     keeper: Checkpoints | None,
 ) -> Trainer:
     device = best_device()
-    ranks = Ranks.here()
+    layout = Layout.of(config.trainer, device) if dist.is_initialized() else None
+    ranks = Ranks.here(layout)
     check_batch(config, ranks)
     torch.manual_seed(config.seed)
-    model, tokenizer = load_for_training(config.model, base, device=device)
+    model, tokenizer = _load(config, base, device)
     check_length(model, config.max_length)
+    if config.lora.enabled:
+        _refuse_lora_with(config)
+        add_adapter(model, config.lora, str(base or config.model.archive or model.name_or_path))
     checkpoint_activations(model, config.activation_checkpointing)
     examples = load_examples(
         config,
@@ -159,9 +173,13 @@ def _trainer(
         batch_size=config.batch_size,
         responses="sft_target" if stage == "sft" else "pair",
     )
+    check_examples(examples.order.total_examples, ranks)
+    _say_what_is_missing(config, stage, examples)
     scorer, dtype = Scorer(model), compute_dtype(config.model, device)
-    if dist.is_initialized():
-        scorer = shard(scorer, config)
+    if layout and layout.tensor:
+        parallelize(model, layout.tensor)
+    if layout and layout.data:
+        scorer = shard(scorer, config, layout.data)
         # FSDP casts by itself where it is asked to
         dtype = DTYPES[config.model.fsdp_policy_mp] if config.model.fsdp_policy_mp else dtype
     objective = Objective(
@@ -170,6 +188,39 @@ def _trainer(
     needed = config.loss.needs_reference
     log_probs = _reference(objective, examples, reference) if needed else None
     return Trainer(config, stage, objective, examples, log_probs, log, tokenizer, keeper)
+
+
+def _load(config: RunConfig, base: Path | None, device: str) -> tuple[Any, Any]:
+    """Model and tokenizer; over all GPUs of this process where it is alone and has several."""
+    gpus = torch.cuda.device_count() if config.trainer.name == "BasicTrainer" else 0
+    if gpus < 2:
+        return load_for_training(config.model, base, device=device)
+    # kernels for a CPU would stay when the layers leave it
+    own = {"kernels": "plain"} if config.model.kernels == "auto" else {}
+    model, tokenizer = load_for_training(config.model.model_copy(update=own), base)
+    devices = [torch.device("cuda", number) for number in range(gpus)]
+    spread_layers(model, find_blocks(model, config.model.block_name), devices)
+    return model, tokenizer
+
+
+def _say_what_is_missing(config: RunConfig, stage: Stage, examples: Examples) -> None:
+    order = examples.order
+    if config.n_examples and order.total_examples < config.n_examples and is_first():
+        message(
+            stage,
+            f"n_examples is {config.n_examples:,}, but n_epochs={config.n_epochs} over "
+            f"{order.n_pairs:,} training pairs gives {order.total_examples:,}: training ends there "
+            "(more with n_epochs=null, or another number)",
+        )
+
+
+def _refuse_lora_with(config: RunConfig) -> None:
+    if config.trainer.name == "TensorParallelTrainer":
+        raise ConfigError(
+            "LoRA and tensor parallelism cannot be used together",
+            where="lora.enabled",
+            fix="use trainer=FSDPTrainer or BasicTrainer",
+        )
 
 
 def _write(
@@ -185,7 +236,7 @@ def _write(
     details = _details(trainer)
     manifest = Manifest(stage, (), "")
     if is_first():
-        save_model(trainer.objective.model, trainer.tokenizer, folder, weights)
+        _save(trainer, config, folder, weights)
         _write_run(folder, config, stage, trainer.examples, code, details)
         manifest = write_manifest(
             folder,
@@ -197,6 +248,21 @@ def _write(
         )
     barrier()
     return manifest
+
+
+def _save(
+    trainer: Trainer, config: RunConfig, folder: Path, weights: dict[str, torch.Tensor] | None
+) -> None:
+    """A whole model, or an adapter alone with the tokenizer."""
+    model = trainer.objective.model
+    if has_adapter(model) and config.lora.save == "adapter":
+        save_adapter(model, folder, weights)
+        trainer.tokenizer.save_pretrained(str(folder))
+        return
+    if has_adapter(model):
+        weights = whole_state(model, weights)
+        remove_adapter(model)
+    save_model(model, trainer.tokenizer, folder, weights)
 
 
 def _input_hashes(pairs: Path, base: Path | None, reference: Path | None) -> dict[str, str]:
@@ -215,7 +281,9 @@ def _reference(
     if folder is not None:
         rows = select_log_probs(read_log_probs(folder), every, folder)
     else:
-        rows = score_pairs(objective, every, "reference")
+        # an adapter's base is its own reference
+        with adapter_off(objective.model):
+            rows = score_pairs(objective, every, "reference")
     return {example.pair_id: row for example, row in zip(every, rows, strict=True)}
 
 
@@ -230,7 +298,9 @@ def score_pairs(
             dtype=objective.dtype,
             token_budget=objective.token_budget,
             bar=bar,
+            forward=objective.scorer,
         )
+    release(objective.scorer)
     return [
         PairLogProbs(split, example.tokens_hash(), chosen, rejected)
         for example, (chosen, rejected) in zip(examples, scored, strict=True)
@@ -245,6 +315,7 @@ def _details(trainer: Trainer) -> dict[str, Any]:
         "last_train_loss": trainer.position.last.get("loss/train"),
         "first_nll_per_token": trainer.position.first.get(NLL_PER_TOKEN),
         "last_nll_per_token": trainer.position.last.get(NLL_PER_TOKEN),
+        "useful_time_share": round(trainer.useful_share, 4),
         "compute_dtype": str(trainer.objective.dtype).removeprefix("torch."),
         "metrics": {**trainer.position.last, **trainer.position.evaluation},
     }

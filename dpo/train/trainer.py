@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dpo.config.losses import SFTLoss
 from dpo.config.schema import RunConfig
 from dpo.data.log_probs import PairLogProbs
 from dpo.data.tokenize import TokenizedExample
 from dpo.errors import TrainingStopped
+from dpo.modeling.attention import NAME as PACKED
+from dpo.modeling.attention import packed_attention
 from dpo.modeling.generation import generate
 from dpo.storage.progress import message, track
 from dpo.train.checkpoint import Checkpoints, Position
@@ -26,6 +30,7 @@ from dpo.train.data import Examples
 from dpo.train.log import MetricLog
 from dpo.train.optimizer import build_optimizer, learning_rate
 from dpo.train.step import Objective, check_finite, check_starting_point, clip_gradients
+from dpo.train.together import barrier, is_first
 
 NLL_PER_TOKEN = "nll_train/per_token"
 _COLLAPSE_SHARE = 0.2
@@ -60,8 +65,9 @@ class Trainer:
         """
         order = self.examples.order
         before, started = self.position.trained, time.monotonic()
-        self._saved_at = started
+        self._saved_at = self._counted_at = started
         with self._polite_end(), track(self.stage, "steps", order.total_steps) as bar:
+            bar.shortest_seconds = self.config.minimum_log_interval_secs
             bar.advance(self.position.steps)
             if self.config.do_first_eval and not self.position.steps:
                 self._evaluate()
@@ -76,14 +82,32 @@ class Trainer:
             if self.config.do_last_eval:
                 self._evaluate()
             if self.checkpoints:
-                self.checkpoints.finish()
+                self.checkpoints.finish(strict=False)
+        self._count_seconds()
         self._call_out_collapse()
+        message(self.stage, f"{self.useful_share:.0%} of the time went into optimiser steps")
+
+    @property
+    def useful_share(self) -> float:
+        """Share of the time so far that went into optimiser steps, earlier attempts included."""
+        return self.position.useful_seconds / max(self.position.seconds, 1e-9)
+
+    def _count_seconds(self) -> None:
+        now = time.monotonic()
+        self.position.seconds += now - self._counted_at
+        self._counted_at = now
 
     def go_on_from(self, path: Path) -> None:
         """Take up a checkpoint: weights, optimiser and position."""
         assert self.checkpoints is not None
         self.position = self.checkpoints.load(path, self.objective.model, self.optimizer)
-        message(self.stage, f"goes on after step {self.position.steps}, from {path.name}")
+        wrote, here = self.position.processes, self.objective.ranks.processes
+        other = (
+            "" if wrote == here else f" (written by {wrote} processes, now {here}: equal within "
+        )
+        other += "rounding, not to the bit)" if other else ""
+        message(self.stage, f"goes on after step {self.position.steps}, from {path.name}{other}")
+        self.position.processes = here
 
     def _keep(self, just_trained: int) -> None:
         """Write a checkpoint where one is due; end where the process was asked to.
@@ -94,10 +118,16 @@ class Trainer:
         ranks = self.objective.ranks
         stop = ranks.any(self._asked_to_stop)
         done = self.position.trained >= self.examples.order.total_examples
-        seconds = self.config.checkpoint_seconds
+        seconds = (
+            self.checkpoints.period_seconds(self.config.checkpoint_seconds)
+            if self.checkpoints
+            else 0.0
+        )
         late = bool(seconds) and time.monotonic() - self._saved_at > seconds
         due = self._due(self.config.checkpoint_every, just_trained) or ranks.any(late)
         if self.checkpoints and (stop or (due and not self.config.debug and not done)):
+            self._count_seconds()
+            self.position.processes = ranks.processes
             # whole lines: the checkpoint takes the log along
             self.checkpoints.save(
                 self.objective.model, self.optimizer, self.position, self.log.path
@@ -106,6 +136,8 @@ class Trainer:
         if stop:
             if self.checkpoints:
                 self.checkpoints.finish()
+                # the others are ended as soon as the first process has
+                barrier()
             kept = "a checkpoint was written" if self.checkpoints else "nothing was kept"
             raise TrainingStopped(
                 f"training was asked to stop after step {self.position.steps}; {kept}",
@@ -136,12 +168,7 @@ class Trainer:
         rate = learning_rate(self.config, self.position.steps, self.examples.order.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        figures = self.objective.accumulate(
-            examples,
-            self._reference_of(examples),
-            n_micro_batches or self.config.gradient_accumulation_steps,
-        )
-        grad_norm = clip_gradients(self.parameters, self.config.max_grad_norm)
+        figures, grad_norm = self._gradients(examples, n_micro_batches)
         check_finite(figures, grad_norm, examples)
         if self.position.steps == 0:
             check_starting_point(figures, self.objective.loss, self.objective.dtype)
@@ -155,6 +182,7 @@ class Trainer:
             n_tokens = sum(len(response) for e in examples for response in e.responses)
             means[NLL_PER_TOKEN] = means["loss/train"] * len(examples) / n_tokens
         seconds = time.monotonic() - began
+        self.position.useful_seconds += seconds
         self.log.write(
             {
                 "counters/updates": self.position.steps,
@@ -168,6 +196,33 @@ class Trainer:
         self.position.first = self.position.first or means
         self.position.last = means
         return {**means, "grad_norm": grad_norm, "lr": rate}
+
+    def _gradients(
+        self, examples: Sequence[TokenizedExample], n_micro_batches: int | None
+    ) -> tuple[dict[str, Tensor], float]:
+        """Clipped gradients of a step; figures of each example, and the norm before.
+
+        In float16 losses are scaled, and a step that overflows is done again with a smaller scale.
+        """
+        scaled = self.objective.dtype == torch.float16
+        scale = self.position.loss_scale
+        while True:
+            figures = self.objective.accumulate(
+                examples,
+                self._reference_of(examples),
+                n_micro_batches or self.config.gradient_accumulation_steps,
+                scale.value if scaled else 1.0,
+            )
+            if scaled:
+                scale.unscale(self.parameters)
+            norm = clip_gradients(self.parameters, self.config.max_grad_norm)
+            lost = not torch.isfinite(figures["loss/train"]).all()
+            if not scaled or lost or math.isfinite(norm):
+                scale.went_well()
+                return figures, norm
+            if not scale.overflowed():
+                return figures, norm
+            self.optimizer.zero_grad(set_to_none=True)
 
     def _reference_of(self, examples: Sequence[TokenizedExample]) -> list[PairLogProbs] | None:
         if self.reference is None:
@@ -202,13 +257,15 @@ class Trainer:
         examples = self.examples.held_out[: self.config.n_eval_model_samples]
         prompts = [self.tokenizer.decode(example.prompt_T) for example in examples]
         answers = generate(
-            self.objective.model,
+            self.objective.scorer,
             self.tokenizer,
             prompts,
             max_new_tokens=self.config.max_length - self.config.max_prompt_length,
             max_prompt_length=self.config.max_prompt_length,
             seed=self.config.seed,
         )
+        if not is_first():
+            return
         with self.log.path.with_name("samples.jsonl").open("a", encoding="utf-8") as file:
             for prompt, answer in zip(prompts, answers, strict=True):
                 line = {"step": self.position.steps, "prompt": prompt, "answer": answer}
@@ -246,13 +303,28 @@ def checkpoint_activations(model: Any, mode: str) -> None:
     """Recompute the activations of every block (``full``) or of every second one in backward."""
     if mode == "none":
         return
-    from functools import partial
-
-    from torch.utils.checkpoint import checkpoint
-
     for number, block in enumerate(_blocks(model)):
         if mode == "full" or number % 2 == 0:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = _recomputed(model, block.forward)
+
+
+def _recomputed(model: Any, forward: Any) -> Any:
+    """``forward`` with its activations made again in backward, through the same attention.
+
+    The backward pass begins after ``packed_attention`` has ended: without this it would recompute
+    with transformers' attention, which knows nothing of shared prompts.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    def run(*arguments: Any, **named: Any) -> Any:
+        packed = model.config._attn_implementation == PACKED
+
+        def contexts() -> tuple[Any, Any]:
+            return nullcontext(), packed_attention(model) if packed else nullcontext()
+
+        return checkpoint(forward, *arguments, use_reentrant=False, context_fn=contexts, **named)
+
+    return run
 
 
 def _blocks(model: Any) -> list[Any]:

@@ -4,46 +4,120 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from dpo.config.stages import load_stage
-from dpo.errors import DpoError
-from dpo.train.launch import only_first_reports_progress, report_error
+from dpo.errors import DpoError, TrainingError, system_problem
+from dpo.storage.processes import die_with_parent
+from dpo.train.heartbeat import Heartbeat
+from dpo.train.launch import announce, only_first_reports_progress, report_error
 from dpo.train.stage import run_train
 
-_TIMEOUT = timedelta(minutes=10)
-"""A process that hangs, or a host that does not come, ends the job after this time."""
+_BROKEN = ("connection", "timed out", "timeout", "peer", "socket", "gloo", "nccl")
+"""Words of the errors that a process gets when another one is gone."""
 
 
 def main(job_file: Path) -> int:
     """Train as ``job_file`` says; returns the exit code."""
+    die_with_parent()
     job = json.loads(job_file.read_text(encoding="utf-8"))
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    announce(job_file, rank)
     only_first_reports_progress(rank)
+    timeout = float(job["timeout_seconds"])
+
+    def report(error: DpoError, *, lost: bool = False) -> int:
+        report_error(job_file, rank, error, lost=lost)
+        print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+    def end(silent: str) -> None:
+        report(_silence(silent, timeout), lost=True)
+        # the main thread waits in a collective operation that will not end
+        os._exit(1)
+
+    heart = Heartbeat(rank, world, timeout, end)
+    heart.start()
+    try:
+        _connect(timeout)
+        _train(job)
+    except DpoError as error:
+        return report(error)
+    except OSError as error:
+        return report(system_problem(error))
+    except Exception as error:
+        return _other(error, heart, report, timeout)
+    heart.stop()
+    dist.destroy_process_group()
+    return 0
+
+
+def _connect(timeout_seconds: float) -> None:
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_TIMEOUT
-    )
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+
+
+def _train(job: dict[str, Any]) -> None:
     paths = {name: Path(value) if value else None for name, value in job["paths"].items()}
     output, pairs = paths.pop("output"), paths.pop("pairs")
     assert output is not None
     assert pairs is not None
     config = load_stage(job["stage"], job["settings"])
-    try:
-        run_train(config, output, pairs=pairs, **paths, code=job["code"])
-    except DpoError as error:
-        report_error(job_file, rank, error)
-        print(f"rank {rank}: {error}", file=sys.stderr)
-        return error.exit_code
-    dist.destroy_process_group()
-    return 0
+    run_train(config, output, pairs=pairs, **paths, code=job["code"])
+
+
+def _silence(silent: str, timeout_seconds: float) -> TrainingError:
+    return TrainingError(
+        f"no answer for {timeout_seconds:.0f} s from {silent}",
+        where=silent,
+        fix="look at that process and its host; process_timeout_seconds sets the wait. The same "
+        "command goes on from the last checkpoint",
+    )
+
+
+def _other(
+    error: Exception, heart: Heartbeat, report: Callable[..., int], timeout_seconds: float
+) -> int:
+    """An error of torch's: where another process is the cause, it is named; else it is a bug."""
+    reason = " ".join(str(error).split())
+    if not any(word in reason.lower() for word in _BROKEN):
+        traceback.print_exc()
+        return report(
+            TrainingError(
+                f"{type(error).__name__}: {reason[:300]}",
+                where=f"host {os.uname().nodename}, rank {os.environ['RANK']}",
+                fix="the traceback is in the log above; report a bug if it is one",
+            )
+        )
+    # whoever is asked to end meanwhile, because another process failed here, ends now
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    late = heart.behind() if "time" in reason.lower() else ""
+    gone = late or heart.wait_for_silence(min(timeout_seconds, 5.0))
+    what = gone or "another process"
+    return report(
+        TrainingError(
+            f"the connection to {what} broke, or it did not answer for {timeout_seconds:.0f} s",
+            where=f"{gone or 'unknown'}; seen by rank {os.environ['RANK']} as: {reason[:200]}",
+            fix="look at that process's log. The same command goes on from the last checkpoint",
+        ),
+        lost=True,
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    code = main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # threads of a failed process may wait for others that are gone
+    os._exit(code)

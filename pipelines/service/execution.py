@@ -240,7 +240,9 @@ def _submit(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "package.yaml")
         deployment = load_deployment(settings.deployment)
-        package.save_package(package.deployed_package(deployment), path)
+        documents = package.deployed_package(deployment)
+        package.keep_checkpoints(documents, parameters["publish_store"])
+        package.save_package(documents, path)
         return cluster.submit(client, target, path, parameters, name)
 
 

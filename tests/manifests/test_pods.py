@@ -8,7 +8,7 @@ import pytest
 
 from pipelines import package
 from pipelines.deployment import load_deployment
-from pipelines.watch import _advice
+from pipelines.events import advice
 from tests.manifests.conftest import applied, eventually, got
 
 pytestmark = pytest.mark.kubernetes
@@ -108,8 +108,8 @@ def test_without_gpus_a_training_pod_runs_anywhere_plain(scheduled):
 def test_more_gpus_than_there_are_waits_and_the_user_is_told_what_to_do(scheduled):
     message = scheduled(pod("sft", "train.gpus=4"))
     assert "Insufficient nvidia.com/gpu" in message
-    (advice,) = _advice(message, "sft")
-    assert "no node has what the step asks for" in advice
+    (said,) = advice(message, "sft")
+    assert "no node has what the step asks for" in said
 
 
 def test_gpus_are_counted_over_pods(scheduled):

@@ -14,7 +14,10 @@ from safetensors.numpy import load_file
 
 from dpo.config.compose import compose
 from dpo.config.stages import restrict
-from dpo.errors import ConfigError
+from dpo.errors import ArtifactError, ConfigError
+from dpo.storage.store import open_store
+from dpo.train.checkpoint import Checkpoints
+from dpo.train.place import Place
 from dpo.train.stage import run_train
 from tests.train.conftest import SETTINGS
 
@@ -50,10 +53,10 @@ def start(prepared, loss, out, *more, environment=None):
 
 
 def lines_written(out):
-    """Lines of the log of the run that is going on in ``out``."""
-    for path in Path(out).glob(".model.*.partial/metrics.jsonl"):
-        return len(path.read_bytes().splitlines())
-    return 0
+    """Lines of the log of the run that is going on in ``out``, or that ended last."""
+    logs = Path(out).glob(".model.*.partial/metrics.jsonl")
+    newest = max(logs, key=lambda path: path.stat().st_mtime_ns, default=None)
+    return len(newest.read_bytes().splitlines()) if newest else 0
 
 
 def kill_after(process, out, lines, how=signal.SIGKILL):
@@ -124,6 +127,154 @@ def test_sigterm_writes_a_checkpoint_and_has_its_own_exit_code(whole, prepared, 
     assert_same(tmp_path / "model", expected)
 
 
+TWO = {"DPO_PROCESSES": "2", "OMP_NUM_THREADS": "1"}
+FSDP, TENSOR = "trainer=FSDPTrainer", "trainer=TensorParallelTrainer"
+
+
+def kill_while_writing(process, out):
+    """SIGKILL in the middle of writing a checkpoint, once there is a complete one before it."""
+    kept = out / "checkpoints/model"
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if (kept / "LATEST").exists() and list(kept.glob(".step-*.partial/*")):
+            process.kill()
+            break
+        time.sleep(0.001)
+    return process.communicate(timeout=300)
+
+
+def children_of(process):
+    text = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(word) for word in text.split()]
+
+
+def workers_of(process, n=2):
+    """The processes of the training, in the order of their ranks, once it has begun."""
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        found = [p for p in children_of(process) if b"dpo.train.worker" in command_of(p)]
+        if len(found) == n:
+            return found
+        time.sleep(0.05)
+    raise AssertionError(process.communicate())
+
+
+def command_of(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def assert_gone(pids):
+    deadline = time.monotonic() + 20
+    while any(b"dpo.train.worker" in command_of(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a process was left behind"
+        time.sleep(0.1)
+
+
+def whole_of_two(prepared, tmp_path, loss, trainer, monkeypatch):
+    for name, value in TWO.items():
+        monkeypatch.setenv(name, value)
+    paths = prepared.paths(sft=loss == "sft")
+    run_train(config_of(loss, trainer), tmp_path / "whole", **paths)
+    return tmp_path / "whole"
+
+
+def test_two_processes_killed_while_they_write_end_the_same(prepared, tmp_path, monkeypatch):
+    expected = whole_of_two(prepared, tmp_path, "dpo", FSDP, monkeypatch)
+    process = start(prepared, "dpo", tmp_path, FSDP)
+    workers = workers_of(process)
+    kill_while_writing(process, tmp_path)
+    assert_gone(workers)
+    process = start(prepared, "dpo", tmp_path, FSDP)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    assert "goes on after step" in errors
+    assert_same(tmp_path / "model", expected)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("loss", "trainer"),
+    [(loss, FSDP) for loss in ("sft", "dpo", "ipo", "robust", "hinge", "simpo", "orpo")]
+    + [("dpo", TENSOR), ("sft", TENSOR)],
+)
+def test_two_processes_killed_at_random_moments(loss, trainer, prepared, tmp_path, monkeypatch):
+    expected = whole_of_two(prepared, tmp_path, loss, trainer, monkeypatch)
+    chance = random.Random(f"{loss} {trainer}")
+    for number in range(4):
+        process = start(prepared, loss, tmp_path, trainer, "checkpoint_every=8")
+        workers = workers_of(process)
+        if number % 2:
+            kill_while_writing(process, tmp_path)
+        else:
+            kill_after(process, tmp_path, lines_written(tmp_path) + chance.randint(1, 4))
+        assert_gone(workers)
+        if process.returncode == 0:
+            break
+    else:
+        process = start(prepared, loss, tmp_path, trainer, "checkpoint_every=8")
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors
+    assert_same(tmp_path / "model", expected)
+
+
+@pytest.mark.long
+def test_going_on_with_another_number_of_processes(prepared, tmp_path, monkeypatch):
+    expected = whole_of_two(prepared, tmp_path, "sft", FSDP, monkeypatch)
+    process = start(prepared, "sft", tmp_path, FSDP)
+    kill_after(process, tmp_path, 6)
+    monkeypatch.setenv("DPO_PROCESSES", "4")
+    process = start(prepared, "sft", tmp_path, FSDP)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    assert "written by 2 processes, now 4" in errors
+    a, b = log_of(expected), log_of(tmp_path / "model")
+    assert [line["counters/updates"] for line in a] == [line["counters/updates"] for line in b]
+    assert b[-1]["loss/eval"] == pytest.approx(a[-1]["loss/eval"], rel=0.01)
+
+
+@pytest.mark.long
+def test_sigterm_with_two_processes_writes_a_checkpoint(prepared, tmp_path, monkeypatch):
+    expected = whole_of_two(prepared, tmp_path, "sft", FSDP, monkeypatch)
+    process = start(prepared, "sft", tmp_path, FSDP, "checkpoint_every=0")
+    _, errors = kill_after(process, tmp_path, 4, signal.SIGTERM)
+    assert process.returncode == 75, errors
+    assert "a checkpoint was written" in errors
+    assert "Traceback" not in errors
+    process = start(prepared, "sft", tmp_path, FSDP, "checkpoint_every=0")
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    assert_same(tmp_path / "model", expected)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_dies_or_hangs_ends_the_job_and_is_named(
+    how, prepared, tmp_path, monkeypatch
+):
+    for name, value in TWO.items():
+        monkeypatch.setenv(name, value)
+    more = ("process_timeout_seconds=15", "n_epochs=50", "n_examples=5000", "eval_every=0")
+    process = start(prepared, "sft", tmp_path, FSDP, *more)
+    workers = workers_of(process)
+    deadline = time.monotonic() + 300
+    while lines_written(tmp_path) < 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    began = time.monotonic()
+    os.kill(workers[1], how)
+    _, errors = process.communicate(timeout=300)
+    # the wait, then ten seconds until the stopped process is killed
+    assert time.monotonic() - began < 60
+    assert process.returncode == 1, errors
+    last = errors[errors.rindex("rank 0:") :] if how == signal.SIGSTOP else errors
+    assert "rank 1" in last
+    assert os.uname().nodename in last
+    assert ("no answer for 15 s" if how == signal.SIGSTOP else "SIGKILL") in last
+    assert_gone(workers)
+
+
 def stopped_run(prepared, folder):
     """A run in this process with checkpoints after steps 2, 4, ..., of which two are kept."""
     run_train(
@@ -168,3 +319,100 @@ def test_debug_keeps_no_checkpoints_and_writes_the_model(prepared, tmp_path):
     run_train(config, tmp_path / "model", checkpoints=tmp_path / "kept", **paths)
     assert not list(tmp_path.glob("kept/step-*"))
     assert (tmp_path / "model/model.safetensors").is_file()
+
+
+def again(prepared, tmp_path, *more):
+    """The same run once more, with what it says."""
+    config = config_of("sft", *more)
+    kept = tmp_path / "kept"
+    return run_train(config, tmp_path / "again", checkpoints=kept, **prepared.paths(sft=True))
+
+
+def test_a_damaged_tensor_file_is_found_and_the_one_before_is_taken(prepared, tmp_path, capsys):
+    kept = stopped_run(prepared, tmp_path)
+    (tensors,) = kept.glob("step-10/tensors/*.distcp")
+    data = bytearray(tensors.read_bytes())
+    data[len(data) // 2] ^= 1
+    tensors.write_bytes(data)
+    again(prepared, tmp_path)
+    said = capsys.readouterr().err
+    assert "step-10 is not used" in said
+    assert "goes on after step 8" in said
+    assert_same(tmp_path / "again", tmp_path / "model")
+
+
+def test_checkpoints_of_an_older_format_are_refused(prepared, tmp_path):
+    kept = stopped_run(prepared, tmp_path)
+    identity = json.loads((kept / "identity.json").read_text())
+    del identity["format of checkpoints"]
+    (kept / "identity.json").write_text(json.dumps(identity))
+    with pytest.raises(ArtifactError, match=r"format 1; this version reads 2"):
+        again(prepared, tmp_path)
+    assert (kept / "step-10").is_dir(), "nothing is lost"
+
+
+def test_a_full_disk_leaves_the_checkpoint_out_and_the_training_goes_on(
+    prepared, tmp_path, monkeypatch, capsys
+):
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(small)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip(f"cannot mount a small disk: run as root: {' '.join(mount)}")
+    try:
+        paths = prepared.paths(sft=True)
+        run_train(config_of("sft"), tmp_path / "model", checkpoints=small / "kept", **paths)
+        assert not list(small.glob("kept/.step-*")), "what was begun is removed"
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+    said = capsys.readouterr().err
+    assert "the disk is full" in said
+    assert "training goes on" in said
+    assert "Traceback" not in said
+    run_train(config_of("sft"), tmp_path / "expected", **paths)
+    assert_same(tmp_path / "model", tmp_path / "expected")
+
+
+def test_the_period_follows_the_measured_cost(tmp_path):
+    keeper = Checkpoints(Place(tmp_path), {}, keep=1)
+    assert keeper.period_seconds(120) == 120
+    assert keeper.period_seconds("auto") == 60
+    keeper.save_seconds.append(2.0)
+    assert keeper.period_seconds("auto") == 200, "1 % of the time"
+    keeper.save_seconds.append(0.001)
+    assert keeper.period_seconds("auto") == 30
+    keeper.save_seconds.append(1000.0)
+    assert keeper.period_seconds("auto") == 3600
+
+
+def test_the_share_of_useful_time_is_reported(prepared, tmp_path, capsys):
+    run_train(config_of("sft"), tmp_path / "model", **prepared.paths(sft=True))
+    share = json.loads((tmp_path / "model/run.json").read_text())["useful_time_share"]
+    assert 0 < share <= 1
+    assert "of the time went into optimiser steps" in capsys.readouterr().err
+
+
+@pytest.mark.minio
+def test_checkpoints_in_a_store_are_found_from_another_folder(
+    whole, prepared, tmp_path, bucket_url
+):
+    loss, expected = whole
+    store = open_store(f"{bucket_url}/checkpoints")
+    store.check(create=True)
+    more = (f"checkpoint_uri={store.root}", "keep_checkpoints=1")
+    process = start(prepared, loss, tmp_path / "first", *more)
+    while process.poll() is None and not list(latest_in(store)):
+        time.sleep(0.02)
+    process.kill()
+    process.communicate(timeout=120)
+    assert list(latest_in(store)), "a checkpoint was sent before the end"
+    process = start(prepared, loss, tmp_path / "second", *more)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "goes on after step" in errors
+    assert_same(tmp_path / "second/model", expected)
+    assert list(store.list()) == [], "the run is complete"
+
+
+def latest_in(store):
+    return (key for key in store.list() if key.endswith("/LATEST"))

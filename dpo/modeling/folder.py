@@ -1,0 +1,99 @@
+"""What can be seen to be wrong with a model's folder before its weights are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dpo.errors import ModelError
+
+_INDEX = "model.safetensors.index.json"
+_WEIGHTS = "model.safetensors"
+_HEADER_LENGTH_BYTES = 8
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that is no whole model: the files of its weights are looked at, not read.
+
+    Raises:
+        ModelError: no ``config.json``, one that is not JSON or names no model, weights that are
+            missing, cut off or not safetensors.
+    """
+    _check_config(folder / "config.json")
+    index = folder / _INDEX
+    if index.is_file():
+        for name in _shards(index):
+            _check_safetensors(folder / name)
+    elif (folder / _WEIGHTS).is_file():
+        _check_safetensors(folder / _WEIGHTS)
+    elif not any(folder.glob("*.safetensors")):
+        pickled = next(iter(sorted(folder.glob("pytorch_model*.bin"))), None)
+        raise ModelError(
+            f"the model's weights are missing: there is no {_WEIGHTS}"
+            + (f", and {pickled.name} is a pickle, which is not loaded" if pickled else ""),
+            where=str(folder),
+            fix="convert it with save_pretrained(safe_serialization=True)"
+            if pickled
+            else "fetch the model again: the folder needs config.json, weights and tokenizer",
+        )
+
+
+def _check_config(path: Path) -> None:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            "not a Hugging Face model folder: config.json is missing",
+            where=str(path.parent),
+            fix="give a folder with config.json, weights and tokenizer",
+        ) from None
+    except (UnicodeDecodeError, ValueError) as error:
+        raise ModelError(
+            f"config.json is not JSON: {error}", where=str(path), fix="fetch the model again"
+        ) from None
+    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+        raise ModelError(
+            "config.json names no model_type",
+            where=str(path),
+            fix="give the folder of a causal language model of transformers",
+        )
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return sorted({str(name) for name in names})
+    except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(
+            "the list of weight files is not readable",
+            where=str(index),
+            fix="fetch the model again",
+        ) from None
+
+
+def _check_safetensors(path: Path) -> None:
+    """Compare a file's size with what its header says; reads the header alone."""
+    if not path.is_file():
+        raise ModelError(
+            f"a file of weights is missing: {path.name}",
+            where=str(path.parent),
+            fix="fetch the model again",
+        )
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(_HEADER_LENGTH_BYTES), "little")
+            if not 0 < length <= size - _HEADER_LENGTH_BYTES:
+                raise ValueError("its header is cut off")
+            header = json.loads(file.read(length))
+        ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+        expected = _HEADER_LENGTH_BYTES + length + max(ends, default=0)
+        if size != expected:
+            raise ValueError(f"it has {size:,} bytes, its header says {expected:,}")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        reason = error if isinstance(error, ValueError) else "its header is not readable"
+        raise ModelError(
+            f"a file of weights is damaged: {reason}",
+            where=str(path),
+            fix="fetch the model again; git-lfs pointers are no weights",
+        ) from None

@@ -1,0 +1,158 @@
+"""Elementwise parts of Llama's family in few passes over memory, with backward passes of their own.
+
+On a CPU these parts are bound by memory: transformers' RMS norm makes seven passes over a row's
+hidden states and keeps four copies for the backward pass. Here rows are worked on in blocks that
+stay in the cache, one copy is kept, and under autocast the result has the type in which the next
+product wants it. Arithmetic is in float32 at least.
+
+Axes: T rows, D size, F size of the feed-forward layer.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpo.data.packing import PackedBatch
+from dpo.modeling.attention import takes_own_products
+from dpo.modeling.segments import SegmentAttention, parts_of
+
+_BLOCK_ELEMENTS = 1 << 16
+"""Elements worked on at once: 256 KB in float32, a fraction of a core's second-level cache."""
+
+NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
+_ATTENTIONS = ("LlamaAttention", "MistralAttention")
+
+
+def fuse(model: Any) -> None:
+    """Let the norms and feed-forward layers of ``model`` run through this module; idempotent."""
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind in NORMS:
+            module.forward = partial(_norm, module)
+        elif kind in _MLPS and getattr(module.config, "hidden_act", "") == "silu":
+            module.forward = partial(_feed_forward, module)
+        elif kind in _ATTENTIONS:
+            module.forward = partial(_attention, module)
+
+
+def _norm(module: Any, hidden: Tensor) -> Tensor:
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    result: Tensor = _RMSNorm.apply(hidden, module.weight, module.variance_epsilon, dtype)
+    return result
+
+
+def _feed_forward(module: Any, hidden: Tensor) -> Tensor:
+    gated = _GatedSilu.apply(module.gate_proj(hidden), module.up_proj(hidden))
+    result: Tensor = module.down_proj(gated)
+    return result
+
+
+def _attention(
+    module: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    *args: Any,
+    row: PackedBatch | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Packed rows with the rotation inside; anything else as transformers has it."""
+    if row is None or not takes_own_products(hidden_states.device, row.segments):
+        more = others if row is None else {**others, "row": row}
+        result: tuple[Tensor, None] = type(module).forward(
+            module, hidden_states, position_embeddings, *args, **more
+        )
+        return result
+    query_TF, key_TF, value_TF = (
+        projection(hidden_states)[0] for projection in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    cos_BTD, sin_BTD = position_embeddings
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        out_THD = SegmentAttention.apply(
+            *(x_TF.view(len(x_TF), -1, module.head_dim) for x_TF in (query_TF, key_TF, value_TF)),
+            cos_BTD[0],
+            sin_BTD[0],
+            module.scaling,
+            parts_of(row.segments),
+        )
+    return module.o_proj(out_THD.flatten(1)[None]), None
+
+
+def _blocks(values_TD: Tensor) -> list[slice]:
+    rows = max(1, _BLOCK_ELEMENTS // values_TD.shape[1])
+    return [slice(start, start + rows) for start in range(0, len(values_TD), rows)]
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * w over the last axis, given in ``dtype``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype
+    ) -> Tensor:
+        hidden_TD = hidden.reshape(-1, hidden.shape[-1])
+        out_TD = torch.empty_like(hidden_TD, dtype=dtype)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        scale_T1 = torch.empty(len(hidden_TD), 1, dtype=wide, device=hidden.device)
+        weight_wide_D = _wide(weight_D)
+        for block in _blocks(hidden_TD):
+            part_tD = _wide(hidden_TD[block])
+            norm_t1 = torch.linalg.vector_norm(part_tD, dim=1, keepdim=True)
+            scale_T1[block] = norm_t1.square_().div_(part_tD.shape[1]).add_(eps).rsqrt_()
+            torch.mul(part_tD * scale_T1[block], weight_wide_D, out=out_TD[block])
+        ctx.save_for_backward(hidden_TD, weight_D, scale_T1)
+        return out_TD.view(hidden.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_TD, weight_D, scale_T1 = ctx.saved_tensors
+        grad_TD = grad.reshape(hidden_TD.shape)
+        out_TD = torch.empty_like(hidden_TD)
+        grad_weight_D = torch.zeros_like(weight_D, dtype=scale_T1.dtype)
+        weight_wide_D = _wide(weight_D)
+        for block in _blocks(hidden_TD):
+            normal_tD = _wide(hidden_TD[block]) * scale_T1[block]
+            part_tD = _wide(grad_TD[block])
+            product_tD = part_tD * normal_tD
+            grad_weight_D += product_tD.sum(0)
+            mean_t1 = product_tD.mul_(weight_wide_D).mean(1, keepdim=True)
+            part_tD = torch.mul(part_tD, weight_wide_D, out=product_tD)
+            out_TD[block] = part_tD.addcmul_(normal_tD, mean_t1, value=-1).mul_(scale_T1[block])
+        return out_TD.view(grad.shape), grad_weight_D.to(weight_D.dtype), None, None
+
+
+class _GatedSilu(torch.autograd.Function):
+    """silu(gate) * up."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        out = torch.empty_like(gate)
+        gate_TF, up_TF, out_TF = (x.view(-1, x.shape[-1]) for x in (gate, up, out))
+        for block in _blocks(gate_TF):
+            torch.mul(F.silu(gate_TF[block]), up_TF[block], out=out_TF[block])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+        views = (x.view(-1, x.shape[-1]) for x in (gate, up, grad, grad_gate, grad_up))
+        gate_TF, up_TF, grad_TF, grad_gate_TF, grad_up_TF = views
+        for block in _blocks(gate_TF):
+            torch.mul(F.silu(gate_TF[block]), grad_TF[block], out=grad_up_TF[block])
+            torch.ops.aten.silu_backward.grad_input(
+                grad_TF[block] * up_TF[block], gate_TF[block], grad_input=grad_gate_TF[block]
+            )
+        return grad_gate, grad_up

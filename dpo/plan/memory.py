@@ -1,0 +1,178 @@
+"""Peak memory of one device in training, by an account of what is kept.
+
+Per device, with n devices that share the weights (FSDP; n = 1 else):
+
+    weights      P x bytes of policy_dtype / n; with FSDP also two gathered blocks and the gathered
+                 embeddings; with autocast the copies in the type of the products
+    gradients    trained weights x 4 / n; with FSDP also one block before and while it is reduced
+    optimiser    RMSprop one value a trained weight, AdamW two, in the weights' type
+    activations  tokens of a micro-batch x blocks x (a D + b F) bytes, a and b by architecture and
+                 type (``_SAVED``), or one block and the inputs of the others where they are
+                 computed again; and what backward works with
+    logits       a chunk of response tokens x vocabulary, and the gradient of the output weights;
+                 all logits where the architecture takes the padded path
+
+The reference's log-probabilities are cached, so there is no second model. ``a`` and ``b`` count the
+tensors that autograd keeps, read from runs under fake tensors (tests/plan/test_memory.py repeats
+that); the whole is compared with measured peaks there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dpo.plan.architecture import Architecture
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+Mode = Literal["float32", "autocast", "half"]
+"""float32 products; 16-bit products of float32 weights; 16-bit weights and products (FSDP)."""
+
+PACKED_TYPES = ("gpt_neox", "llama", "gpt2", "mistral")
+"""``model_type`` of the models whose rows share prompts (dpo.modeling.attention.ARCHITECTURES)."""
+
+# bytes a token and block keep for backward: a for each of D, b for each of F, and (where attention
+# is written out) s for each head and key
+_SAVED: dict[str, dict[Mode, tuple[float, float, float]]] = {
+    "gpt_neox": {"float32": (46.5, 8, 0), "autocast": (24.8, 4, 0), "half": (23.3, 4, 0)},
+    "llama": {"float32": (50.5, 16, 0), "autocast": (38.8, 8, 0), "half": (29.3, 8, 0)},
+    "gpt2": {"float32": (42.5, 20, 0), "autocast": (25.3, 10, 0), "half": (21.3, 10, 0)},
+    "gptj": {"float32": (24, 20, 4), "autocast": (20, 10, 6), "half": (12, 10, 2)},
+}
+_LIKE = {"mistral": "llama"}
+_CHUNK_TOKENS = 128
+_GPU_CONTEXT = 0.75 * 2**30
+"""What the driver and its libraries keep, and NCCL's buffers; an allowance, not measured."""
+_FRAGMENTATION = 0.04
+"""Share of a GPU's memory that its allocator loses; an allowance, not measured."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What decides the memory of a training."""
+
+    shape: Architecture
+    micro_batch_tokens: int
+    """Tokens that go through the model at once on one device."""
+    longest: int
+    """Longest sequence, in tokens."""
+    devices: int
+    """Devices that share the weights; 1 for one process."""
+    weights_dtype: str
+    mode: Mode
+    optimizer: str
+    checkpointing: str
+    several_micro_batches: bool
+    """Gradients of earlier micro-batches are there while another one is in forward."""
+    adapter_parameters: int | None = None
+    """Trained weights of a LoRA adapter; None trains all weights."""
+    on_gpu: bool = True
+
+    @property
+    def trained(self) -> int:
+        """Weights that have gradients."""
+        parameters = self.shape.parameters
+        return parameters if self.adapter_parameters is None else self.adapter_parameters
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Predicted peak of one device, in bytes, by what it is used for."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    reserve: float
+    """The driver's context and what the allocator loses; 0 on a CPU."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        parts = (self.weights, self.gradients, self.optimizer, self.activations, self.logits)
+        return sum(parts) + self.reserve
+
+
+def predict(job: Job) -> Memory:
+    """The peak of a job: in the middle of a step, or in the optimiser's update if that is more."""
+    weights, gradients, optimizer = _states(job)
+    activations, logits = _activations(job), _logits(job)
+    if not job.several_micro_batches:
+        # activations go as gradients come
+        activations = max(activations + logits - gradients, 0.1 * activations)
+        logits = min(logits, activations)
+        activations -= logits
+    update = _update(job)
+    if update > activations + logits:
+        # the split is that of the moment of the peak: activations are gone by then
+        optimizer, activations, logits = optimizer + update, 0.0, 0.0
+    used = weights + gradients + optimizer + activations + logits
+    kept = reserve(used) if job.on_gpu else 0.0
+    return Memory(weights, gradients, optimizer, activations, logits, kept)
+
+
+def reserve(used: float) -> float:
+    """What a GPU needs beside ``used`` bytes of tensors."""
+    return _GPU_CONTEXT + _FRAGMENTATION * used
+
+
+def _states(job: Job) -> tuple[float, float, float]:
+    shape, size, n = job.shape, BYTES[job.weights_dtype], job.devices
+    total = shape.parameters + (job.adapter_parameters or 0)
+    weights, gradients = total * size / n, job.trained * size / n
+    if n > 1:
+        gathered = 2 if job.mode == "half" else size
+        block = shape.block_parameters
+        weights += gathered * (2 * block + shape.embedding_parameters)
+        if job.adapter_parameters is None:
+            # as it comes out of backward, and in float32 to be summed over devices
+            gradients += (gathered + 4) * max(block, shape.embedding_parameters)
+    if job.mode == "autocast":
+        # casts of weights are kept until backward has passed them
+        weights += 2 * shape.n_layers * shape.block_matrices
+    values = {"RMSprop": 1, "AdamW": 2}[job.optimizer]
+    return weights, gradients, values * job.trained * size / n
+
+
+def _activations(job: Job) -> float:
+    shape, tokens = job.shape, _tokens(job)
+    kind = _LIKE.get(shape.model_type, shape.model_type)
+    a, b, s = _SAVED.get(kind, _SAVED["llama"])[job.mode]
+    each = a * shape.width + b * shape.mlp_width + s * shape.n_heads * job.longest
+    inputs = (2 if job.mode == "half" else 4) * shape.width
+    share = {"none": 0.0, "selective": 0.5, "full": 1.0}[job.checkpointing]
+    kept = shape.n_layers * ((1 - share) * each + share * inputs) + (each if share else 0.0)
+    wide = 2 if job.mode != "float32" else 4
+    working = wide * (2 * shape.mlp_width * (1.5 if shape.gated else 1) + 4 * shape.width)
+    return tokens * (kept + working)
+
+
+def _tokens(job: Job) -> float:
+    """Tokens that go through the blocks at once."""
+    tokens = max(job.micro_batch_tokens, job.longest)
+    if job.shape.model_type in PACKED_TYPES:
+        return tokens
+    # each response with a prompt of its own, padded to the longest
+    return 1.6 * tokens
+
+
+def _logits(job: Job) -> float:
+    shape = job.shape
+    wide = 4 if job.mode == "float32" else 2
+    if job.shape.model_type not in PACKED_TYPES:
+        return _tokens(job) * shape.vocabulary * (wide + 8)
+    chunk = 3 * 4 * _CHUNK_TOKENS * shape.vocabulary
+    output = shape.vocabulary * shape.width
+    copies = output * (2 if job.mode == "autocast" else 0)
+    return chunk + copies + (output * 4 if job.adapter_parameters is None else 0)
+
+
+def _update(job: Job) -> float:
+    """What the optimiser works with: RMSprop takes roots of all its values at once on a GPU."""
+    size = BYTES[job.weights_dtype]
+    if job.optimizer == "AdamW":
+        return 0.0
+    if job.on_gpu:
+        return job.trained * size / job.devices
+    return job.shape.vocabulary * job.shape.width * size / job.devices

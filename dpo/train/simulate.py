@@ -1,0 +1,208 @@
+"""Peak memory of a step without a GPU and without weights: fake tensors and a fake process group.
+
+The model, FSDP's sharding, forward and backward of two rows, clipping and the optimiser's update
+are those of a real run; tensors have shapes and no contents. What is counted is every storage that
+is alive, so a change of the code that keeps more shows by itself. One process is simulated of
+``gpus``; operations are those of a CPU, whose fused attention keeps what a GPU's does.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from dpo.config.losses import SFTLoss
+from dpo.config.schema import RunConfig
+from dpo.data.log_probs import PairLogProbs
+from dpo.data.packing import pack
+from dpo.data.tokenize import TokenizedExample
+from dpo.modeling import attention
+from dpo.modeling.lora import add_adapter
+from dpo.modeling.precision import DTYPES, autocast
+from dpo.plan.architecture import config_values
+from dpo.train.optimizer import build_optimizer
+from dpo.train.parallel import Layout, Scorer, shard
+from dpo.train.step import Objective
+from dpo.train.trainer import checkpoint_activations
+
+
+class StorageCount(TorchDispatchMode):
+    """Bytes of all storages made while it is active that are alive, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._sizes: dict[int, int] = {}
+        self._resize: Callable[..., Any] = torch.UntypedStorage.resize_
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operation and count what it returns."""
+        if func is torch.ops.aten.nonzero.default and isinstance(args[0], FakeTensor):
+            # how many there are depends on contents; all of them at most
+            result = args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
+        else:
+            result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, torch.Tensor):
+                self._add(value)
+        return result
+
+    def _add(self, tensor: torch.Tensor) -> None:
+        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        weakref.finalize(storage, self._free, key)
+        self._sizes[key] = 0
+        self._grow(key, storage.nbytes())
+
+    def _grow(self, key: int, size: int) -> None:
+        self.now += size - self._sizes[key]
+        self._sizes[key] = size
+        self.peak = max(self.peak, self.now)
+
+    def _free(self, key: int) -> None:
+        self.now -= self._sizes.pop(key, 0)
+
+    def __enter__(self) -> StorageCount:
+        original = self._resize
+
+        def resize(storage: torch.UntypedStorage, size: int) -> Any:
+            result = original(storage, size)
+            if storage._cdata in self._sizes:
+                self._grow(storage._cdata, size)
+            return result
+
+        # FSDP frees gathered weights by giving their storage no bytes
+        torch.UntypedStorage.resize_ = resize
+        super().__enter__()
+        return self
+
+    def __exit__(self, *problem: Any) -> None:
+        super().__exit__(*problem)
+        torch.UntypedStorage.resize_ = self._resize
+
+
+def peak_bytes(
+    config: RunConfig, *, gpus: int, dtype: str, row: tuple[int, int, int], n_rows: int = 2
+) -> int:
+    """Peak of one process, in bytes; nothing is allocated.
+
+    Args:
+        config: Settings of a training stage.
+        gpus: Processes that share the weights; 1 trains without FSDP.
+        dtype: Type of the products.
+        row: Tokens of prompt, chosen and rejected responses in a row, all examples together.
+        n_rows: Rows of a step.
+
+    Raises:
+        DpoError: the model is not known, or has no block of the given name.
+    """
+    fake = FakeTensorMode()
+    with (
+        _processes(gpus),
+        _attention_of_a_gpu(),
+        StorageCount() as count,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        with fake:
+            model = _model(config)
+            if config.lora.enabled:
+                add_adapter(model, config.lora, config.model.name_or_path)
+            checkpoint_activations(model, config.activation_checkpointing)
+        scorer = Scorer(model)
+        if gpus > 1:
+            # outside: the mesh of processes is made of real tensors
+            mesh = Layout.of(config.trainer, "cpu").data
+            assert mesh is not None
+            scorer = shard(scorer, config, mesh)
+        with fake:
+            _steps(config, scorer, dtype, row, n_rows)
+    return count.peak
+
+
+def _steps(
+    config: RunConfig, scorer: Scorer, dtype: str, row: tuple[int, int, int], n_rows: int
+) -> None:
+    """Two optimiser steps: the second has the optimiser's state."""
+    model = scorer.model
+    objective = Objective(
+        model, config.loss, DTYPES[dtype], config.micro_batch_tokens, scorer=scorer
+    )
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = build_optimizer(trained, config)
+    for _ in range(2):
+        _backward(objective, row, n_rows)
+        torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _model(config: RunConfig) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = dict(config_values(config.model))
+    settings = AutoConfig.for_model(values.pop("model_type"), **values)
+    eager = settings.model_type == "gptj"
+    return AutoModelForCausalLM.from_config(
+        settings,
+        dtype=DTYPES[config.model.policy_dtype],
+        attn_implementation="eager" if eager else "sdpa",
+    ).eval()
+
+
+def _backward(objective: Objective, row: tuple[int, int, int], n_rows: int) -> None:
+    prompt, *responses = (np.ones(max(1, length), dtype=np.int32) for length in row)
+    sft = isinstance(objective.loss, SFTLoss)
+    example = TokenizedExample("0", prompt, tuple(responses[:1] if sft else responses))
+    (batch,) = pack([example], sum(row))
+    zeros = [np.zeros(len(part), dtype=np.float32) for part in responses]
+    reference = None if sft else [PairLogProbs("", "", *zeros)]
+    with autocast(objective.dtype, "cpu"):
+        for _ in range(n_rows):
+            losses_E, _ = objective.figures(batch, reference, "train")
+            losses_E.sum().backward()
+
+
+@contextmanager
+def _attention_of_a_gpu() -> Iterator[None]:
+    """Fused attention for every length: what a CPU does for short ones keeps other tensors."""
+    names = vars(attention)
+    before, names["LONGEST"] = names["LONGEST"], 0
+    try:
+        yield
+    finally:
+        names["LONGEST"] = before
+
+
+@contextmanager
+def _processes(n: int) -> Iterator[None]:
+    """A process group that sends nothing."""
+    if n == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    before = os.environ.get("LOCAL_RANK")
+    dist.init_process_group("fake", rank=0, world_size=n, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        if before is None:
+            os.environ.pop("LOCAL_RANK", None)

@@ -1,0 +1,68 @@
+"""``dpo export``: a checkpoint as policy.pt, read back here and as the reference code reads it."""
+
+import json
+
+import pytest
+import torch
+
+from dpo.cli import main
+from dpo.config.places import builtin
+from dpo.config.schema import ModelConfig
+from dpo.modeling.load import load_for_training, load_model, save_model
+
+TINY = builtin("builtin:tiny")
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    model, tokenizer = load_for_training(ModelConfig(), None)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.25
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    save_model(model, tokenizer, folder)
+    record = {"examples": 48, "metrics": {"loss/train": 0.5, "note": "text"}}
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder, model.state_dict()
+
+
+def test_round_trip(checkpoint, tmp_path, capsys):
+    folder, weights = checkpoint
+    path = tmp_path / "new" / "policy.pt"
+    assert main(["export", f"checkpoint={folder}", f"output={path}"]) == 0
+    assert "policy.pt" in capsys.readouterr().out
+    assert [item.name for item in path.parent.iterdir()] == ["policy.pt"]
+    again, _ = load_for_training(ModelConfig(archive=str(path)), None)
+    torch.testing.assert_close(again.state_dict(), weights, rtol=0, atol=0)
+
+
+def test_the_reference_code_reads_it(checkpoint, tmp_path):
+    """train.py: state_dict = torch.load(archive); policy.load_state_dict(state_dict['state'])."""
+    folder, weights = checkpoint
+    path = tmp_path / "policy.pt"
+    main(["export", f"checkpoint={folder}", f"output={path}"])
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    assert set(loaded) == {"step_idx", "state", "metrics"}
+    assert loaded["step_idx"] == 48
+    assert loaded["metrics"] == {"loss/train": 0.5}
+    model = load_model(TINY, torch.float32)
+    model.load_state_dict(loaded["state"], strict=True)
+    torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["checkpoint={tmp}/nothing", "output={tmp}/policy.pt"], "config.json is missing"),
+        (["checkpoint={folder}", "output={tmp}"], "a policy.pt is a file"),
+        (["checkpoint={folder}"], "needs output="),
+    ],
+)
+def test_mistakes_are_named(checkpoint, tmp_path, capsys, words, message):
+    folder, _ = checkpoint
+    given = [word.format(tmp=tmp_path, folder=folder) for word in words]
+    assert main(["export", *given]) != 0
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown

@@ -1,0 +1,156 @@
+"""LoRA by setting: the base is its own reference, and either form of the result loads again."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from dpo.config.compose import compose
+from dpo.config.places import builtin
+from dpo.config.schema import LoraConfig, ModelConfig
+from dpo.config.stages import restrict
+from dpo.errors import ConfigError, ModelError
+from dpo.modeling.load import load_for_training, load_model
+from dpo.modeling.lora import add_adapter, trained_parameters, whole_state
+from dpo.train.stage import run_train
+from tests.train.conftest import SETTINGS
+
+RUN = [*SETTINGS, "n_examples=24", "lora.enabled=true", "lora.rank=4", "optimizer=AdamW"]
+TINY = builtin("builtin:tiny")
+
+
+def config_of(loss, *more):
+    stage = "sft" if loss == "sft" else "preference"
+    return restrict(compose([*RUN, f"loss={loss}", *more]).config, stage)
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_base_is_its_own_reference(prepared, tmp_path):
+    """No reference is given: the base scores the pairs, so the first loss is ln 2, the margin 0."""
+    paths = {**prepared.paths(sft=False), "reference": None}
+    run_train(config_of("dpo"), tmp_path / "out", **paths)
+    first = next(line for line in log_of(tmp_path / "out") if "loss/train" in line)
+    assert first["loss/train"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["rewards_train/margins"] == 0.0
+    before = load_file(prepared.sft / "model.safetensors")
+    after = load_file(tmp_path / "out/model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if (before[name] != after[name]).any()}
+    # the blocks' matrices, and neither biases, norms nor embeddings
+    assert changed == {
+        f"gpt_neox.layers.{layer}.{name}.weight"
+        for layer in (0, 1)
+        for name in (
+            "attention.query_key_value",
+            "attention.dense",
+            "mlp.dense_h_to_4h",
+            "mlp.dense_4h_to_h",
+        )
+    }
+
+
+def test_an_adapter_alone_is_the_merged_model(prepared, tmp_path):
+    paths = prepared.paths(sft=False)
+    run_train(config_of("dpo"), tmp_path / "merged", **paths)
+    run_train(config_of("dpo", "lora.save=adapter"), tmp_path / "adapter", **paths)
+    names = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names
+    assert not any(name.startswith("model") for name in names)
+    expected = load_model(tmp_path / "merged", torch.float32).state_dict()
+    found = load_model(tmp_path / "adapter", torch.float32).state_dict()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-6)
+    # as a start for more training too, and by peft itself
+    policy, _ = load_for_training(ModelConfig(), tmp_path / "adapter")
+    torch.testing.assert_close(policy.state_dict(), found)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft 0.21
+def test_peft_reads_the_adapter(prepared, tmp_path):
+    from peft import PeftModel
+
+    run_train(config_of("sft", "lora.save=adapter"), tmp_path / "out", pairs=prepared.data)
+    base = load_model(TINY, torch.float32)
+    merged = PeftModel.from_pretrained(base, str(tmp_path / "out")).merge_and_unload()
+    ours = load_model(tmp_path / "out", torch.float32)
+    torch.testing.assert_close(merged.state_dict(), ours.state_dict())
+    assert (
+        json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"]
+        == "builtin:tiny"
+    )
+
+
+def test_a_resumed_run_is_the_whole_one(prepared, tmp_path):
+    more = ["checkpoint_every=8", "checkpoint_seconds=0"]
+    paths = prepared.paths(sft=False)
+    run_train(config_of("dpo"), tmp_path / "whole", **paths)
+    kept = tmp_path / "kept"
+    run_train(config_of("dpo", *more), tmp_path / "first", checkpoints=kept, **paths)
+    # the run again from the checkpoint after step 2 of 3
+    run_train(config_of("dpo", *more), tmp_path / "again", checkpoints=kept, **paths)
+    whole = (tmp_path / "whole/model.safetensors").read_bytes()
+    assert (tmp_path / "again/model.safetensors").read_bytes() == whole
+
+
+@pytest.mark.long
+def test_two_processes_follow_one(prepared, tmp_path, monkeypatch):
+    paths = prepared.paths(sft=False)
+    run_train(config_of("dpo", "lr=1e-5"), tmp_path / "one", **paths)
+    monkeypatch.setenv("DPO_PROCESSES", "2")
+    more = ("lr=1e-5", "trainer=FSDPTrainer")
+    run_train(config_of("dpo", *more), tmp_path / "two", **paths)
+    run_train(config_of("dpo", *more, "lora.save=adapter"), tmp_path / "adapter", **paths)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name in one:
+        assert two[name] == pytest.approx(one[name], abs=1e-5), name
+    again, whole = (
+        load_model(tmp_path / n, torch.float32).state_dict() for n in ("adapter", "two")
+    )
+    torch.testing.assert_close(again, whole, atol=1e-5, rtol=0)
+
+
+def test_the_change_is_scaled_by_alpha_over_rank():
+    """rank 1, alpha 3: W + 3 B A. A is a row of ones, B a column of twos: every element + 6."""
+    model = load_model(TINY, torch.float32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    add_adapter(model, LoraConfig(enabled=True, rank=1, alpha=3.0, modules=["dense"]), "base")
+    # two layers of 64 x 64: 64 + 64 weights each
+    assert trained_parameters(model) == 2 * 128
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_A" in name:
+                weight.fill_(1.0)
+            if "lora_B" in name:
+                weight.fill_(2.0)
+    after = whole_state(model, None)
+    assert after.keys() == before.keys()
+    for name, value in after.items():
+        change = 6.0 if name.endswith("attention.dense.weight") else 0.0
+        torch.testing.assert_close(value, before[name] + change)
+
+
+def test_an_unknown_module_is_named(prepared, tmp_path):
+    config = config_of("sft", "lora.modules=[q_proj]")
+    with pytest.raises(ConfigError, match="query_key_value"):
+        run_train(config, tmp_path / "out", pairs=prepared.data)
+
+
+def test_a_base_that_is_gone_is_named(prepared, tmp_path):
+    run_train(config_of("sft", "lora.save=adapter"), tmp_path / "out", pairs=prepared.data)
+    path = tmp_path / "out/adapter_config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "base_model_name_or_path": str(tmp_path / "gone")}))
+    with pytest.raises(ModelError, match=r"base model .*gone cannot be had"):
+        load_model(tmp_path / "out", torch.float32)
+
+
+def test_tensor_parallel_refuses_it(prepared, tmp_path, monkeypatch):
+    monkeypatch.setenv("DPO_PROCESSES", "1")
+    config = config_of("sft", "trainer=TensorParallelTrainer")
+    with pytest.raises(ConfigError, match="LoRA and tensor parallelism"):
+        run_train(config, tmp_path / "out", pairs=prepared.data)
