@@ -55,6 +55,12 @@ class ModelConfig(Section):
     """``auto`` runs norms, gated layers and attention in our own few passes over memory where they
     fit the model; ``plain`` as transformers has them; ``liger`` with the package liger-kernel (on a
     GPU)."""
+    output_layer: Literal["tiled", "torch"] = "tiled"
+    """Log-probabilities from hidden states: by tiles of the vocabulary, or by torch's chunked
+    linear_cross_entropy. Neither keeps the logits of a row."""
+    compile: bool = False
+    """Compile each transformer block for rows of fixed lengths (torch.compile; needs a C++ compiler
+    on a CPU, and takes a minute at the start)."""
     fsdp_policy_mp: Dtype | None = None
     """Mixed precision of the FSDP trainer (overrides ``compute_dtype`` there)."""
     trust_remote_code: bool = False

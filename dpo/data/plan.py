@@ -74,7 +74,7 @@ def plan_run(
     sources = _sources(configs, parameters)
     plan = {
         f"{stage}_settings": stage_json(configs[stage], stage, key_only=key_only)
-        for stage in _NEVER_CACHED
+        for stage in (*_CACHED, *_NEVER_CACHED)
     }
     for stage in _CACHED:
         known = {"code": code_fingerprint(stage), **sources.get(stage, {})}

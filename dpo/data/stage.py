@@ -89,7 +89,7 @@ def run_ingest(
             settings=stage_settings(config, "ingest"),
             inputs={},
             code=code,
-            details={"metrics": _scalars(figures), "sources": dict(fingerprints)},
+            details={"metrics": _scalars(figures), "sources": dict(found)},
         )
     _tell(figures)
     return manifest
