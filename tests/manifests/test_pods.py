@@ -109,7 +109,7 @@ def test_more_gpus_than_there_are_waits_and_the_user_is_told_what_to_do(schedule
     message = scheduled(pod("sft", "train.gpus=4"))
     assert "Insufficient nvidia.com/gpu" in message
     (said,) = advice(message, "sft")
-    assert "no node has what the step asks for" in said
+    assert "no node has that many free GPUs" in said
 
 
 def test_gpus_are_counted_over_pods(scheduled):
