@@ -18,6 +18,7 @@ import yaml
 from dpo.config.places import config_dir
 from dpo.errors import ConfigError, DpoError, PipelineError
 from dpo.storage.store import open_store
+from pipelines import sharded
 from pipelines.deployment import (
     CHECKPOINTED_STEPS,
     CHECKPOINTS_VARIABLE,
@@ -68,9 +69,13 @@ def steps_of(documents: list[dict[str, Any]]) -> tuple[str, ...]:
     return (*STEPS[:place], SELECT, *STEPS[place:])
 
 
-def swept_package(sweep: Sweep) -> list[dict[str, Any]]:
-    """The documents of a package with a sweep, to run on this machine."""
-    with tempfile.TemporaryDirectory() as folder, compiled_with(sweep):
+def local_package(sweep: Sweep, n_shards: int = 1) -> list[dict[str, Any]]:
+    """The documents of a package with a sweep or a shared ingest, to run on this machine."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        compiled_with(sweep),
+        sharded.ingest_shards(n_shards),
+    ):
         target = Path(folder, "package.yaml")
         _compile_again(target, None)
         return load_package(target)
@@ -89,7 +94,9 @@ def compile_pipeline(target: Path, deployment: Deployment | None = None) -> None
     target.write_text(_HEADER + target.read_text(encoding="utf-8"), encoding="utf-8")
 
 
-def deployed_package(deployment: Deployment, sweep: Sweep = NO_SWEEP) -> list[dict[str, Any]]:
+def deployed_package(
+    deployment: Deployment, sweep: Sweep = NO_SWEEP, n_shards: int = 1
+) -> list[dict[str, Any]]:
     """The documents of a package for a cluster: spec, then the Kubernetes part.
 
     Raises:
@@ -102,7 +109,11 @@ def deployed_package(deployment: Deployment, sweep: Sweep = NO_SWEEP) -> list[di
                 where=f"images.{kind}",
                 fix=f"build and push it with `make images-push`, then set images.{kind}",
             )
-    with tempfile.TemporaryDirectory() as folder, compiled_with(sweep):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        compiled_with(sweep),
+        sharded.ingest_shards(n_shards),
+    ):
         target = Path(folder, "package.yaml")
         compile_pipeline(target, deployment)
         documents = load_package(target)
@@ -265,7 +276,17 @@ def _parser() -> argparse.ArgumentParser:
         "--deploy", action="append", default=[], metavar="KEY=VALUE", help="train.gpus=0"
     )
     parser.add_argument(
+        "--nodes", type=int, metavar="N", help="train over N nodes; short for nodes.count=N"
+    )
+    parser.add_argument(
         "--images", type=Path, help="JSON with the names that `make images-push` wrote"
+    )
+    parser.add_argument(
+        "--ingest-shards",
+        type=int,
+        default=1,
+        metavar="N",
+        help="tasks that share the reading of the data, for sets that outgrow one machine",
     )
     parser.add_argument(
         "--image",
@@ -300,15 +321,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _write_for_cluster(options: argparse.Namespace) -> int:
+    nodes = [] if options.nodes is None else [f"nodes.count={options.nodes}"]
     deployment = load_deployment(
-        options.deployment, [*options.deploy, *image_assignments(options.image)]
+        options.deployment, [*options.deploy, *image_assignments(options.image), *nodes]
     )
     if options.images:
         deployment = with_images(deployment, options.images)
     if options.store:
         deployment = with_store(deployment, options.store)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    documents = deployed_package(deployment, Sweep(parse_sweep(options.sweep)))
+    sweep = Sweep(parse_sweep(options.sweep))
+    documents = deployed_package(deployment, sweep, options.ingest_shards)
     if options.preset:
         set_defaults(documents, preset(options.preset))
     save_package(documents, options.output)

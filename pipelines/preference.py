@@ -9,10 +9,10 @@ from kfp import dsl
 from components.fingerprint import fingerprint
 from components.finish import finish
 from components.gate import gate
-from components.ingest import ingest
 from components.publish import publish
 from components.reference import reference
 from components.sft import sft
+from pipelines.sharded import ingest_tasks
 from pipelines.sweep import train_and_judge
 
 
@@ -156,7 +156,7 @@ def preference_pipeline(
         plan.set_caching_options(enable_caching=False)
         planned = plan.outputs
 
-        data = ingest(
+        data = ingest_tasks(
             settings=planned["ingest_settings"],
             fingerprint=planned["ingest_fingerprint"],
             data_uri=data_uri,

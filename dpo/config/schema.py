@@ -7,12 +7,21 @@ names; everything else carries it.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from dpo.config.base import Section
 from dpo.config.losses import AnyLoss, DPOLoss
+from dpo.config.places import chat_templates
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 CheckpointingMode = Literal["none", "selective", "full"]
@@ -46,6 +55,12 @@ class ModelConfig(Section):
     """``auto`` runs norms, gated layers and attention in our own few passes over memory where they
     fit the model; ``plain`` as transformers has them; ``liger`` with the package liger-kernel (on a
     GPU)."""
+    output_layer: Literal["tiled", "torch"] = "tiled"
+    """Log-probabilities from hidden states: by tiles of the vocabulary, or by torch's chunked
+    linear_cross_entropy. Neither keeps the logits of a row."""
+    compile: bool = False
+    """Compile each transformer block for rows of fixed lengths (torch.compile; needs a C++ compiler
+    on a CPU, and takes a minute at the start)."""
     fsdp_policy_mp: Dtype | None = None
     """Mixed precision of the FSDP trainer (overrides ``compute_dtype`` there)."""
     trust_remote_code: bool = False
@@ -91,7 +106,19 @@ class TrainerConfig(Section):
 
 
 Format = Literal[
-    "auto", "pairs", "messages", "hh", "shp", "se", "novalto", "openai", "ranked", "rated"
+    "auto",
+    "pairs",
+    "messages",
+    "hh",
+    "shp",
+    "se",
+    "novalto",
+    "openai",
+    "ranked",
+    "rated",
+    "compared",
+    "argilla",
+    "labelstudio",
 ]
 _FUNCTION = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 CustomFunction = Annotated[str, Field(pattern=_FUNCTION)]
@@ -109,6 +136,20 @@ AnyFormat = Annotated[
     AfterValidator(_known_format),
     WithJsonSchema({"anyOf": [{"enum": list(get_args(Format))}, {"pattern": _FUNCTION}]}),
 ]
+
+
+def _template_text(value: str) -> str:
+    """A template's file becomes its text, so that settings say what was used, wherever it lay."""
+    known = chat_templates()
+    if value in known or "{" in value:
+        return value
+    path = Path(value).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise ValueError(
+            f"chat_template={value}: choose one of {', '.join(known)}, or a file that can be read"
+        ) from None
 
 
 class SourceConfig(Section):
@@ -212,6 +253,16 @@ class EvaluationConfig(Section):
     judge: JudgeConfig = JudgeConfig()
     """Pairwise win rate by a language model."""
 
+    @field_validator("published")
+    @classmethod
+    def _one_version(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[a-z0-9]+://.+/[0-9a-f]{64}/?", value):
+            raise ValueError(
+                f"evaluation.published={value} names no version: write .../NAME/CONTENT_HASH (64 "
+                "hex digits; `dpo verify .../NAME` prints the latest)"
+            )
+        return value
+
     @model_validator(mode="after")
     def _judge_has_a_model(self) -> EvaluationConfig:
         if self.judge.url and not self.judge.model:
@@ -249,11 +300,24 @@ class PublishConfig(Section):
     """Where the model goes."""
 
     store: str | None = None
-    """``file://``, ``s3://`` or ``minio://`` URL with bucket and optional prefix."""
+    """``file://``, ``s3://``, ``minio://`` or ``gs://`` URL with bucket and optional prefix."""
     name: str = Field("policy", pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")
     """Name under which the model is published."""
     create_bucket: bool = False
     """Create the bucket where it does not exist."""
+    max_shard_mib: int = Field(2048, gt=0)
+    """Largest file of weights, in MiB; larger ones are divided when they are published."""
+    lora: Literal["merged", "adapter"] = "merged"
+    """How a model trained as an adapter is published: merged into its base, or alone."""
+    license: str = Field("", pattern=r"^[a-z0-9.+-]{0,64}$")
+    """Licence of the model on its card, as hubs write it (apache-2.0); empty takes the base
+    model's where it is known, else ``other``."""
+    registry: str | None = Field(None, pattern=r"^https?://")
+    """Address of Kubeflow's Model Registry, where the version is registered too."""
+    retry_seconds: float = Field(120.0, gt=0, le=86400)
+    """How long a request is repeated while the store does not answer."""
+    deadline_seconds: float = Field(21600.0, gt=0, le=86400)
+    """How long publishing may take in all."""
 
 
 class RunConfig(Section):
@@ -280,6 +344,9 @@ class RunConfig(Section):
     """Ingest fails when a larger share of rows is rejected."""
     prompt_format: Literal["raw", "chat"] = "raw"
     """Dialogue text as it is, or through the tokenizer's chat template."""
+    chat_template: Annotated[str, AfterValidator(_template_text)] | None = None
+    """With ``prompt_format=chat``, instead of the tokenizer's own template: ``chatml``, ``llama3``,
+    ``zephyr``, or a file in Jinja."""
     max_length: int = Field(512, gt=1)
     """Longest prompt + response, in tokens."""
     max_prompt_length: int = Field(256, gt=0)

@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import escape
 
-_WIDTH, _HEIGHT = 420, 200
+_WIDTH, _HEIGHT = 340, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 36
 _SQUARE = 260
 _MAX_POINTS = 300
@@ -137,8 +137,10 @@ def interval_rows(
     finite = [bound for bound in bounds if math.isfinite(bound)] or [0.0, 1.0]
     low, high = min(finite), max(finite)
     pad = (high - low) * 0.08 or 0.5
-    low, high = low - pad, high + pad
-    width, height = 520, _ROW * len(rows) + 26
+    share = chance is not None
+    low, high = max(0.0, low - pad) if share else low - pad, high + pad
+    high = min(1.0, high) if share else high
+    width, height = 320, _ROW * len(rows) + 26
 
     def across(value: float) -> float:
         return 8 + (value - low) / (high - low) * (width - 16)
@@ -155,9 +157,11 @@ def interval_rows(
             f'x2="{across(figure["high"]):.1f}" y1="{y}" y2="{y}"/>'
             f'<circle class="dot" cx="{across(figure["value"]):.1f}" cy="{y}" r="5"/>'
         )
-    if chance is not None:
-        x = across(chance)
-        parts.append(f'<line class="chance" x1="{x:.1f}" x2="{x:.1f}" y1="14" y2="{height - 22}"/>')
+        if chance is not None:
+            x = across(chance)
+            parts.append(
+                f'<line class="chance" x1="{x:.1f}" x2="{x:.1f}" y1="{y - 5}" y2="{y + 5}"/>'
+            )
     scale = (
         f'<text x="8" y="{height - 4}">{low:.3g}</text>'
         f'<text x="{width - 8}" y="{height - 4}" text-anchor="end">{high:.3g}</text>'
@@ -168,5 +172,65 @@ def interval_rows(
     )
 
 
-def _short(name: str, longest: int = 60) -> str:
+def _short(name: str, longest: int = 40) -> str:
     return name if len(name) <= longest else name[: longest - 1] + "…"
+
+
+def trade_off(points: Sequence[tuple[str, Mapping[str, float], Mapping[str, float]]]) -> str:
+    """Reward accuracy (upwards) against KL divergence (to the right) of several runs.
+
+    Args:
+        points: Label, divergence and accuracy of each run, both with intervals.
+    """
+    xs = [bound for _, kl, _ in points for bound in (kl["low"], kl["high"])]
+    ys = [bound for _, _, accuracy in points for bound in (accuracy["low"], accuracy["high"])]
+    width, height, left, bottom, top = 640, 380, 60, 46, 16
+    x_low, x_high = _padded(xs)
+    y_low, y_high = _padded(ys)
+    x_low = max(0.0, x_low)
+
+    def across(x: float) -> float:
+        return left + (x - x_low) / (x_high - x_low) * (width - left - 16)
+
+    def down(y: float) -> float:
+        return top + (y_high - y) / (y_high - y_low) * (height - top - bottom)
+
+    base = height - bottom
+    marks = "".join(
+        f"<g><title>{escape(label)}: accuracy {a['value']:.3f}, KL {kl['value']:.3f}</title>"
+        f'<line class="range thin" x1="{across(kl["low"]):.1f}" x2="{across(kl["high"]):.1f}" '
+        f'y1="{down(a["value"]):.1f}" y2="{down(a["value"]):.1f}"/>'
+        f'<line class="range thin" x1="{across(kl["value"]):.1f}" x2="{across(kl["value"]):.1f}" '
+        f'y1="{down(a["low"]):.1f}" y2="{down(a["high"]):.1f}"/>'
+        f'<circle class="dot" cx="{across(kl["value"]):.1f}" cy="{down(a["value"]):.1f}" r="9"/>'
+        f'<text class="number" x="{across(kl["value"]):.1f}" y="{down(a["value"]) + 4:.1f}" '
+        f'text-anchor="middle">{number}</text></g>'
+        for number, (label, kl, a) in enumerate(points, 1)
+    )
+    ticks = "".join(
+        f'<text x="{left - 6}" y="{down(y) + 4:.1f}" text-anchor="end">{y:.3f}</text>'
+        f'<line class="grid" x1="{left}" x2="{width - 16}" y1="{down(y):.1f}" y2="{down(y):.1f}"/>'
+        f'<text x="{across(x):.1f}" y="{base + 16}" text-anchor="{anchor}">{x:.3g}</text>'
+        for x, y, anchor in (
+            (x_low, y_low, "start"),
+            ((x_low + x_high) / 2, (y_low + y_high) / 2, "middle"),
+            (x_high, y_high, "end"),
+        )
+    )
+    title = "reward accuracy against KL divergence: " + "; ".join(
+        f"{label}: {a['value']:.3f} at {kl['value']:.3f}" for label, kl, a in points
+    )
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{ticks}'
+        f'<text x="{(left + width) / 2}" y="{height - 8}" text-anchor="middle">KL divergence from '
+        f"the SFT model, nats an answer</text>"
+        f'<text transform="translate(14 {(top + base) / 2}) rotate(-90)" text-anchor="middle">'
+        f"reward accuracy</text>{marks}</svg>"
+    )
+
+
+def _padded(values: Sequence[float]) -> tuple[float, float]:
+    finite = [value for value in values if math.isfinite(value)] or [0.0]
+    low, high = min(finite), max(finite)
+    pad = (high - low) * 0.08 or 0.05
+    return low - pad, high + pad

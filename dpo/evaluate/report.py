@@ -19,11 +19,9 @@ from markupsafe import Markup
 from dpo.evaluate import charts
 from dpo.evaluate.markdown import markdown_report
 from dpo.evaluate.samples import CHANGES, shown_samples
+from dpo.evaluate.verdict_text import MARK
 
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
-VERDICT_MARK = "<!-- verdict -->"
-"""Where the gate puts its verdict, in both forms."""
-
 FIGURES = (
     ("reward_accuracy", "Reward accuracy", "share of pairs whose chosen response gained more"),
     ("accuracy_sum", "Log-prob accuracy", "share whose chosen response is likelier, summed"),
@@ -94,11 +92,11 @@ def write_reports(
                 for stage, values in settings.items()
             },
             provenance=provenance,
-            verdict_mark=Markup(VERDICT_MARK),
+            verdict_mark=Markup(MARK),
         )
     )
     (folder / "report.html").write_text(html, encoding="utf-8", errors="replace")
-    text = markdown_report(text, evaluation, samples, data, settings, provenance, VERDICT_MARK)
+    text = markdown_report(text, evaluation, samples, data, settings, provenance, MARK)
     (folder / "report.md").write_text(text, encoding="utf-8", errors="replace")
 
 
@@ -219,7 +217,8 @@ def _charts(curves: Mapping[str, Path]) -> list[dict[str, Any]]:
             values = [line[key] for line in lines if isinstance(line.get(key), float)]
             if svg := charts.line_chart(f"{stage}: {name}", values):
                 # built from numbers and the names above
-                found.append({"title": f"{stage}: {name}", "svg": Markup(svg)})
+                title = f"{stage[0].upper()}{stage[1:]}: {name}"
+                found.append({"title": title, "svg": Markup(svg)})
     return found
 
 

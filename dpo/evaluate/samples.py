@@ -26,7 +26,7 @@ CHANGES = {
 
 
 def shown_samples(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The samples with marks and a ``change`` of ``CHANGES``, as many as the report has room for."""
+    """The samples with marks and their ``change``, as many as the report has room for."""
     found: list[dict[str, Any]] = []
     used = 0
     for sample in samples:

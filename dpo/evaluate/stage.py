@@ -27,6 +27,7 @@ from dpo.evaluate.parts import in_part
 from dpo.evaluate.report import write_reports
 from dpo.storage.manifest import Manifest, read_manifest, staged, write_manifest
 from dpo.storage.progress import track
+from dpo.storage.provenance import made_by
 
 FORMAT_VERSION = 2
 """Of ``evaluation.json``; 1 had ``before``, ``after``, ``n_pairs`` and ``chance`` alone."""
@@ -91,7 +92,6 @@ def run_evaluate(
         samples = _samples(measured)
         _write_json(folder / "samples.json", samples)
         inputs = {name: manifest.content_hash for name, manifest in given.manifests.items()}
-        codes = {manifest.stage: manifest.code for manifest in given.manifests.values()}
         write_reports(
             folder,
             evaluation=result,
@@ -100,7 +100,7 @@ def run_evaluate(
                 **{m.stage: m.settings for m in given.manifests.values()},
                 "evaluate": stage_settings(config, "evaluate"),
             },
-            provenance={"inputs": inputs, "code": {**codes, "evaluate": code}},
+            provenance=_provenance(given, code),
             curves={"SFT": sft / "metrics.jsonl", "preference": policy / "metrics.jsonl"},
             data_report=pairs / "report.json",
         )
@@ -130,6 +130,29 @@ def _read(config: RunConfig, *, pairs: Path, sft: Path, policy: Path, reference:
     examples = _tokenize(config, held_out.prompt_format, rows, tokenizer)
     before = select_log_probs(read_log_probs(reference), examples, reference)
     return _Inputs(manifests, rows, examples, before, tokenizer)
+
+
+def _provenance(given: _Inputs, code: str) -> dict[str, dict[str, str]]:
+    """Parents by content hash, fingerprints of data and code, and what made each of them."""
+    manifests = given.manifests
+    pairs = manifests["pairs"]
+    sources = pairs.details.get("sources") or {}
+    made = {manifest.stage: _made_by(manifest.made_by) for manifest in manifests.values()}
+    codes = {manifest.stage: manifest.code for manifest in manifests.values()}
+    return {
+        "parents": {name: manifest.content_hash for name, manifest in manifests.items()},
+        "data": {
+            "held-out pairs": _pairs_hash(given.rows),
+            **{name: str(fingerprint) for name, fingerprint in dict(sources).items()},
+        },
+        "made by": {**made, "evaluate": _made_by(made_by())},
+        "code fingerprints": {**codes, "evaluate": code},
+    }
+
+
+def _made_by(values: Mapping[str, Any]) -> str:
+    names = ("version", "commit", "image", "processor")
+    return ", ".join(f"{name} {values[name]}" for name in names if values.get(name))
 
 
 def _in_part(config: RunConfig, rows: list[Pair]) -> list[Pair]:

@@ -1,4 +1,4 @@
-"""What a run leaves in the store beside the model: its verdict, figures and report."""
+"""What a run leaves in the store beside the model: its verdict, figures, report and provenance."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from dpo.config.schema import PublishConfig
 from dpo.errors import ConfigError
 from dpo.storage.lineage import read_sources
 from dpo.storage.manifest import read_manifest, sha256_file
-from dpo.storage.runs import run_prefix, write_run_manifest
+from dpo.storage.runs import artifact_records, run_prefix, write_run_manifest
 from dpo.storage.store import Store, open_store
 
 IMAGES_VARIABLE = "DPO_IMAGES"
 """Set on the first step when a package is made for a cluster: JSON of the images' names."""
-_EVALUATION_FILES = ("report.html", "report.md", "evaluation.json", "samples.json")
+_EVALUATION_FILES = ("report.html", "report.md", "evaluation.json", "samples.json", "pairs.json")
 
 
 def configured_store(publish: PublishConfig) -> Store:
-    """The store that settings name, checked to answer.
+    """The store that settings name, checked to answer, with the patience that they ask for.
 
     Raises:
         ConfigError: none is named.
@@ -35,7 +35,9 @@ def configured_store(publish: PublishConfig) -> Store:
             fix="set it to s3://bucket/prefix, minio://bucket/prefix or file:///folder",
         )
     store = open_store(publish.store)
+    # a store that is not there from the start is a wrong address; one that goes away comes back
     store.check(create=publish.create_bucket)
+    store.retry_seconds = publish.retry_seconds
     return store
 
 
@@ -61,18 +63,24 @@ def record_verdict(publish: PublishConfig, run_id: str, *, evaluation: Path, ver
     store = configured_store(publish)
     judged = read_manifest(evaluation, stage="evaluate")
     decided = read_manifest(verdict, stage="gate")
-    files = [evaluation / name for name in _EVALUATION_FILES if (evaluation / name).is_file()]
+    # the gate's copy of the report has the verdict on top
+    own = {path.name for path in verdict.iterdir()}
+    files = [(verdict if name in own else evaluation) / name for name in _EVALUATION_FILES]
+    files = [path for path in files if path.is_file()]
     for path in (*files, verdict / "verdict.json"):
         store.upload(path, f"{run_prefix(run_id)}/{path.name}", sha256_file(path))
+    configuration = {
+        entry["step"]: entry["configuration"]
+        for entry in artifact_records(judged, decided).values()
+    }
+    text = json.dumps(configuration, indent=1, sort_keys=True).encode()
+    store.write(f"{run_prefix(run_id)}/configuration.json", text)
     write_run_manifest(
         store,
         run_id,
         verdict=json.loads((verdict / "verdict.json").read_text(encoding="utf-8")),
         evaluation=json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8")),
-        artifacts={
-            "evaluate": {"content_hash": judged.content_hash, "inputs": judged.inputs},
-            "gate": {"content_hash": decided.content_hash, "inputs": decided.inputs},
-        },
+        artifacts=artifact_records(judged, decided),
         settings={"evaluate": judged.settings, "gate": decided.settings},
         sources=read_sources(evaluation),
     )

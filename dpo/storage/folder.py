@@ -65,6 +65,11 @@ class FolderStore(Store):
         with self._problems(key):
             self._replace(key, lambda partial: self._copy(path, partial, progress), sha256)
 
+    def has(self, key: str, size: int, sha256: str) -> bool:
+        path = self._path(key)
+        with self._problems(key):
+            return path.is_file() and path.stat().st_size == size and sha256_file(path) == sha256
+
     def download(self, key: str, path: Path, progress: Progress | None = None) -> None:
         with self._problems(key):
             partial = _partial(path)
@@ -77,7 +82,7 @@ class FolderStore(Store):
     def scan(self, prefix: str = "") -> Iterator[tuple[str, ObjectStat]]:
         found = (p for p in self.folder.rglob("*") if p.is_file() and not _is_partial(p.name))
         for key, path in sorted((p.relative_to(self.folder).as_posix(), p) for p in found):
-            if key.startswith(prefix) and key != _LOCK:
+            if key.startswith(prefix) and path.name != _LOCK:
                 # another process may remove it meanwhile
                 with suppress(FileNotFoundError):
                     yield key, _stat(path)

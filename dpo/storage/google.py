@@ -77,6 +77,7 @@ class GoogleStore(S3Store):
         signed = sign(
             method, path, {**headers, "Host": to.endpoint}, (to.access_key, to.secret_key), _now()
         )
+        signed["Content-Length"] = str(len(data))
         scheme = "https" if to.secure else "http"
         answer = self._client._http.urlopen(
             method, f"{scheme}://{to.endpoint}{path}", body=Body(data), headers=signed

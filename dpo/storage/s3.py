@@ -133,10 +133,21 @@ class S3Store(Store):
                 return
             except ObjectMissing:
                 # the store forgot the upload, or finished it and its answer was lost
-                if self._has(key, size, sha256):
+                if self.has(key, size, sha256):
                     return
                 if not remaining:
                     raise
+
+    def has(self, key: str, size: int, sha256: str) -> bool:
+        def ask() -> Any:
+            return self._client.stat_object(self.bucket, self._key(key))
+
+        try:
+            found = self._call(self.url(key), ask)
+        except ObjectMissing:
+            return False
+        kept = {name.lower(): value for name, value in found.metadata.items()}
+        return bool(found.size == size and kept.get(_SHA256) == sha256)
 
     def download(self, key: str, path: Path, progress: Progress | None = None) -> None:
         partial = path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")
@@ -170,7 +181,7 @@ class S3Store(Store):
 
         count = 0
         now = datetime.now(UTC).timestamp()
-        for upload in ElementTree.fromstring(self._call(self.url(key), ask)).iter("{*}Upload"):
+        for upload in ElementTree.fromstring(self._call(self.url(key), ask)).findall("{*}Upload"):
             begun = datetime.fromisoformat(upload.findtext("{*}Initiated", "")).timestamp()
             if upload.findtext("{*}Key") == name and now - begun >= older_seconds:
                 self._abort(key, upload.findtext("{*}UploadId", ""))
@@ -271,17 +282,6 @@ class S3Store(Store):
 
         with suppress(ObjectMissing):
             self._call(self.url(key), ask, retry_seconds=_ABORT_SECONDS)
-
-    def _has(self, key: str, size: int, sha256: str) -> bool:
-        def ask() -> Any:
-            return self._client.stat_object(self.bucket, self._key(key))
-
-        try:
-            found = self._call(self.url(key), ask)
-        except ObjectMissing:
-            return False
-        kept = {name.lower(): value for name, value in found.metadata.items()}
-        return bool(found.size == size and kept.get(_SHA256) == sha256)
 
     def _other_file(self, path: Path, key: str) -> ArtifactError:
         return ArtifactError(

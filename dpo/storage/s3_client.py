@@ -67,9 +67,11 @@ class Client(Minio):  # type: ignore[misc]
         given = (headers or {}).get(PAYLOAD_HASH)
         if given is None:
             return super()._build_headers(host, headers, body, creds)
-        made, date = super()._build_headers(host, headers, None, creds)
+        made, date = super()._build_headers(host, dict(headers), None, creds)
         made["Content-Length"] = str(len(body))
-        made.pop("Content-MD5", None)
+        if "Content-MD5" not in headers:
+            # it is that of no bytes
+            made.pop("Content-MD5", None)
         if creds:
             made[PAYLOAD_HASH] = given
         return made, date

@@ -103,6 +103,10 @@ class Store(ABC):
         """
 
     @abstractmethod
+    def has(self, key: str, size: int, sha256: str) -> bool:
+        """Whether ``upload`` stored this file here before."""
+
+    @abstractmethod
     def download(self, key: str, path: Path, progress: Progress | None = None) -> None:
         """Fetch an object into a file: temporary name, then renamed.
 

@@ -1,37 +1,29 @@
 """The whole DAG in real containers, and how containers that fail are seen."""
 
-import importlib.util
 import json
 import os
 import signal
 import subprocess
 import time
-from types import SimpleNamespace
 
 import pytest
 
 from pipelines import containers
-from tests.support.checkout import ROOT, Checkout
+from tests.images.scripts import load
+from tests.support.checkout import Checkout
 
 pytestmark = [pytest.mark.containers, pytest.mark.minio]
-
-
-def build_script():
-    spec = importlib.util.spec_from_file_location("build_images", ROOT / "images" / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def images():
     """Names of the images of this checkout; built first where they are missing."""
-    build = build_script()
+    build = load("build")
     try:
         build.engine()
     except build.ImageError as error:
         pytest.skip(str(error))
-    build.build(SimpleNamespace(image=["data", "train"], base=None, build_base=None))
+    assert build.main(["build", "--image", "data", "--image", "train"]) == 0
     return build.NAMES
 
 
