@@ -40,6 +40,8 @@ def _deploy_step(task: Any, step: str, deployment: Deployment) -> None:
     image = deployment.images.train if step in TRAIN_STEPS else deployment.images.data
     if image:
         task.set_container_image(image)
+        # for the provenance of what it writes; the image is part of the cache's key already
+        task.set_env_variable("DPO_IMAGE", image)
     _set_amounts(task, resources)
     _set_attempts(task, resources)
     _set_place(task, resources)
