@@ -1,7 +1,7 @@
 """The few calls to Kubernetes that a launching step makes, and what its refusals mean.
 
 Its account may create, read and delete jobs of one kind and read their pods and logs
-(manifests/base/launcher.yaml).
+(manifests/steps/launcher.yaml).
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ class Cluster:
             return PipelineError(
                 f"{what}: the account of the run may not ({error.status})",
                 where=where,
-                fix="bind the role dpo-launcher to it (manifests/base/launcher.yaml)",
+                fix="bind the role dpo-training-launcher to it (manifests/steps/launcher.yaml)",
             )
         return PipelineError(
             f"{what}: {_reason(error)}", where=where, fix="correct the deployment, submit again"

@@ -312,7 +312,7 @@ def test_an_account_without_the_role_is_told_which(plane, training):
     token = plane.account_token("team", "nobody")
     error = Launched(Cluster("TrainJob", "team", plane.client(token)), config(), training).result()
     assert isinstance(error, PipelineError)
-    assert "dpo-launcher" in str(error)
+    assert "dpo-training-launcher" in str(error)
 
 
 def test_a_pytorch_job_is_accepted_by_its_own_schema(plane, training):
