@@ -7,6 +7,9 @@ TOY_DATA := toy-data/community.json
 BIN := .venv/bin
 READY := .venv/.ready
 IMAGES := data train service
+KUBECTL ?= kubectl
+# browser tests; container engine and what its networks need; base images; a registry; a cluster's store
+SYSTEM_PACKAGES := chromium docker.io iptables mmdebstrap docker-registry etcd-server openssl
 UV_LOCK := --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet
 FAST := not long and not gpu and not containers and not cluster and not kubernetes
 
@@ -52,7 +55,7 @@ toy-train: toy-data ## Train a tiny model on it with DPO
 
 .PHONY: toy-trigger
 toy-trigger: setup ## Post it to the service and follow the run to its end (URL)
-	@$(BIN)/python -m pipelines.service.toy trigger $(if $(URL),--url '$(URL)')
+	@DPO_SERVICE_TOKEN="$${DPO_SERVICE_TOKEN:-$$(cat runs/docker/token 2>/dev/null)}" $(BIN)/python -m pipelines.service.toy trigger $(if $(URL),--url '$(URL)')
 
 .PHONY: validate-structure
 validate-structure: setup ## Check folders, configuration, compiled pipeline and imports
@@ -74,8 +77,12 @@ test-gpu: setup ## The GPU tests; fails without a GPU
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("no GPU was found: torch.cuda.is_available() is false")'
 	@$(BIN)/python -m pytest -m gpu $(PYTEST)
 
+.PHONY: accept-gpu
+accept-gpu: setup ## For an owner of a GPU: correctness, speed, memory, kill and resume, as one table
+	@$(BIN)/python -m tests.acceptance.gpu $(ARGS)
+
 .PHONY: test-containers
-test-containers: setup ## The tests that build images and run the pipeline in containers
+test-containers: setup ## The tests that run the pipeline in containers (builds the images first)
 	@$(BIN)/python -m tests.support.minio --ensure
 	@$(BIN)/python -m pytest -m containers --timeout 3600 $(PYTEST)
 
@@ -85,31 +92,50 @@ test-kubernetes: setup ## The tests on a real Kubernetes API server (built once,
 	@$(BIN)/python -m pytest -m kubernetes $(PYTEST)
 
 .PHONY: manifests-check
-manifests-check: test-kubernetes ## Apply the manifests to a real API server, with accounts and admission
+manifests-check: setup ## Manifests against the published schemas and a real API server
+	@$(BIN)/python -m tests.support.kubernetes --ensure
+	@$(BIN)/python -m pytest tests/manifests $(PYTEST)
 
 .PHONY: deploy
-deploy: ## Apply manifests/overlays/OVERLAY to the current cluster (kubectl)
-	@test -n "$(OVERLAY)" || { echo "make deploy OVERLAY=$$(ls -m manifests/overlays)" >&2; exit 1; }
-	@kubectl apply --server-side -k manifests/overlays/$(OVERLAY)
+deploy: setup ## Apply manifests/overlays/OVERLAY to the current cluster (DEPLOYMENT, KUBECTL)
+	@$(BIN)/python manifests/deploy.py '$(OVERLAY)' --kubectl '$(KUBECTL)' $(if $(DEPLOYMENT),--deployment '$(DEPLOYMENT)')
 
 .PHONY: undeploy
-undeploy: ## Remove what make deploy OVERLAY=... applied
-	@test -n "$(OVERLAY)" || { echo "make undeploy OVERLAY=$$(ls -m manifests/overlays)" >&2; exit 1; }
-	@kubectl delete --ignore-not-found -k manifests/overlays/$(OVERLAY)
+undeploy: setup ## Remove what make deploy OVERLAY=... applied, with its volumes (KUBECTL)
+	@$(BIN)/python manifests/deploy.py '$(OVERLAY)' --kubectl '$(KUBECTL)' --undo
 
 .PHONY: images
-images: setup ## Build the images data, train and service (Docker or Podman; BASE=image)
-	@$(BIN)/python images/build.py build $(if $(BASE),--base '$(BASE)')
+images: setup ## Build the images data, train and service (TAG, BASE=image)
+	@$(BIN)/python images/build.py build $(if $(BASE),--base '$(BASE)') $(if $(TAG),--tag '$(TAG)')
 
 .PHONY: images-push
 images-push: setup ## Push the images to REGISTRY and note their digests
-	@test -n "$(REGISTRY)" || { echo "make images-push REGISTRY=host/path" >&2; exit 1; }
+	@test -n "$(REGISTRY)" || { echo "make images-push REGISTRY=host/path" >&2; exit 2; }
 	@$(BIN)/python images/build.py push --registry '$(REGISTRY)'
 
 .PHONY: images-check
 images-check: setup ## Run each image as a random user, read-only, without network
-	@$(BIN)/python images/build.py check
+	@$(BIN)/python images/check.py
 	@$(BIN)/python images/build.py sizes
+
+.PHONY: docker-build
+docker-build: images ## The same as make images
+
+.PHONY: docker-run
+docker-run: setup ## The service and a worker in containers, on port 8000 (PORT, PRESET=toy)
+	@$(BIN)/python images/run.py start --port $(PORT) $(if $(filter command line environment,$(origin PRESET)),--preset $(PRESET))
+
+.PHONY: docker-clean
+docker-clean: setup ## End these containers and remove the images that were built here
+	@$(BIN)/python images/run.py clean
+
+.PHONY: engine
+engine: ## Start a container engine of this checkout's own (Debian, root); prints DOCKER_HOST
+	@images/engine.sh start
+
+.PHONY: engine-stop
+engine-stop: ## End that engine and remove all it stored
+	@images/engine.sh stop
 
 .PHONY: test-cluster
 test-cluster: setup ## The tests against the endpoint in KF_PIPELINES_ENDPOINT
@@ -156,8 +182,16 @@ format: setup ## Let ruff format and fix
 	@$(BIN)/ruff format .
 
 .PHONY: pipeline
-pipeline: setup ## Compile the pipeline; with DEPLOYMENT=cpu|gpu|FILE a package for a cluster (DEPLOY)
-	@$(if $(DEPLOYMENT),$(BIN)/python -m pipelines.package --output build/preference_pipeline.yaml --deployment '$(DEPLOYMENT)' $(if $(wildcard build/images.json),--images build/images.json) $(foreach s,$(DEPLOY),--deploy '$(s)'),$(BIN)/python -m pipelines.package)
+pipeline: setup ## Compile the pipeline; for a cluster: REGISTRY, or DATA_IMAGE and TRAIN_IMAGE; DEPLOYMENT=cpu|gpu|spot|FILE, DEPLOY
+ifeq ($(strip $(DEPLOYMENT)$(REGISTRY)$(DATA_IMAGE)$(TRAIN_IMAGE)$(DEPLOY)),)
+	@$(BIN)/python -m pipelines.package
+else
+	@$(if $(REGISTRY),$(BIN)/python images/build.py pushed --registry '$(REGISTRY)')
+	@$(if $(DEPLOYMENT),,echo "deployment: cpu, without GPUs (DEPLOYMENT=gpu, spot or a file of yours changes it)")
+	@$(BIN)/python -m pipelines.package --output build/preference_pipeline.yaml --deployment '$(or $(DEPLOYMENT),cpu)' \
+		$(if $(DATA_IMAGE),--deploy 'images.data=$(DATA_IMAGE)') $(if $(TRAIN_IMAGE),--deploy 'images.train=$(TRAIN_IMAGE)') \
+		$(if $(and $(DATA_IMAGE),$(TRAIN_IMAGE)),,$(if $(wildcard build/images.json),--images build/images.json)) $(foreach s,$(DEPLOY),--deploy '$(s)') $(ARGS)
+endif
 
 .PHONY: schemas
 schemas: setup ## Write config/schemas/*.json from the types
@@ -173,10 +207,10 @@ lock: setup ## Resolve the lock files of development and images again
 
 .PHONY: setup-system
 setup-system: ## Install the system packages that further tests use (Debian, as root)
-	@command -v apt-get >/dev/null || { echo "apt-get was not found: install Chromium by hand for the browser tests" >&2; exit 1; }
+	@command -v apt-get >/dev/null || { echo "apt-get was not found: install by hand what is wanted of $(SYSTEM_PACKAGES)" >&2; exit 1; }
 	@apt-get update -qq
-	@DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null
-	@echo "installed: chromium"
+	@DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SYSTEM_PACKAGES) >/dev/null
+	@echo "installed: $(SYSTEM_PACKAGES)"
 
 .PHONY: clean
 clean: ## Remove what runs, builds and tests left (not .venv, not the model cache)

@@ -15,8 +15,12 @@ def evaluate(
     report: dsl.Output[dsl.HTML],
     summary: dsl.Output[dsl.Markdown],
     metrics: dsl.Output[dsl.Metrics],
+    roc: dsl.Output[dsl.ClassificationMetrics],
+    confusion: dsl.Output[dsl.ClassificationMetrics],
     settings: str = "{}",
     fingerprint: str = "",
+    overrides: str = "",
+    part: str = "",
 ):
     """Compares the policy with the SFT model on pairs that neither was trained on.
 
@@ -25,19 +29,32 @@ def evaluate(
         sft: Output of sft.
         policy: Output of preference.
         log_probs: Output of reference.
-        evaluation: Folder with evaluation.json, samples.json and both forms of the report.
+        evaluation: Folder with evaluation.json, samples.json, pairs.json and both forms of the
+            report.
         report: The report for a browser.
         summary: The report as Markdown.
         metrics: The held-out figures.
+        roc: How well the implicit reward tells chosen from rejected responses.
+        confusion: The same at the median reward.
         settings: JSON of the settings that this step reads (see config/README.md).
         fingerprint: JSON with the fingerprint of the code that the run was planned with.
+        overrides: JSON list of settings that a sweep changes, such as ["loss.beta=0.2"].
+        part: all, validation or test: which held-out pairs; empty leaves it to the settings.
     """
     from pathlib import Path
 
+    from dpo.evaluate.artifacts import log_classification
     from dpo.evaluate.stage import run_evaluate
+    from dpo.publish.pinned import pinned
+    from dpo.storage.lineage import note_sources
     from dpo.storage.step import copy_report, log_metrics, step
 
-    with step("evaluate", settings, fingerprint) as run:
+    inputs = {"ingest": pairs, "sft": sft, "reference": log_probs, "preference": policy}
+
+    with (
+        step("evaluate", settings, fingerprint, overrides, part=part) as run,
+        pinned(run.config.evaluation.published) as published,
+    ):
         manifest = run_evaluate(
             run.config,
             Path(evaluation.path),
@@ -45,8 +62,11 @@ def evaluate(
             sft=Path(sft.path),
             policy=Path(policy.path),
             reference=Path(log_probs.path),
+            published=published,
             code=run.code,
         )
+        note_sources(Path(evaluation.path), {name: item.uri for name, item in inputs.items()})
         copy_report(Path(evaluation.path, "report.html"), Path(report.path))
         copy_report(Path(evaluation.path, "report.md"), Path(summary.path))
         log_metrics(metrics, manifest)
+        log_classification(Path(evaluation.path), roc, confusion)

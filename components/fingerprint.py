@@ -42,6 +42,10 @@ def fingerprint(
     gate_force: bool,
     publish_store: str,
     publish_name: str,
+    data_uri: str,
+    sft_model_uri: str,
+    reference_uri: str,
+    run_id: str = "",
 ) -> NamedTuple(
     "Plan",
     [
@@ -62,14 +66,21 @@ def fingerprint(
     """Checks every setting, then resolves data, base model and code to content fingerprints.
 
     Cheap and never cached. Its outputs are arguments of the other steps: what changed reruns, and
-    what did not change is served from the cache. Parameters are those of the pipeline.
+    what did not change is served from the cache. Parameters are those of the pipeline; run_id names
+    the run's folder in the store, where its plan is noted.
     """
     parameters = dict(locals())
     from collections import namedtuple
 
-    from dpo.data.plan import plan_run
+    from dpo.data.plan import check_source, plan_run
+    from dpo.plan.booked import check_booked
+    from dpo.publish.runs import record_plan
     from dpo.storage.progress import reported
 
     with reported("fingerprint"):
-        plan = plan_run(parameters)
+        parameters.pop("run_id")
+        check_source()
+        check_booked(parameters)
+        plan = plan_run(parameters, store_needed=True)
+        record_plan(parameters, run_id, plan)
     return namedtuple("Plan", plan)(**plan)

@@ -9,6 +9,7 @@ from components.images import DATA_IMAGE
 def gate(
     evaluation: dsl.Input[dsl.Artifact],
     verdict: dsl.Output[dsl.Artifact],
+    report: dsl.Output[dsl.HTML],
     settings: str = "{}",
     run_id: str = "",
 ) -> bool:
@@ -19,6 +20,7 @@ def gate(
     Args:
         evaluation: Output of evaluate.
         verdict: Folder with verdict.json: each rule with its figure and limit.
+        report: The report with the verdict on top.
         settings: JSON of the settings that this step reads (see config/README.md).
         run_id: Names the run's folder in the store.
 
@@ -30,12 +32,13 @@ def gate(
 
     from dpo.evaluate.gate import run_gate
     from dpo.publish.runs import record_verdict
-    from dpo.storage.step import step
+    from dpo.storage.step import copy_report, step
 
     with step("gate", settings) as run:
         decision = run_gate(
             run.config, Path(verdict.path), evaluation=Path(evaluation.path), code=run.code
         )
+        copy_report(Path(verdict.path, "report.html"), Path(report.path))
         record_verdict(
             run.config.publish,
             run_id,

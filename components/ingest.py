@@ -12,6 +12,7 @@ def ingest(
     metrics: dsl.Output[dsl.Metrics],
     settings: str = "{}",
     fingerprint: str = "",
+    data_uri: str = "",
 ):
     """Reads the sources, validates each row, splits by prompt and writes Parquet pairs.
 
@@ -22,16 +23,21 @@ def ingest(
         metrics: Counts of rows.
         settings: JSON of the settings that this step reads (see config/README.md).
         fingerprint: JSON with the fingerprints of code and data that the run was planned with.
+        data_uri: An earlier output of this step to verify and use instead of the sources.
     """
     from pathlib import Path
 
     from dpo.data.sources import data_fingerprint, source_fingerprints
     from dpo.data.stage import run_ingest
+    from dpo.storage.adopt import adopt
     from dpo.storage.step import copy_report, log_metrics, step
 
     with step("ingest", settings, fingerprint) as run:
-        sources = source_fingerprints(run.config)
-        run.expect("data", data_fingerprint(sources))
-        manifest = run_ingest(run.config, Path(pairs.path), code=run.code, fingerprints=sources)
+        if data_uri:
+            manifest = adopt(data_uri, Path(pairs.path), "ingest", expected=run.artifact)
+        else:
+            sources = source_fingerprints(run.config)
+            run.expect("data", data_fingerprint(sources))
+            manifest = run_ingest(run.config, Path(pairs.path), code=run.code, fingerprints=sources)
         copy_report(Path(pairs.path, "report.html"), Path(data_report.path))
         log_metrics(metrics, manifest)

@@ -14,6 +14,7 @@ def preference(
     metrics: dsl.Output[dsl.Metrics],
     settings: str = "{}",
     fingerprint: str = "",
+    overrides: str = "",
 ):
     """Trains the policy to prefer chosen over rejected responses, measured against the reference.
 
@@ -25,19 +26,11 @@ def preference(
         metrics: Last figures of the training.
         settings: JSON of the settings that this step reads (see config/README.md).
         fingerprint: JSON with the fingerprint of the code that the run was planned with.
+        overrides: JSON list of settings that a sweep changes, such as ["loss.beta=0.2"].
     """
-    from pathlib import Path
-
     from dpo.storage.step import log_metrics, step
-    from dpo.train.stage import run_train
+    from dpo.train.task import train_step
 
-    with step("preference", settings, fingerprint) as run:
-        manifest = run_train(
-            run.config,
-            Path(policy.path),
-            pairs=Path(pairs.path),
-            base=Path(model.path),
-            reference=Path(log_probs.path),
-            code=run.code,
-        )
+    with step("preference", settings, fingerprint, overrides) as run:
+        manifest = train_step(run, policy, pairs=pairs, base=model, reference=log_probs)
         log_metrics(metrics, manifest)

@@ -13,6 +13,7 @@ def reference(
     metrics: dsl.Output[dsl.Metrics],
     settings: str = "{}",
     fingerprint: str = "",
+    reference_uri: str = "",
 ):
     """Scores every pair that the preference stage will see with the SFT model, per token.
 
@@ -23,18 +24,21 @@ def reference(
         metrics: Counts of pairs and tokens.
         settings: JSON of the settings that this step reads (see config/README.md).
         fingerprint: JSON with the fingerprint of the code that the run was planned with.
+        reference_uri: Earlier log-probabilities, of the same pairs and model, to verify and use
+            instead of scoring.
     """
     from pathlib import Path
 
+    from dpo.storage.adopt import adopt
     from dpo.storage.step import log_metrics, step
     from dpo.train.reference import run_reference
 
+    target, inputs = Path(log_probs.path), {"pairs": Path(pairs.path), "model": Path(model.path)}
     with step("reference", settings, fingerprint) as run:
-        manifest = run_reference(
-            run.config,
-            Path(log_probs.path),
-            pairs=Path(pairs.path),
-            model=Path(model.path),
-            code=run.code,
-        )
+        if reference_uri:
+            manifest = adopt(
+                reference_uri, target, "reference", expected=run.artifact, inputs=inputs
+            )
+        else:
+            manifest = run_reference(run.config, target, **inputs, code=run.code)
         log_metrics(metrics, manifest)

@@ -12,6 +12,7 @@ def sft(
     metrics: dsl.Output[dsl.Metrics],
     settings: str = "{}",
     fingerprint: str = "",
+    model_uri: str = "",
 ):
     """Trains the base model on the chosen responses; the result is policy and reference at once.
 
@@ -22,16 +23,20 @@ def sft(
         settings: JSON of the settings that this step reads (see config/README.md).
         fingerprint: JSON with the fingerprints of code and base model that the run was planned
             with.
+        model_uri: An earlier checkpoint or a published model to verify and use instead of
+            training.
     """
     from pathlib import Path
 
+    from dpo.storage.adopt import adopt
     from dpo.storage.base_model import model_fingerprint
     from dpo.storage.step import log_metrics, step
-    from dpo.train.stage import run_train
+    from dpo.train.task import train_step
 
     with step("sft", settings, fingerprint) as run:
-        run.expect("model", model_fingerprint(run.config.model))
-        manifest = run_train(
-            run.config, Path(checkpoint.path), pairs=Path(pairs.path), code=run.code
-        )
+        if model_uri:
+            manifest = adopt(model_uri, Path(checkpoint.path), "sft", expected=run.artifact)
+        else:
+            run.expect("model", model_fingerprint(run.config.model))
+            manifest = train_step(run, checkpoint, pairs=pairs)
         log_metrics(metrics, manifest)

@@ -2,7 +2,7 @@
 
 One call does what ``dpo train`` does: read and validate the pairs, score them with the reference
 model where the loss needs it, train, and write a checkpoint. Nothing heavy is imported until it is
-called.
+called. A terminal and a notebook show the progress of each stage as a bar.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class TrainingResult(TypedDict):
     """Last figures of training and evaluation, by the reference code's names."""
     manifest: dict[str, Any]
     """The checkpoint's manifest: files with sha256, settings, content hashes of the inputs."""
+    run_manifest: dict[str, Any]
+    """The run's own record: settings, data fingerprint, code, first and last losses."""
     config: dict[str, Any]
     """Every setting of the run."""
 
@@ -89,6 +91,7 @@ def run_training(
         run_dir=checkpoint.parent,
         metrics={name: value for name, value in metrics.items() if isinstance(value, int | float)},
         manifest=json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")),
+        run_manifest=json.loads((checkpoint / "run.json").read_text(encoding="utf-8")),
         config=config.model_dump(mode="json"),
     )
 

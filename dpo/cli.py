@@ -10,6 +10,7 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,13 @@ from dpo.errors import ConfigError, DpoError, system_problem
 INTERRUPTED = 130
 REFUSED = 3
 
+_ABOUT_PUBLISHED = ("verify", "pull", "list", "retain", "lineage", "forget")
+
 PATHS = {
     "data": "output folder of ingest",
     "output": "folder to write the result to",
+    "shard": "I/N: read this share of the sources only; all N go to shards=",
+    "shards": "outputs of all shards, as a glob or with commas between: put them together",
     "base": "checkpoint to start from (default: model.archive, else the base model)",
     "reference": "output folder of reference",
     "sft": "checkpoint of the SFT stage",
@@ -47,11 +52,18 @@ class Command:
 COMMANDS = {
     "ingest": Command(
         "Read preference data, validate every row and write Parquet pairs.",
-        ("output",),
+        ("output", "shard", "shards"),
         ("output",),
         "datasets sources.NAME.path test_fraction max_rejected_share prompt_format max_length",
         "dpo ingest datasets=[pairs.jsonl] model=smollm2 output=out/data\n"
         "  dpo ingest --check pairs.jsonl",
+    ),
+    "tokenize": Command(
+        "Tokenise the pairs of ingest into the cache that the later steps share.",
+        ("data",),
+        ("data",),
+        "model model.tokenizer_name_or_path",
+        "dpo tokenize data=out/data model=smollm2",
     ),
     "train": Command(
         "Train: SFT with loss=sft, else a preference loss.",
@@ -72,7 +84,8 @@ COMMANDS = {
         "Measure a policy on held-out pairs and write the report.",
         ("data", "sft", "policy", "reference", "output"),
         ("data", "sft", "policy", "reference", "output"),
-        "loss loss.beta n_eval_examples evaluation.n_samples evaluation.max_new_tokens",
+        "loss loss.beta n_eval_examples evaluation.part evaluation.n_samples "
+        "evaluation.max_new_tokens evaluation.published evaluation.judge.url",
         "dpo evaluate data=out/data sft=out/sft policy=out/policy reference=out/reference "
         "output=out/evaluation",
     ),
@@ -80,16 +93,27 @@ COMMANDS = {
         "Decide whether a policy may be published; exit code 3 when it may not.",
         ("evaluation", "output"),
         ("evaluation", "output"),
-        "gate.min_reward_accuracy gate.force",
+        "gate.min_reward_accuracy gate.min_improvement gate.max_kl gate.max_length_growth "
+        "gate.max_repetition gate.max_perplexity_growth gate.force publish.store publish.name",
         "dpo gate evaluation=out/evaluation output=out/verdict",
+    ),
+    "compare": Command(
+        "Compare evaluated runs: dpo compare RUN RUN... [output=FOLDER].",
+        ("output",),
+        (),
+        "",
+        "dpo compare out/beta-0.1/evaluation out/beta-0.3/evaluation output=comparison\n"
+        "  dpo compare s3://models/team/runs/ID s3://models/team/runs/ID",
     ),
     "publish": Command(
         "Publish an approved policy to a store.",
         ("policy", "evaluation", "verdict", "output"),
         ("policy", "evaluation", "verdict", "output"),
-        "publish.store publish.name publish.create_bucket exp_name (the run's id in the store)",
+        "publish.store publish.name publish.create_bucket publish.registry (registry= for short) "
+        "exp_name (the run's id in the store)",
         "dpo publish policy=out/policy evaluation=out/evaluation verdict=out/verdict "
-        "publish.store=s3://models output=out/published",
+        "publish.store=s3://models output=out/published\n"
+        "  dpo publish --rollback s3://models/policy [version=HASH]",
     ),
     "export": Command(
         "Write a checkpoint as policy.pt of the DPO reference code.",
@@ -117,7 +141,7 @@ COMMANDS = {
         "Bring the base model onto this machine.", (), (), "model", "dpo fetch model=smollm2"
     ),
     "verify": Command(
-        "Re-hash a published model: dpo verify URL.",
+        "Re-hash a published model, and check its signature: dpo verify URL.",
         (),
         (),
         "",
@@ -129,6 +153,34 @@ COMMANDS = {
         ("output",),
         "",
         "dpo pull s3://models/policy output=policy",
+    ),
+    "list": Command(
+        "List what is published at or below a URL: dpo list URL.",
+        (),
+        (),
+        "format=json",
+        "dpo list s3://models",
+    ),
+    "retain": Command(
+        "Remove old versions and what interrupted publishers left: dpo retain URL keep=K.",
+        (),
+        (),
+        "keep grace_hours (of versions that were never completed, default 1)",
+        "dpo retain s3://models/policy keep=5",
+    ),
+    "lineage": Command(
+        "Print where a published model comes from, or what was made of a community's data.",
+        (),
+        (),
+        "community format=json",
+        "dpo lineage s3://models/policy\n  dpo lineage s3://models community=NAME",
+    ),
+    "forget": Command(
+        "Remove a community's data and list what still depends on it.",
+        (),
+        (),
+        "community reports=true (also remove reports that show its text) format=json",
+        "dpo forget s3://models community=NAME",
     ),
 }
 
@@ -221,6 +273,10 @@ def _options(name: str) -> argparse.ArgumentParser:
         parser.add_argument(
             "--output", choices=("text", "json"), default="text", help="of --check (default: text)"
         )
+    if name == "publish":
+        parser.add_argument(
+            "--rollback", action="store_true", help="go back to the version before: URL [version=]"
+        )
     if name == "plan":
         parser.add_argument(
             "--output", choices=("text", "json"), default="text", help="form (default: text)"
@@ -232,19 +288,25 @@ def _options(name: str) -> argparse.ArgumentParser:
 
 def _run(name: str, options: argparse.Namespace, overrides: list[str]) -> int:
     command = COMMANDS[name]
-    if name == "verify":
-        return _verify(overrides)
+    if name in _ABOUT_PUBLISHED or (name == "publish" and options.rollback):
+        from dpo.publish.command import run
+
+        which = "publish --rollback" if name == "publish" else name
+        return run(which, overrides, command.example)
+    if name == "compare":
+        from dpo.evaluate.compare import run_compare
+
+        return run_compare(overrides)
     if name == "ingest" and options.check:
         return _check(options, overrides)
     paths = {}
     settings = []
-    urls = []
     for text in overrides:
         key, separator, value = text.partition("=")
         if key in command.paths and separator:
             paths[key] = Path(value).expanduser()
-        elif not separator and name == "pull":
-            urls.append(text)
+        elif key == "registry" and name == "publish":
+            settings.append(f"publish.{text}")
         elif key in PATHS and separator:
             raise ConfigError(
                 f"dpo {name} takes no {key}=",
@@ -257,8 +319,6 @@ def _run(name: str, options: argparse.Namespace, overrides: list[str]) -> int:
         raise ConfigError(
             f"dpo {name} needs {missing[0]}= ({PATHS[missing[0]]})", fix=command.example
         )
-    if name == "pull":
-        return _pull(urls, paths["output"])
     if name == "plan":
         return _plan(settings, paths, options)
     composed = _composed(settings, options)
@@ -283,41 +343,59 @@ def _plan(words: list[str], paths: dict[str, Path], options: argparse.Namespace)
     return run(config, own, paths.get("data"), as_json=options.output == "json")
 
 
-def _verify(arguments: list[str]) -> int:
-    from dpo.publish.verify import verify
-
-    if len(arguments) != 1:
-        raise ConfigError("dpo verify takes one URL", fix=COMMANDS["verify"].example)
-    manifest = verify(arguments[0])
-    print(
-        f"{manifest['name']} {manifest['content_hash']}: {len(manifest['files'])} files are whole"
-    )
-    return 0
-
-
-def _pull(urls: list[str], output: Path) -> int:
-    from dpo.publish.verify import pull
-
-    if len(urls) != 1:
-        raise ConfigError("dpo pull takes one URL", fix=COMMANDS["pull"].example)
-    manifest = pull(urls[0], output)
-    print(f"{manifest['name']} {manifest['content_hash']} is in {output}")
-    return 0
-
-
 def _ingest(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
     from dpo.config.stages import restrict
     from dpo.data.stage import run_ingest
 
-    run_ingest(restrict(composed.config, "ingest"), paths["output"])
+    config = restrict(composed.config, "ingest")
+    if "shard" in paths:
+        from dpo.data.shards import parse_shard, run_shard
+
+        run_shard(config, paths["output"], parse_shard(str(paths["shard"])))
+        print(f"shard: {paths['output']}")
+        return 0
+    run_ingest(config, paths["output"], shards=_folders(paths.get("shards")))
     print(f"pairs and report: {paths['output']}")
     return 0
+
+
+def _folders(given: Path | None) -> list[Path]:
+    """Folders of a list with commas or of a glob."""
+    if given is None:
+        return []
+    # Path.glob takes no absolute pattern
+    found = [sorted(glob(text)) for text in str(given).split(",")]  # noqa: PTH207
+    folders = [Path(name) for names in found for name in names]
+    if not folders:
+        raise ConfigError(f"no folder is shards={given}", fix="name the outputs of all shards")
+    return folders
 
 
 def _check(options: argparse.Namespace, settings: list[str]) -> int:
     from dpo.data.check_file import check_file
 
     return check_file(options.check, settings, options.config_dir, as_json=options.output == "json")
+
+
+def _tokenize(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
+    from dpo.data.tokenize import load_tokenizer
+    from dpo.data.tokens import fill_cache
+    from dpo.storage.base_model import local_tokenizer
+    from dpo.storage.manifest import read_manifest
+
+    read_manifest(paths["data"], stage="ingest")
+    place = local_tokenizer(composed.config.model)
+    folder = fill_cache(paths["data"], load_tokenizer(place))
+    if folder is None:
+        raise ConfigError(
+            "there is nothing to keep: this tokenizer has no fast form, or the cache folder cannot "
+            "be written",
+            where=str(place),
+            fix="set DPO_CACHE_DIR to a folder that can be written; the other steps work without",
+        )
+    details = read_manifest(folder, verify=False).details
+    print(f"{details['pairs']:,} pairs, {details['tokens']:,} tokens: {folder}")
+    return 0
 
 
 def _train(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
@@ -341,15 +419,19 @@ def _reference(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> 
 def _evaluate(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
     from dpo.config.stages import restrict
     from dpo.evaluate.stage import run_evaluate
+    from dpo.publish.pinned import pinned
 
-    run_evaluate(
-        restrict(composed.config, "evaluate"),
-        paths["output"],
-        pairs=paths["data"],
-        sft=paths["sft"],
-        policy=paths["policy"],
-        reference=paths["reference"],
-    )
+    config = restrict(composed.config, "evaluate")
+    with pinned(config.evaluation.published) as published:
+        run_evaluate(
+            config,
+            paths["output"],
+            pairs=paths["data"],
+            sft=paths["sft"],
+            policy=paths["policy"],
+            reference=paths["reference"],
+            published=published,
+        )
     print(f"report: {paths['output'] / 'report.html'}")
     return 0
 
@@ -362,7 +444,8 @@ def _gate(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
     verdict = run_gate(config, paths["output"], evaluation=paths["evaluation"])
     for rule in verdict.rules:
         print(f"{'passed' if rule.passed else 'failed'}: {rule.explanation}")
-    print("approved" + (" (forced)" if verdict.forced else "") if verdict.approved else "refused")
+    how = " (forced)" if verdict.forced else " (unchanged)" if verdict.unchanged else ""
+    print(f"approved{how}" if verdict.approved else "refused")
     return 0 if verdict.approved else REFUSED
 
 
@@ -430,6 +513,7 @@ def _fetch(composed: Any, _: dict[str, Path], __: argparse.Namespace) -> int:
 
 _RUNNERS = {
     "ingest": _ingest,
+    "tokenize": _tokenize,
     "train": _train,
     "reference": _reference,
     "evaluate": _evaluate,

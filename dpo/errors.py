@@ -9,8 +9,10 @@
     │   ├── InvariantError       policy and reference differ where they must agree (step 0)
     │   ├── NonFiniteError       NaN or infinity in a loss or a gradient
     │   └── TrainingStopped      a polite request to end; a checkpoint was written
+    ├── EvaluationError          a judge that gives no verdict, runs that cannot be compared
     ├── StoreError               a store that refuses or does not answer
     │   ├── StoreUnavailable     no answer, or the connection broke and retries ran out
+    │   ├── StoreFull            no space is left where the store keeps its objects
     │   ├── StoreAccessDenied    wrong or missing credentials, or no permission
     │   ├── ObjectMissing        no such object or bucket
     │   └── WriteConflict        a conditional write lost against another writer
@@ -89,12 +91,20 @@ class TrainingStopped(TrainingError):
     exit_code = 75
 
 
+class EvaluationError(DpoError):
+    """A judge that gives no verdict, or runs that cannot be compared."""
+
+
 class StoreError(DpoError):
     """A store that refuses or does not answer."""
 
 
 class StoreUnavailable(StoreError):
     """The store gave no answer, or the connection broke and the retries ran out."""
+
+
+class StoreFull(StoreError):
+    """No space is left where the store keeps its objects; trying again does not help."""
 
 
 class StoreAccessDenied(StoreError):

@@ -32,6 +32,11 @@ class Endpoint:
     experiment: str
 
 
+def is_configured() -> bool:
+    """Whether the environment names an endpoint."""
+    return bool(os.environ.get("KF_PIPELINES_ENDPOINT"))
+
+
 def endpoint(
     host: str | None = None, namespace: str | None = None, experiment: str | None = None
 ) -> Endpoint:
@@ -215,6 +220,23 @@ def schedule(
     except Exception as error:
         raise problem("the endpoint refused the schedule", target, error) from None
     return str(made.recurring_run_id)
+
+
+def get_run(client: Any, target: Endpoint, run_id: str) -> Any:
+    """A run as the API tells of it.
+
+    Raises:
+        PipelineError: there is no such run, or the endpoint does not answer.
+    """
+    try:
+        return client.get_run(run_id)
+    except Exception as error:
+        raise problem(f"run {run_id} cannot be read", target, error) from None
+
+
+def parameters_of(run: Any) -> dict[str, Any]:
+    """Values of the parameters that a run was given."""
+    return dict(getattr(run.runtime_config, "parameters", None) or {})
 
 
 def retry(client: Any, target: Endpoint, run_id: str) -> None:

@@ -17,12 +17,15 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dpo.config.base import Section
 from dpo.config.describe import suggestion, validation_error
+from dpo.config.nodes import NodesOptions
 from dpo.config.places import config_dir
 from dpo.errors import ConfigError
+from dpo.storage.store import open_store
 
-DATA_STEPS = ("fingerprint", "ingest", "gate", "publish")
+DATA_STEPS = ("fingerprint", "ingest", "gate", "select", "publish", "finish")
 TRAIN_STEPS = ("sft", "reference", "preference", "evaluate")
 CHECKPOINTED_STEPS = ("sft", "preference")
+"""Steps that train: they keep checkpoints, and can spread over several nodes."""
 CHECKPOINTS_VARIABLE = "DPO_CHECKPOINTS"
 """Read by dpo.train.place."""
 
@@ -32,8 +35,6 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_len
 """Name of a Kubernetes object."""
 
 _WEEK_SECONDS = 7 * 24 * 3600
-_QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-_PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 
 
 class Toleration(Section):
@@ -75,6 +76,8 @@ class Resources(Section):
     """GPUs of the pod; 0 asks for none."""
     gpu_resource: str = "nvidia.com/gpu"
     """Resource name under which the nodes offer their GPUs."""
+    gpu_memory_gib: float | None = Field(None, gt=0)
+    """Memory of one GPU: a run that cannot fit is refused before a GPU is booked."""
     shared_memory: Quantity | None = None
     """Size of ``/dev/shm`` in memory; counts towards the memory limit."""
     node_selector: dict[str, str] = {}
@@ -142,6 +145,17 @@ class SecretEnv(Section):
     """Key of the Secret to name of the variable."""
 
 
+class Notification(Section):
+    """Who is told when a run has ended; never a parameter, so no user's text becomes an address."""
+
+    url: str = Field(pattern=r"^https?://[^\s@]+$")
+    """Takes a POST with a JSON object; redirects are not followed."""
+    secret: Name | None = None
+    """Secret with the key that the message is signed with; none leaves it unsigned."""
+    secret_key: str = "secret"
+    """Key in that Secret."""
+
+
 class ModelCache(Section):
     """A volume that keeps base models between runs."""
 
@@ -152,7 +166,16 @@ class ModelCache(Section):
 
 
 Step = Literal[
-    "fingerprint", "ingest", "sft", "reference", "preference", "evaluate", "gate", "publish"
+    "fingerprint",
+    "ingest",
+    "sft",
+    "reference",
+    "preference",
+    "evaluate",
+    "select",
+    "gate",
+    "publish",
+    "finish",
 ]
 
 
@@ -167,6 +190,10 @@ class Deployment(Section):
     """Secrets with credentials of the registry."""
     run_as_non_root: bool = True
     """Refuse to start an image as root; its numeric user or the namespace's range is used."""
+    store: str = ""
+    """Where runs publish to unless they say otherwise: the default of publish_store in the form."""
+    notification: Notification | None = None
+    """Who is told when a run has ended."""
     store_secret: SecretEnv | None = None
     """Credentials of the store, for every step."""
     checkpoint_uri: str = ""
@@ -182,6 +209,9 @@ class Deployment(Section):
     """fingerprint, ingest, gate and publish."""
     train: Resources = Resources(cpu="2", memory="8Gi")
     """sft, reference, preference and evaluate."""
+    nodes: NodesOptions = NodesOptions()
+    """Training over several nodes: sft and preference then start a job on the cluster, and their
+    resources are those of each of its nodes."""
     steps: dict[Step, dict[str, Any]] = {}
     """Settings of single steps, over those of ``data`` or ``train``."""
 
@@ -195,6 +225,21 @@ class Deployment(Section):
                     "all users of the pipeline: put it into a Secret and name that in store_secret"
                 )
         return variables
+
+    @field_validator("store")
+    @classmethod
+    def _store_urls(cls, url: str) -> str:
+        if url:
+            open_store(url)
+        return url
+
+    @property
+    def checkpoint_root(self) -> str:
+        """URL under which the training steps keep their checkpoints; empty for none."""
+        if self.checkpoint_uri or not self.store.startswith(("s3://", "minio://")):
+            # a folder of one pod is not seen by the next
+            return self.checkpoint_uri
+        return f"{self.store.rstrip('/')}/checkpoints"
 
     @model_validator(mode="after")
     def _steps_fit(self) -> Deployment:
@@ -277,98 +322,3 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
         place[last] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"the value of {key} is not YAML: {text}", fix="quote it") from None
-
-
-def deploy(tasks: Mapping[str, Any], deployment: Deployment) -> None:
-    """Give each task of the pipeline (name to ``kfp.dsl.PipelineTask``) its settings.
-
-    Tasks that are no step of ours (conditions) have none.
-    """
-    for step in (*DATA_STEPS, *TRAIN_STEPS):
-        _deploy_step(tasks[step], step, deployment)
-
-
-def _deploy_step(task: Any, step: str, deployment: Deployment) -> None:
-    resources = deployment.resources(step)
-    image = deployment.images.train if step in TRAIN_STEPS else deployment.images.data
-    if image:
-        task.set_container_image(image)
-    _set_amounts(task, resources)
-    _set_attempts(task, resources)
-    _set_place(task, resources)
-    _set_pod(task, deployment, resources)
-    if deployment.checkpoint_uri and step in CHECKPOINTED_STEPS:
-        task.set_env_variable(CHECKPOINTS_VARIABLE, deployment.checkpoint_uri)
-
-
-def _set_amounts(task: Any, resources: Resources) -> None:
-    from kfp import kubernetes
-
-    task.set_cpu_request(resources.cpu).set_memory_request(resources.memory)
-    task.set_memory_limit(resources.memory_limit or resources.memory)
-    if resources.cpu_limit:
-        task.set_cpu_limit(resources.cpu_limit)
-    if resources.gpus:
-        task.set_accelerator_type(resources.gpu_resource)
-        task.set_accelerator_limit(resources.gpus)
-    if resources.shared_memory:
-        # 64 MB is a container's default: NCCL and DataLoader workers die of it with bus errors
-        kubernetes.empty_dir_mount(
-            task, "dshm", "/dev/shm", medium="Memory", size_limit=resources.shared_memory
-        )
-
-
-def _set_attempts(task: Any, resources: Resources) -> None:
-    from kfp import kubernetes
-
-    if resources.timeout_seconds:
-        kubernetes.set_timeout(task, resources.timeout_seconds)
-    if resources.retries:
-        task.set_retry(
-            resources.retries,
-            backoff_duration=f"{resources.retry_wait_seconds}s",
-            backoff_factor=2.0,
-            backoff_max_duration=f"{resources.retry_until_seconds}s",
-        )
-
-
-def _set_place(task: Any, resources: Resources) -> None:
-    from kfp import kubernetes
-
-    for key, value in resources.node_selector.items():
-        kubernetes.add_node_selector(task, key, value)
-    if resources.affinity:
-        terms = [term.model_dump() for term in resources.affinity]
-        kubernetes.add_node_affinity(task, match_expressions=terms)
-    for toleration in resources.tolerations:
-        given = {key: value for key, value in toleration.model_dump().items() if value}
-        kubernetes.add_toleration(task, **given)
-
-
-def _set_pod(task: Any, deployment: Deployment, resources: Resources) -> None:
-    from kfp import kubernetes
-
-    kubernetes.set_image_pull_policy(task, deployment.image_pull_policy)
-    if deployment.image_pull_secrets:
-        kubernetes.set_image_pull_secrets(task, deployment.image_pull_secrets)
-    if deployment.run_as_non_root:
-        kubernetes.set_security_context(task, run_as_non_root=True)
-    if secret := deployment.store_secret:
-        kubernetes.use_secret_as_env(task, secret.name, secret.keys)
-    for name, value in deployment.environment.items():
-        task.set_env_variable(name, value)
-    if cache := deployment.model_cache:
-        kubernetes.mount_pvc(task, cache.claim, cache.mount_path)
-        task.set_env_variable("DPO_CACHE_DIR", f"{cache.mount_path}/dpo")
-        task.set_env_variable("HF_HOME", f"{cache.mount_path}/huggingface")
-    for name, value in _pod_labels(deployment, resources).items():
-        kubernetes.add_pod_label(task, name, value)
-
-
-def _pod_labels(deployment: Deployment, resources: Resources) -> dict[str, str]:
-    labels = dict(deployment.labels)
-    if resources.queue:
-        labels[_QUEUE_LABEL] = resources.queue
-    if resources.queue_priority:
-        labels[_PRIORITY_LABEL] = resources.queue_priority
-    return labels

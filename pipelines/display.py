@@ -26,6 +26,8 @@ _MARKS: dict[State, tuple[str, str]] = {
     "skipped": ("–", "yellow"),
 }
 _LOG_INTERVAL_SECONDS = 15.0
+LAST = "finish"
+"""The step that ends every run, however it went."""
 
 
 @dataclass
@@ -81,12 +83,26 @@ class RunView:
 
     def _start(self, view: StepView, now: float) -> None:
         view.state, view.started, view.ended = "running", now, 0.0
+        if view.name == LAST:
+            # it comes after a failure and after a refusal as well
+            self._settle_before_the_end()
+            return
         # steps run one after the other: one that never began was served from the cache
         for earlier in self.steps.values():
             if earlier is view:
                 break
             if earlier.state == "waiting":
                 earlier.state = "cached"
+
+    def _settle_before_the_end(self) -> None:
+        """A step that began and did not end has failed; what never began was not run."""
+        for view in self.steps.values():
+            if view.name == LAST:
+                continue
+            if view.state == "running":
+                view.state, view.ended = "failed", time.time()
+            elif view.state == "waiting":
+                view.state = "skipped"
 
     def finish(self, *, succeeded: bool) -> None:
         """Settle the states of steps that sent nothing, when the run is over."""

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipelines.package import STEPS
 
@@ -95,23 +95,45 @@ def _difference(step: str, plan: Mapping[str, str], last: Mapping[str, str] | No
     """Which of the step's inputs differs from the last run's."""
     if last is None:
         return "no earlier run"
-    changed = []
-    for part in ("settings", "fingerprint"):
-        name = f"{step}_{part}"
-        now, before = _flat(json.loads(plan[name])), _flat(json.loads(last.get(name, "{}")))
-        for key in sorted({*now, *before}):
-            if now.get(key) != before.get(key):
-                changed.append(_describe(part, key, before.get(key), now.get(key)))
-    if not changed:
+    found = [change.text for change in changes(step, plan, last)]
+    if not found:
         return "the last run did not finish it"
-    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-    return ", ".join(changed[:3]) + more
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return ", ".join(found[:3]) + more
 
 
-def _describe(part: str, key: str, before: Any, now: Any) -> str:
-    if part == "fingerprint":
-        return f"{key} changed"
-    return f"{key}: {json.dumps(before)} → {json.dumps(now)}"
+Kind = Literal["data", "base model", "artifact", "code", "configuration", "image"]
+_KINDS: Mapping[str, Kind] = {
+    "data": "data",
+    "model": "base model",
+    "artifact": "artifact",
+    "code": "code",
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One input of a step that is not what it was."""
+
+    kind: Kind
+    text: str
+
+
+def changes(step: str, plan: Mapping[str, str], before: Mapping[str, str]) -> list[Change]:
+    """What a step reads and what differs between two plans, the sources first."""
+    found: list[Change] = []
+    for part in ("fingerprint", "settings"):
+        name = f"{step}_{part}"
+        now, then = (_flat(json.loads(p.get(name, "{}"))) for p in (plan, before))
+        for key in sorted({*now, *then}):
+            if now.get(key) == then.get(key):
+                continue
+            if part == "fingerprint":
+                found.append(Change(_KINDS.get(key, "data"), f"{key} changed"))
+            else:
+                values = f"{json.dumps(then.get(key))} → {json.dumps(now.get(key))}"
+                found.append(Change("configuration", f"{key}: {values}"))
+    return found
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -36,7 +36,7 @@ from dpo.storage.manifest import write_atomically
 from pipelines import containers
 from pipelines.artifacts import Artifacts, drop_broken_cache_entries
 from pipelines.display import Display, RunView
-from pipelines.package import STEPS, save_package
+from pipelines.package import save_package, steps_of
 
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 15.0
@@ -91,7 +91,7 @@ def run_local(job: Job, console: Console, *, timeout_seconds: float | None = Non
         events = folder / "progress.jsonl"
         started = time.time()
         worker = _start_worker(job, folder, events, lock)
-        view = RunView.of(STEPS)
+        view = RunView.of(steps_of(job.documents))
         try:
             _watch(worker, events, Display(view, console), timeout_seconds)
         finally:

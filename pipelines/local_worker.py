@@ -34,6 +34,7 @@ def main(job_file: str) -> int:
         enable_caching=True,
         cache_root=job["cache_root"],
     )
+    _keep_outputs_in_loops()
     pipeline = components.load_component_from_file(job["package"])
     try:
         pipeline(**job["arguments"])
@@ -41,6 +42,26 @@ def main(job_file: str) -> int:
         print(error, file=sys.stderr)
         return 1
     return 0
+
+
+def _keep_outputs_in_loops() -> None:
+    """Let tasks in a loop read the outputs of tasks outside of it.
+
+    kfp.local 2.17 puts the loop's item in place of every parameter that is the output of a task,
+    not only in place of the item itself. Kubeflow does not.
+    """
+    from kfp.local.orchestrator import task_spec_utils
+
+    replace_items = task_spec_utils.create_parameter_loop_iteration_task_spec
+
+    def keep_outputs(original: Any, item: Any, name: str) -> Any:
+        made = replace_items(original, item, name)
+        for key, source in original.inputs.parameters.items():
+            if source.HasField("task_output_parameter"):
+                made.inputs.parameters[key].CopyFrom(source)
+        return made
+
+    task_spec_utils.create_parameter_loop_iteration_task_spec = keep_outputs
 
 
 def _runner(local: Any, job: dict[str, Any]) -> Any:

@@ -66,7 +66,10 @@ def read_outputs(outcome: Outcome, artifacts: dict[str, Path]) -> None:
             outcome.message = "the gate approved the policy, but publish did not run"
     if folder := artifacts.get("evaluate"):
         outcome.evaluation = _json(folder / "evaluation.json")
-        outcome.places["report"] = str(folder / "report.html")
+        # the gate's copy has the verdict on top
+        copy = artifacts["gate"] / "report.html" if "gate" in artifacts else None
+        shown = copy if copy and copy.is_file() else folder / "report.html"
+        outcome.places["report"] = str(shown)
     if folder := artifacts.get("publish"):
         outcome.published = _json(folder / "published.json")
         outcome.places["published model"] = outcome.published["url"]
@@ -153,6 +156,7 @@ def _interval(figure: dict[str, float] | None) -> str:
 def _show_verdict(verdict: dict[str, Any], console: Console) -> None:
     word = "[green]approved[/green]" if verdict["approved"] else "[yellow]refused[/yellow]"
     forced = " (forced)" if verdict.get("forced") else ""
+    forced = " (unchanged: published already)" if verdict.get("unchanged") else forced
     console.print(f"\nGate: {word}{forced}", highlight=False)
     for rule in verdict["rules"]:
         mark = "✓" if rule["passed"] else "✗"

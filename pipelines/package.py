@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -15,15 +17,19 @@ import yaml
 
 from dpo.config.places import config_dir
 from dpo.errors import ConfigError, DpoError, PipelineError
+from dpo.storage.store import open_store
+from pipelines import sharded
 from pipelines.deployment import (
     CHECKPOINTED_STEPS,
     CHECKPOINTS_VARIABLE,
     Deployment,
     Images,
-    deploy,
     load_deployment,
     names,
 )
+from pipelines.pods import deploy
+from pipelines.request import preset, presets
+from pipelines.sweep import NO_SWEEP, Sweep, compiled_with, parse_sweep
 
 PACKAGE = Path(__file__).resolve().parent / "preference_pipeline.yaml"
 BUILT_IMAGES = Path(__file__).resolve().parent.parent / "build" / "images.json"
@@ -37,8 +43,11 @@ STEPS = (
     "evaluate",
     "gate",
     "publish",
+    "finish",
 )
 """Task names, in the order in which they run."""
+SELECT = "select"
+"""The task that a sweep has besides."""
 
 
 _HEADER = """\
@@ -47,20 +56,47 @@ _HEADER = """\
 """
 
 
+def step_of(task: str) -> str:
+    """The step behind a task's name: of a sweep's second evaluation, ``evaluate-2``, evaluate."""
+    return re.sub(r"-\d+$", "", task)
+
+
+def steps_of(documents: list[dict[str, Any]]) -> tuple[str, ...]:
+    """The steps of a package in the order in which they run."""
+    if f"comp-{SELECT}" not in documents[0]["components"]:
+        return STEPS
+    place = STEPS.index("evaluate") + 1
+    return (*STEPS[:place], SELECT, *STEPS[place:])
+
+
+def local_package(sweep: Sweep, n_shards: int = 1) -> list[dict[str, Any]]:
+    """The documents of a package with a sweep or a shared ingest, to run on this machine."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        compiled_with(sweep),
+        sharded.ingest_shards(n_shards),
+    ):
+        target = Path(folder, "package.yaml")
+        _compile_again(target, None)
+        return load_package(target)
+
+
 def compile_pipeline(target: Path, deployment: Deployment | None = None) -> None:
     """Write the compiled pipeline to ``target``, with a cluster's settings where some are given."""
+    if deployment is not None:
+        _compile_again(target, deployment)
+        return
     from kfp import compiler
 
     from pipelines.preference import preference_pipeline
 
-    if deployment is not None:
-        compiler.Compiler().compile(_deployed(preference_pipeline, deployment), str(target))
-        return
     compiler.Compiler().compile(preference_pipeline, str(target))
     target.write_text(_HEADER + target.read_text(encoding="utf-8"), encoding="utf-8")
 
 
-def deployed_package(deployment: Deployment) -> list[dict[str, Any]]:
+def deployed_package(
+    deployment: Deployment, sweep: Sweep = NO_SWEEP, n_shards: int = 1
+) -> list[dict[str, Any]]:
     """The documents of a package for a cluster: spec, then the Kubernetes part.
 
     Raises:
@@ -73,26 +109,46 @@ def deployed_package(deployment: Deployment) -> list[dict[str, Any]]:
                 where=f"images.{kind}",
                 fix=f"build and push it with `make images-push`, then set images.{kind}",
             )
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        compiled_with(sweep),
+        sharded.ingest_shards(n_shards),
+    ):
         target = Path(folder, "package.yaml")
         compile_pipeline(target, deployment)
-        return load_package(target)
+        documents = load_package(target)
+    if deployment.store:
+        set_defaults(documents, {"publish_store": deployment.store})
+    return documents
 
 
-def _deployed(pipeline: Any, deployment: Deployment) -> Any:
-    """The same pipeline, compiled again with settings on its tasks."""
-    from kfp import dsl
+def set_defaults(documents: list[dict[str, Any]], values: Mapping[str, Any]) -> None:
+    """Change what the form of a package shows in these fields."""
+    definitions = documents[0]["root"]["inputDefinitions"]["parameters"]
+    for name, value in values.items():
+        definitions[name]["defaultValue"] = value
+
+
+def _compile_again(target: Path, deployment: Deployment | None) -> None:
+    """Compile the pipeline with the sweep of this moment, and with settings on its tasks."""
+    from kfp import compiler, dsl
     from kfp.dsl import pipeline_context
 
+    from pipelines.preference import preference_pipeline
+
+    pipeline = preference_pipeline
+
     @functools.wraps(pipeline.pipeline_func)
-    def deployed(*channels: Any) -> None:
+    def again(*channels: Any) -> None:
         pipeline.pipeline_func(*channels)
-        deploy(pipeline_context.Pipeline.get_default_pipeline().tasks, deployment)
+        if deployment is not None:
+            deploy(pipeline_context.Pipeline.get_default_pipeline().tasks, deployment)
 
     spec = pipeline.pipeline_spec.pipeline_info
-    return dsl.pipeline(
+    made = dsl.pipeline(
         name=spec.name, description=spec.description, display_name=spec.display_name
-    )(deployed)
+    )(again)
+    compiler.Compiler().compile(made, str(target))
 
 
 def load_package(path: Path = PACKAGE) -> list[dict[str, Any]]:
@@ -168,7 +224,7 @@ def set_uncached(documents: list[dict[str, Any]], steps: Iterable[str]) -> None:
         ConfigError: no step has that name.
     """
     wanted = set(steps)
-    if unknown := sorted(wanted - set(STEPS)):
+    if unknown := sorted(wanted - set(steps_of(documents))):
         raise ConfigError(
             f"no step is called {', '.join(unknown)}", fix=f"the steps are {', '.join(STEPS)}"
         )
@@ -176,8 +232,39 @@ def set_uncached(documents: list[dict[str, Any]], steps: Iterable[str]) -> None:
     components = [spec["root"], *spec["components"].values()]
     for component in components:
         for name, task in component.get("dag", {}).get("tasks", {}).items():
-            if name in wanted:
+            if step_of(name) in wanted:
                 task.pop("cachingOptions", None)
+
+
+def write_components(folder: Path, images: Mapping[str, str] | None = None) -> list[Path]:
+    """Compile each component alone, for other people's pipelines; returns the files.
+
+    Args:
+        folder: Where to write NAME.yaml.
+        images: Placeholder image to the one to put in its place.
+    """
+    from kfp import compiler
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for step in (*STEPS, SELECT):
+        component = getattr(importlib.import_module(f"components.{step}"), step)
+        target = folder / f"{step}.yaml"
+        compiler.Compiler().compile(component, str(target))
+        if images:
+            documents = load_package(target)
+            set_images(documents, images)
+            save_package(documents, target)
+        written.append(target)
+    return written
+
+
+def placeholders(images: Images) -> dict[str, str]:
+    """The placeholder image of each kind and what a deployment puts in its place."""
+    from components.images import DATA_IMAGE, TRAIN_IMAGE
+
+    named = {DATA_IMAGE: images.data, TRAIN_IMAGE: images.train}
+    return {placeholder: name for placeholder, name in named.items() if name}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -189,8 +276,30 @@ def _parser() -> argparse.ArgumentParser:
         "--deploy", action="append", default=[], metavar="KEY=VALUE", help="train.gpus=0"
     )
     parser.add_argument(
+        "--nodes", type=int, metavar="N", help="train over N nodes; short for nodes.count=N"
+    )
+    parser.add_argument(
         "--images", type=Path, help="JSON with the names that `make images-push` wrote"
     )
+    parser.add_argument(
+        "--ingest-shards",
+        type=int,
+        default=1,
+        metavar="N",
+        help="tasks that share the reading of the data, for sets that outgrow one machine",
+    )
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="KIND=NAME",
+        help="one image by fixed tag or digest: data=registry/dpo-data:1.2",
+    )
+    parser.add_argument("--preset", choices=presets(), help="what the form's fields show")
+    parser.add_argument(
+        "--sweep", action="append", default=[], metavar="KEY=V,V", help="loss.beta=0.05,0.1,0.5"
+    )
+    parser.add_argument("--store", default="", help="where runs publish to unless they say")
     return parser
 
 
@@ -212,13 +321,55 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _write_for_cluster(options: argparse.Namespace) -> int:
-    deployment = load_deployment(options.deployment, options.deploy)
+    nodes = [] if options.nodes is None else [f"nodes.count={options.nodes}"]
+    deployment = load_deployment(
+        options.deployment, [*options.deploy, *image_assignments(options.image), *nodes]
+    )
     if options.images:
         deployment = with_images(deployment, options.images)
+    if options.store:
+        deployment = with_store(deployment, options.store)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    save_package(deployed_package(deployment), options.output)
+    sweep = Sweep(parse_sweep(options.sweep))
+    documents = deployed_package(deployment, sweep, options.ingest_shards)
+    if options.preset:
+        set_defaults(documents, preset(options.preset))
+    save_package(documents, options.output)
     print(f"wrote {options.output}: upload it in the Kubeflow UI under Pipelines")
+    folder = options.output.parent / "components"
+    write_components(folder, placeholders(deployment.images))
+    print(f"wrote {folder}/*.yaml: each step alone, for pipelines of your own")
     return 0
+
+
+def image_assignments(images: Iterable[str]) -> list[str]:
+    """``data=NAME`` as a setting of the deployment.
+
+    Raises:
+        ConfigError: not a kind of image and a name.
+    """
+    kinds = list(Images.model_fields)
+    for image in images:
+        kind, equals, name = image.partition("=")
+        if kind not in kinds or not equals or not name:
+            raise ConfigError(
+                f"--image {image} is not KIND=NAME",
+                fix=f"the kinds are {' and '.join(kinds)}: --image data=registry/dpo-data:1.2",
+            )
+    # quoted, because a tag such as x:1.2 must stay a text
+    return [
+        f"images.{kind}={json.dumps(name)}" for kind, _, name in (i.partition("=") for i in images)
+    ]
+
+
+def with_store(deployment: Deployment, store: str) -> Deployment:
+    """The deployment with another store.
+
+    Raises:
+        ConfigError: not the URL of a store.
+    """
+    open_store(store)
+    return deployment.model_copy(update={"store": store})
 
 
 def with_images(deployment: Deployment, names_file: Path) -> Deployment:

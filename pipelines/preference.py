@@ -1,4 +1,4 @@
-"""The DAG: fingerprint, ingest, sft, reference, preference, evaluate, gate, publish.
+"""The DAG: fingerprint, ingest, sft, reference, preference, evaluate, gate, publish; then finish.
 
 Defaults are those of the preset ``quick`` (a test compares them with its YAML). Kubeflow shows the
 ``Args`` text of the docstring beside each field of the form.
@@ -6,14 +6,14 @@ Defaults are those of the preset ``quick`` (a test compares them with its YAML).
 
 from kfp import dsl
 
-from components.evaluate import evaluate
 from components.fingerprint import fingerprint
+from components.finish import finish
 from components.gate import gate
-from components.ingest import ingest
-from components.preference import preference
 from components.publish import publish
 from components.reference import reference
 from components.sft import sft
+from pipelines.sharded import ingest_tasks
+from pipelines.sweep import train_and_judge
 
 
 @dsl.pipeline(
@@ -55,6 +55,9 @@ def preference_pipeline(
     gate_force: bool = False,
     publish_store: str = "",
     publish_name: str = "policy",
+    data_uri: str = "",
+    sft_model_uri: str = "",
+    reference_uri: str = "",
 ):
     """Turns preference data into a better language model.
 
@@ -100,85 +103,96 @@ def preference_pipeline(
         gate_force: Publish although a rule fails; recorded in the verdict.
         publish_store: Where to publish: s3://bucket/prefix, minio://bucket/prefix or file:///folder.
         publish_name: Name of the published model.
+        data_uri: Start from these pairs instead of datasets: URL of an earlier run's output of
+            ingest (s3://, minio://, file://), verified file by file. Usually left empty.
+        sft_model_uri: Start from this model instead of SFT: URL of an earlier checkpoint or of a
+            published model (s3://bucket/prefix/policy), verified file by file. Usually left empty.
+        reference_uri: Use these log-probabilities instead of scoring: URL of an earlier output of
+            reference, of the same pairs and SFT model. Usually left empty.
     """
-    plan = fingerprint(
-        model=model,
-        datasets=datasets,
-        prompt_format=prompt_format,
-        max_length=max_length,
-        max_prompt_length=max_prompt_length,
-        test_fraction=test_fraction,
-        max_rejected_share=max_rejected_share,
-        seed=seed,
-        sft_n_examples=sft_n_examples,
-        sft_n_epochs=sft_n_epochs,
-        sft_batch_size=sft_batch_size,
-        sft_optimizer=sft_optimizer,
-        sft_lr=sft_lr,
-        sft_lr_schedule=sft_lr_schedule,
-        sft_warmup_steps=sft_warmup_steps,
-        sft_overrides=sft_overrides,
-        preference_loss=preference_loss,
-        preference_beta=preference_beta,
-        preference_label_smoothing=preference_label_smoothing,
-        preference_n_examples=preference_n_examples,
-        preference_n_epochs=preference_n_epochs,
-        preference_batch_size=preference_batch_size,
-        preference_optimizer=preference_optimizer,
-        preference_lr=preference_lr,
-        preference_lr_schedule=preference_lr_schedule,
-        preference_warmup_steps=preference_warmup_steps,
-        preference_overrides=preference_overrides,
-        evaluate_n_pairs=evaluate_n_pairs,
-        evaluate_n_samples=evaluate_n_samples,
-        gate_min_reward_accuracy=gate_min_reward_accuracy,
-        gate_force=gate_force,
-        publish_store=publish_store,
-        publish_name=publish_name,
-    )
-    plan.set_caching_options(enable_caching=False)
-    planned = plan.outputs
-
-    data = ingest(settings=planned["ingest_settings"], fingerprint=planned["ingest_fingerprint"])
-    start = sft(
-        settings=planned["sft_settings"],
-        fingerprint=planned["sft_fingerprint"],
-        pairs=data.outputs["pairs"],
-    )
-    scored = reference(
-        settings=planned["reference_settings"],
-        fingerprint=planned["reference_fingerprint"],
-        pairs=data.outputs["pairs"],
-        model=start.outputs["checkpoint"],
-    )
-    trained = preference(
-        settings=planned["preference_settings"],
-        fingerprint=planned["preference_fingerprint"],
-        pairs=data.outputs["pairs"],
-        model=start.outputs["checkpoint"],
-        log_probs=scored.outputs["log_probs"],
-    )
-    judged = evaluate(
-        settings=planned["evaluate_settings"],
-        fingerprint=planned["evaluate_fingerprint"],
-        pairs=data.outputs["pairs"],
-        sft=start.outputs["checkpoint"],
-        policy=trained.outputs["policy"],
-        log_probs=scored.outputs["log_probs"],
-    )
-    decision = gate(
-        settings=planned["gate_settings"],
-        run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
-        evaluation=judged.outputs["evaluation"],
-    )
-    decision.set_caching_options(enable_caching=False)
-    # a boolean that the gate computed: no text of a user reaches a condition
-    with dsl.If(decision.outputs["Output"] == True, name="approved"):  # noqa: E712
-        publication = publish(
-            settings=planned["publish_settings"],
+    end = finish(run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER, store=publish_store)
+    # a cached one would be skipped without a word
+    end.set_caching_options(enable_caching=False)
+    with dsl.ExitHandler(end, name="run"):
+        plan = fingerprint(
+            model=model,
+            datasets=datasets,
+            prompt_format=prompt_format,
+            max_length=max_length,
+            max_prompt_length=max_prompt_length,
+            test_fraction=test_fraction,
+            max_rejected_share=max_rejected_share,
+            seed=seed,
+            sft_n_examples=sft_n_examples,
+            sft_n_epochs=sft_n_epochs,
+            sft_batch_size=sft_batch_size,
+            sft_optimizer=sft_optimizer,
+            sft_lr=sft_lr,
+            sft_lr_schedule=sft_lr_schedule,
+            sft_warmup_steps=sft_warmup_steps,
+            sft_overrides=sft_overrides,
+            preference_loss=preference_loss,
+            preference_beta=preference_beta,
+            preference_label_smoothing=preference_label_smoothing,
+            preference_n_examples=preference_n_examples,
+            preference_n_epochs=preference_n_epochs,
+            preference_batch_size=preference_batch_size,
+            preference_optimizer=preference_optimizer,
+            preference_lr=preference_lr,
+            preference_lr_schedule=preference_lr_schedule,
+            preference_warmup_steps=preference_warmup_steps,
+            preference_overrides=preference_overrides,
+            evaluate_n_pairs=evaluate_n_pairs,
+            evaluate_n_samples=evaluate_n_samples,
+            gate_min_reward_accuracy=gate_min_reward_accuracy,
+            gate_force=gate_force,
+            publish_store=publish_store,
+            publish_name=publish_name,
+            data_uri=data_uri,
+            sft_model_uri=sft_model_uri,
+            reference_uri=reference_uri,
             run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
-            policy=trained.outputs["policy"],
-            evaluation=judged.outputs["evaluation"],
-            verdict=decision.outputs["verdict"],
         )
-        publication.set_caching_options(enable_caching=False)
+        plan.set_caching_options(enable_caching=False)
+        planned = plan.outputs
+
+        data = ingest_tasks(
+            settings=planned["ingest_settings"],
+            fingerprint=planned["ingest_fingerprint"],
+            data_uri=data_uri,
+        )
+        start = sft(
+            settings=planned["sft_settings"],
+            fingerprint=planned["sft_fingerprint"],
+            pairs=data.outputs["pairs"],
+            model_uri=sft_model_uri,
+        )
+        scored = reference(
+            settings=planned["reference_settings"],
+            fingerprint=planned["reference_fingerprint"],
+            pairs=data.outputs["pairs"],
+            model=start.outputs["checkpoint"],
+            reference_uri=reference_uri,
+        )
+        policy, evaluation = train_and_judge(
+            planned,
+            pairs=data.outputs["pairs"],
+            model=start.outputs["checkpoint"],
+            log_probs=scored.outputs["log_probs"],
+        )
+        decision = gate(
+            settings=planned["gate_settings"],
+            run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+            evaluation=evaluation,
+        )
+        decision.set_caching_options(enable_caching=False)
+        # a boolean that the gate computed: no text of a user reaches a condition
+        with dsl.If(decision.outputs["Output"] == True, name="approved"):  # noqa: E712
+            publication = publish(
+                settings=planned["publish_settings"],
+                run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+                policy=policy,
+                evaluation=evaluation,
+                verdict=decision.outputs["verdict"],
+            )
+            publication.set_caching_options(enable_caching=False)

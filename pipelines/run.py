@@ -18,10 +18,12 @@ from rich.console import Console
 
 from dpo.config.overrides import model_overrides
 from dpo.errors import PipelineError
+from dpo.plan.booked import check_booked
 from pipelines import history, package
 from pipelines.deployment import load_deployment
 from pipelines.local import Job, run_local
 from pipelines.outcome import Outcome, read_outputs
+from pipelines.pods import booked
 from pipelines.request import local_store, parameters
 
 Where = Literal["processes", "docker", "cluster"]
@@ -87,6 +89,7 @@ def run_pipeline(
         store=store or (local_store(runs) if where == "processes" else None),
     )
     require_store(values)
+    check_booked(values, booked(documents))
     package.set_uncached(documents, list(rerun))
     if on_cluster:
         package.keep_checkpoints(documents, str(values["publish_store"]))

@@ -21,14 +21,17 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo.errors import DpoError, PipelineError, system_problem
-from pipelines import history, package
+from dpo.plan.booked import check_booked
+from pipelines import explain, history, package, start
 from pipelines.deployment import load_deployment
 from pipelines.deployment import names as deployments
 from pipelines.local import Job
 from pipelines.on_cluster import add_options, needs_a_store, run_on_cluster
 from pipelines.outcome import Outcome, show
+from pipelines.pods import booked
 from pipelines.request import local_store, parameters, presets
 from pipelines.run import obtain_model, require_store, run_here, runs_folder
+from pipelines.sweep import Sweep, assignments_of, parse_sweep
 
 INTERRUPTED = 130
 
@@ -59,6 +62,22 @@ def parser() -> argparse.ArgumentParser:
         metavar="STEP[,STEP]",
         help="run these steps although they are cached, and what follows",
     )
+    what.add_argument(
+        "--from",
+        dest="start_from",
+        metavar="RUN_ID",
+        help="start from an earlier run: its parameters, and its pairs, SFT model and "
+        "log-probabilities, but for steps named in --rerun and what follows them",
+    )
+    what.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="KEY=V,V",
+        help="train one policy for each value (loss.beta=0.05,0.1,0.5; preference_loss=dpo,ipo), "
+        "take the best on a validation part of the held-out pairs, and send it through the gate on "
+        "the rest; several make all combinations",
+    )
     what.add_argument("--list", action="store_true", help="print all parameters and stop")
     where = this.add_argument_group("where")
     where.add_argument(
@@ -80,6 +99,12 @@ def parser() -> argparse.ArgumentParser:
         help=f"resources, nodes, secrets of the cluster: {', '.join(deployments())} or a YAML file",
     )
     where.add_argument(
+        "--nodes",
+        type=int,
+        metavar="N",
+        help="train over N nodes (sft and preference start a TrainJob); short for nodes.count=N",
+    )
+    where.add_argument(
         "--deploy",
         action="append",
         default=[],
@@ -89,6 +114,13 @@ def parser() -> argparse.ArgumentParser:
     )
     where.add_argument(
         "--images", type=Path, metavar="FILE", help="JSON that `make images-push` wrote"
+    )
+    where.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="KIND=NAME",
+        help="one image by fixed tag or digest: --image data=NAME --image train=NAME",
     )
     how = this.add_argument_group("how")
     how.add_argument(
@@ -121,8 +153,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    options = parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    explaining = given[:1] == ["explain"]
+    options = explain.parser().parse_args(given[1:]) if explaining else parser().parse_args(given)
     try:
+        if explaining:
+            return explain.main(options, runs_folder(options.runs_dir))
         return _run(options)
     except (DpoError, OSError) as problem:
         error = system_problem(problem) if isinstance(problem, OSError) else problem
@@ -145,16 +181,24 @@ def _run(options: argparse.Namespace) -> int:
     documents = _for_place(options, documents)
     runs = runs_folder(options.runs_dir)
     store = options.store or (local_store(runs) if options.local else None)
+    rerun = [step for step in options.rerun.split(",") if step]
+    package.set_uncached(documents, rerun)
+    defaults = package.defaults(documents)
+    earlier = start.earlier_run(options, runs) if options.start_from else {}
+    begin = {**defaults, **start.base(earlier, defaults, rerun)}
+    if options.store:
+        begin["publish_store"] = ""
     values = parameters(
-        package.defaults(documents),
+        begin,
         preset_name=options.preset,
         assignments=options.assignments,
         store=store,
     )
+    for candidate in parse_sweep(options.sweep):
+        parameters(values, assignments=assignments_of(candidate))
     if needs_a_store(options):
         require_store(values)
-    rerun = [step for step in options.rerun.split(",") if step]
-    package.set_uncached(documents, rerun)
+        check_booked(values, booked(documents))
     if not options.local:
         package.keep_checkpoints(documents, str(values["publish_store"]))
     if options.dry_run:
@@ -176,15 +220,21 @@ def _for_place(
     options: argparse.Namespace, documents: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """The package for the place it will run in: with images and settings where those matter."""
-    asked = bool(options.deployment or options.deploy or options.images)
+    nodes = [] if options.nodes is None else [f"nodes.count={options.nodes}"]
+    asked = bool(options.deployment or options.deploy or options.images or options.image or nodes)
     names_no_package = options.cancel or options.retry or (options.dry_run and not asked)
+    candidates = parse_sweep(options.sweep)
     if options.local == "processes" or names_no_package:
-        return documents
-    deployment = load_deployment(options.deployment, options.deploy)
+        # one after the other: two trainings at once would share this machine's processors
+        return package.local_package(Sweep(candidates, 1)) if candidates else documents
+    assignments = [*options.deploy, *package.image_assignments(options.image), *nodes]
+    deployment = load_deployment(options.deployment, assignments)
     built = package.BUILT_IMAGES
     if names_file := options.images or (built if options.local and built.is_file() else None):
         deployment = package.with_images(deployment, names_file)
-    return package.deployed_package(deployment)
+    if options.store and not options.local:
+        deployment = package.with_store(deployment, options.store)
+    return package.deployed_package(deployment, Sweep(candidates, 1 if options.local else 0))
 
 
 def _check_package_is_current() -> None:
@@ -206,9 +256,9 @@ def _list_parameters(documents: list[dict[str, Any]]) -> int:
     texts = package.help_texts(documents)
     defaults = package.defaults(documents)
     # the sources' order groups them by stage; the compiled form is sorted by name
-    from dpo.config.parameters import OVERRIDES, PARAMETERS
+    from dpo.config.parameters import OVERRIDES, PARAMETERS, STARTS
 
-    for name in [*PARAMETERS, *OVERRIDES]:
+    for name in [*PARAMETERS, *OVERRIDES, *STARTS]:
         table.add_row(name, json.dumps(defaults[name]), " ".join(texts[name].split()))
     Console().print(table)
     return 0

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 from urllib.parse import quote
 
+from dpo.errors import PipelineError, StoreError
 from dpo.storage.runs import read_run_manifest
 from pipelines.cluster import Endpoint, link, problem
+from pipelines.events import Watcher, advice
 from pipelines.outcome import Outcome
-from pipelines.package import STEPS
+from pipelines.package import SELECT, STEPS, step_of
 
 _FIRST_POLL_SECONDS = 0.2
 _POLL_SECONDS = 5.0
@@ -24,31 +26,6 @@ _TOKEN_FAILURES = 2
 _FINAL = {"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"}
 _LOG_LINES = 8
 _WORDS = {"SUCCEEDED": "done", "SKIPPED": "skipped"}
-_REASONS = (
-    (
-        r"OOMKilled|exit code 137",
-        "the step ran out of memory: give it more (--deploy steps.STEP.memory=...) or use a "
-        "smaller batch",
-    ),
-    (
-        r"Insufficient (\S+)",
-        "no node has what the step asks for: ask for less (--deploy), or wait for a free node",
-    ),
-    (
-        r"ErrImagePull|ImagePullBackOff",
-        "the image cannot be pulled: check its name and image_pull_secrets of the deployment",
-    ),
-    (
-        r"secret \"?(\S+?)\"? not found",
-        "a Secret that the deployment names is missing in the run's namespace: create it",
-    ),
-    (r"exceeded quota", "the namespace's quota is used up: ask for less, or wait"),
-    (
-        r"DeadlineExceeded",
-        "the step took longer than its timeout_seconds: raise it in the deployment",
-    ),
-)
-"""Words of Kubernetes and what they mean for the person who started the run."""
 
 
 def wait(
@@ -77,6 +54,7 @@ def wait(
     deadline = time.monotonic() + timeout_seconds if timeout_seconds else None
     outcome = Outcome("timed out", run_id, where=link(target, run_id))
     failures, pause = 0, _FIRST_POLL_SECONDS
+    watcher = Watcher(run_id, target.namespace)
     while deadline is None or time.monotonic() < deadline:
         try:
             run = client.get_run(run_id)
@@ -88,7 +66,9 @@ def wait(
         else:
             _report_steps(run, outcome, say)
             if run.state in _FINAL:
-                return _ended(client, run, outcome, store)
+                return _ended(client, run, outcome, store, watcher)
+            for text in watcher.news():
+                say(text)
         time.sleep(pause)
         pause = min(pause * 1.5, _POLL_SECONDS)
     outcome.message = f"the run has not ended after {timeout_seconds:.0f} s; it goes on"
@@ -104,13 +84,21 @@ def _tries(error: Exception) -> int:
     return _TOKEN_FAILURES if status == 401 else _TRANSIENT_FAILURES
 
 
-def _report_steps(run: Any, outcome: Outcome, say: Callable[[str], None]) -> None:
+def step_states(run: Any) -> dict[str, str]:
+    """State of each step that the run API tells of: done, cached, running, failed and so on."""
+    states = {}
     for name, task in _steps(run):
         if not task.state:
             continue
         word = _WORDS.get(task.state, task.state.lower())
         if word == "done" and any(child.state == "SKIPPED" for child in _children(run, task)):
             word = "cached"
+        states[name] = word
+    return states
+
+
+def _report_steps(run: Any, outcome: Outcome, say: Callable[[str], None]) -> None:
+    for name, word in step_states(run).items():
         if outcome.steps.get(name) != word:
             outcome.steps[name] = word
             say(f"{name}: {word}")
@@ -120,8 +108,8 @@ def _steps(run: Any) -> Iterable[tuple[str, Any]]:
     """Our steps among the run's tasks, which also hold drivers, executors and conditions."""
     details = getattr(run.run_details, "task_details", None) or []
     for task in details:
-        name = re.sub(r"\(\d+\)$", "", task.display_name or "")
-        if name in STEPS:
+        name = step_of(re.sub(r"\(\d+\)$", "", task.display_name or ""))
+        if name in (*STEPS, SELECT):
             yield name, task
 
 
@@ -131,7 +119,7 @@ def _children(run: Any, task: Any) -> list[Any]:
     return [other for other in details if {other.task_id, other.pod_name} & named - {None}]
 
 
-def _ended(client: Any, run: Any, outcome: Outcome, store: str) -> Outcome:
+def _ended(client: Any, run: Any, outcome: Outcome, store: str, watcher: Watcher) -> Outcome:
     history = [status.state for status in run.state_history or []]
     if run.state == "CANCELED" or "CANCELING" in history[_last_start(history) :]:
         # a terminated run ends as FAILED
@@ -139,14 +127,36 @@ def _ended(client: Any, run: Any, outcome: Outcome, store: str) -> Outcome:
         return outcome
     if run.state != "SUCCEEDED":
         outcome.state = "failed"
-        outcome.message = _failure(client, run)
+        outcome.message = _failure(client, run, watcher)
         return outcome
     # task outputs are empty in the run API (kubeflow/pipelines#9858): the store knows the verdict
-    manifest = read_run_manifest(store, outcome.run_id)
+    try:
+        manifest = read_run_manifest(store, outcome.run_id)
+    except StoreError as error:
+        return _without_store(outcome, error)
+    if "verdict" not in manifest:
+        raise PipelineError(
+            f"run {outcome.run_id} succeeded, but its manifest in the store holds no verdict",
+            where=store,
+            fix="look at its gate in the UI",
+        )
     outcome.verdict = manifest["verdict"]
     outcome.published = manifest.get("published") or {}
     outcome.evaluation = manifest.get("evaluation") or {}
     outcome.state = "succeeded" if outcome.verdict["approved"] else "refused"
+    return outcome
+
+
+def _without_store(outcome: Outcome, error: StoreError) -> Outcome:
+    """The store may answer inside the cluster only: whether ``publish`` ran tells the verdict."""
+    published = outcome.steps.get("publish") == "done"
+    if not published and outcome.steps.get("gate") != "done":
+        raise error
+    outcome.state = "succeeded" if published else "refused"
+    outcome.message = (
+        f"the verdict is read from the run's steps, for its manifest cannot be read from here:\n"
+        f"{error}"
+    )
     return outcome
 
 
@@ -156,28 +166,24 @@ def _last_start(history: list[str]) -> int:
     return ends[-1] + 1 if ends else 0
 
 
-def _failure(client: Any, run: Any) -> str:
+def _failure(client: Any, run: Any, watcher: Watcher) -> str:
     """Which step failed, what Kubernetes and its own log say about it, and what to do."""
     parts = []
+    reasons = watcher.reasons()
     for name, task in _steps(run):
         if task.state != "FAILED":
             continue
         related = [task, *_children(run, task)]
-        words = [_message(item.error) for item in related]
+        words = [*(_message(item.error) for item in related), *reasons.get(name, [])]
         log = _log(client, run.run_id, related)
         parts.append(" ".join([f"step {name} failed", *dict.fromkeys(filter(None, words))]))
         parts += [f"  | {line}" for line in log]
-        parts += _advice(" ".join([*words, *log]), name)
+        parts += advice(" ".join([*words, *log]), name)
     return "\n".join([*parts, *filter(None, [_message(run.error)])]) or "failed: see the UI"
 
 
 def _message(error: Any) -> str:
     return str(getattr(error, "message", None) or "")
-
-
-def _advice(text: str, step: str) -> list[str]:
-    found = [fix for pattern, fix in _REASONS if re.search(pattern, text)]
-    return [f"  fix:   {fix.replace('STEP', step)}" for fix in found[:1]]
 
 
 def _log(client: Any, run_id: str, tasks: Iterable[Any]) -> list[str]:

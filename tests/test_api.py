@@ -72,6 +72,8 @@ def test_the_old_call_trains_and_returns_the_artifact(novalto, tmp_path):
     assert result["manifest"]["details"]["examples"] == 8
     assert result["config"]["loss"]["beta"] == 0.25
     assert result["config"]["debug"] is True
+    assert result["run_manifest"]["stage"] == "preference"
+    assert result["run_manifest"]["data_fingerprint"]
     assert result["metrics"]["loss/train"] == result["manifest"]["details"]["last_train_loss"]
     record = json.loads((checkpoint / "run.json").read_text())
     assert record["config"]["exp_name"] == "my_experiment"

@@ -77,6 +77,13 @@ PARAMETERS: Mapping[str, Parameter] = {
 
 OVERRIDES: Mapping[str, Side] = {"sft_overrides": "sft", "preference_overrides": "preference"}
 
+STARTS: Mapping[str, Stage] = {
+    "data_uri": "ingest",
+    "sft_model_uri": "sft",
+    "reference_uri": "reference",
+}
+"""Parameters that name an earlier artifact, and the step whose work it spares; empty means none."""
+
 _SHARED_SECTIONS = {"model", "datasets", "sources", "trainer", "wandb", "lora"}
 _SHARED_KEYS = {parameter.key for parameter in PARAMETERS.values() if len(parameter.sides) == 2} | {
     "truncation_mode",
@@ -128,8 +135,8 @@ def check_names(parameters: Iterable[str]) -> None:
         ConfigError: with the nearest name, or all of them.
     """
     for name in parameters:
-        if name not in PARAMETERS and name not in OVERRIDES:
-            known = [*PARAMETERS, *OVERRIDES]
+        if name not in PARAMETERS and name not in OVERRIDES and name not in STARTS:
+            known = [*PARAMETERS, *OVERRIDES, *STARTS]
             raise ConfigError(
                 f"unknown pipeline parameter {name}{suggestion(name, known)}",
                 fix="`python pipelines/submit.py --help` lists the parameters",
@@ -182,6 +189,8 @@ def route(assignment: str) -> tuple[str, Value]:
     key, separator, value = assignment.partition("=")
     if not separator or not key:
         raise ConfigError(f"{assignment!r} is not KEY=VALUE", fix="for example loss.beta=0.2")
+    if key in STARTS:
+        return key, value
     if key in PARAMETERS:
         return key, _parse(value)
     side, _, rest = key.partition(".")
@@ -197,7 +206,7 @@ def route(assignment: str) -> tuple[str, Value]:
             f"{key} belongs to both training stages",
             fix=f"write sft.{key}={value} or preference.{key}={value}",
         )
-    known = [*PARAMETERS, *RunConfig.model_fields]
+    known = [*PARAMETERS, *STARTS, *RunConfig.model_fields]
     raise ConfigError(
         f"unknown key {key}{suggestion(key, known)}", fix="`dpo config` prints every key"
     )

@@ -46,6 +46,12 @@ def builtins() -> list[str]:
     return sorted(_BUILTINS)
 
 
+def chat_templates() -> dict[str, Path]:
+    """The packaged chat templates, by name."""
+    folder = _PACKAGE / "data" / "templates" / "chat"
+    return {path.stem: path for path in sorted(folder.glob("*.jinja"))}
+
+
 def cache_dir() -> Path:
     """``DPO_CACHE_DIR``, else ``dpo`` in the user's cache folder: models and servers, once."""
     if chosen := os.environ.get("DPO_CACHE_DIR"):

@@ -7,12 +7,21 @@ names; everything else carries it.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from dpo.config.base import Section
 from dpo.config.losses import AnyLoss, DPOLoss
+from dpo.config.places import chat_templates
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 CheckpointingMode = Literal["none", "selective", "full"]
@@ -46,6 +55,12 @@ class ModelConfig(Section):
     """``auto`` runs norms, gated layers and attention in our own few passes over memory where they
     fit the model; ``plain`` as transformers has them; ``liger`` with the package liger-kernel (on a
     GPU)."""
+    output_layer: Literal["tiled", "torch"] = "tiled"
+    """Log-probabilities from hidden states: by tiles of the vocabulary, or by torch's chunked
+    linear_cross_entropy. Neither keeps the logits of a row."""
+    compile: bool = False
+    """Compile each transformer block for rows of fixed lengths (torch.compile; needs a C++ compiler
+    on a CPU, and takes a minute at the start)."""
     fsdp_policy_mp: Dtype | None = None
     """Mixed precision of the FSDP trainer (overrides ``compute_dtype`` there)."""
     trust_remote_code: bool = False
@@ -91,7 +106,19 @@ class TrainerConfig(Section):
 
 
 Format = Literal[
-    "auto", "pairs", "messages", "hh", "shp", "se", "novalto", "openai", "ranked", "rated"
+    "auto",
+    "pairs",
+    "messages",
+    "hh",
+    "shp",
+    "se",
+    "novalto",
+    "openai",
+    "ranked",
+    "rated",
+    "compared",
+    "argilla",
+    "labelstudio",
 ]
 _FUNCTION = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 CustomFunction = Annotated[str, Field(pattern=_FUNCTION)]
@@ -109,6 +136,20 @@ AnyFormat = Annotated[
     AfterValidator(_known_format),
     WithJsonSchema({"anyOf": [{"enum": list(get_args(Format))}, {"pattern": _FUNCTION}]}),
 ]
+
+
+def _template_text(value: str) -> str:
+    """A template's file becomes its text, so that settings say what was used, wherever it lay."""
+    known = chat_templates()
+    if value in known or "{" in value:
+        return value
+    path = Path(value).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise ValueError(
+            f"chat_template={value}: choose one of {', '.join(known)}, or a file that can be read"
+        ) from None
 
 
 class SourceConfig(Section):
@@ -162,9 +203,34 @@ class WandbConfig(Section):
     """Project name."""
 
 
+class JudgeConfig(Section):
+    """A language model that compares the answers of policy and SFT model; off without ``url``."""
+
+    url: str | None = Field(None, pattern=r"^https?://[^\s@?#]+$")
+    """Base URL of an OpenAI-compatible service, such as ``http://judge:8000/v1``. Its key comes
+    from the environment variable DPO_JUDGE_API_KEY (or OPENAI_API_KEY), never from here."""
+    model: str = ""
+    """Name of the judging model at that service."""
+    instructions: str = ""
+    """What makes an answer the better one; empty takes the shipped text."""
+    timeout_seconds: float = Field(60.0, gt=0)
+    """Longest wait for one verdict."""
+    n_tries: int = Field(4, gt=0)
+    """Tries for one verdict when the service is busy (429), down or talks nonsense."""
+    concurrency: int = Field(4, gt=0, le=64)
+    """Requests at a time."""
+    on_error: Literal["report", "fail"] = "report"
+    """When the service does not judge: go on and say so in the report, or fail the step."""
+
+
 class EvaluationConfig(Section):
     """Held-out figures and samples."""
 
+    part: Literal["all", "validation", "test"] = "all"
+    """Measure on all held-out pairs, or on one of two parts of them (by hash of the prompt): a
+    sweep selects on ``validation``, the gate decides on ``test``."""
+    validation_fraction: float = Field(0.5, gt=0, lt=1)
+    """Share of the held-out prompts in the validation part."""
     n_samples: int = Field(4, ge=0)
     """Held-out prompts that SFT model and policy both answer."""
     max_new_tokens: int = Field(64, gt=0)
@@ -173,15 +239,59 @@ class EvaluationConfig(Section):
     """0 is greedy."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus sampling."""
+    batch_size: int = Field(16, gt=0)
+    """Prompts answered at a time; answers do not depend on it."""
+    n_kl_samples: int = Field(16, ge=0)
+    """Answers sampled from the policy (temperature 1) to estimate its KL divergence from the SFT
+    model; 0 leaves it out."""
     n_bootstrap: int = Field(1000, ge=100)
     """Resamples of the prompts for each 95 % interval."""
+    published: str | None = None
+    """URL of one published version (``.../NAME/CONTENT_HASH``) to measure and sample beside policy
+    and SFT model. A name without its version is refused: this step is cached, and what is
+    published changes."""
+    judge: JudgeConfig = JudgeConfig()
+    """Pairwise win rate by a language model."""
+
+    @field_validator("published")
+    @classmethod
+    def _one_version(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[a-z0-9]+://.+/[0-9a-f]{64}/?", value):
+            raise ValueError(
+                f"evaluation.published={value} names no version: write .../NAME/CONTENT_HASH (64 "
+                "hex digits; `dpo verify .../NAME` prints the latest)"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _judge_has_a_model(self) -> EvaluationConfig:
+        if self.judge.url and not self.judge.model:
+            raise ValueError(
+                "evaluation.judge.url is set, but evaluation.judge.model is not: name the model"
+            )
+        if self.judge.url and not self.n_samples:
+            raise ValueError(
+                "evaluation.judge.url is set, but evaluation.n_samples is 0: nothing to judge"
+            )
+        return self
 
 
 class GateConfig(Section):
-    """Rules that a policy must pass before it is published."""
+    """Rules that a policy must pass before it is published; a rule that is null is off."""
 
     min_reward_accuracy: float = Field(0.5, ge=0, le=1)
     """The lower 95 % bound of held-out reward accuracy must exceed this."""
+    min_improvement: float | None = Field(None, ge=-1, le=1)
+    """Reward accuracy must exceed that of the published version by at least this; passes while
+    nothing is published."""
+    max_kl: float | None = Field(None, gt=0)
+    """Largest KL divergence from the SFT model, in nats an answer."""
+    max_length_growth: float | None = Field(None, gt=0)
+    """Largest mean length of the policy's answers, as a multiple of the SFT model's."""
+    max_repetition: float | None = Field(None, ge=0, le=1)
+    """Largest mean share of repeated 4-grams in the policy's answers."""
+    max_perplexity_growth: float | None = Field(None, gt=0)
+    """Largest perplexity of the policy on chosen responses, as a multiple of the SFT model's."""
     force: bool = False
     """Publish although a rule fails; recorded in the verdict."""
 
@@ -190,11 +300,24 @@ class PublishConfig(Section):
     """Where the model goes."""
 
     store: str | None = None
-    """``file://``, ``s3://`` or ``minio://`` URL with bucket and optional prefix."""
+    """``file://``, ``s3://``, ``minio://`` or ``gs://`` URL with bucket and optional prefix."""
     name: str = Field("policy", pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")
     """Name under which the model is published."""
     create_bucket: bool = False
     """Create the bucket where it does not exist."""
+    max_shard_mib: int = Field(2048, gt=0)
+    """Largest file of weights, in MiB; larger ones are divided when they are published."""
+    lora: Literal["merged", "adapter"] = "merged"
+    """How a model trained as an adapter is published: merged into its base, or alone."""
+    license: str = Field("", pattern=r"^[a-z0-9.+-]{0,64}$")
+    """Licence of the model on its card, as hubs write it (apache-2.0); empty takes the base
+    model's where it is known, else ``other``."""
+    registry: str | None = Field(None, pattern=r"^https?://")
+    """Address of Kubeflow's Model Registry, where the version is registered too."""
+    retry_seconds: float = Field(120.0, gt=0, le=86400)
+    """How long a request is repeated while the store does not answer."""
+    deadline_seconds: float = Field(21600.0, gt=0, le=86400)
+    """How long publishing may take in all."""
 
 
 class RunConfig(Section):
@@ -219,8 +342,14 @@ class RunConfig(Section):
     """Share of prompts held out, by hash of the prompt, where a source has no split of its own."""
     max_rejected_share: float = Field(0.05, ge=0, le=1)
     """Ingest fails when a larger share of rows is rejected."""
+    bad_rows: Literal["fail", "drop"] = "fail"
+    """``fail`` stops above ``max_rejected_share``, ``drop`` leaves out any number of bad rows. They
+    are in the quarantine with their reasons either way."""
     prompt_format: Literal["raw", "chat"] = "raw"
     """Dialogue text as it is, or through the tokenizer's chat template."""
+    chat_template: Annotated[str, AfterValidator(_template_text)] | None = None
+    """With ``prompt_format=chat``, instead of the tokenizer's own template: ``chatml``, ``llama3``,
+    ``zephyr``, or a file in Jinja."""
     max_length: int = Field(512, gt=1)
     """Longest prompt + response, in tokens."""
     max_prompt_length: int = Field(256, gt=0)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
+import yaml
 from pydantic import ValidationError
 
 from dpo.config.describe import validation_error
@@ -51,6 +52,7 @@ OUT_OF_BAND_VARIABLE = "DPO_OUT_OF_BAND"
 STAGE_KEYS: Mapping[Stage, frozenset[str]] = {
     "ingest": frozenset(
         {"datasets", "sources", "test_fraction", "max_rejected_share", "prompt_format", "seed"}
+        | {"chat_template", "bad_rows"}
         | _TOKENS
         | {"model"}
     ),
@@ -157,3 +159,26 @@ def load_stage(stage: Stage, text: str) -> RunConfig:
         return restrict(RunConfig.model_validate({**_from_environment(stage), **values}), stage)
     except ValidationError as error:
         raise validation_error(error, RunConfig, where=f"settings of {stage}") from None
+
+
+def overridden(stage: Stage, text: str, changes: Iterable[str]) -> str:
+    """The settings of a step with ``KEY=VALUE`` over them, as a sweep varies them.
+
+    ``loss=NAME`` takes the defaults of that loss. Keys that the step does not read are left out:
+    one candidate of a sweep is given to several steps.
+    """
+    changes = list(changes)
+    if not changes:
+        return text
+    values = json.loads(text or "{}")
+    # the loss itself first, because it replaces what is set of it
+    for change in sorted(changes, key=lambda change: not change.startswith("loss=")):
+        key, _, value = change.partition("=")
+        *parents, last = key.split(".")
+        if (parents or [last])[0] not in STAGE_KEYS[stage]:
+            continue
+        place = values
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = {"name": value} if key == "loss" else yaml.safe_load(value)
+    return json.dumps(values, sort_keys=True, separators=(",", ":"))

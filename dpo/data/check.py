@@ -6,23 +6,28 @@ alone, so the result does too.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from dpo.config.schema import SourceConfig
+from dpo.data.columns import Columns, Sound
 from dpo.data.formats import Candidate, Parser, Rating, RowError
+from dpo.data.lines import Piece, RawRow, json_row, piece_rows
 from dpo.data.quarantine import Place, Rejected
-from dpo.data.readers import RawRow, block_rows, count_rows, is_plain_lines, rows
+from dpo.data.readers import count_rows, is_lines, line_pieces, rows
 from dpo.data.registry import parser_of
 from dpo.data.repeats import Mark
 from dpo.data.schema import TEST, TRAIN
@@ -50,6 +55,8 @@ class Rules:
     limits: Limits
     prompt_format: str
     test_fraction: float
+    chat_template: str | None = None
+    """Instead of the tokenizer's own."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +93,15 @@ def blocks_of(
     found: list[Block] = []
     if source.split == "reference":
         return _with_reference_split(number, name, source, files, folder)
-    for file in files:
+    for index, file in enumerate(files):
+        if not file.fetched:
+            continue
         place = Place(name, file.shown, file.split)
         spans: list[tuple[int, int | None]] = [(0, None)]
-        if is_plain_lines(file.path, file.shown):
+        if is_lines(file.path, file.shown, plain=True):
             spans = [*_spans(file.path)] or spans
-        for start, end in spans:
-            part = folder / f"{number:03d}-{len(found):06d}"
+        for position, (start, end) in enumerate(spans):
+            part = folder / _block_name(number, index, position)
             found.append(Block(source, number, place, file.path, part, start, end))
     return found
 
@@ -112,12 +121,17 @@ def _with_reference_split(
     found, start = [], 0
     for index, (file, count) in enumerate(zip(files, counts, strict=True)):
         inside = held_out[(held_out >= start) & (held_out < start + count)] - start
-        part = folder / f"{number:03d}-{index:06d}"
+        part = folder / _block_name(number, index, 0)
         place = Place(name, file.shown, None)
         rows_held_out = frozenset(inside.tolist())
         found.append(Block(source, number, place, file.path, part, held_out=rows_held_out))
         start += count
     return found
+
+
+def _block_name(source: int, file: int, position: int) -> str:
+    """Sorts as the blocks of an input are ordered."""
+    return f"{source:03d}-{file:06d}-{position:06d}"
 
 
 def _spans(path: Path) -> Iterator[tuple[int, int]]:
@@ -184,6 +198,29 @@ def _in_order(
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
+    # the collector need not look through what was imported, again and again
+    gc.freeze()
+    _spare_pandas()
+
+
+def _spare_pandas() -> None:
+    """Keep Arrow from importing pandas, where it is installed: a second and 60 MiB a process.
+
+    It asks once, with its first array of a list, and takes what cannot be imported for absent.
+    Functions of the user's own may import pandas all the same.
+    """
+    if "pandas" not in sys.modules:
+        sys.meta_path.insert(0, _NoPandas())
+        pa.array([])
+        sys.meta_path.pop(0)
+
+
+class _NoPandas:
+    """A finder of modules that does not find one."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "pandas":
+            raise ImportError("pandas is not needed here")
 
 
 def check_block(
@@ -193,42 +230,62 @@ def check_block(
     parser = parser_of(block.source)
     validator = validator_of(block, rules)
     with PartWriter(block.folder) as part:
-        for row in _rows(block):
+        one = partial(_check_row, parser=parser, validator=validator, part=part)
+        if block.held_out is None and is_lines(block.path, block.place.file):
+            _check_lines(block, validator, one, part, advance)
+            return part.tally
+        for row in rows(block.path, block.place.file):
             place = block.place
             if block.held_out is not None:
                 split = TEST if part.tally.rows in block.held_out else TRAIN
                 place = place._replace(split=split)
             part.tally.rows += 1
-            _check_row(row, place, parser, validator, part)
+            one(row, place)
             if part.tally.rows % _STEP_ROWS == 0:
                 advance(_STEP_ROWS)
         advance(part.tally.rows % _STEP_ROWS)
-        # blank lines at the end of a block are none of its rows
-        part.tally.lines = _count_lines(block) if block.end is not None else 0
         return part.tally
 
 
-def _rows(block: Block) -> Iterator[RawRow]:
-    if block.end is None:
-        return rows(block.path, block.place.file)
-    return block_rows(block.path, block.place.file, block.start, block.end)
+def _check_lines(
+    block: Block,
+    validator: Validator,
+    one: Callable[[RawRow, Place], None],
+    part: PartWriter,
+    advance: Callable[[int], None],
+) -> None:
+    """JSON Lines: sound rows of a piece at once, the others one by one, all in their order."""
+    place, shown = block.place, block.place.file
+    columns = Columns.for_source(block.source.format, validator, place.split)
+    for piece in line_pieces(block.path, shown, block.start, block.end):
+        before = part.tally.rows
+        sound = columns.of_lines(piece) if columns else None
+        if sound is None:
+            for row in piece_rows(piece, shown):
+                part.tally.rows += 1
+                one(row, place)
+        else:
+            part.tally.rows += len(sound.keys)
+            _accept(sound, piece, shown, part, lambda row: one(row, place))
+        part.tally.lines += piece.n_ends
+        advance(part.tally.rows - before)
 
 
-def _count_lines(block: Block) -> int:
-    assert block.end is not None
-    if block.end == block.path.stat().st_size:
-        return 0
-    n_lines, left = 0, block.end - block.start
-    with block.path.open("rb") as file:
-        file.seek(block.start)
-        while left and (chunk := file.read(min(left, 2**20))):
-            n_lines += chunk.count(b"\n")
-            left -= len(chunk)
-    return n_lines
+def _accept(
+    sound: Sound, piece: Piece, shown: str, part: PartWriter, one: Callable[[RawRow], None]
+) -> None:
+    ends = piece.ends() if sound.flagged else []
+    start = 0
+    for row in sound.flagged:
+        part.accept_many(sound.batch.slice(start, row - start), sound.keys[start:row])
+        line = piece.data[ends[row] : ends[row + 1] - 1]
+        one(json_row(line, shown, piece.first + row))
+        start = row + 1
+    part.accept_many(sound.batch.slice(start), sound.keys[start:])
 
 
 def _check_row(
-    row: RawRow, place: Place, parser: Parser, validator: Validator, part: PartWriter
+    row: RawRow, place: Place, *, parser: Parser, validator: Validator, part: PartWriter
 ) -> None:
     """Every pair of a row that is sound goes in; the first that is not is the row's reason."""
     problem: RowError | None = None
@@ -264,7 +321,7 @@ def validator_of(block: Block, rules: Rules) -> Validator:
     source = block.source
     own = source.test_fraction
     return Validator(
-        tokenizer=_tokenizer(rules.tokenizer),
+        tokenizer=_tokenizer(rules.tokenizer, rules.chat_template),
         limits=rules.limits,
         prompt_format=rules.prompt_format,
         test_fraction=rules.test_fraction if own is None else own,
@@ -276,5 +333,8 @@ def validator_of(block: Block, rules: Rules) -> Validator:
 
 
 @cache
-def _tokenizer(folder: Path) -> Any:
-    return load_text_tokenizer(folder)
+def _tokenizer(folder: Path, chat_template: str | None) -> Any:
+    tokenizer = load_text_tokenizer(folder)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer

@@ -10,6 +10,7 @@ from typing import Any
 from dpo.config.compose import compose
 from dpo.data.assemble import Assembled
 from dpo.data.quarantine import NOT_FAULTY, Rejected
+from dpo.data.reasons import title
 from dpo.data.stage import check_only
 from dpo.errors import DpoError
 
@@ -72,20 +73,28 @@ def _place(item: Rejected) -> dict[str, Any]:
 
 
 def _as_text(place: str, found: dict[str, Any]) -> str:
-    lines = [
-        f"{place}: {_rows(found['rows'])}, of which {_rows(found['rejected'])} cannot be used; "
-        f"{found['accepted']:,} pairs can."
-    ]
-    for reason, entry in found["reasons"].items():
-        kind = "wrong" if entry["fault"] else "not needed"
-        lines += ["", f"{reason.replace('_', ' ')} ({_rows(entry['count'])}, {kind})"]
-        for item in entry["places"]:
-            value = f" It begins: {item['value']}" if item["value"] else ""
-            lines.append(f"  {item['file']}, line {item['line']}: {item['advice']}.{value}")
-        if entry["count"] > len(entry["places"]):
-            lines.append(f"  ... and {entry['count'] - len(entry['places']):,} more")
-    return "\n".join(lines)
+    wrong = {reason: entry for reason, entry in found["reasons"].items() if entry["fault"]}
+    others = {reason: entry for reason, entry in found["reasons"].items() if not entry["fault"]}
+    pairs = _count(found["accepted"], "pair")
+    lines = [f"{place}: {_count(found['rows'], 'row')}, {pairs} can be used."]
+    for heading, group in (("To mend", wrong), ("Sound, but not needed", others)):
+        if group:
+            n_rows = sum(entry["count"] for entry in group.values())
+            lines += ["", f"{heading}: {_count(n_rows, 'row')}"]
+        for reason, entry in group.items():
+            lines += ["", f"  {title(reason)} ({reason}): {_count(entry['count'], 'row')}"]
+            lines += [f"    {_shown(item)}" for item in entry["places"]]
+            if entry["count"] > len(entry["places"]):
+                lines.append(f"    ... and {entry['count'] - len(entry['places']):,} more")
+    ending = "Mend these rows in the file and check it again." if wrong else "Nothing is wrong."
+    return "\n".join([*lines, "", ending])
 
 
-def _rows(count: int) -> str:
-    return f"{count:,} row{'' if count == 1 else 's'}"
+def _shown(item: dict[str, Any]) -> str:
+    value = " ".join(item["value"].split())
+    begins = f" It begins: {value}" if value else ""
+    return f"{item['file']}, line {item['line']}: {item['advice']}.{begins}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from dpo.data.schema import SPLIT_WORDS
+
 ASSISTANT = "\n\nAssistant:"
 HUMAN = "\n\nHuman:"
 SHP_MIN_SCORE_RATIO = 2.0
@@ -104,6 +106,31 @@ def hh(row: Mapping[str, Any]) -> list[Candidate]:
     ]
 
 
+def common_text(row: Mapping[str, Any]) -> list[Candidate]:
+    """TRL's implicit prompt: what two texts begin with alike, up to the last word both have whole.
+
+    ``The sky is blue.`` and ``The sky is black.`` answer ``The sky is``.
+    """
+    chosen, rejected = text_field(row, "chosen"), text_field(row, "rejected")
+    length = max(0, min(len(chosen), len(rejected)) - 1)
+    if chosen != rejected:
+        # white space belongs to the answers, as tokenizers have it
+        unlike = (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
+        length = next(unlike, length)
+        while length and not chosen[length : length + 1].isspace():
+            length -= 1
+        length = len(chosen[:length].rstrip())
+    if not length:
+        raise RowError(
+            "no_common_prompt",
+            "there is no prompt, and chosen and rejected do not begin alike: give prompt, or "
+            "dialogues written as '\\n\\nHuman: ...\\n\\nAssistant: ...'",
+            "prompt",
+        )
+    prompt = chosen[:length]
+    return [Candidate(prompt, chosen[length:], rejected[length:], split=split_field(row))]
+
+
 def shp(row: Mapping[str, Any], min_score_ratio: float = SHP_MIN_SCORE_RATIO) -> list[Candidate]:
     """Stanford Human Preferences: two comments on a post; kept from a ratio of their scores on."""
     prompt = f"{HUMAN} {text_field(row, 'history')}{ASSISTANT}"
@@ -156,7 +183,6 @@ def split_field(row: Mapping[str, Any]) -> str | None:
     value = row.get("split")
     if value is None:
         return None
-    known = {"train": "train", "test": "test", "validation": "test", "valid": "test"}
-    if not isinstance(value, str) or value not in known:
+    if not isinstance(value, str) or value not in SPLIT_WORDS:
         raise RowError("wrong_split", f"split must be train or test, found {value!r}", "split")
-    return known[value]
+    return SPLIT_WORDS[value]

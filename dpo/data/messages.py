@@ -20,6 +20,7 @@ _ROLES = {
     "bot": "assistant",
     "model": "assistant",
 }
+_TOOLS = ("tool", "function", "function_call", "observation")
 _HEADINGS = {"system": SYSTEM, "user": HUMAN, "assistant": ASSISTANT}
 
 
@@ -48,18 +49,36 @@ def read_message(value: Any, field: str) -> Message:
     said = value["role"] if "role" in value else value["from"]
     content = value["content"] if "content" in value else value["value"]
     role = _ROLES.get(said.lower()) if isinstance(said, str) else None
+    if said in _TOOLS or value.get("tool_calls"):
+        raise RowError(
+            "tool_message",
+            f"{field}: calls of tools and their results are no text of a dialogue: leave these "
+            "turns out, or write what they say into the turn before",
+            field,
+        )
     if role is None:
         raise RowError(
             "unknown_role",
             f"{field}: the role {said!r} is not one of {', '.join(sorted(_ROLES))}",
             field,
         )
+    if isinstance(content, list):
+        content = _joined(content, field)
     if not isinstance(content, str):
         kind = type(content).__name__
         raise RowError(
             "wrong_type", f"{field}: the content of a message must be a text, found a {kind}", field
         )
     return Message(role, content)
+
+
+def _joined(parts: Sequence[Any], field: str) -> str:
+    """The text of OpenAI's content parts, ``[{"type": "text", "text": ...}, ...]``."""
+    if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts):
+        raise RowError(
+            "wrong_type", f"{field}: each part of a message must be text, without images", field
+        )
+    return "".join(part["text"] for part in parts)
 
 
 def read_messages(value: Any, field: str) -> Messages:

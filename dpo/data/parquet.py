@@ -35,6 +35,9 @@ class Pairs:
     """Of the whole ingest output: the data's fingerprint in later manifests."""
     weights: Mapping[str, float]
     """How often a pair of each source comes in an epoch; 1 for sources that are not named."""
+    folder: Path
+    """Where they were read."""
+    split: str
 
 
 def read_pairs(folder: Path, split: str) -> Pairs:
@@ -57,6 +60,8 @@ def read_pairs(folder: Path, split: str) -> Pairs:
         prompt_format=metadata[PROMPT_FORMAT_KEY].decode(),
         content_hash=manifest.content_hash,
         weights=orjson.loads(metadata.get(WEIGHTS_KEY, b"{}")),
+        folder=folder,
+        split=split,
     )
 
 

@@ -7,10 +7,8 @@ a problem and the next one is read; a file that cannot be read on becomes one ``
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -19,10 +17,10 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo.data.json_stream import JsonSyntax, iter_document, unique_keys
+from dpo.data.json_stream import JsonSyntax, iter_document
+from dpo.data.lines import MAX_ROW_BYTES, PIECE_BYTES, Piece, RawRow, piece_rows, pieces
 from dpo.data.unpack import (
     BYTE_ORDER_MARK,
-    CHUNK_BYTES,
     COMPRESSED,
     GZIP_MAGIC,
     ZSTD_MAGIC,
@@ -31,10 +29,8 @@ from dpo.data.unpack import (
 )
 from dpo.errors import DataError
 
-MAX_ROW_BYTES = 8 * 2**20
-"""A longer row is rejected without being held in memory."""
 _BATCH_ROWS = 1000
-_SHOWN_BYTES = 4000
+_SHOWN_CHARS = 4000
 
 Container = Literal["jsonl", "json", "csv", "parquet", "arrow"]
 _SUFFIXES: dict[str, Container] = {
@@ -48,20 +44,6 @@ _SUFFIXES: dict[str, Container] = {
     ".feather": "arrow",
 }
 READABLE = tuple(_SUFFIXES)
-
-
-@dataclass(frozen=True, slots=True)
-class RawRow:
-    """One row of a file, or why it could not be read."""
-
-    file: str
-    """Name to show; relative to the source where it is a folder."""
-    line: int
-    """Line (text) or row number (tables), from 1."""
-    value: Any
-    """The row; its text, shortened, where it could not be read."""
-    problem: str = ""
-    """Why ``value`` is not a row."""
 
 
 def container_of(path: Path) -> Container | None:
@@ -94,20 +76,30 @@ def rows(path: Path, shown: str) -> Iterator[RawRow]:
             elif container == "json" and _is_document(stream.head):
                 yield from _document(stream, shown)
             else:
-                yield from _json_lines(stream, shown)
+                for piece in pieces(stream):
+                    yield from piece_rows(piece, shown)
 
 
-def block_rows(path: Path, shown: str, start: int, end: int) -> Iterator[RawRow]:
-    """Rows of the bytes ``start`` to ``end`` of a plain JSON Lines file; lines count from 1.
+def line_pieces(path: Path, shown: str, start: int = 0, end: int | None = None) -> Iterator[Piece]:
+    """A JSON Lines file in pieces.
+
+    Args:
+        path: The file.
+        shown: Its name in messages.
+        start: First byte, for a file without compression.
+        end: Byte after the last; None reads to the end of the file, unpacked.
 
     Raises:
-        DataError: the file cannot be read.
+        DataError: the file cannot be read, or cannot be read any further.
     """
     with named_errors(shown), path.open("rb") as raw:
+        if end is None:
+            yield from pieces(Text(path, shown, raw))
+            return
         raw.seek(start)
         if not start and raw.read(len(BYTE_ORDER_MARK)) != BYTE_ORDER_MARK:
             raw.seek(0)
-        yield from _json_lines(_part(raw, end - raw.tell()), shown)
+        yield from pieces(_part(raw, end - raw.tell()))
 
 
 def count_rows(path: Path, shown: str) -> int:
@@ -122,8 +114,8 @@ def count_rows(path: Path, shown: str) -> int:
     return sum(1 for _ in rows(path, shown))
 
 
-def is_plain_lines(path: Path, shown: str) -> bool:
-    """Whether a file can be read in blocks: JSON Lines without compression.
+def is_lines(path: Path, shown: str, *, plain: bool = False) -> bool:
+    """Whether a file is JSON Lines; with ``plain``, without compression: it can be read in blocks.
 
     Raises:
         DataError: the file cannot be read.
@@ -133,7 +125,7 @@ def is_plain_lines(path: Path, shown: str) -> bool:
         if container not in ("json", "jsonl"):
             return False
         with path.open("rb") as raw:
-            if raw.read(4).startswith((GZIP_MAGIC, ZSTD_MAGIC)):
+            if plain and raw.read(4).startswith((GZIP_MAGIC, ZSTD_MAGIC)):
                 return False
             raw.seek(0)
             # refuses what is no text
@@ -142,19 +134,22 @@ def is_plain_lines(path: Path, shown: str) -> bool:
 
 
 def _part(raw: IO[bytes], size: int) -> Iterator[bytes]:
-    while size > 0 and (chunk := raw.read(min(size, CHUNK_BYTES))):
+    while size > 0 and (chunk := raw.read(min(size, PIECE_BYTES))):
         size -= len(chunk)
         yield chunk
 
 
 def _container_by_content(path: Path, shown: str) -> Container:
     with path.open("rb") as file:
-        magic = file.read(6)
+        magic = file.read(64)
     if magic.startswith(b"PAR1"):
         return "parquet"
-    if magic == b"ARROW1":
+    if magic.startswith(b"ARROW1"):
         return "arrow"
     container = container_of(path)
+    if container is None and magic.lstrip().startswith((b"{", b"[")):
+        # an object of a store often has no suffix
+        return "json"
     if container is None:
         raise DataError(
             f"cannot tell what kind of file this is: {path.name}",
@@ -169,68 +164,6 @@ def _container_by_content(path: Path, shown: str) -> Container:
 
 
 # --- JSON -----------------------------------------------------------------------------------------
-
-
-def _json_lines(stream: Iterable[bytes], shown: str) -> Iterator[RawRow]:
-    """One row a line; blank lines are skipped, too long ones are not held."""
-    for number, line, too_long in _lines(stream):
-        if too_long:
-            problem = f"the line is longer than {MAX_ROW_BYTES // 2**20} MiB"
-            yield RawRow(shown, number, _shortened(line), problem)
-        elif line and not line.isspace():
-            yield _json_row(line, shown, number)
-
-
-def _json_row(line: bytes, shown: str, number: int) -> RawRow:
-    try:
-        value = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        return RawRow(shown, number, _shortened(line), _json_problem(line, error))
-    if type(value) is dict and any(line.count(b'"%b"' % key.encode()) > 1 for key in value):
-        # orjson keeps the last of two equal keys and says nothing
-        try:
-            json.loads(line, object_pairs_hook=unique_keys)
-        except (ValueError, RecursionError) as error:
-            return RawRow(shown, number, value, str(error))
-    return RawRow(shown, number, value)
-
-
-def _json_problem(line: bytes, error: orjson.JSONDecodeError) -> str:
-    try:
-        line.decode("utf-8")
-    except UnicodeDecodeError as broken:
-        byte = line[broken.start]
-        return f"broken encoding: byte {byte:#04x} at position {broken.start + 1} is not UTF-8"
-    if b"\0" in line:
-        return "not JSON: the line holds NUL bytes"
-    return f"not JSON: {error.msg} (column {error.colno})"
-
-
-def _lines(stream: Iterable[bytes]) -> Iterator[tuple[int, bytes, bool]]:
-    number = 1
-    rest = b""
-    skipping = False
-    for chunk in stream:
-        pieces = chunk.split(b"\n")
-        pieces[0] = rest + pieces[0] if not skipping else pieces[0]
-        for piece in pieces[:-1]:
-            if skipping:
-                yield number, rest, True
-                skipping, rest = False, b""
-            else:
-                yield number, piece, len(piece) > MAX_ROW_BYTES
-            number += 1
-        if skipping:
-            continue
-        rest = pieces[-1]
-        if len(rest) > MAX_ROW_BYTES:
-            skipping, rest = True, rest[:200]
-    if skipping or rest:
-        yield number, rest, skipping
-
-
-def _shortened(line: bytes) -> str:
-    return line[:_SHOWN_BYTES].decode("utf-8", "replace")
 
 
 _LIST_IN_OBJECT = re.compile(rb'"(dataset|data|rows|pairs)"\s*:\s*\[')
@@ -282,9 +215,10 @@ def _document(stream: Iterable[bytes], shown: str) -> Iterator[RawRow]:
 
 
 def _csv(stream: Iterable[bytes], shown: str) -> Iterator[RawRow]:
-    lines = _text_lines(stream)
+    too_long: set[int] = set()
+    lines = _text_lines(stream, too_long)
     header = next(lines, "")
-    delimiter = max(",;\t", key=header.count)
+    delimiter = max(",;\t|", key=header.count)
     csv.field_size_limit(MAX_ROW_BYTES)
     reader = csv.reader(chain([header], lines), delimiter=delimiter, strict=True)
     names = _header(reader, shown)
@@ -297,9 +231,12 @@ def _csv(stream: Iterable[bytes], shown: str) -> Iterator[RawRow]:
         except csv.Error as error:
             yield RawRow(shown, first, None, f"CSV: {error}{_span(first, reader.line_num)}")
             continue
-        if fields and len(fields) != len(names):
+        if not too_long.isdisjoint(range(first, reader.line_num + 1)):
+            value = delimiter.join(fields)[:_SHOWN_CHARS]
+            yield RawRow(shown, first, value, f"a line is longer than {MAX_ROW_BYTES // 2**20} MiB")
+        elif fields and len(fields) != len(names):
             problem = f"CSV: {len(fields)} fields where the header has {len(names)}"
-            value = delimiter.join(fields)[:_SHOWN_BYTES]
+            value = delimiter.join(fields)[:_SHOWN_CHARS]
             yield RawRow(shown, first, value, problem + _span(first, reader.line_num))
         elif fields:
             # an empty cell is a missing value
@@ -323,10 +260,14 @@ def _span(first: int, last: int) -> str:
     return f" (lines {first} to {last}: a quote is missing or too many)" if last > first else ""
 
 
-def _text_lines(stream: Iterable[bytes]) -> Iterator[str]:
-    for _, line, _ in _lines(stream):
-        # what is not UTF-8 becomes half a character, which the check of the texts refuses
-        yield line.decode("utf-8", "surrogateescape") + "\n"
+def _text_lines(stream: Iterable[bytes], too_long: set[int]) -> Iterator[str]:
+    """Lines as text; the numbers of those that are cut short go into ``too_long``."""
+    for piece in pieces(stream):
+        if piece.too_long:
+            too_long.add(piece.first)
+        for line in piece.lines():
+            # what is not UTF-8 becomes half a character, which the check of the texts refuses
+            yield line.decode("utf-8", "surrogateescape") + "\n"
 
 
 # --- tables ---------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from typing import Any
 import orjson
 
 from dpo.config.schema import SourceConfig
-from dpo.data import custom, formats, shapes
-from dpo.data.formats import Candidate, Parser, Rating, RowError, split_field
+from dpo.data import compared, custom, formats, shapes
+from dpo.data.formats import ASSISTANT, Candidate, Parser, Rating, RowError, split_field
 
 PARSERS: Mapping[str, Parser] = {
     "pairs": formats.pairs,
@@ -22,8 +22,19 @@ PARSERS: Mapping[str, Parser] = {
     "openai": shapes.openai,
     "ranked": shapes.ranked,
     "rated": shapes.rated,
+    "compared": compared.compared,
+    "argilla": compared.argilla,
+    "labelstudio": compared.label_studio,
 }
 """By ``sources.NAME.format``."""
+_BY_SHAPE: Mapping[str, Parser] = {"asked": compared.asked, "common_text": formats.common_text}
+"""Told by a row's keys and values only."""
+_ALIASES = {
+    **{f"chosen_{word}": "chosen" for word in ("response", "answer", "text", "completion")},
+    **{f"rejected_{word}": "rejected" for word in ("response", "answer", "text", "completion")},
+    **{"response_chosen": "chosen", "response_rejected": "rejected"},
+}
+_PAIR = frozenset({"prompt", "chosen", "rejected"})
 
 _QUARANTINE_KEYS = {"reason", "advice", "row"}
 
@@ -33,7 +44,7 @@ def parser_of(source: SourceConfig) -> Parser:
     if ":" in source.format:
         return custom.row_parser(source.format)
     shp: Parser = partial(formats.shp, min_score_ratio=source.min_score_ratio)
-    parsers = {**PARSERS, "shp": shp}
+    parsers = {**PARSERS, **_BY_SHAPE, "shp": shp}
     return partial(_parse, parsers=parsers, format_name=source.format)
 
 
@@ -45,6 +56,7 @@ def _parse(
         raise RowError("wrong_type", f"expected an object with fields, found a {kind}")
     if "reason" in row and row.keys() >= _QUARANTINE_KEYS:
         return _mended(row, parsers, format_name)
+    row = renamed(row)
     found = detect(row) if format_name == "auto" else _by_values(format_name, row)
     if found is None:
         keys = ", ".join(map(str, list(row)[:8])) or "no fields"
@@ -79,29 +91,58 @@ def _by_values(format_name: str, row: Mapping[str, Any]) -> str:
     return format_name
 
 
+def renamed(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row whose ``Prompt``, ``chosen `` or ``chosen_response`` have the names of the contract."""
+    if "chosen" in row and "rejected" in row and ("prompt" in row or len(row) == 2):
+        return row
+    names = {key: _ALIASES.get(name := str(key).strip().lower(), name) for key in row}
+    wanted = {key: name for key, name in names.items() if name in _PAIR and name not in row}
+    if len(set(wanted.values())) < len(wanted):
+        return row
+    return {wanted.get(key, key): value for key, value in row.items()}
+
+
 def detect(row: Mapping[str, Any]) -> str | None:
     """The format of a row by its keys; None when no format fits."""
     keys = {key for key, value in row.items() if value is not None}
     if keys >= {"chosen", "rejected"}:
         if _has_messages(row) or keys & {"messages", "conversations", "conversation"}:
             return "messages"
-        return "pairs" if "prompt" in row else "hh"
+        return "pairs" if "prompt" in row else _without_prompt(row, keys)
+    if compared.is_compared(row):
+        return "compared"
     for name, needed in (
+        ("argilla", {"fields", "responses"}),
+        ("labelstudio", {"data", "annotations"}),
         ("openai", {"input", "preferred_output", "non_preferred_output"}),
         ("shp", {"history", "human_ref_A", "human_ref_B"}),
         ("se", {"question", "answers"}),
     ):
         if keys >= needed:
             return name
-    if keys & {"prompt", "instruction"}:
-        if keys & {"responses", "completions", "answers", "candidates"}:
-            return "ranked"
-        if keys & {"chosen", "rejected"}:
-            # one of the three is missing: the parser names it
-            return "pairs"
-        if keys & {"completion", "response"} and keys & {"label", "score", "rating"}:
-            return "rated"
+    return _by_answers(keys) if keys & {"prompt", "instruction"} else None
+
+
+def _by_answers(keys: set[str]) -> str | None:
+    if keys & {"responses", "completions", "answers", "candidates"}:
+        return "ranked"
+    if keys & {"chosen", "rejected"}:
+        # one of the three is missing: the parser names it
+        return "pairs"
+    if keys & {"completion", "response"} and keys & _SCORED:
+        return "rated"
     return None
+
+
+_SCORED = frozenset({"label", "score", "rating", "helpfulness"})
+_QUESTIONS = frozenset({"question", "instruction", "input", "query"})
+
+
+def _without_prompt(row: Mapping[str, Any], keys: set[str]) -> str:
+    marked = [ASSISTANT in str(row[name]) for name in ("chosen", "rejected")]
+    if any(marked):
+        return "hh"
+    return "asked" if keys & _QUESTIONS else "common_text"
 
 
 def _has_messages(row: Mapping[str, Any]) -> bool:

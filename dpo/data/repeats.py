@@ -1,26 +1,27 @@
 """Rows that can only be judged beside others: duplicates, contradictions, prompts in two splits.
 
 All of these concern rows with one prompt. So each row leaves a record of hashes (64 bytes) in one
-of 64 files, chosen by the prompt's hash, and each file is judged by itself: memory holds a 64th of
-the records, however large the input. Prompts that are nearly equal are found in the same way, by
+of up to 64 files, chosen by the prompt's hash, and each file is judged by itself: memory holds a
+64th of the records of a large input. Prompts that are nearly equal are found in the same way, by
 the hash of their letters and digits.
 """
 
 from __future__ import annotations
 
-import hashlib
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from xxhash import xxh3_64_intdigest
 
 REASONS = ("prompt_in_test", "duplicate_pair", "contradictory_pair", "over_prompt_limit")
 """By the number in ``DECISION``."""
 
-_N_PARTITIONS = 64
+_MAX_PARTITIONS = 64
+_PARTITION_ROWS = 50_000
 _HASHES = [("prompt_a", "<u8"), ("prompt_b", "<u8"), ("chosen", "<u8"), ("rejected", "<u8")]
 _KEY = [*_HASHES, ("near", "<u8"), ("test", "<u2"), ("source", "<u2"), ("limit", "<u4")]
 KEY = np.dtype(_KEY)
@@ -49,10 +50,27 @@ class Mark:
 
 def near_hash(prompt: str) -> bytes:
     """8 bytes that are equal for prompts that differ in case, punctuation and white space only."""
-    core = prompt.encode().lower().translate(None, _NO_LETTERS)
-    return hashlib.blake2b(core, digest_size=8).digest()
+    return near_hashes([prompt.encode()]).tobytes()
 
 
+def near_hashes(prompts: Sequence[bytes]) -> npt.NDArray[np.uint64]:
+    """``near_hash`` of many prompts in UTF-8, as little-endian numbers."""
+    # one call for all: with bytes to delete each call first makes a table
+    cores = _APART.join(prompts).translate(_LOWER, _NO_LETTERS).split(_APART)
+    return np.array([xxh3_64_intdigest(core) for core in cores], dtype="<u8")
+
+
+_APART = b"\xff"
+"""In no text of UTF-8."""
+
+
+def text_hashes(texts: Sequence[str]) -> npt.NDArray[np.uint64]:
+    """8 bytes of each text, as numbers."""
+    hashes = [xxh3_64_intdigest(text.encode()) for text in texts]
+    return np.array(hashes, dtype=np.uint64)
+
+
+_LOWER = bytes(range(256)).lower()
 _NO_LETTERS = bytes(code for code in range(128) if not chr(code).isalnum())
 
 
@@ -63,8 +81,8 @@ def key(
     return (
         # the first 8 bytes choose the split: use others, so that equal splits do not cluster
         prompt_hash[8:24]
-        + hashlib.blake2b(chosen.encode(), digest_size=8).digest()
-        + hashlib.blake2b(rejected.encode(), digest_size=8).digest()
+        + xxh3_64_intdigest(chosen.encode()).to_bytes(8, "little")
+        + xxh3_64_intdigest(rejected.encode()).to_bytes(8, "little")
         + near
         + _END.pack(in_test, mark.source, mark.limit)
     )
@@ -74,10 +92,14 @@ _END = struct.Struct("<HHI")
 
 
 class Repeats:
-    """The records of all rows, in files under ``folder``."""
+    """The records of ``n_rows`` rows, in files under ``folder``.
 
-    def __init__(self, folder: Path) -> None:
+    What is decided does not depend on the number of files.
+    """
+
+    def __init__(self, folder: Path, n_rows: int) -> None:
         self._folder = folder
+        self._n_partitions = np.uint64(max(1, min(_MAX_PARTITIONS, n_rows // _PARTITION_ROWS)))
         self._n_rows = 0
         folder.mkdir(parents=True)
 
@@ -90,10 +112,12 @@ class Repeats:
         self._n_rows += len(keys)
         records["line"] = lines
         for name in ("prompt_a", "near"):
-            partition = records[name] % _N_PARTITIONS
-            for index in np.unique(partition):
+            partition = records[name] % self._n_partitions
+            order = np.argsort(partition, kind="stable")
+            indices, starts = np.unique(partition[order], return_index=True)
+            for index, part in zip(indices, np.split(records[order], starts[1:]), strict=True):
                 with (self._folder / f"{name}-{index:02d}").open("ab") as file:
-                    records[partition == index].tofile(file)
+                    part.tofile(file)
 
     def decide(self) -> Records:
         """``DECISION`` records of all rows to reject, by ordinal."""
@@ -107,9 +131,22 @@ class Repeats:
     def _each(self, name: str, judge: Callable[[Records], Records]) -> Records:
         found = [np.zeros(0, dtype=DECISION)]
         for path in sorted(self._folder.glob(f"{name}-*")):
-            found.append(judge(np.fromfile(path, dtype=_RECORD)))
+            records = np.fromfile(path, dtype=_RECORD)
+            found.append(judge(records[_not_alone(records[name])]))
             path.unlink()
         return np.sort(np.concatenate(found), order="ordinal")
+
+
+def _not_alone(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """Which values occur more than once: nothing can be said against the others."""
+    ordered = np.sort(values)
+    repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    if not len(repeated):
+        return np.zeros(len(values), dtype=bool)
+    places = np.searchsorted(repeated, values)
+    places[places == len(repeated)] = 0
+    alike: npt.NDArray[np.bool_] = repeated[places] == values
+    return alike
 
 
 def judge(records: Records) -> Records:

@@ -16,6 +16,8 @@ WEIGHTS_KEY = b"dpo.weights"
 """JSON: weight by source, where any differs from 1."""
 
 TRAIN, TEST = "train", "test"
+SPLIT_WORDS = {"train": TRAIN, "test": TEST, "validation": TEST, "valid": TEST}
+"""What a row's own ``split`` may say."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ from dpo.data.messages import (
 _PROMPT_LISTS = ("prompt", "messages", "conversations", "conversation")
 _ANSWER_LISTS = ("responses", "completions", "answers", "candidates")
 _ANSWER_TEXTS = ("text", "response", "completion", "content", "answer")
-_SCORES = ("fine-grained_score", "overall_score", "score", "rating")
+_SCORES = ("fine-grained_score", "overall_score", "score", "rating", "helpfulness")
 MAX_ANSWERS = 64
 """Most answers to one prompt: 2,016 pairs."""
 

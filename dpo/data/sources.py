@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +34,8 @@ class SourceFile:
     """Name in messages and in the quarantine: no path of this machine beyond what was given."""
     split: str | None
     """The file's own split, for sources that have splits."""
+    fetched: bool = True
+    """Whether it is on this machine; of a store's files a shard needs some only."""
 
 
 def source_fingerprint(name: str, source: SourceConfig) -> str:
@@ -91,8 +93,15 @@ def data_fingerprint(fingerprints: Mapping[str, str]) -> str:
 
 
 @contextmanager
-def opened(name: str, source: SourceConfig) -> Iterator[list[SourceFile]]:
+def opened(
+    name: str, source: SourceConfig, wanted: Callable[[int], bool] = lambda _: True
+) -> Iterator[list[SourceFile]]:
     """The files of a source on this machine; what was fetched from a store is removed afterwards.
+
+    Args:
+        name: Of the source.
+        source: Its settings.
+        wanted: Which files to fetch from a store, by their number from 0.
 
     Raises:
         DataError: there are none.
@@ -110,7 +119,7 @@ def opened(name: str, source: SourceConfig) -> Iterator[list[SourceFile]]:
         yield _from_hub(name, source)
     elif is_store_url(source.path):
         with TemporaryDirectory() as folder:
-            yield _with_splits(_from_store(name, source.path, Path(folder)))
+            yield _with_splits(_from_store(name, source.path, Path(folder), wanted))
     else:
         paths = source_files(name, source)
         yield _with_splits([SourceFile(path, _shown(name, path), None) for path in paths])
@@ -153,14 +162,24 @@ def _objects(name: str, url: str) -> dict[str, ObjectStat]:
     return found
 
 
-def _from_store(name: str, url: str, folder: Path) -> list[SourceFile]:
+def _from_store(
+    name: str, url: str, folder: Path, wanted: Callable[[int], bool]
+) -> list[SourceFile]:
     store = open_store(url.rstrip("/").rpartition("/")[0])
     files = []
-    for number, key in enumerate(_objects(name, url)):
+    objects = _objects(name, url)
+    for number, key in enumerate(objects):
         target = folder / str(number) / key.rpartition("/")[2]
-        target.parent.mkdir()
-        store.download(key, target)
-        files.append(SourceFile(target, f"{name}: {key}", None))
+        if wanted(number):
+            target.parent.mkdir()
+            store.download(key, target)
+        files.append(SourceFile(target, f"{name}: {key}", None, wanted(number)))
+    if _objects(name, url) != objects:
+        raise DataError(
+            "the objects changed while they were fetched",
+            where=f"sources.{name}.path={url}",
+            fix="wait until they are written, then run again",
+        )
     return files
 
 

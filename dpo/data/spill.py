@@ -105,6 +105,17 @@ class PartWriter:
         if len(self._columns[0]) >= _BATCH_ROWS or self._chars >= _BATCH_CHARS:
             self._flush()
 
+    def accept_many(self, batch: pa.RecordBatch, keys: repeats.Records) -> None:
+        """Pairs in the columns of ``SPILL_SCHEMA``, and their keys."""
+        if not batch.num_rows:
+            return
+        self._flush()
+        self._pairs.write_batch(batch)
+        records = np.empty(len(keys), dtype=KEY_AND_LINE)
+        records["key"], records["line"] = keys, batch["line"].to_numpy()
+        self._keys_file.write(records.tobytes())
+        self.tally.pairs += len(keys)
+
     def rate(self, rating: Rating, line: int) -> None:
         """An answer of the row at ``line``."""
         self.tally.ratings += 1
@@ -131,7 +142,7 @@ class PartWriter:
 
 def read_pairs(folder: Path) -> Iterator[pa.RecordBatch]:
     """The batches of a block, in order."""
-    with pa.OSFile(str(folder / PAIRS)) as source:
+    with pa.memory_map(str(folder / PAIRS)) as source:
         yield from pa.ipc.open_stream(source)
 
 

@@ -8,31 +8,29 @@ second writes the remaining pairs, in the order of the input.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
-from itertools import groupby
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from dpo.config.schema import RunConfig
 from dpo.config.stages import stage_settings
-from dpo.data.assemble import Assembled, Cap, Part, assemble
-from dpo.data.check import Block, Rules, blocks_of, check_blocks, validator_of
+from dpo.data.assemble import Assembled, Cap, assemble
+from dpo.data.check import Rules
+from dpo.data.gather import Checked, Shard, check_sources, in_order
 from dpo.data.quarantine import NOT_FAULTY, QUARANTINE
-from dpo.data.ratings import Answer, pair_ratings
 from dpo.data.report import SAMPLE_ROWS, write_report
+from dpo.data.rules import rules_of
 from dpo.data.schema import arrow_schema
-from dpo.data.sources import opened, source_fingerprints
-from dpo.data.spill import Tally, read_ratings
+from dpo.data.shards import read_shards
+from dpo.data.sources import source_fingerprints
 from dpo.data.text_tokenizer import load_text_tokenizer
-from dpo.data.tokenize import Limits
-from dpo.errors import ConfigError, DataError
-from dpo.storage.base_model import local_tokenizer
+from dpo.errors import DataError
 from dpo.storage.manifest import Manifest, staged, write_manifest
-from dpo.storage.progress import message, track
+from dpo.storage.progress import message
 
+_SPILL = "spill"
 _SHOWN_REASONS = 5
 
 
@@ -43,6 +41,7 @@ def run_ingest(
     code: str = "",
     fingerprints: Mapping[str, str] | None = None,
     workers: int | None = None,
+    shards: Sequence[Path] = (),
 ) -> Manifest:
     """Read, validate and write the pairs of ``config.sources`` into the folder ``output``.
 
@@ -53,17 +52,21 @@ def run_ingest(
         fingerprints: Of the sources, where they are known.
         workers: Processes to check rows in; None decides by the cores and the size of the input.
             The output does not depend on it.
+        shards: Outputs of ``shards.run_shard``, which have read the sources.
 
     Raises:
+        ArtifactError: the shards do not belong together.
         ConfigError: the model's tokenizer cannot be used.
         DataError: a source that is missing or unreadable, more than ``max_rejected_share`` rows
             rejected, or a split without a pair.
     """
-    rules = _rules(config)
+    rules = rules_of(config)
     with staged(output) as folder:
-        if fingerprints is None:
-            fingerprints = source_fingerprints(config)
-        result = _ingest(config, rules, folder, workers)
+        if shards:
+            checked, found = read_shards(config, shards)
+        else:
+            checked, found = _read_here(config, rules, folder / _SPILL, fingerprints, workers)
+        result = _assembled(config, rules, checked, folder)
         _refuse_bad_share(config, result, folder, output)
         _refuse_empty_split(result)
         figures = result.figures()
@@ -71,7 +74,7 @@ def run_ingest(
         write_report(
             {
                 "figures": figures,
-                "sources": dict(fingerprints),
+                "sources": found,
                 "near_duplicates": result.near_examples,
             },
             result.sample,
@@ -86,7 +89,7 @@ def run_ingest(
             settings=stage_settings(config, "ingest"),
             inputs={},
             code=code,
-            details={"metrics": _scalars(figures)},
+            details={"metrics": _scalars(figures), "sources": dict(found)},
         )
     _tell(figures)
     return manifest
@@ -99,16 +102,35 @@ def check_only(config: RunConfig) -> Assembled:
         ConfigError: the model's tokenizer cannot be used.
         DataError: a source that is missing, unreadable or empty.
     """
-    with TemporaryDirectory() as folder:
-        return _ingest(config, _rules(config), Path(folder), None)
+    rules = rules_of(config)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        checked = check_sources(config, rules, folder / _SPILL, None, Shard())
+        return _assembled(config, rules, checked, folder)
 
 
-def _ingest(config: RunConfig, rules: Rules, folder: Path, workers: int | None) -> Assembled:
-    spill = folder / "spill"
-    parts = _check_sources(config, rules, spill, workers)
+def _read_here(
+    config: RunConfig,
+    rules: Rules,
+    spill: Path,
+    fingerprints: Mapping[str, str] | None,
+    workers: int | None,
+) -> tuple[list[Checked], dict[str, str]]:
+    with ThreadPoolExecutor(1) as beside:
+        # hashing leaves the interpreter's lock: workers check rows meanwhile
+        later = None if fingerprints else beside.submit(source_fingerprints, config)
+        checked = check_sources(config, rules, spill, workers, Shard())
+        return checked, later.result() if later else dict(fingerprints or {})
+
+
+def _assembled(
+    config: RunConfig, rules: Rules, checked: Sequence[Checked], folder: Path
+) -> Assembled:
+    spill = folder / _SPILL
+    spill.mkdir(exist_ok=True)
     weights = {name: source.weight for name, source in config.sources.items()}
     result = assemble(
-        parts,
+        in_order(checked, rules, spill),
         _caps(config),
         folder,
         schema=arrow_schema(config.prompt_format, weights),
@@ -116,21 +138,8 @@ def _ingest(config: RunConfig, rules: Rules, folder: Path, workers: int | None) 
         seed=config.seed,
     )
     shutil.rmtree(spill)
-    _refuse_empty_source(result)
+    _refuse_empty_source(config, result)
     return result
-
-
-def _rules(config: RunConfig) -> Rules:
-    place = local_tokenizer(config.model)
-    tokenizer = load_text_tokenizer(place)
-    if config.prompt_format == "chat" and not tokenizer.chat_template:
-        raise ConfigError(
-            "prompt_format=chat, but the model's tokenizer has no chat template",
-            where=str(place),
-            fix="use prompt_format=raw, or a model with a chat template",
-        )
-    limits = Limits(config.max_length, config.max_prompt_length, config.truncation_mode)
-    return Rules(place, limits, config.prompt_format, config.test_fraction)
 
 
 def _caps(config: RunConfig) -> dict[str, Cap]:
@@ -141,82 +150,13 @@ def _caps(config: RunConfig) -> dict[str, Cap]:
     }
 
 
-def _check_sources(
-    config: RunConfig, rules: Rules, folder: Path, workers: int | None
-) -> list[Part]:
-    """Check every row; what was fetched from a store is there until all blocks are done."""
-    with ExitStack() as stack, track("ingest", "rows", None) as bar:
-        blocks: list[Block] = []
-        for number, (name, source) in enumerate(config.sources.items()):
-            files = stack.enter_context(opened(name, source))
-            blocks += blocks_of(number, name, source, files, folder)
-        before = _states(blocks)
-        parts: list[Part] = []
-        for block, tally in zip(
-            blocks, check_blocks(blocks, rules, bar.advance, workers), strict=True
-        ):
-            parts.append(_placed(block, tally, parts[-1] if parts else None))
-        _refuse_changed(blocks, before)
-    return [part for group in _by_source(parts) for part in (*group, *_rated(group, rules))]
-
-
-def _by_source(parts: Sequence[Part]) -> list[list[Part]]:
-    return [list(group) for _, group in groupby(parts, lambda part: part.block.number)]
-
-
-def _rated(parts: Sequence[Part], rules: Rules) -> Iterator[Part]:
-    """The pairs that rated answers of one source make."""
-    if not any(part.tally.ratings for part in parts):
-        return
-    first = parts[0].block
-    answers = (
-        Answer(part.block.place.file, line + part.line_offset, rating)
-        for part in parts
-        for line, rating in read_ratings(part.block.folder)
-    )
-    one_file = len({part.block.path for part in parts}) == 1
-    shown = first.place.file if one_file else f"{first.place.source}: rated answers"
-    place = first.place._replace(file=shown)
-    folder = first.folder.with_name(f"{first.number:03d}-ratings")
-    validator = validator_of(first, rules)
-    for part_folder, tally in pair_ratings(answers, place.source, validator, folder):
-        yield Part(replace(first, place=place, folder=part_folder), tally, 0)
-
-
-def _placed(block: Block, tally: Tally, previous: Part | None) -> Part:
-    """The block as a part, with its examples' lines counted from the start of the file."""
-    offset = 0
-    if previous and (previous.block.place, previous.block.path) == (block.place, block.path):
-        offset = previous.line_offset + previous.tally.lines
-    for items in tally.examples.values():
-        items[:] = [item.moved(offset) for item in items]
-    return Part(block, tally, offset)
-
-
-def _states(blocks: Sequence[Block]) -> dict[Path, tuple[int, int]]:
-    """Size and time of change of each file."""
-    found = {block.path: block.path.stat() for block in blocks}
-    return {path: (state.st_size, state.st_mtime_ns) for path, state in found.items()}
-
-
-def _refuse_changed(blocks: Sequence[Block], before: dict[Path, tuple[int, int]]) -> None:
-    for block in blocks:
-        state = block.path.stat() if block.path.exists() else None
-        if state is None or (state.st_size, state.st_mtime_ns) != before[block.path]:
-            raise DataError(
-                "the file changed while it was read",
-                where=block.place.file,
-                fix="wait until it is written, then run again",
-            )
-
-
 def _scalars(figures: dict[str, Any]) -> dict[str, int]:
     return {key: value for key, value in figures.items() if isinstance(value, int)}
 
 
-def _refuse_empty_source(result: Assembled) -> None:
-    for name, tally in result.sources.items():
-        if not tally.rows:
+def _refuse_empty_source(config: RunConfig, result: Assembled) -> None:
+    for name in config.sources:
+        if name not in result.sources or not result.sources[name].rows:
             raise DataError(
                 "the data set is empty",
                 where=f"sources.{name}",
@@ -229,7 +169,7 @@ def _refuse_bad_share(config: RunConfig, result: Assembled, folder: Path, output
     bad = {reason: n for reason, n in tally.reasons.items() if reason not in NOT_FAULTY}
     n_bad = sum(bad.values())
     share = n_bad / tally.rows
-    if share <= config.max_rejected_share:
+    if share <= config.max_rejected_share or config.bad_rows == "drop":
         return
     kept = output.absolute().with_name(f"{output.name}.{QUARANTINE}")
     shutil.move(folder / QUARANTINE, kept)
@@ -239,7 +179,7 @@ def _refuse_bad_share(config: RunConfig, result: Assembled, folder: Path, output
         f"{n_bad:,} of {tally.rows:,} rows are unusable ({share:.1%}; at most "
         f"{config.max_rejected_share:.1%} are allowed). For example:\n{first}",
         where=f"all of them with reasons: {kept}",
-        fix="mend these rows, or allow more with max_rejected_share (1 drops any number)",
+        fix="mend these rows, allow more with max_rejected_share, or leave them out: bad_rows=drop",
     )
 
 

@@ -26,6 +26,8 @@ class TextTokenizer:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_truncation()
         config = _json(folder / "tokenizer_config.json")
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        self.all_special_tokens = [token.content for token in added if token.special]
         self._special = {
             name: _content(config.get(name)) for name in ("bos_token", "eos_token", "pad_token")
         }

@@ -149,6 +149,8 @@ def named_errors(shown: str) -> Iterator[None]:
         raise DataError(
             "no permission to read the file", where=shown, fix="change its permissions"
         ) from None
+    except pa.ArrowCancelled:
+        raise KeyboardInterrupt from None
     except pa.ArrowException as error:
         raise DataError(
             f"the table in this file cannot be read: {_first_line(error)}",

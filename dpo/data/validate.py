@@ -18,8 +18,9 @@ from dpo.data.formats import Candidate, RowError
 from dpo.data.schema import TEST, TRAIN, pair_id, prompt_digest, split_of
 from dpo.data.tokenize import Limits, tokenize_pair
 
-_CONTROLS = bytes(code for code in range(32) if code not in b"\n\r\t") + b"\x7f"
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+CONTROLS = bytes(code for code in range(32) if code not in b"\n\r\t") + b"\x7f"
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_MARK = re.compile(r"<\|\w+\|>")
 _ADVICE_ON_ENCODING = "read the original with its true encoding and save it as UTF-8"
 
 
@@ -114,14 +115,14 @@ class Validator:
                 f"{name} has half a character in it: {_ADVICE_ON_ENCODING}",
                 name,
             ) from None
-        if _REPLACEMENT in text:
+        if REPLACEMENT in text:
             raise RowError(
                 "broken_encoding",
                 f"{name} has the mark of a lost character (U+FFFD): {_ADVICE_ON_ENCODING}",
                 name,
             )
-        if len(data.translate(None, _CONTROLS)) != len(data):
-            bad = next(char for char in text if ord(char) < 128 and ord(char) in _CONTROLS)
+        if len(data.translate(None, CONTROLS)) != len(data):
+            bad = next(char for char in text if ord(char) < 128 and ord(char) in CONTROLS)
             raise RowError(
                 "control_character", f"{name} has the control character U+{ord(bad):04X}", name
             )
@@ -130,12 +131,18 @@ class Validator:
 
     @cached_property
     def _reserved(self) -> re.Pattern[str] | None:
+        texts = self.reserved
+        return re.compile("|".join(map(re.escape, texts))) if texts else None
+
+    @property
+    def reserved(self) -> list[str]:
         """Texts that mean something to the model: the end mark; in a chat, all special tokens."""
         reserved = {self.tokenizer.eos_token}
         if self.prompt_format == "chat":
-            reserved |= set(getattr(self.tokenizer, "all_special_tokens", ()))
-        texts = sorted(text for text in reserved if text)
-        return re.compile("|".join(map(re.escape, texts))) if texts else None
+            reserved |= set(self.tokenizer.all_special_tokens)
+            # marks of a template that the tokenizer does not know as tokens
+            reserved |= set(_MARK.findall(self.tokenizer.chat_template or ""))
+        return sorted(text for text in reserved if text)
 
     def _refuse_reserved(self, name: str, found: str) -> None:
         if found == self.tokenizer.eos_token:
@@ -151,6 +158,12 @@ class Validator:
             name,
         )
 
+    @cached_property
+    def answer_bytes(self) -> int:
+        """Responses that differ within so many bytes differ after any truncation."""
+        # the first token may stand for the start of the text alone
+        return self.limits.max_length - self.limits.max_prompt_length - 1
+
     def _check_truncation(self, candidate: Candidate) -> None:
         """Pairs that truncation makes equal.
 
@@ -158,9 +171,7 @@ class Validator:
         byte or more, so responses that differ within so many bytes differ after the cut too: only
         the others need the tokenizer.
         """
-        room = self.limits.max_length - self.limits.max_prompt_length
-        # the first token may stand for the start of the text alone
-        n_bytes = room - 1
+        n_bytes = self.answer_bytes
         chosen, rejected = candidate.chosen[:n_bytes], candidate.rejected[:n_bytes]
         if chosen.encode()[:n_bytes] != rejected.encode()[:n_bytes]:
             return
@@ -175,6 +186,6 @@ class Validator:
         if np.array_equal(chosen_T, rejected_T):
             raise RowError(
                 "identical_after_truncation",
-                f"chosen and rejected differ only after the {room} tokens that are kept: raise "
-                "max_length or lower max_prompt_length",
+                f"chosen and rejected differ only after the {n_bytes + 1} tokens that are kept: "
+                "raise max_length or lower max_prompt_length",
             )

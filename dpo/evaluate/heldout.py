@@ -1,9 +1,12 @@
-"""Figures on held-out pairs: the SFT model (the reference) before, the policy after."""
+"""Figures on held-out pairs: the SFT model (the reference) before, the policy after.
+
+Axes: n pairs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,17 +15,50 @@ import torch
 from dpo.config.losses import SFTLoss
 from dpo.config.schema import RunConfig
 from dpo.data.log_probs import PairLogProbs
-from dpo.evaluate.bootstrap import intervals
+from dpo.evaluate.bootstrap import Array, Bootstrap, Interval, interval
+from dpo.evaluate.calibration import calibration
+from dpo.evaluate.slices import slices
 from dpo.modeling.losses import PairLogps, preference_loss, uses_means
+
+CHANCE = 0.5
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Log-probabilities of the same pairs under both models, and the prompt of each pair."""
+    """Log-probabilities of the same n pairs under both models, and what the pairs are."""
 
     prompts: Sequence[str]
     before: Sequence[PairLogProbs]
     after: Sequence[PairLogProbs]
+    sources: Sequence[str] = ()
+    """Name of the source of each pair."""
+    prompt_tokens: Sequence[int] = ()
+    published: Sequence[PairLogProbs] = field(default=())
+    """The same under the published version, where it was asked for."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What one model gives to each response of n pairs: sums over tokens, and lengths."""
+
+    chosen_n: Array
+    rejected_n: Array
+    chosen_tokens_n: Array
+    rejected_tokens_n: Array
+
+    @classmethod
+    def of(cls, rows: Sequence[PairLogProbs]) -> Sums:
+        """Sums of log-probabilities, in float64."""
+        return cls(
+            *(
+                np.array([getattr(row, side).sum(dtype=np.float64) for row in rows])
+                for side in ("chosen", "rejected")
+            ),
+            *(
+                np.array([len(getattr(row, side)) for row in rows], dtype=np.float64)
+                for side in ("chosen", "rejected")
+            ),
+        )
 
 
 def figures(held_out: HeldOut, config: RunConfig) -> dict[str, Any]:
@@ -30,73 +66,128 @@ def figures(held_out: HeldOut, config: RunConfig) -> dict[str, Any]:
 
     ``accuracy_sum`` is the share of pairs where the chosen response has the larger log-probability,
     ``accuracy_per_token`` the same for the mean over its tokens; ``reward_accuracy`` compares the
-    rewards, beta times the log-ratio to the reference, strictly.
+    rewards, beta times the log-ratio to the reference, strictly. ``perplexity`` is
+    exp(-sum of log-probabilities / sum of tokens) over the chosen responses.
     """
-    before, after = _model(held_out.before), _model(held_out.after)
-    preference = _preference(held_out, config)
-    names = {f"before.{name}": values for name, values in before.items()}
-    names |= {f"after.{name}": values for name, values in {**after, **preference}.items()}
-    measured = intervals(
-        names,
-        held_out.prompts,
-        n_bootstrap=config.evaluation.n_bootstrap,
-        seed=config.seed,
+    bootstrap = Bootstrap(
+        held_out.prompts, n_bootstrap=config.evaluation.n_bootstrap, seed=config.seed
     )
-    result: dict[str, Any] = {"n_pairs": len(held_out.prompts), "chance": 0.5}
-    for side in ("before", "after"):
-        result[side] = {
-            name.partition(".")[2]: interval.as_json()
-            for name, interval in measured.items()
-            if name.startswith(f"{side}.")
-        }
+    before, after = Sums.of(held_out.before), Sums.of(held_out.after)
+    rewards = _rewards(after, before, config)
+    result: dict[str, Any] = {
+        "n_pairs": len(held_out.prompts),
+        "n_prompts": bootstrap.n_groups,
+        "chance": CHANCE,
+        "before": _of_model(bootstrap, before),
+        "after": _of_model(bootstrap, after) | _json(bootstrap.means(rewards)),
+        "change": _change(bootstrap, before, after),
+        "slices": slices(
+            bootstrap,
+            rewards,
+            sources=held_out.sources or ["all"] * len(held_out.prompts),
+            prompt_tokens=held_out.prompt_tokens,
+            chosen_tokens=after.chosen_tokens_n,
+            rejected_tokens=after.rejected_tokens_n,
+        ),
+        "calibration": calibration(bootstrap, rewards["chosen_reward"], rewards["rejected_reward"]),
+    }
+    if held_out.published:
+        result["published"] = _published(bootstrap, held_out, before, rewards, config)
     return result
 
 
-def _sums(rows: Sequence[PairLogProbs], side: str) -> list[float]:
-    return [float(getattr(row, side).sum(dtype=np.float64)) for row in rows]
+def pair_values(held_out: HeldOut, config: RunConfig) -> dict[str, list[float]]:
+    """Rewards and log-probabilities of each pair, in the order of the pairs."""
+    before, after = Sums.of(held_out.before), Sums.of(held_out.after)
+    values = {
+        **_rewards(after, before, config),
+        "chosen_logp_before": before.chosen_n,
+        "rejected_logp_before": before.rejected_n,
+        "chosen_logp_after": after.chosen_n,
+        "rejected_logp_after": after.rejected_n,
+        "chosen_tokens": after.chosen_tokens_n,
+        "rejected_tokens": after.rejected_tokens_n,
+    }
+    return {name: [float(value) for value in column] for name, column in values.items()}
 
 
-def _means(rows: Sequence[PairLogProbs], side: str) -> list[float]:
-    return [float(getattr(row, side).mean(dtype=np.float64)) for row in rows]
-
-
-def _greater(left: Sequence[float], right: Sequence[float]) -> list[float]:
-    return [float(a > b) for a, b in zip(left, right, strict=True)]
-
-
-def _model(rows: Sequence[PairLogProbs]) -> dict[str, list[float]]:
-    chosen, rejected = _sums(rows, "chosen"), _sums(rows, "rejected")
-    chosen_mean, rejected_mean = _means(rows, "chosen"), _means(rows, "rejected")
+def _published(
+    bootstrap: Bootstrap, held_out: HeldOut, before: Sums, rewards: dict[str, Array], config: Any
+) -> dict[str, Any]:
+    """The published version on the same pairs, and what the policy gained over it."""
+    sums = Sums.of(held_out.published)
+    theirs = _rewards(sums, before, config)
+    gained = {name: rewards[name] - theirs[name] for name in ("reward_accuracy", "reward_margin")}
     return {
-        "accuracy_sum": _greater(chosen, rejected),
-        "accuracy_per_token": _greater(chosen_mean, rejected_mean),
-        "chosen_logp": chosen,
-        "rejected_logp": rejected,
-        "chosen_nll_per_token": [-value for value in chosen_mean],
+        **_of_model(bootstrap, sums),
+        **_json(bootstrap.means(theirs)),
+        "improvement": _json(bootstrap.means(gained)),
     }
 
 
-def _preference(held_out: HeldOut, config: RunConfig) -> dict[str, list[float]]:
+def _json(found: dict[str, Interval]) -> dict[str, Any]:
+    return {name: figure.as_json() for name, figure in found.items()}
+
+
+def _of_model(bootstrap: Bootstrap, sums: Sums) -> dict[str, Any]:
+    chosen_mean_n = sums.chosen_n / sums.chosen_tokens_n
+    values = {
+        "accuracy_sum": _likelier(sums),
+        "accuracy_per_token": _likelier_per_token(sums),
+        "chosen_logp": sums.chosen_n,
+        "rejected_logp": sums.rejected_n,
+        "chosen_nll_per_token": -chosen_mean_n,
+    }
+    ratios = bootstrap.ratios({"nll": (-sums.chosen_n, sums.chosen_tokens_n)})
+    perplexity = interval(float(np.exp(ratios["nll"][0])), np.exp(ratios["nll"][1]))
+    return _json({**bootstrap.means(values), "perplexity": perplexity})
+
+
+def _likelier(sums: Sums) -> Array:
+    return (sums.chosen_n > sums.rejected_n).astype(np.float64)
+
+
+def _likelier_per_token(sums: Sums) -> Array:
+    chosen_n = sums.chosen_n / sums.chosen_tokens_n
+    return (chosen_n > sums.rejected_n / sums.rejected_tokens_n).astype(np.float64)
+
+
+def _change(bootstrap: Bootstrap, before: Sums, after: Sums) -> dict[str, Any]:
+    """Differences on the same pairs, whose intervals are narrower than those of either side."""
+    chosen_n, rejected_n = after.chosen_n - before.chosen_n, after.rejected_n - before.rejected_n
+    ratio = bootstrap.ratios({"nll": (-chosen_n, after.chosen_tokens_n)})["nll"]
+    growth = interval(float(np.exp(ratio[0])), np.exp(ratio[1]))
+    means = bootstrap.means(
+        {
+            "chosen_logp": chosen_n,
+            "rejected_logp": rejected_n,
+            "accuracy_sum": _likelier(after) - _likelier(before),
+            "accuracy_per_token": _likelier_per_token(after) - _likelier_per_token(before),
+        }
+    )
+    return _json({**means, "perplexity_growth": growth})
+
+
+def _rewards(policy: Sums, reference: Sums, config: RunConfig) -> dict[str, Array]:
     assert not isinstance(config.loss, SFTLoss)
-    sums = (
-        torch.tensor(_sums(rows, side), dtype=torch.float64)
-        for rows in (held_out.after, held_out.before)
-        for side in ("chosen", "rejected")
+    columns = (
+        policy.chosen_n,
+        policy.rejected_n,
+        reference.chosen_n,
+        reference.rejected_n,
+        policy.chosen_tokens_n,
+        policy.rejected_tokens_n,
     )
-    lengths = (
-        torch.tensor([len(getattr(row, side)) for row in held_out.after], dtype=torch.float64)
-        for side in ("chosen", "rejected")
-    )
-    logps = PairLogps(*sums, *lengths)
+    logps = PairLogps(*(torch.from_numpy(column) for column in columns))
     # rewards are measured against the SFT model, also where the loss leaves it out
     used = logps.per_token() if uses_means(config.loss) else logps
     beta = config.loss.beta
     chosen = beta * (used.policy_chosen_B - used.reference_chosen_B)
     rejected = beta * (used.policy_rejected_B - used.reference_rejected_B)
     return {
-        "reward_accuracy": (chosen > rejected).double().tolist(),
-        "reward_margin": (chosen - rejected).tolist(),
-        "chosen_reward": chosen.tolist(),
-        "rejected_reward": rejected.tolist(),
-        "loss": preference_loss(config.loss, logps).tolist(),
+        "reward_accuracy": (chosen > rejected).double().numpy(),
+        "reward_margin": (chosen - rejected).numpy(),
+        "chosen_reward": chosen.numpy(),
+        "rejected_reward": rejected.numpy(),
+        "loss": preference_loss(config.loss, logps).numpy(),
     }

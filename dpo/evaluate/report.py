@@ -1,43 +1,57 @@
 """The report: one self-contained HTML file and the same as Markdown.
 
-Prompts and answers are hostile text: every value passes through Jinja's escaping, and what is
-marked up here (differences, charts) is escaped piece by piece before it is marked safe.
+It is written by the evaluation; the gate puts its verdict into a copy (``with_verdict``). Prompts
+and answers are hostile text: every value passes through Jinja's escaping, and what is marked up
+here is escaped piece by piece first. The page carries a policy that forbids all network access.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
-import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-from dpo.evaluate.charts import interval_bar, line_chart
+from dpo.evaluate import charts
+from dpo.evaluate.markdown import markdown_report
+from dpo.evaluate.samples import CHANGES, shown_samples
+from dpo.evaluate.verdict_text import MARK
 
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
-_FIGURES = (
+FIGURES = (
     ("reward_accuracy", "Reward accuracy", "share of pairs whose chosen response gained more"),
-    (
-        "accuracy_sum",
-        "Log-prob accuracy",
-        "share of pairs whose chosen response is likelier, summed",
-    ),
+    ("accuracy_sum", "Log-prob accuracy", "share whose chosen response is likelier, summed"),
     ("accuracy_per_token", "Log-prob accuracy per token", "the same, averaged over tokens"),
     ("reward_margin", "Reward margin", "chosen minus rejected reward"),
     ("loss", "Preference loss", "on held-out pairs"),
-    ("chosen_logp", "Chosen log-prob", "summed over a response"),
-    ("rejected_logp", "Rejected log-prob", "summed over a response"),
+    ("chosen_logp", "Chosen log-prob", "summed over a response, in nats"),
+    ("rejected_logp", "Rejected log-prob", "summed over a response, in nats"),
+    ("perplexity", "Perplexity of chosen", "exp of the mean loss per token"),
 )
-_SHARES = {"reward_accuracy", "accuracy_sum", "accuracy_per_token"}
+"""Key, name and meaning of the figures in the order of the report."""
+SHARES = {"reward_accuracy", "accuracy_sum", "accuracy_per_token"}
+ANSWER_FIGURES = (
+    ("tokens", "Tokens an answer"),
+    ("repetition", "Share of repeated 4-grams"),
+    ("empty", "Empty answers"),
+    ("cut_off", "Answers that did not end"),
+)
 _CURVES = (
     ("loss/train", "training loss"),
+    ("nll_train/per_token", "training loss per token"),
     ("rewards_train/accuracies", "training reward accuracy"),
     ("rewards_train/margins", "training reward margin"),
+    ("logps_train/chosen", "training chosen log-prob"),
     ("grad_norm", "gradient norm"),
+)
+_SLICES = (
+    ("source", "By source"),
+    ("prompt_tokens", "By prompt length"),
+    ("length_difference", "By difference in length"),
 )
 
 
@@ -45,88 +59,167 @@ def write_reports(
     folder: Path,
     *,
     evaluation: Mapping[str, Any],
-    samples: Sequence[Mapping[str, str]],
+    samples: Sequence[Mapping[str, Any]],
     settings: Mapping[str, Mapping[str, Any]],
     provenance: Mapping[str, Mapping[str, str]],
     curves: Mapping[str, Path],
     data_report: Path,
 ) -> None:
     """Write ``report.html`` and ``report.md`` into ``folder``."""
-    headline, tone = _headline(evaluation)
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined
-    )
-    html = environment.get_template("report.html.j2").render(
-        headline=headline,
-        tone=tone,
-        e=evaluation,
-        rows=[_row(evaluation, *figure) for figure in _FIGURES],
-        charts=_charts(curves),
-        samples=[_marked(sample) for sample in samples],
-        data=_data_figures(data_report),
-        settings={
-            stage: json.dumps(values, indent=2, sort_keys=True)
-            for stage, values in settings.items()
-        },
-        inputs=provenance["inputs"],
-        code=provenance["code"],
+    text, tone = headline(evaluation)
+    data = _data_figures(data_report)
+    shown = shown_samples(samples)
+    html = (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            headline=text,
+            tone=tone,
+            e=evaluation,
+            rows=[_row(evaluation, *figure) for figure in FIGURES],
+            columns=_columns(evaluation),
+            slices=_slices(evaluation),
+            calibration=_calibration(evaluation),
+            charts=_charts(curves),
+            answer_figures=ANSWER_FIGURES,
+            samples=shown,
+            n_left_out=len(samples) - len(shown),
+            sources=sorted({sample["dataset"] for sample in shown}),
+            changes=CHANGES,
+            data=data,
+            settings={
+                stage: json.dumps(values, indent=2, sort_keys=True)
+                for stage, values in settings.items()
+            },
+            provenance=provenance,
+            verdict_mark=Markup(MARK),
+        )
     )
     (folder / "report.html").write_text(html, encoding="utf-8", errors="replace")
-    text = _markdown(headline, evaluation, samples)
+    text = markdown_report(text, evaluation, samples, data, settings, provenance, MARK)
     (folder / "report.md").write_text(text, encoding="utf-8", errors="replace")
 
 
-def _headline(evaluation: Mapping[str, Any]) -> tuple[str, str]:
-    accuracy = evaluation["after"]["reward_accuracy"]
-    interval = f"{accuracy['value']:.2f} [{accuracy['low']:.2f}, {accuracy['high']:.2f}]"
-    if accuracy["low"] > evaluation["chance"]:
+@cache
+def environment() -> Environment:
+    """Jinja with escaping, over our templates."""
+    found = Environment(
+        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined
+    )
+    found.filters |= {"interval": interval_text, "percent": percent_text}
+    return found
+
+
+def headline(evaluation: Mapping[str, Any]) -> tuple[str, str]:
+    """The verdict of the figures in a sentence, and its tone: ``good`` or ``bad``."""
+    accuracy, chance = evaluation["after"]["reward_accuracy"], evaluation["chance"]
+    shown = f"{accuracy['value']:.2f} [{accuracy['low']:.2f}, {accuracy['high']:.2f}]"
+    if accuracy["low"] > chance:
         return (
-            f"The policy learned the preference: reward accuracy {interval} on held-out pairs, "
-            "clearly above chance (0.50).",
+            f"The policy learned the preference: reward accuracy {shown} on held-out pairs, "
+            f"clearly above chance ({chance:.2f}).",
             "good",
         )
-    if accuracy["high"] < evaluation["chance"]:
+    if accuracy["high"] < chance:
         return (
-            f"The policy learned the opposite of the preference: reward accuracy {interval} on "
-            "held-out pairs, below chance (0.50). Check the labels.",
+            f"The policy learned the opposite of the preference: reward accuracy {shown} on "
+            f"held-out pairs, below chance ({chance:.2f}). Check the labels.",
             "bad",
         )
     return (
         f"These pairs do not show whether the policy learned the preference: reward accuracy "
-        f"{interval}, where chance is 0.50. More held-out pairs or more training would tell.",
+        f"{shown}, where chance is {chance:.2f}. More held-out pairs or more training would tell.",
         "bad",
     )
 
 
+def interval_text(figure: Mapping[str, float] | None, digits: int | None = None) -> str:
+    """A figure with its interval; a dash where there is none."""
+    if figure is None:
+        return "–"
+    if digits is None:
+        size = abs(figure["value"])
+        digits = 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3
+    value, low, high = (f"{figure[key]:.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]".replace("-", "−")
+
+
+def percent_text(figure: Mapping[str, float] | None) -> str:
+    """A share as per cent with its interval."""
+    if figure is None:
+        return "–"
+    value, low, high = (f"{100 * figure[key]:.0f}" for key in ("value", "low", "high"))
+    return f"{value} % [{low}, {high}]"
+
+
+def _columns(evaluation: Mapping[str, Any]) -> list[str]:
+    measured = "reward_accuracy" in evaluation.get("published", {})
+    return ["before", "after", "change", *(["published"] if measured else [])]
+
+
 def _row(evaluation: Mapping[str, Any], key: str, label: str, meaning: str) -> dict[str, Any]:
     after = evaluation["after"][key]
-    bar = interval_bar(after["value"], after["low"], after["high"]) if key in _SHARES else ""
+    bar = charts.interval_bar(after, evaluation["chance"]) if key in SHARES else ""
     return {
         "label": label,
         "meaning": meaning,
-        "before": _interval(evaluation["before"].get(key)),
-        "after": _interval(after),
+        "before": interval_text(evaluation["before"].get(key)),
+        "after": interval_text(after),
+        "change": _change(evaluation["change"], key),
+        "published": interval_text(evaluation.get("published", {}).get(key)),
         # built from numbers alone
         "bar": Markup(bar),
     }
 
 
-def _interval(figure: Mapping[str, float] | None) -> str:
-    if figure is None:
-        return "–"
-    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
+def _change(change: Mapping[str, Any], key: str) -> str:
+    if key == "perplexity":
+        return f"× {interval_text(change['perplexity_growth'])}"
+    return interval_text(change.get(key))
+
+
+def _slices(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found = []
+    for key, title in _SLICES:
+        rows = evaluation["slices"][key]
+        named = [
+            (f"{row['slice']} ({row['n_pairs']} pairs)", row["reward_accuracy"]) for row in rows
+        ]
+        label = f"reward accuracy {title.lower()}: " + ", ".join(
+            f"{name} {figure['value']:.2f}" for name, figure in named
+        )
+        svg = charts.interval_rows(named, title=label, chance=evaluation["chance"])
+        if svg:
+            # names are escaped by the chart
+            found.append({"title": title, "svg": Markup(svg)})
+    return found
+
+
+def _calibration(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found = evaluation["calibration"]
+    return [
+        {
+            "title": f"ROC of the implicit reward: area {interval_text(found['auc'], 2)}",
+            "svg": Markup(charts.roc_chart(found["roc"], found["auc"])),
+        },
+        {
+            "title": f"Reliability: calibration error {interval_text(found['ece'], 2)}",
+            "svg": Markup(charts.reliability_chart(found["reliability"], found["ece"])),
+        },
+    ]
 
 
 def _charts(curves: Mapping[str, Path]) -> list[dict[str, Any]]:
-    charts = []
+    found = []
     for stage, path in curves.items():
         lines = _lines(path)
         for key, name in _CURVES:
             values = [line[key] for line in lines if isinstance(line.get(key), float)]
-            if svg := line_chart(f"{stage}: {name}", values):
+            if svg := charts.line_chart(f"{stage}: {name}", values):
                 # built from numbers and the names above
-                charts.append({"title": f"{stage}: {name}", "svg": Markup(svg)})
-    return charts
+                title = f"{stage[0].upper()}{stage[1:]}: {name}"
+                found.append({"title": title, "svg": Markup(svg)})
+    return found
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -135,45 +228,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
-def _marked(sample: Mapping[str, str]) -> dict[str, Any]:
-    """The sample with the words that only one of the models wrote marked."""
-    left, right = (re.findall(r"\s+|\S+", sample[name]) for name in ("sft", "policy"))
-    matcher = difflib.SequenceMatcher(a=left, b=right, autojunk=False)
-    marked_left, marked_right = [], []
-    for operation, a, b, c, d in matcher.get_opcodes():
-        old, new = escape("".join(left[a:b])), escape("".join(right[c:d]))
-        same = operation == "equal"
-        marked_left.append(old if same or not old else Markup("<del>{}</del>").format(old))
-        marked_right.append(new if same or not new else Markup("<ins>{}</ins>").format(new))
-    join = Markup("").join
-    return {**sample, "sft": join(marked_left), "policy": join(marked_right)}
-
-
 def _data_figures(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["figures"]
-    return figures
-
-
-def _markdown(
-    headline: str, evaluation: Mapping[str, Any], samples: Sequence[Mapping[str, str]]
-) -> str:
-    lines = ["# Evaluation", "", headline, ""]
-    lines += [f"{evaluation['n_pairs']} held-out pairs, 95 % intervals.", ""]
-    lines += ["| figure | before (SFT) | after (policy) |", "|---|---|---|"]
-    for key, label, _ in _FIGURES:
-        before, after = evaluation["before"].get(key), evaluation["after"][key]
-        lines.append(f"| {label} | {_interval(before)} | {_interval(after)} |")
-    for number, sample in enumerate(samples, 1):
-        lines += ["", f"## Prompt {number}", ""]
-        for title, key in (("Prompt", "prompt"), ("SFT", "sft"), ("Policy", "policy")):
-            lines += [f"{title}:", "", _fenced(sample[key]), ""]
-    return "\n".join(lines) + "\n"
-
-
-def _fenced(text: str) -> str:
-    """A code block that the text cannot close."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}"
+    report = json.loads(path.read_text(encoding="utf-8"))
+    return {**report["figures"], "fingerprints": report.get("sources", {})}

@@ -1,32 +1,47 @@
-"""The evaluation stage: held-out figures, samples of both models, the report."""
+"""The evaluation stage: held-out figures, samples of the models, the report."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from dpo.config.losses import SFTLoss
 from dpo.config.schema import RunConfig
 from dpo.config.stages import stage_settings
 from dpo.data.loader import evaluation_indices
 from dpo.data.log_probs import PairLogProbs, read_log_probs, select_log_probs
-from dpo.data.parquet import Pairs, read_pairs
+from dpo.data.parquet import read_pairs
 from dpo.data.schema import TEST, Pair
 from dpo.data.tokenize import Limits, TokenizedExample, load_tokenizer, tokenize_pair
 from dpo.errors import ConfigError, DataError
-from dpo.evaluate.heldout import HeldOut, figures
+from dpo.evaluate.answers import answer_figures
+from dpo.evaluate.findings import findings
+from dpo.evaluate.heldout import HeldOut, figures, pair_values
+from dpo.evaluate.judge import Match, judge
+from dpo.evaluate.measure import Measured, Measurement, Models
+from dpo.evaluate.parts import in_part
 from dpo.evaluate.report import write_reports
-from dpo.modeling.generation import generate
-from dpo.modeling.load import load_model
-from dpo.modeling.precision import DTYPES, compute_dtype
-from dpo.modeling.scoring import score
 from dpo.storage.manifest import Manifest, read_manifest, staged, write_manifest
 from dpo.storage.progress import track
+from dpo.storage.provenance import made_by
 
-_SAMPLE_BATCH = 8
+FORMAT_VERSION = 2
+"""Of ``evaluation.json``; 1 had ``before``, ``after``, ``n_pairs`` and ``chance`` alone."""
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What was given to the step, read and checked."""
+
+    manifests: Mapping[str, Manifest]
+    rows: list[Pair]
+    examples: list[TokenizedExample]
+    before: list[PairLogProbs]
+    tokenizer: Any
 
 
 def run_evaluate(
@@ -37,6 +52,7 @@ def run_evaluate(
     sft: Path,
     policy: Path,
     reference: Path,
+    published: Path | None = None,
     code: str = "",
 ) -> Manifest:
     """Measure a policy against the SFT model and write figures, samples and report.
@@ -48,6 +64,7 @@ def run_evaluate(
         sft: Checkpoint of the SFT stage, the reference.
         policy: Checkpoint of the preference stage.
         reference: Log-probabilities of the SFT model on the held-out pairs.
+        published: A published version, fetched; measured beside them where it is given.
         code: Fingerprint of the code, kept in the manifest.
 
     Raises:
@@ -57,6 +74,47 @@ def run_evaluate(
         raise ConfigError(
             "loss=sft: the evaluation compares preferences", fix="use loss=dpo or ipo"
         )
+    given = _read(config, pairs=pairs, sft=sft, policy=policy, reference=reference)
+    measurement = Measurement(config, given.rows, given.examples, given.tokenizer)
+    measured = measurement.run(Models(sft, policy, published))
+    held_out = HeldOut(
+        prompts=[row.prompt for row in given.rows],
+        before=given.before,
+        after=measured.after,
+        sources=[row.dataset for row in given.rows],
+        prompt_tokens=[len(example.prompt_T) for example in given.examples],
+        published=measured.published,
+    )
+    result = _result(config, held_out, measured, given)
+    with staged(output) as folder:
+        _write_json(folder / "evaluation.json", result)
+        _write_json(folder / "pairs.json", _pair_rows(held_out, config, given.rows))
+        samples = _samples(measured)
+        _write_json(folder / "samples.json", samples)
+        inputs = {name: manifest.content_hash for name, manifest in given.manifests.items()}
+        write_reports(
+            folder,
+            evaluation=result,
+            samples=samples,
+            settings={
+                **{m.stage: m.settings for m in given.manifests.values()},
+                "evaluate": stage_settings(config, "evaluate"),
+            },
+            provenance=_provenance(given, code),
+            curves={"SFT": sft / "metrics.jsonl", "preference": policy / "metrics.jsonl"},
+            data_report=pairs / "report.json",
+        )
+        return write_manifest(
+            folder,
+            "evaluate",
+            settings=stage_settings(config, "evaluate"),
+            inputs=inputs,
+            code=code,
+            details=_details(result),
+        )
+
+
+def _read(config: RunConfig, *, pairs: Path, sft: Path, policy: Path, reference: Path) -> _Inputs:
     manifests = {
         "pairs": read_manifest(pairs, stage="ingest"),
         "sft": read_manifest(sft),
@@ -67,59 +125,50 @@ def run_evaluate(
     chosen = evaluation_indices(len(held_out.rows), config.n_eval_examples, config.seed)
     if not chosen:
         raise DataError("no pair is held out", where=str(pairs), fix="raise test_fraction")
-    rows = [held_out.rows[index] for index in chosen]
+    rows = _in_part(config, [held_out.rows[index] for index in chosen])
     tokenizer = load_tokenizer(policy)
-    examples = _tokenize(config, held_out, rows, tokenizer)
+    examples = _tokenize(config, held_out.prompt_format, rows, tokenizer)
     before = select_log_probs(read_log_probs(reference), examples, reference)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(policy, DTYPES[config.model.policy_dtype], device=device)
-    after = _score(config, model, examples)
-    result = figures(HeldOut([row.prompt for row in rows], before, after), config)
-    answers = _answers(config, model, tokenizer, rows)
-    del model
-    sft_answers = []
-    if config.evaluation.n_samples:
-        sft_model = load_model(sft, DTYPES[config.model.policy_dtype], device=device)
-        sft_answers = _answers(config, sft_model, tokenizer, rows, step_from=len(answers))
-    samples = _samples(rows, sft_answers, answers)
-    with staged(output) as folder:
-        result["samples_file"] = "samples.json"
-        _write_json(folder / "evaluation.json", result)
-        _write_json(folder / "samples.json", samples)
-        provenance = {
-            "inputs": {name: manifest.content_hash for name, manifest in manifests.items()},
-            "code": {
-                **{manifest.stage: manifest.code for manifest in manifests.values()},
-                "evaluate": code,
-            },
-        }
-        write_reports(
-            folder,
-            evaluation=result,
-            samples=samples,
-            settings={m.stage: m.settings for m in manifests.values()},
-            provenance=provenance,
-            curves={"SFT": sft / "metrics.jsonl", "preference": policy / "metrics.jsonl"},
-            data_report=pairs / "report.json",
+    return _Inputs(manifests, rows, examples, before, tokenizer)
+
+
+def _provenance(given: _Inputs, code: str) -> dict[str, dict[str, str]]:
+    """Parents by content hash, fingerprints of data and code, and what made each of them."""
+    manifests = given.manifests
+    pairs = manifests["pairs"]
+    sources = pairs.details.get("sources") or {}
+    made = {manifest.stage: _made_by(manifest.made_by) for manifest in manifests.values()}
+    codes = {manifest.stage: manifest.code for manifest in manifests.values()}
+    return {
+        "parents": {name: manifest.content_hash for name, manifest in manifests.items()},
+        "data": {
+            "held-out pairs": _pairs_hash(given.rows),
+            **{name: str(fingerprint) for name, fingerprint in dict(sources).items()},
+        },
+        "made by": {**made, "evaluate": _made_by(made_by())},
+        "code fingerprints": {**codes, "evaluate": code},
+    }
+
+
+def _made_by(values: Mapping[str, Any]) -> str:
+    names = ("version", "commit", "image", "processor")
+    return ", ".join(f"{name} {values[name]}" for name in names if values.get(name))
+
+
+def _in_part(config: RunConfig, rows: list[Pair]) -> list[Pair]:
+    wanted = config.evaluation
+    found = [row for row in rows if in_part(row.prompt, wanted.part, wanted.validation_fraction)]
+    if not found:
+        raise DataError(
+            f"none of the {len(rows)} held-out pairs is in the {wanted.part} part",
+            where="evaluation.part",
+            fix="raise n_eval_examples or test_fraction, or change evaluation.validation_fraction",
         )
-        return write_manifest(
-            folder,
-            "evaluate",
-            settings=stage_settings(config, "evaluate"),
-            inputs=provenance["inputs"],
-            code=code,
-            details={
-                "n_pairs": result["n_pairs"],
-                **{
-                    f"{side}": {k: v["value"] for k, v in result[side].items()}
-                    for side in ("before", "after")
-                },
-            },
-        )
+    return found
 
 
 def _tokenize(
-    config: RunConfig, pairs: Pairs, rows: list[Pair], tokenizer: Any
+    config: RunConfig, prompt_format: str, rows: list[Pair], tokenizer: Any
 ) -> list[TokenizedExample]:
     limits = Limits(config.max_length, config.max_prompt_length, config.truncation_mode)
     return [
@@ -128,60 +177,114 @@ def _tokenize(
             [row.chosen, row.rejected],
             tokenizer,
             limits,
-            prompt_format=pairs.prompt_format,
+            prompt_format=prompt_format,
             pair_id=row.pair_id,
         )
         for row in rows
     ]
 
 
-def _score(config: RunConfig, model: Any, examples: list[TokenizedExample]) -> list[PairLogProbs]:
-    dtype = compute_dtype(config.model, model.device.type)
-    with track("evaluate", "pairs", len(examples)) as bar:
-        scored = score(
-            model, examples, dtype=dtype, token_budget=config.micro_batch_tokens, bar=bar
+def _result(
+    config: RunConfig, held_out: HeldOut, measured: Measured, given: _Inputs
+) -> dict[str, Any]:
+    wanted = config.evaluation
+    policy = given.manifests["policy"]
+    result = figures(held_out, config)
+    result |= {
+        "format_version": FORMAT_VERSION,
+        "part": wanted.part,
+        "loss": config.loss.model_dump(mode="json"),
+        "held_out": _pairs_hash(given.rows),
+        "policy": {
+            "content_hash": policy.content_hash,
+            "files": {entry.path: entry.sha256 for entry in policy.files},
+        },
+        "samples_file": "samples.json",
+    }
+    if measured.kl:
+        result["kl"] = measured.kl
+    if measured.answers:
+        prompts = [row.prompt for row in measured.rows]
+        how = {"n_bootstrap": wanted.n_bootstrap, "seed": config.seed}
+        result["answers"] = answer_figures(prompts, measured.answers, **how)
+        if wanted.judge.url:
+            result["judge"] = _judge(config, measured)
+    if wanted.published:
+        result.setdefault("published", {})["url"] = wanted.published
+    result["findings"] = findings(result)
+    return result
+
+
+def _judge(config: RunConfig, measured: Measured) -> dict[str, Any]:
+    wanted = config.evaluation
+    sft, policy = measured.answers["sft"], measured.answers["policy"]
+    matches = [
+        Match(row.prompt, theirs, ours, len(policy[0][number].ids) - len(sft[0][number].ids))
+        for number, (row, theirs, ours) in enumerate(
+            zip(measured.rows, sft[1], policy[1], strict=True)
         )
-    return [
-        PairLogProbs(TEST, example.tokens_hash(), chosen, rejected)
-        for example, (chosen, rejected) in zip(examples, scored, strict=True)
     ]
+    with track("evaluate", "verdicts", len(matches)) as bar:
+        return judge(
+            wanted.judge, matches, n_bootstrap=wanted.n_bootstrap, seed=config.seed, bar=bar
+        )
 
 
-def _answers(
-    config: RunConfig, model: Any, tokenizer: Any, rows: list[Pair], step_from: int = 0
-) -> list[str]:
-    prompts = [row.prompt for row in rows[: config.evaluation.n_samples]]
-    answers: list[str] = []
-    with track("evaluate", "samples", 2 * len(prompts)) as bar:
-        bar.done = step_from
-        for first in range(0, len(prompts), _SAMPLE_BATCH):
-            batch = prompts[first : first + _SAMPLE_BATCH]
-            answers += generate(
-                model,
-                tokenizer,
-                batch,
-                max_new_tokens=config.evaluation.max_new_tokens,
-                max_prompt_length=config.max_prompt_length,
-                temperature=config.evaluation.temperature,
-                top_p=config.evaluation.top_p,
-                seed=config.seed + first,
-            )
-            bar.advance(len(batch))
-    return answers
+def _pairs_hash(rows: list[Pair]) -> str:
+    """Which pairs were measured: figures of equal hashes can be compared."""
+    text = "\n".join(sorted(row.pair_id for row in rows))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _samples(rows: list[Pair], sft: list[str], policy: list[str]) -> list[dict[str, str]]:
-    return [
-        {
-            "pair_id": row.pair_id,
-            "dataset": row.dataset,
-            "prompt": row.prompt,
-            "chosen": row.chosen,
-            "sft": sft_answer,
-            "policy": policy_answer,
+def _pair_rows(held_out: HeldOut, config: RunConfig, rows: list[Pair]) -> dict[str, Any]:
+    """The figures of each pair, by column, for comparisons on the same pairs."""
+    prompts = [hashlib.sha256(row.prompt.encode()).hexdigest()[:16] for row in rows]
+    return {
+        "pair_id": [row.pair_id for row in rows],
+        "dataset": [row.dataset for row in rows],
+        "prompt": prompts,
+        **pair_values(held_out, config),
+    }
+
+
+def _samples(measured: Measured) -> list[dict[str, Any]]:
+    found = []
+    for number, row in enumerate(measured.rows):
+        texts = {name: given[1][number] for name, given in measured.answers.items()}
+        found.append(
+            {
+                "pair_id": row.pair_id,
+                "dataset": row.dataset,
+                "prompt": row.prompt,
+                "chosen": row.chosen,
+                "reward_change": measured.reward_change[number],
+                **texts,
+            }
+        )
+    return found
+
+
+def _details(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures that the UI shows as scalars."""
+    details: dict[str, Any] = {
+        "n_pairs": result["n_pairs"],
+        "part": result["part"],
+        "auc": result["calibration"]["auc"]["value"],
+        "ece": result["calibration"]["ece"]["value"],
+    }
+    for side in ("before", "after", "change"):
+        details[side] = {name: figure["value"] for name, figure in result[side].items()}
+    if kl := result.get("kl"):
+        details["kl_per_answer"] = kl["per_answer"]["value"]
+    if answers := result.get("answers"):
+        details["answers"] = {
+            name: {key: answers[name][key]["value"] for key in ("tokens", "repetition", "empty")}
+            for name in ("sft", "policy")
         }
-        for row, sft_answer, policy_answer in zip(rows, sft, policy, strict=False)
-    ]
+    if (judged := result.get("judge")) and "win_rate" in judged:
+        names = ("win_rate", "win_rate_length_controlled")
+        details["judge"] = {name: judged[name]["value"] for name in names}
+    return details
 
 
 def _write_json(path: Path, value: Any) -> None:

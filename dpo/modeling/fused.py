@@ -17,21 +17,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo.data.packing import PackedBatch
+from dpo.modeling.attention import takes_own_products
+from dpo.modeling.segments import SegmentAttention, parts_of
+
 _BLOCK_ELEMENTS = 1 << 16
 """Elements worked on at once: 256 KB in float32, a fraction of a core's second-level cache."""
 
-_NORMS = ("LlamaRMSNorm", "MistralRMSNorm")
-_MLPS = ("LlamaMLP", "MistralMLP")
+NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
+_ATTENTIONS = ("LlamaAttention", "MistralAttention")
 
 
 def fuse(model: Any) -> None:
     """Let the norms and feed-forward layers of ``model`` run through this module; idempotent."""
     for module in model.modules():
         kind = type(module).__name__
-        if kind in _NORMS:
+        if kind in NORMS:
             module.forward = partial(_norm, module)
         elif kind in _MLPS and getattr(module.config, "hidden_act", "") == "silu":
             module.forward = partial(_feed_forward, module)
+        elif kind in _ATTENTIONS:
+            module.forward = partial(_attention, module)
 
 
 def _norm(module: Any, hidden: Tensor) -> Tensor:
@@ -45,6 +52,36 @@ def _feed_forward(module: Any, hidden: Tensor) -> Tensor:
     gated = _GatedSilu.apply(module.gate_proj(hidden), module.up_proj(hidden))
     result: Tensor = module.down_proj(gated)
     return result
+
+
+def _attention(
+    module: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    *args: Any,
+    row: PackedBatch | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Packed rows with the rotation inside; anything else as transformers has it."""
+    if row is None or not takes_own_products(hidden_states.device, row.segments):
+        more = others if row is None else {**others, "row": row}
+        result: tuple[Tensor, None] = type(module).forward(
+            module, hidden_states, position_embeddings, *args, **more
+        )
+        return result
+    query_TF, key_TF, value_TF = (
+        projection(hidden_states)[0] for projection in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    cos_BTD, sin_BTD = position_embeddings
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        out_THD = SegmentAttention.apply(
+            *(x_TF.view(len(x_TF), -1, module.head_dim) for x_TF in (query_TF, key_TF, value_TF)),
+            cos_BTD[0],
+            sin_BTD[0],
+            module.scaling,
+            parts_of(row.segments),
+        )
+    return module.o_proj(out_THD.flatten(1)[None]), None
 
 
 def _blocks(values_TD: Tensor) -> list[slice]:
@@ -72,7 +109,7 @@ class _RMSNorm(torch.autograd.Function):
             part_tD = _wide(hidden_TD[block])
             norm_t1 = torch.linalg.vector_norm(part_tD, dim=1, keepdim=True)
             scale_T1[block] = norm_t1.square_().div_(part_tD.shape[1]).add_(eps).rsqrt_()
-            out_TD[block] = (part_tD * scale_T1[block]).mul_(weight_wide_D)
+            torch.mul(part_tD * scale_T1[block], weight_wide_D, out=out_TD[block])
         ctx.save_for_backward(hidden_TD, weight_D, scale_T1)
         return out_TD.view(hidden.shape)
 
@@ -103,7 +140,7 @@ class _GatedSilu(torch.autograd.Function):
         out = torch.empty_like(gate)
         gate_TF, up_TF, out_TF = (x.view(-1, x.shape[-1]) for x in (gate, up, out))
         for block in _blocks(gate_TF):
-            out_TF[block] = F.silu(_wide(gate_TF[block])).mul_(up_TF[block])
+            torch.mul(F.silu(gate_TF[block]), up_TF[block], out=out_TF[block])
         return out
 
     @staticmethod
@@ -114,11 +151,8 @@ class _GatedSilu(torch.autograd.Function):
         views = (x.view(-1, x.shape[-1]) for x in (gate, up, grad, grad_gate, grad_up))
         gate_TF, up_TF, grad_TF, grad_gate_TF, grad_up_TF = views
         for block in _blocks(gate_TF):
-            gate_tF, part_tF = _wide(gate_TF[block]), _wide(grad_TF[block])
-            sigmoid_tF = gate_tF.sigmoid()
-            silu_tF = gate_tF * sigmoid_tF
-            grad_up_TF[block] = silu_tF * part_tF
-            # d silu / d gate = s + silu (1 - s)
-            slope_tF = silu_tF.addcmul_(silu_tF, sigmoid_tF, value=-1).add_(sigmoid_tF)
-            grad_gate_TF[block] = slope_tF.mul_(part_tF).mul_(up_TF[block])
+            torch.mul(F.silu(gate_TF[block]), grad_TF[block], out=grad_up_TF[block])
+            torch.ops.aten.silu_backward.grad_input(
+                grad_TF[block] * up_TF[block], gate_TF[block], grad_input=grad_gate_TF[block]
+            )
         return grad_gate, grad_up

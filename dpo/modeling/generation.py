@@ -1,14 +1,48 @@
-"""Answers to prompts: batched, with a key/value cache, seeded."""
+"""Answers to prompts: batched, with a key/value cache, one random stream for each prompt.
+
+Prompts of one batch are padded on the left, so that every row's next token is at the same place;
+positions count from a row's first real token (GPT-2 and others add a vector for each position, and
+would otherwise see a prompt shifted). A row that has ended leaves the batch. Each prompt draws from
+a generator of its own, seeded by its number: its answer depends neither on the batch size nor on
+the prompts beside it, and two models that answer the same prompt draw the same numbers.
+
+Axes: B rows of a batch, L tokens so far, V vocabulary.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from types import MethodType
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dpo.errors import ModelError
+
+DEFAULT_BATCH = 16
+_COMPACT_BELOW = 0.75
+"""The batch is made smaller when fewer than this share of its rows still go on."""
+
+Forward = Callable[..., Any]
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered to one prompt."""
+
+    prompt_ids: list[int]
+    """The prompt as the model saw it, cut to its last tokens."""
+    ids: list[int]
+    """The answer's tokens, with the end-of-sequence token where it ended by itself."""
+    ended: bool
+    """Whether it ended before ``max_new_tokens``."""
+
+
 def generate(
     model: Any,
     tokenizer: Any,
@@ -19,44 +53,276 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    batch_size: int = DEFAULT_BATCH,
 ) -> list[str]:
-    """One answer to each prompt, all in one batch padded on the left.
+    """One answer to each prompt, as text; see ``answer``."""
+    encoded = [encode(tokenizer, prompt, max_prompt_length) for prompt in prompts]
+    found = answer(
+        model,
+        tokenizer,
+        encoded,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    return [decode(tokenizer, item) for item in found]
+
+
+def encode(tokenizer: Any, prompt: str, max_prompt_length: int) -> list[int]:
+    """Token ids of a prompt, its last ``max_prompt_length``; an empty prompt is the end token."""
+    ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return ids[-max_prompt_length:] or [tokenizer.eos_token_id]
+
+
+def decode(tokenizer: Any, answered: Answer) -> str:
+    """The text of an answer, without special tokens."""
+    text: str = tokenizer.decode(answered.ids, skip_special_tokens=True)
+    return text
+
+
+@torch.no_grad()
+def answer(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = DEFAULT_BATCH,
+    advance: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """One answer to each prompt, in the order of the prompts.
+
+    Where several processes hold one model (FSDP, tensor parallel), each calls this with the same
+    arguments: all take the same number of forward passes, because a process goes on until no
+    process has an unfinished row.
 
     Args:
-        model: A causal language model.
+        model: A causal language model, or the module around it that FSDP shards (with the model as
+            its attribute ``model``).
         tokenizer: Its tokenizer.
-        prompts: Texts to continue; a chat template has been applied already where there is one.
-        max_new_tokens: Longest answer, in tokens.
-        max_prompt_length: Prompts are cut to their last so many tokens.
+        prompts: Token ids of each prompt, none empty.
+        max_new_tokens: Longest answer, in tokens; fewer where the model's context ends.
         temperature: 0 is greedy.
         top_p: Nucleus sampling, for temperatures above 0.
-        seed: Of the sampling; the global random state is left as it was.
+        seed: Of the sampling; the global random state is neither used nor changed.
+        batch_size: Prompts answered at a time.
+        advance: Called with the number of prompts just answered.
     """
-    if not prompts:
-        return []
-    encoded = [
-        tokenizer(prompt, add_special_tokens=False)["input_ids"][-max_prompt_length:]
-        for prompt in prompts
+    root, model = model, model if hasattr(model, "config") else model.model
+    forward = _forward(model, root)
+    # prompts of like length together: little padding
+    order = sorted(range(len(prompts)), key=lambda number: (len(prompts[number]), number))
+    found: list[Answer | None] = [None] * len(prompts)
+    for numbers in _batches(order, prompts, batch_size, mixed=_takes_cache(model)):
+        batch = [list(prompts[number]) for number in numbers]
+        sampler = Sampler(temperature, top_p, [_stream(seed, number) for number in numbers])
+        rows = _answer_batch(model, forward, tokenizer.eos_token_id, batch, max_new_tokens, sampler)
+        for number, row in zip(numbers, rows, strict=True):
+            found[number] = row
+        if advance:
+            advance(len(numbers))
+    return [row for row in found if row is not None]
+
+
+def _batches(
+    order: list[int], prompts: Sequence[Sequence[int]], batch_size: int, *, mixed: bool
+) -> Iterator[list[int]]:
+    """Numbers of the prompts of each batch; prompts of one length only, unless ``mixed``."""
+    keys = [0 if mixed else len(prompts[number]) for number in order]
+    for _, group in groupby(zip(keys, order, strict=True), key=lambda item: item[0]):
+        numbers = [number for _, number in group]
+        for first in range(0, len(numbers), batch_size):
+            yield numbers[first : first + batch_size]
+
+
+def _stream(seed: int, number: int) -> torch.Generator:
+    # drawn on the CPU: the same numbers on every device
+    return torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
+
+
+class Sampler:
+    """Chooses the next token of each row: greedy, or by nucleus sampling from its own stream."""
+
+    def __init__(
+        self, temperature: float, top_p: float, streams: Sequence[torch.Generator]
+    ) -> None:
+        self.temperature, self.top_p, self.streams = temperature, top_p, list(streams)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Only these rows are left."""
+        self.streams = [self.streams[row] for row in rows]
+
+    def choose(self, logits_BV: Tensor) -> list[int]:
+        """The next token of each row."""
+        if self.temperature == 0:
+            greedy: list[int] = logits_BV.argmax(1).tolist()
+            return greedy
+        chances_BV = (logits_BV.double() / self.temperature).softmax(1)
+        token_BV = None
+        if self.top_p < 1:
+            chances_BV, token_BV = chances_BV.sort(dim=1, descending=True, stable=True)
+            # the smallest set of tokens that holds top_p of the probability; the likeliest always
+            outside_BV = chances_BV.cumsum(1) - chances_BV >= self.top_p
+            chances_BV = chances_BV.masked_fill(outside_BV, 0.0)
+        sums_BV = chances_BV.cumsum(1)
+        draws = [torch.rand((), generator=stream, dtype=torch.float64) for stream in self.streams]
+        drawn_B1 = (torch.stack(draws).to(sums_BV.device) * sums_BV[:, -1])[:, None]
+        place_B1 = torch.searchsorted(sums_BV, drawn_B1, right=True)
+        # rounding may leave the draw at the very end: then the last token that may be chosen
+        last_B1 = (sums_BV < sums_BV[:, -1:]).sum(1, keepdim=True)
+        place_B1 = torch.minimum(place_B1, last_B1)
+        chosen_B1 = place_B1 if token_BV is None else token_BV.gather(1, place_B1)
+        chosen: list[int] = chosen_B1.squeeze(1).tolist()
+        return chosen
+
+
+def _answer_batch(
+    model: Any,
+    forward: Forward,
+    eos: int,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sampler: Sampler,
+) -> list[Answer]:
+    state = _Batch.of(model, prompts, eos)
+    answers: list[list[int]] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))
+    """The prompt behind each row that is still in the batch."""
+    room = _room(model, max(map(len, prompts)), max_new_tokens)
+    logits_BV = state.read_prompts(forward)
+    for position in range(room):
+        chosen = sampler.choose(logits_BV)
+        for row, token in zip(rows, chosen, strict=True):
+            # a row that has ended may still be in the batch: it gets no more tokens
+            if not answers[row] or answers[row][-1] != eos:
+                answers[row].append(token)
+        going = [place for place, row in enumerate(rows) if answers[row][-1] != eos]
+        if not _any_process(bool(going), state.device) or position + 1 == room:
+            break
+        if going and len(going) <= _COMPACT_BELOW * len(rows):
+            state.keep(going)
+            rows = [rows[place] for place in going]
+            chosen = [chosen[place] for place in going]
+            sampler.keep(going)
+        logits_BV = state.read_next(forward, chosen)
+    return [
+        Answer(prompt, ids, bool(ids) and ids[-1] == eos)
+        for prompt, ids in zip(prompts, answers, strict=True)
     ]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    longest = max(map(len, encoded))
-    ids = torch.full((len(encoded), longest), pad, dtype=torch.long, device=model.device)
-    mask = torch.zeros_like(ids)
-    for row, tokens in enumerate(encoded):
-        ids[row, longest - len(tokens) :] = torch.tensor(tokens)
-        mask[row, longest - len(tokens) :] = 1
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0,
-            pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
-            use_cache=True,
-            **sampling,
+
+
+def _room(model: Any, longest_prompt: int, max_new_tokens: int) -> int:
+    context = getattr(model.config, "max_position_embeddings", None)
+    return max_new_tokens if not context else max(1, min(max_new_tokens, context - longest_prompt))
+
+
+@dataclass
+class _Batch:
+    """The rows of a batch with their cache; without one (state space models), with their tokens."""
+
+    model: Any
+    ids_BL: Tensor
+    mask_BL: Tensor
+    cache: Any
+
+    @classmethod
+    def of(cls, model: Any, prompts: list[list[int]], pad: int) -> _Batch:
+        """Prompts padded on the left."""
+        from transformers import DynamicCache
+
+        longest = max(map(len, prompts))
+        ids = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
+        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        return cls(
+            model,
+            torch.tensor(ids, device=model.device),
+            torch.tensor(mask, device=model.device),
+            DynamicCache(config=model.config) if _takes_cache(model) else None,
         )
-    texts: list[str] = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
-    return texts
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self.ids_BL.device
+
+    def read_prompts(self, forward: Forward) -> Tensor:
+        """Logits of the first new token of each row, [B, V]."""
+        return self._read(forward, self.ids_BL, (self.mask_BL.cumsum(1) - 1).clamp(min=0))
+
+    def read_next(self, forward: Forward, tokens: list[int]) -> Tensor:
+        """Logits after one more token in each row, [B, V]."""
+        next_B1 = torch.tensor(tokens, device=self.device)[:, None]
+        self.mask_BL = torch.cat([self.mask_BL, torch.ones_like(next_B1)], 1)
+        if self.cache is None:
+            self.ids_BL = torch.cat([self.ids_BL, next_B1], 1)
+            return self.read_prompts(forward)
+        return self._read(forward, next_B1, self.mask_BL.sum(1, keepdim=True) - 1)
+
+    def _read(self, forward: Forward, ids_BL: Tensor, position_BL: Tensor) -> Tensor:
+        offered = {
+            "input_ids": ids_BL,
+            "attention_mask": self.mask_BL,
+            "position_ids": position_BL,
+            "past_key_values": self.cache,
+            "use_cache": self.cache is not None,
+            "logits_to_keep": 1,
+        }
+        takes = _parameters(self.model)
+        inputs = {name: value for name, value in offered.items() if name in takes}
+        logits_BLV = forward(**inputs).logits
+        whole = getattr(logits_BLV, "full_tensor", None)  # tensor parallel
+        logits_BV: Tensor = (whole() if whole else logits_BLV)[:, -1]
+        if bool(logits_BV.isnan().any()):
+            raise ModelError(
+                "the model answers with NaN",
+                where=f"a prompt of {int(self.mask_BL.sum(1).min())} tokens or more",
+                fix="look at its weights; with float16, use bfloat16 or float32",
+            )
+        return logits_BV
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all other rows."""
+        index = torch.tensor(rows, device=self.device)
+        self.mask_BL, self.ids_BL = self.mask_BL[index], self.ids_BL[index]
+        if self.cache is not None:
+            self.cache.batch_select_indices(index)
+
+
+def _takes_cache(model: Any) -> bool:
+    return "past_key_values" in _parameters(model)
+
+
+def _parameters(model: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(model.forward).parameters)
+
+
+def _forward(model: Any, root: Any) -> Forward:
+    """How to run the model: through ``root``, where FSDP gathers the weights around it."""
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+    if root is model or not isinstance(root, FSDPModule):
+        forward: Forward = model
+        return forward
+    if not hasattr(root, "read_tokens"):
+
+        def read_tokens(_: Any, **inputs: Any) -> Any:
+            return model(**inputs)
+
+        root.read_tokens = MethodType(read_tokens, root)
+        register_fsdp_forward_method(root, "read_tokens")
+    through: Forward = root.read_tokens
+    return through
+
+
+def _any_process(flag: bool, device: torch.device) -> bool:
+    """Whether any process has rows that go on; every process must ask."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return flag
+    flags = torch.tensor([int(flag)], device=device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags.item())

@@ -32,6 +32,8 @@ def load_model(
     device: str = "cpu",
     trust_remote_code: bool = False,
     kernels: str = "auto",
+    compiled: bool = False,
+    output_layer: str = "tiled",
 ) -> Any:
     """A model in evaluation mode (no dropout, as the paper trains), with gradients.
 
@@ -43,6 +45,8 @@ def load_model(
         device: Where to put it.
         trust_remote_code: Run code that comes with it.
         kernels: As ``model.kernels``.
+        compiled: As ``model.compile``.
+        output_layer: As ``model.output_layer``.
 
     Raises:
         ModelError: the folder holds no causal model that transformers can load.
@@ -68,6 +72,8 @@ def load_model(
             attn_implementation=_attention(folder),
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            # reported by the check below, which names the weight
+            ignore_mismatched_sizes=True,
         )
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
@@ -78,7 +84,7 @@ def load_model(
         ) from None
     _refuse_unfilled(model, found, folder)
     model = model.eval().to(device)
-    apply_kernels(model, kernels)
+    apply_kernels(model, kernels, compiled=compiled, output_layer=output_layer)
     return model
 
 
@@ -89,7 +95,7 @@ def _refuse_unfilled(model: Any, found: dict[str, Any], folder: Path) -> None:
     missing += sorted(str(item[0]) for item in found.get("mismatched_keys", ()))
     if missing:
         raise ModelError(
-            f"the files of weights lack {missing[0]}, as config.json describes it"
+            f"the files of weights lack {missing[0]} in the shape that config.json describes"
             + (f", and {len(missing) - 1} more" if len(missing) > 1 else ""),
             where=str(folder),
             fix="config.json and weights belong to different models: fetch the model again",
@@ -132,6 +138,8 @@ def load_for_training(
         "device": device,
         "trust_remote_code": model.trust_remote_code,
         "kernels": model.kernels,
+        "compiled": model.compile,
+        "output_layer": model.output_layer,
     }
     archive = None if base is not None or model.archive is None else Path(model.archive)
     if archive is not None and archive.is_file():

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dpo.config.schema import RunConfig
 from dpo.errors import ConfigError
-from dpo.plan.estimate import GIB, Machine, Plan, plan_stage
+from dpo.plan.architecture import architecture_of
+from dpo.plan.estimate import GIB, Machine, Plan, job_of, plan_stage, with_peak
 from dpo.plan.lengths import Lengths, find_lengths
 
 DOES_NOT_FIT = 2
@@ -24,6 +27,7 @@ KEYS = {
     "prompt_tokens": (float, "mean tokens of a prompt (default: those of the data)"),
     "chosen_tokens": (float, "mean tokens of a chosen response"),
     "rejected_tokens": (float, "mean tokens of a rejected response"),
+    "simulate": (bool, "true: measure a step under fake tensors (default where torch is here)"),
 }
 """Keys of the command that are no settings of a run: type and description."""
 _LENGTHS = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
@@ -42,14 +46,20 @@ def take_keys(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         if key not in KEYS or not separator:
             settings.append(word)
             continue
-        kind = KEYS[key][0]
-        try:
-            own[key] = kind(text)
-        except ValueError:
-            raise ConfigError(
-                f"{key}={text}: expected a number", fix=f"{key} is: {KEYS[key][1]}"
-            ) from None
+        own[key] = _value(key, text)
     return own, settings
+
+
+def _value(key: str, text: str) -> Any:
+    kind, description = KEYS[key]
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ConfigError(f"{key}={text}: expected true or false", fix=f"{key}: {description}")
+        return text.lower() == "true"
+    try:
+        return kind(text)
+    except ValueError:
+        raise ConfigError(f"{key}={text}: expected a number", fix=f"{key}: {description}") from None
 
 
 def make_plan(config: RunConfig, own: dict[str, Any], data: Path | None) -> Plan:
@@ -58,10 +68,64 @@ def make_plan(config: RunConfig, own: dict[str, Any], data: Path | None) -> Plan
     Raises:
         DpoError: an unknown model, a key that cannot work, or data that is not there.
     """
-    given = {key: own[key] for key in own if key != "pairs" and key not in _LENGTHS}
+    given = {key: own[key] for key in own if key not in ("pairs", "simulate", *_LENGTHS)}
     machine = Machine(**given)
     lengths = _lengths(config, own, data)
-    return plan_stage(config, machine, lengths)
+    plan = plan_stage(config, machine, lengths)
+    wanted = own.get("simulate", find_spec("torch") is not None)
+    return simulated(config, plan) if wanted and can_simulate(config) else plan
+
+
+def can_simulate(config: RunConfig) -> bool:
+    """Whether a step of this configuration can be passed under fake tensors (peft's cannot)."""
+    spread = config.trainer.name == "TensorParallelTrainer" or config.trainer.replicas > 1
+    return not spread and not config.lora.enabled
+
+
+def simulated(config: RunConfig, plan: Plan) -> Plan:
+    """The plan with the peak of a step under fake tensors in place of the account's.
+
+    The account still says what the memory is used for; what the step needs beside it counts as
+    activations.
+
+    Raises:
+        DpoError: no model can be built from the architecture.
+    """
+    # by name: this package is imported where there is no torch
+    peak_bytes = import_module("dpo.train.simulate").peak_bytes
+    shape = architecture_of(config.model)
+    job = job_of(config, shape, plan.machine, plan.lengths)
+    peak = peak_bytes(
+        config.model_copy(update={"micro_batch_tokens": job.micro_batch_tokens}),
+        gpus=job.devices,
+        dtype=_products(config, job.mode),
+        row=_row(job.micro_batch_tokens, plan.lengths),
+        n_rows=2 if job.several_micro_batches else 1,
+    )
+    changed = with_peak(plan, peak)
+    if changed.fits or plan.advice:
+        return changed
+    # the account is below the step: look for what fits into as much less
+    share = (plan.memory.total - plan.memory.reserve) / peak
+    smaller = replace(plan.machine, gpu_memory_gib=plan.machine.memory_gib * share)
+    return replace(changed, advice=plan_stage(config, smaller, plan.lengths).advice)
+
+
+def _products(config: RunConfig, mode: str) -> str:
+    """The type of the products."""
+    model = config.model
+    if mode == "float32":
+        return "float32"
+    if model.policy_dtype != "float32":
+        return model.policy_dtype
+    return model.fsdp_policy_mp or "bfloat16"
+
+
+def _row(n_tokens: int, lengths: Lengths) -> tuple[int, int, int]:
+    """A row of ``n_tokens`` with the shares of prompt and responses that the data has."""
+    responses = [round(n_tokens * length / lengths.tokens) for length in lengths.responses]
+    chosen, rejected = (*responses, 1)[:2]
+    return max(1, n_tokens - sum(responses)), chosen, rejected
 
 
 def _lengths(config: RunConfig, own: dict[str, Any], data: Path | None) -> Lengths:
@@ -99,7 +163,8 @@ def as_text(plan: Plan) -> str:
             f"{plan.stage} training of {plan.model} ({plan.parameters / 1e6:,.1f} M weights) "
             f"on {where}",
             "",
-            f"peak memory a GPU  {memory.total / GIB:10.2f} GiB{limit}: {verdict}",
+            f"peak memory a GPU  {memory.total / GIB:10.2f} GiB{limit}: {verdict} "
+            f"({'a step under fake tensors' if plan.simulated else 'by account'})",
             *shares,
             "",
             f"tokens a pair      {lengths.tokens:10.1f}  (prompt {lengths.prompt:.0f}, responses "

@@ -20,7 +20,7 @@ from dpo.plan.compute import (
     seconds,
 )
 from dpo.plan.lengths import DEFAULT, Lengths
-from dpo.plan.memory import Job, Memory, Mode, predict
+from dpo.plan.memory import Job, Memory, Mode, predict, reserve
 
 GIB = float(2**30)
 _MOST_GPUS = 1024
@@ -89,6 +89,8 @@ class Plan:
     advice: tuple[str, ...]
     """Settings with which it fits, the cheapest first; empty where it fits."""
     warnings: tuple[str, ...] = ()
+    simulated: bool = False
+    """The peak is that of a step under fake tensors, not the account's."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; memory in GiB a GPU, operations in TFLOP a pair, times in seconds."""
@@ -101,6 +103,7 @@ class Plan:
             "gpu": self.machine.gpu,
             "gpu_memory_gib": self.machine.memory_gib,
             "fits": self.fits,
+            "simulated": self.simulated,
             "memory_gib": {**parts, "total": round(self.memory.total / GIB, 4)},
             "tflop_a_pair": self.flops.training / 1e12,
             "tokens_a_pair": self.lengths.tokens,
@@ -169,6 +172,26 @@ def plan_stage(
         advice=() if fits or not advise else tuple(_advice(config, shape, machine, found)),
         warnings=tuple(_warnings(config, shape, machine)),
     )
+
+
+def with_peak(plan: Plan, peak_bytes: float) -> Plan:
+    """The plan with another peak (without driver and allocator), its split kept where it can be."""
+    memory = plan.memory
+    used = memory.total - memory.reserve
+    activations = max(0.0, memory.activations + peak_bytes - used)
+    rest = used - memory.activations
+    shrink = min(1.0, peak_bytes / rest)
+    changed = replace(
+        memory,
+        weights=memory.weights * shrink,
+        gradients=memory.gradients * shrink,
+        optimizer=memory.optimizer * shrink,
+        logits=memory.logits * shrink,
+        activations=activations,
+        reserve=reserve(peak_bytes) if plan.machine.gpus else 0.0,
+    )
+    fits = changed.total <= plan.machine.memory_gib * GIB or plan.machine.gpus == 0
+    return replace(plan, memory=changed, fits=fits, simulated=True)
 
 
 def job_of(config: RunConfig, shape: Architecture, machine: Machine, lengths: Lengths) -> Job:

@@ -108,8 +108,13 @@ def predict(job: Job) -> Memory:
         # the split is that of the moment of the peak: activations are gone by then
         optimizer, activations, logits = optimizer + update, 0.0, 0.0
     used = weights + gradients + optimizer + activations + logits
-    reserve = _GPU_CONTEXT + _FRAGMENTATION * used if job.on_gpu else 0.0
-    return Memory(weights, gradients, optimizer, activations, logits, reserve)
+    kept = reserve(used) if job.on_gpu else 0.0
+    return Memory(weights, gradients, optimizer, activations, logits, kept)
+
+
+def reserve(used: float) -> float:
+    """What a GPU needs beside ``used`` bytes of tensors."""
+    return _GPU_CONTEXT + _FRAGMENTATION * used
 
 
 def _states(job: Job) -> tuple[float, float, float]:

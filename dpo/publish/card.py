@@ -1,35 +1,85 @@
-"""The model card. It holds nothing that differs between equal runs: no path, time or run id."""
+"""The model card. It holds nothing that differs between equal runs: no path, time or run id.
+
+It is checked here, for the check of ``huggingface_hub`` asks the hub.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from dpo.errors import ArtifactError
+from dpo.storage.manifest import Manifest
+
+FILE = "README.md"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_SECTIONS = ("Use", "Data", "Training", "Figures", "Licence", "Intended use", "Limits")
+_NEEDED = ("library_name", "pipeline_tag", "license", "tags")
+_FORBIDDEN = {
+    "an absolute path": re.compile(r"(?:^|[\s`(\"'])(?:/[\w.-]+){2,}|[A-Za-z]:\\\\|file://"),
+    "an image": re.compile(r"!\[|<img"),
+}
 _LIMITS = (
     "Trained on preferences of people, it may repeat their mistakes and be wrong or offensive. "
     "Measure it on your own data before you rely on it."
 )
 
+# what the publishers of models and data sets state
+_MODEL_LICENSES = {
+    "HuggingFaceTB/SmolLM2": "apache-2.0",
+    "EleutherAI/pythia": "apache-2.0",
+    "openai-community/gpt2": "mit",
+    "gpt2": "mit",
+    "mistralai/Mistral-7B": "apache-2.0",
+    "HuggingFaceH4/zephyr-7b-beta": "mit",
+    "meta-llama/Llama-2": "llama2",
+    "Qwen/Qwen2.5-0.5B": "apache-2.0",
+    "builtin:": "apache-2.0",
+}
+_DATA = {
+    "hh": ("Anthropic/hh-rlhf", "MIT"),
+    "hh_sample": ("Anthropic/hh-rlhf, 1,900 of its pairs", "MIT"),
+    "shp": ("stanfordnlp/SHP", "Reddit's terms"),
+    "se": ("StackExchange preferences", "CC BY-SA 4.0"),
+}
 
-def model_card(policy: Path, name: str, base_model: str) -> str:
+
+def model_card(
+    policy: Path, manifest: Manifest, name: str, base: str, license_: str, model: Path | None = None
+) -> str:
     """Markdown with the metadata block that model hubs read.
 
     Args:
         policy: Checkpoint of the preference stage.
+        manifest: Its manifest.
         name: Name under which it is published.
-        base_model: Hub id of the base model, or what else names it.
+        base: Hub id of the base model, or what else names it.
+        license_: Licence of the model; empty takes the base model's where it is known.
+        model: Folder of what is published, where that is another.
     """
     run = json.loads((policy / "run.json").read_text(encoding="utf-8"))
-    loss = run["config"]["loss"]
-    config = json.loads((policy / "config.json").read_text(encoding="utf-8"))
-    metadata = {
+    config = run["config"]
+    loss = config["loss"]
+    license_ = license_ or _license_of(base)
+    metadata: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
+        "license": license_,
         "tags": ["preference-fine-tuning", loss["name"]],
     }
-    if "/" in base_model and not base_model.startswith("/"):
-        metadata["base_model"] = base_model
+    if _is_hub_id(base):
+        metadata["base_model"] = base
+    hub_data = [entry[0] for key, entry in _DATA.items() if key in _data_names(manifest)]
+    if hub := sorted(item for item in hub_data if _HUB_ID.fullmatch(item)):
+        metadata["datasets"] = hub
+    if license_ == "other":
+        metadata["license_name"] = "see-licence-of-base-model-and-data"
     block = "\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items())
     return f"""---
 {block}
@@ -40,21 +90,133 @@ def model_card(policy: Path, name: str, base_model: str) -> str:
 A language model fine-tuned with preference data: supervised fine-tuning on the preferred responses,
 then {_loss_name(loss)}.
 
-- Base model: {base_model}
-- Architecture: {", ".join(config.get("architectures") or ["unknown"])}
+## Use
+
+`AutoModelForCausalLM.from_pretrained(folder)` of transformers loads it, and so does vLLM
+(`vllm serve folder`). The tokenizer has a chat template.
+
+## Data
+
+{_data(manifest)}
+- Fingerprint of the training pairs: `{run["data_fingerprint"]}`
+
+## Training
+
+- Base model: {shown_base(base)}
+- Architecture: {", ".join(_architectures(model or policy))}
 - Loss: {_options(loss)}
-- Training: {run["examples"]} pairs in {run["steps"]} optimiser steps,
-  {run["config"]["optimizer"]}, learning rate {run["config"]["lr"]}
-- Data fingerprint: `{run["data_fingerprint"]}`
+- {run["examples"]} pairs in {run["steps"]} optimiser steps, {config["optimizer"]}, learning rate
+  {config["lr"]}
+
+## Figures
+
+Beside this card, [manifest.json](manifest.json) names the run (`run_id`). In the same store
+`runs/` has a folder for each run: its report with the held-out figures and their intervals, samples
+before and after, the gate's verdict, the resolved configuration, and where the model comes from.
+
+## Licence
+
+{_license_text(license_, base)}
 
 ## Intended use
 
-Text generation in the form of its training data. The licences of base model and data apply.
+Text generation in the form of its training data, after an evaluation for the use at hand.
 
 ## Limits
 
 {_LIMITS}
 """
+
+
+def check_card(text: str, where: str) -> None:
+    """Check metadata and sections of a card, offline.
+
+    Raises:
+        ArtifactError: something is missing, or stands there that must not.
+    """
+    problem = _problem(text)
+    if problem:
+        raise ArtifactError(f"the model card {problem}", where=where, fix="report a bug")
+
+
+def _problem(text: str) -> str:
+    match = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
+    if match is None:
+        return "has no metadata block"
+    try:
+        metadata = yaml.safe_load(match[1])
+    except yaml.YAMLError as error:
+        return f"has metadata that is not YAML: {error}"
+    if not isinstance(metadata, dict):
+        return "has metadata that is no mapping"
+    if missing := [key for key in _NEEDED if not metadata.get(key)]:
+        return f"has no {missing[0]} in its metadata"
+    if metadata["license"] == "other" and not metadata.get("license_name"):
+        return "has no license_name in its metadata"
+    base = metadata.get("base_model")
+    if base is not None and not _HUB_ID.fullmatch(str(base)):
+        return f"names {base!r} as its base model, which is no id of a hub"
+    if absent := [name for name in _SECTIONS if f"\n## {name}\n" not in text]:
+        return f"has no section {absent[0]}"
+    found = next((what for what, pattern in _FORBIDDEN.items() if pattern.search(text)), None)
+    return f"has {found} in it" if found else ""
+
+
+def shown_base(base: str) -> str:
+    """What names the base model, without a path: that differs between machines."""
+    if _is_hub_id(base) or base.startswith("builtin:"):
+        return base
+    return "a model of one's own"
+
+
+def _is_hub_id(base: str) -> bool:
+    return bool(_HUB_ID.fullmatch(base)) and not Path(base).is_dir()
+
+
+def _license_of(base: str) -> str:
+    found = [known for start, known in _MODEL_LICENSES.items() if base.startswith(start)]
+    return found[0] if found else "other"
+
+
+def _license_text(license_: str, base: str) -> str:
+    own = "not stated here" if license_ == "other" else f"`{license_}`"
+    return (
+        f"Of the model: {own}. What the licences of its base ({shown_base(base)}) and of its "
+        "training data\nask for applies as well."
+    )
+
+
+def _ingest(manifest: Manifest) -> Mapping[str, Any]:
+    records = [entry for entry in manifest.lineage.values() if entry["step"] == "ingest"]
+    return records[0]["configuration"] if records else {}
+
+
+def _data_names(manifest: Manifest) -> list[str]:
+    return [str(name) for name in _ingest(manifest).get("datasets", [])]
+
+
+def _data(manifest: Manifest) -> str:
+    sources = _ingest(manifest).get("sources", {})
+    lines = []
+    for name in _data_names(manifest):
+        source = sources.get(name) or {}
+        if name in _DATA:
+            what, license_ = _DATA[name]
+            lines.append(f"- {what} (licence: {license_})")
+        elif source.get("hub"):
+            lines.append(f"- {source['hub']} (licence: as its card says)")
+        else:
+            shown = name if _PLAIN_NAME.fullmatch(name) else "a file"
+            lines.append(f"- {shown}: pairs of one's own (licence: its owner's)")
+    return "\n".join(lines) or "- Preference pairs whose origin was not recorded"
+
+
+def _architectures(model: Path) -> list[str]:
+    try:
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except OSError:
+        return ["LoRA adapter"]
+    return list(config.get("architectures") or ["unknown"])
 
 
 _LOSS_NAMES = {
@@ -70,7 +232,7 @@ _LOSS_NAMES = {
 def _loss_name(loss: dict[str, Any]) -> str:
     if loss["name"] == "dpo" and loss.get("label_smoothing", 0) > 0:
         return "conservative DPO"
-    return _LOSS_NAMES[loss["name"]]
+    return _LOSS_NAMES.get(loss["name"], str(loss["name"]))
 
 
 def _options(loss: dict[str, Any]) -> str:

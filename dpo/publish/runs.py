@@ -1,21 +1,28 @@
-"""What a run leaves in the store beside the model: its verdict, figures and report."""
+"""What a run leaves in the store beside the model: its verdict, figures, report and provenance."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from dpo.config.schema import PublishConfig
 from dpo.errors import ConfigError
+from dpo.storage.lineage import read_sources
 from dpo.storage.manifest import read_manifest, sha256_file
-from dpo.storage.runs import run_prefix, write_run_manifest
+from dpo.storage.runs import artifact_records, run_prefix, write_run_manifest
 from dpo.storage.store import Store, open_store
 
-_EVALUATION_FILES = ("report.html", "report.md", "evaluation.json", "samples.json")
+IMAGES_VARIABLE = "DPO_IMAGES"
+"""Set on the first step when a package is made for a cluster: JSON of the images' names."""
+_EVALUATION_FILES = ("report.html", "report.md", "evaluation.json", "samples.json", "pairs.json")
 
 
 def configured_store(publish: PublishConfig) -> Store:
-    """The store that settings name, checked to answer.
+    """The store that settings name, checked to answer, with the patience that they ask for.
 
     Raises:
         ConfigError: none is named.
@@ -28,8 +35,27 @@ def configured_store(publish: PublishConfig) -> Store:
             fix="set it to s3://bucket/prefix, minio://bucket/prefix or file:///folder",
         )
     store = open_store(publish.store)
+    # a store that is not there from the start is a wrong address; one that goes away comes back
     store.check(create=publish.create_bucket)
+    store.retry_seconds = publish.retry_seconds
     return store
+
+
+def record_plan(parameters: Mapping[str, Any], run_id: str, plan: Mapping[str, str]) -> None:
+    """Begin the run's manifest: what it was asked for, and each step's settings and fingerprints.
+
+    Raises:
+        StoreError: the store refuses or does not answer.
+    """
+    write_run_manifest(
+        open_store(str(parameters["publish_store"])),
+        run_id,
+        state="running",
+        began=datetime.now(UTC).isoformat(timespec="seconds"),
+        parameters=dict(parameters),
+        plan=dict(plan),
+        images=json.loads(os.environ.get(IMAGES_VARIABLE) or "{}"),
+    )
 
 
 def record_verdict(publish: PublishConfig, run_id: str, *, evaluation: Path, verdict: Path) -> None:
@@ -37,17 +63,24 @@ def record_verdict(publish: PublishConfig, run_id: str, *, evaluation: Path, ver
     store = configured_store(publish)
     judged = read_manifest(evaluation, stage="evaluate")
     decided = read_manifest(verdict, stage="gate")
-    files = [evaluation / name for name in _EVALUATION_FILES if (evaluation / name).is_file()]
+    # the gate's copy of the report has the verdict on top
+    own = {path.name for path in verdict.iterdir()}
+    files = [(verdict if name in own else evaluation) / name for name in _EVALUATION_FILES]
+    files = [path for path in files if path.is_file()]
     for path in (*files, verdict / "verdict.json"):
         store.upload(path, f"{run_prefix(run_id)}/{path.name}", sha256_file(path))
+    configuration = {
+        entry["step"]: entry["configuration"]
+        for entry in artifact_records(judged, decided).values()
+    }
+    text = json.dumps(configuration, indent=1, sort_keys=True).encode()
+    store.write(f"{run_prefix(run_id)}/configuration.json", text)
     write_run_manifest(
         store,
         run_id,
         verdict=json.loads((verdict / "verdict.json").read_text(encoding="utf-8")),
         evaluation=json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8")),
-        artifacts={
-            "evaluate": {"content_hash": judged.content_hash, "inputs": judged.inputs},
-            "gate": {"content_hash": decided.content_hash, "inputs": decided.inputs},
-        },
+        artifacts=artifact_records(judged, decided),
         settings={"evaluate": judged.settings, "gate": decided.settings},
+        sources=read_sources(evaluation),
     )

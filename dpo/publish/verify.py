@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from dpo.errors import ArtifactError, ObjectMissing
-from dpo.storage.manifest import MANIFEST, content_hash, sha256_file
-from dpo.storage.progress import track
+from dpo.publish.signing import check
+from dpo.storage.manifest import content_hash, sha256_file
+from dpo.storage.progress import Bar, track
+from dpo.storage.published import LATEST, read_latest, read_version
 from dpo.storage.store import Store, open_store, safe_key
 
-LATEST = "latest.json"
+_FILES_AT_ONCE = 3
+_RETRY_SECONDS = 60.0
 
 
 def find_version(url: str) -> tuple[Store, str, dict[str, Any]]:
@@ -22,37 +26,51 @@ def find_version(url: str) -> tuple[Store, str, dict[str, Any]]:
         ArtifactError: nothing complete is published there.
     """
     store = open_store(url)
-    prefix = ""
-    if not store.stat(MANIFEST):
-        try:
-            latest = json.loads(store.read(LATEST))
-        except ObjectMissing:
-            raise ArtifactError(
-                "no published model is here",
-                where=url,
-                fix=f"give the folder that holds {LATEST}, or that of one version",
-            ) from None
-        prefix = f"{latest['content_hash']}/"
-    return store, prefix, json.loads(store.read(f"{prefix}{MANIFEST}"))
+    if manifest := read_version(store):
+        return store, "", manifest
+    latest = read_latest(store)
+    if latest is None:
+        raise ArtifactError(
+            "no published model is here",
+            where=url,
+            fix=f"give the folder that holds {LATEST}, or that of one version",
+        )
+    manifest = read_version(store, latest.content_hash)
+    if manifest is None:
+        raise ArtifactError(
+            f"{LATEST} names version {latest.content_hash[:12]}, which is not complete",
+            where=url,
+            fix="publish the model again, or go back with `dpo publish --rollback`",
+        )
+    return store, f"{latest.content_hash}/", manifest
 
 
 def verify(url: str) -> dict[str, Any]:
-    """Re-hash every file of a published version; returns its manifest.
+    """Re-hash every file of a published version; returns its manifest, with ``signed`` in words.
 
     Raises:
-        ArtifactError: a file is missing or differs; the message names it.
+        ArtifactError: a file is missing or differs, the message names it; or the signature is not
+            that of a key that is trusted here.
     """
     store, prefix, manifest = find_version(url)
-    total = sum(entry["size"] for entry in manifest["files"])
-    with tempfile.TemporaryDirectory() as folder, track("verify", "bytes", total) as bar:
-        for entry in manifest["files"]:
-            local = Path(folder, "file")
-            _fetch(store, prefix, entry, local, bar.advance)
-            local.unlink()
+    store.retry_seconds = _RETRY_SECONDS
+    said = check(manifest, store.url(prefix))
     hashes = {entry["path"]: entry["sha256"] for entry in manifest["files"]}
     if content_hash(hashes) != manifest["content_hash"]:
-        raise ArtifactError("the manifest's content hash is not that of its files", where=url)
-    return manifest
+        raise ArtifactError(
+            "the manifest's content hash is not that of its files",
+            where=store.url(prefix),
+            fix="publish the model again",
+        )
+    with tempfile.TemporaryDirectory() as folder:
+
+        def fetch(entry: dict[str, Any], number: int, bar: Bar) -> None:
+            local = Path(folder, str(number))
+            _fetch(store, prefix, entry, local, bar)
+            local.unlink()
+
+        _each("verify", manifest, fetch)
+    return {**manifest, "signed": said}
 
 
 def pull(url: str, target: Path) -> dict[str, Any]:
@@ -64,22 +82,44 @@ def pull(url: str, target: Path) -> dict[str, Any]:
     if target.exists() and any(target.iterdir()):
         raise ArtifactError("the folder is not empty", where=str(target), fix="choose another one")
     store, prefix, manifest = find_version(url)
+    store.retry_seconds = _RETRY_SECONDS
+    check(manifest, store.url(prefix))
     target.mkdir(parents=True, exist_ok=True)
-    total = sum(entry["size"] for entry in manifest["files"])
-    with track("pull", "bytes", total) as bar:
-        for entry in manifest["files"]:
-            path = target / safe_key(entry["path"])
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _fetch(store, prefix, entry, path, bar.advance)
+
+    def fetch(entry: dict[str, Any], _: int, bar: Bar) -> None:
+        path = target / safe_key(entry["path"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _fetch(store, prefix, entry, path, bar)
+
+    _each("pull", manifest, fetch)
     return manifest
 
 
-def _fetch(store: Store, prefix: str, entry: dict[str, Any], path: Path, progress: Any) -> None:
+def _each(
+    step: str, manifest: dict[str, Any], fetch: Callable[[dict[str, Any], int, Bar], None]
+) -> None:
+    """``fetch`` every file, a few at once; the problem of the first such file is raised."""
+    files = manifest["files"]
+    total = sum(entry["size"] for entry in files)
+    with track(step, "bytes", total) as bar, ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        waiting = [pool.submit(fetch, entry, number, bar) for number, entry in enumerate(files)]
+        try:
+            for work in waiting:
+                work.result()
+        except BaseException:
+            for work in waiting:
+                work.cancel()
+            raise
+
+
+def _fetch(store: Store, prefix: str, entry: dict[str, Any], path: Path, bar: Bar) -> None:
     key = f"{prefix}{entry['path']}"
     try:
-        store.download(key, path, progress)
+        store.download(key, path, bar.advance)
     except ObjectMissing:
-        raise ArtifactError(f"{entry['path']} is missing", where=store.url(key)) from None
+        raise ArtifactError(
+            f"{entry['path']} is missing", where=store.url(key), fix="publish the model again"
+        ) from None
     if path.stat().st_size != entry["size"] or sha256_file(path) != entry["sha256"]:
         path.unlink()
         raise ArtifactError(

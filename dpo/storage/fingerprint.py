@@ -43,6 +43,20 @@ def code_fingerprint(stage: Stage) -> str:
     return digest.hexdigest()
 
 
+@cache
+def source_fingerprint() -> str:
+    """sha256, in hex, of all of ``dpo``'s sources and the lock file: the same in every image.
+
+    Unlike ``code_fingerprint`` it leaves out the Python version, so a package that was compiled on
+    one machine can say what code it expects on another.
+    """
+    lock = lock_file()
+    digest = hashlib.sha256(b"no lock file" if lock is None else sha256_file(lock).encode())
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        digest.update(f"\n{path.relative_to(_PACKAGE).as_posix()}\0{sha256_file(path)}".encode())
+    return digest.hexdigest()
+
+
 def imported_modules(entry: str) -> dict[str, Path]:
     """Modules of ``dpo`` that ``entry`` reaches by imports, with their files."""
     found: dict[str, Path] = {}

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import glob
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
-from dpo.errors import ObjectMissing, StoreAccessDenied, StoreError, StoreUnavailable, WriteConflict
+from dpo.errors import (
+    ArtifactError,
+    ObjectMissing,
+    StoreAccessDenied,
+    StoreFull,
+    StoreUnavailable,
+    WriteConflict,
+)
 from dpo.storage.manifest import sha256_file
 from dpo.storage.store import ObjectStat, Progress, Store, safe_key
 
 _CHUNK_BYTES = 4 << 20
 _LOCK = ".lock"
+_FOLDER_TRIES = 10
 
 
 class FolderStore(Store):
@@ -33,10 +45,8 @@ class FolderStore(Store):
 
     def stat(self, key: str) -> ObjectStat | None:
         path = self._path(key)
-        if not path.is_file():
-            return None
-        info = path.stat()
-        return ObjectStat(info.st_size, f"{info.st_mtime_ns}-{info.st_ino}-{info.st_size}")
+        with self._problems(key):
+            return _stat(path) if path.is_file() else None
 
     def read(self, key: str) -> bytes:
         with self._problems(key):
@@ -49,44 +59,74 @@ class FolderStore(Store):
                 raise WriteConflict(
                     "another writer was first", where=self.url(key), fix="try again"
                 )
-            self._replace(key, lambda partial: partial.write_bytes(data))
+            self._replace(key, lambda partial: _write(partial, data))
 
     def upload(self, path: Path, key: str, sha256: str, progress: Progress | None = None) -> None:
         with self._problems(key):
             self._replace(key, lambda partial: self._copy(path, partial, progress), sha256)
 
+    def has(self, key: str, size: int, sha256: str) -> bool:
+        path = self._path(key)
+        with self._problems(key):
+            return path.is_file() and path.stat().st_size == size and sha256_file(path) == sha256
+
     def download(self, key: str, path: Path, progress: Progress | None = None) -> None:
         with self._problems(key):
-            partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-            self._copy(self._path(key), partial, progress)
-            partial.replace(path)
+            partial = _partial(path)
+            try:
+                self._copy(self._path(key), partial, progress)
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
 
-    def list(self, prefix: str = "") -> Iterator[str]:
-        found = (
-            p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file()
-        )
-        for key in sorted(found):
-            hidden = key.rpartition("/")[2]
-            unfinished = hidden.startswith(".") and hidden.endswith("partial")
-            if key.startswith(prefix) and not unfinished and key != _LOCK:
-                yield key
+    def scan(self, prefix: str = "") -> Iterator[tuple[str, ObjectStat]]:
+        found = (p for p in self.folder.rglob("*") if p.is_file() and not _is_partial(p.name))
+        for key, path in sorted((p.relative_to(self.folder).as_posix(), p) for p in found):
+            if key.startswith(prefix) and path.name != _LOCK:
+                # another process may remove it meanwhile
+                with suppress(FileNotFoundError):
+                    yield key, _stat(path)
+
+    def discard_unfinished(self, key: str, older_seconds: float) -> int:
+        path = self._path(key)
+        count = 0
+        for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+            with suppress(FileNotFoundError):
+                if time.time() - partial.stat().st_mtime >= older_seconds:
+                    partial.unlink()
+                    count += 1
+        return count
 
     def delete(self, key: str) -> None:
         with self._problems(key):
-            self._path(key).unlink(missing_ok=True)
+            path = self._path(key)
+            path.unlink(missing_ok=True)
+            # as in a bucket, a folder is there only as long as something is in it
+            for folder in path.parents:
+                if folder == self.folder or not folder.is_dir() or any(folder.iterdir()):
+                    break
+                with suppress(OSError):
+                    folder.rmdir()
 
     def _path(self, key: str) -> Path:
         return self.folder / safe_key(key)
 
-    def _replace(self, key: str, fill: object, sha256: str | None = None) -> None:
+    def _replace(self, key: str, fill: Callable[[Path], object], sha256: str | None = None) -> None:
         path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial = _partial(path)
         try:
-            fill(partial)  # type: ignore[operator]
+            for _ in range(_FOLDER_TRIES):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # a deletion may remove the empty folder in between
+                with suppress(FileNotFoundError):
+                    partial.touch()
+                    break
+            fill(partial)
             if sha256 is not None and sha256_file(partial) != sha256:
-                raise StoreError(
-                    "the copy differs from the file", where=self.url(key), fix="check the disk"
+                raise ArtifactError(
+                    f"{path.name} is not the file that was announced (sha256 differs)",
+                    where=self.url(key),
+                    fix="run the step that wrote it again, and check the disk",
                 )
             partial.replace(path)
         finally:
@@ -122,6 +162,31 @@ class FolderStore(Store):
                 f"the folder cannot be used: {error.strerror}", where=where, fix="check permissions"
             ) from None
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StoreFull(
+                    "the store's disk is full", where=where, fix="free space, then try again"
+                ) from None
             raise StoreUnavailable(
                 f"the folder cannot be used: {error.strerror}", where=where, fix="check the disk"
             ) from None
+
+
+def _stat(path: Path) -> ObjectStat:
+    info = path.stat()
+    etag = f"{info.st_mtime_ns}-{info.st_ino}-{info.st_size}"
+    return ObjectStat(info.st_size, etag, info.st_mtime)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")
+
+
+def _is_partial(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".partial")

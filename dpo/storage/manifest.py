@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from dpo.errors import ArtifactError
+from dpo.storage.provenance import made_by
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 knew no ``made_by`` and no ``lineage``."""
 MANIFEST = "manifest.json"
 LOGS = frozenset({"metrics.jsonl", "run.json"})
 """Files with times in them: hashed and verified as every other, but not part of the content, so
@@ -52,7 +54,37 @@ class Manifest:
     """Fingerprint of the code that wrote it."""
     details: dict[str, Any] = field(default_factory=dict)
     """Figures and facts that the next step or a person may want."""
+    made_by: dict[str, Any] = field(default_factory=dict)
+    """Code version, image, machine and fingerprints; see ``dpo.storage.provenance``."""
+    lineage: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The record of every artifact before this one, by content hash."""
     format_version: int = FORMAT_VERSION
+
+
+_read: dict[str, Manifest] = {}
+"""Manifests that this process read or wrote, by content hash: what it writes is made of them."""
+
+
+def record(manifest: Manifest) -> dict[str, Any]:
+    """What the lineage of later artifacts says of this one."""
+    return {
+        "step": manifest.stage,
+        "content_hash": manifest.content_hash,
+        "parents": manifest.inputs,
+        "configuration": manifest.settings,
+        "code": manifest.code,
+        "made_by": manifest.made_by,
+        "sources": manifest.details.get("sources", {}),
+    }
+
+
+def lineage_of(inputs: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Records of the inputs, as far as this process read them, and of everything before them."""
+    found: dict[str, dict[str, Any]] = {}
+    for hash_ in inputs.values():
+        if known := _read.get(hash_):
+            found |= {**known.lineage, hash_: record(known)}
+    return found
 
 
 def sha256_file(path: Path) -> str:
@@ -86,8 +118,19 @@ def write_manifest(
     inputs: Mapping[str, str] | None = None,
     code: str = "",
     details: Mapping[str, Any] | None = None,
+    lineage: Mapping[str, dict[str, Any]] | None = None,
 ) -> Manifest:
-    """Hash every file in ``folder`` and write its manifest: temporary name, fsync, rename."""
+    """Hash every file in ``folder`` and write its manifest: temporary name, fsync, rename.
+
+    Args:
+        folder: The output.
+        stage: Which step wrote it.
+        settings: The settings that the step read.
+        inputs: Content hash of each input artifact, by name.
+        code: Fingerprint of the code.
+        details: Figures and facts.
+        lineage: Records of artifacts before this one that this process did not read itself.
+    """
     files = tuple(list_files(folder))
     manifest = Manifest(
         stage=stage,
@@ -97,7 +140,10 @@ def write_manifest(
         inputs=dict(inputs or {}),
         code=code,
         details=dict(details or {}),
+        made_by=made_by(),
+        lineage={**(lineage or {}), **lineage_of(inputs or {})},
     )
+    _read[manifest.content_hash] = manifest
     write_atomically(folder / MANIFEST, json.dumps(asdict(manifest), indent=1, sort_keys=True))
     return manifest
 
@@ -142,6 +188,7 @@ def read_manifest(folder: Path, *, stage: str | None = None, verify: bool = True
         )
     if verify:
         _verify(folder, manifest)
+    _read[manifest.content_hash] = manifest
     return manifest
 
 

@@ -21,15 +21,18 @@ class NotebookBar:
         self._labels = (step, unit)
         self._total = total
         self._handle: Any = None
+        self._note = ""
 
     def show(self, done: int, note: str) -> None:
         """Draw the bar at ``done`` with ``note`` beside it."""
         from IPython.display import HTML, display
 
+        # the end has no figures of its own
+        self._note = note or self._note
         step, unit = map(escape, self._labels)
         of = f"/{self._total}" if self._total else ""
         bar = f"<progress value='{done}' max='{self._total or max(done, 1)}'></progress>"
-        content = HTML(f"<code>{step} {bar} {done}{of} {unit}&nbsp; {escape(note)}</code>")
+        content = HTML(f"<code>{step} {bar} {done}{of} {unit}&nbsp; {escape(self._note)}</code>")
         if self._handle is None:
             self._handle = display(content, display_id=True)
         else:

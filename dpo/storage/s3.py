@@ -1,297 +1,372 @@
-"""A bucket of an S3-compatible service as an object store, through the ``minio`` client."""
+"""A bucket of an S3-compatible service as an object store, through the ``minio`` client.
+
+A small file goes in one request with its sha256. A larger one goes in parts of 16 MiB, several at
+once over all files, each with a CRC-32; the store compares what arrived with these checksums, and
+we compare the file's sha256 while we read it, once.
+"""
 
 from __future__ import annotations
 
 import base64
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import hashlib
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from threading import BoundedSemaphore
+from typing import Any, BinaryIO
+from uuid import uuid4
 
-from dpo.errors import (
-    ConfigError,
-    ObjectMissing,
-    StoreAccessDenied,
-    StoreError,
-    StoreUnavailable,
-    WriteConflict,
-)
+from dpo.errors import ArtifactError, ObjectMissing, StoreError, StoreUnavailable, WriteConflict
+from dpo.storage.s3_client import PAYLOAD_HASH, UNSIGNED, Body, Caller, make_client, parsed
+from dpo.storage.s3_connection import GOOGLE_HOST, Connection, connection, google_connection
 from dpo.storage.store import ObjectStat, Progress, Store, safe_key
 
-_CONNECT_SECONDS = 5.0
-_READ_SECONDS = 60.0
-_RETRIES = 4
 _PART_BYTES = 16 << 20
+_MOST_PARTS = 10_000
+_PARTS_AT_ONCE = 6
+"""Times the size of a part: the memory that all uploads together take."""
 _CHUNK_BYTES = 1 << 20
-_PRESIGNED_SECONDS = 300
-_SHA256_METADATA = "sha256"
+_FILE_TRIES = 3
+_ABORT_SECONDS = 2.0
+_TYPE = "application/octet-stream"
+_SHA256 = "x-amz-meta-sha256"
 
-_MISSING = {"NoSuchKey", "NoSuchBucket", "NoSuchObject"}
-_DENIED = {
-    "AccessDenied": "the account may not do this here",
-    "InvalidAccessKeyId": "the access key is not known to the store",
-    "SignatureDoesNotMatch": "the secret key does not belong to the access key",
-    "RequestTimeTooSkewed": "this machine's clock differs too much from the store's",
-}
+
+def open_bucket(scheme: str, bucket: str, prefix: str, url: str) -> Store:
+    """The store behind ``s3://``, ``minio://`` or ``gs://``."""
+    found = google_connection() if scheme == "gs" else connection()
+    if scheme == "gs" or found.endpoint.partition(":")[0].endswith(GOOGLE_HOST):
+        from dpo.storage.google import GoogleStore
+
+        return GoogleStore(bucket, prefix, url, found)
+    return S3Store(bucket, prefix, url, found)
 
 
 @dataclass(frozen=True)
-class Connection:
-    """How to reach the service, from the environment."""
+class _Part:
+    """A part that the store has."""
 
-    endpoint: str
-    """Host with port."""
-    secure: bool
-    access_key: str | None
-    secret_key: str | None
-    session_token: str | None
-    region: str | None
-
-
-def connection(environment: Mapping[str, str] | None = None) -> Connection:
-    """Endpoint and credentials from the conventional variables.
-
-    ``AWS_ENDPOINT_URL_S3``, ``AWS_ENDPOINT_URL``, ``S3_ENDPOINT`` or ``MINIO_ENDPOINT`` (with or
-    without ``http://``); ``AWS_ACCESS_KEY_ID`` and ``AWS_SECRET_ACCESS_KEY``, ``MINIO_ACCESS_KEY``
-    and ``MINIO_SECRET_KEY``, or ``MINIO_ROOT_USER`` and ``MINIO_ROOT_PASSWORD``.
-
-    Raises:
-        ConfigError: an endpoint that is no address.
-    """
-    env = os.environ if environment is None else environment
-    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "S3_ENDPOINT", "MINIO_ENDPOINT")
-    name, given = next(((n, env[n]) for n in names if env.get(n)), ("", "https://s3.amazonaws.com"))
-    parts = urlsplit(given if "://" in given else f"//{given}")
-    if not parts.hostname or parts.path.strip("/"):
-        raise ConfigError(
-            "the endpoint of the store is no address", where=name, fix="write http://host:port"
-        )
-    if "://" in given:
-        secure = parts.scheme == "https"
-    else:
-        secure = env.get("MINIO_SECURE", "false").lower() in ("1", "true", "yes")
-    keys = (
-        ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
-        ("MINIO_ACCESS_KEY", "MINIO_SECRET_KEY"),
-        ("MINIO_ROOT_USER", "MINIO_ROOT_PASSWORD"),
-    )
-    access, secret = next(
-        ((env[a], env[s]) for a, s in keys if env.get(a) and env.get(s)), (None, None)
-    )
-    return Connection(
-        endpoint=parts.netloc,
-        secure=secure,
-        access_key=access,
-        secret_key=secret,
-        session_token=env.get("AWS_SESSION_TOKEN"),
-        region=env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION"),
-    )
+    number: int
+    etag: str
+    checksum: str
+    """CRC-32, base64; empty where the service has none."""
 
 
 class S3Store(Store):
     """Objects under a prefix of a bucket."""
 
-    def __init__(self, bucket: str, prefix: str, url: str) -> None:
+    def __init__(self, bucket: str, prefix: str, url: str, to: Connection | None = None) -> None:
         super().__init__(url)
         self.bucket, self.prefix = bucket, prefix
-        self.connection = connection()
-        self._client = _client(self.connection)
+        self.connection = to or connection()
+        self._client = make_client(self.connection)
+        limits = lambda: (self.retry_seconds, self.deadline)  # noqa: E731
+        self._call = Caller(self.connection, bucket, limits)
+        self._slots = BoundedSemaphore(_PARTS_AT_ONCE)
+        self._pool = ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="parts")
 
     def check(self, *, create: bool = False) -> None:
-        with self._problems():
-            if self._client.bucket_exists(self.bucket):
-                return
-            if not create:
-                raise ObjectMissing(
-                    f"there is no bucket {self.bucket}",
-                    where=self.connection.endpoint,
-                    fix="make it, or let it be made with publish.create_bucket=true",
-                )
-            self._client.make_bucket(self.bucket)
+        if self._call(self.root, lambda: self._client.bucket_exists(self.bucket)):
+            return
+        if not create:
+            raise ObjectMissing(
+                f"there is no bucket {self.bucket}",
+                where=self.connection.endpoint,
+                fix="make it, or let it be made with publish.create_bucket=true",
+            )
+        # another publisher may make it at the same moment
+        with suppress(WriteConflict):
+            self._call(self.root, lambda: self._client.make_bucket(self.bucket))
 
     def stat(self, key: str) -> ObjectStat | None:
         try:
-            with self._problems(key):
-                found = self._client.stat_object(self.bucket, self._key(key))
+            found = self._call(
+                self.url(key), lambda: self._client.stat_object(self.bucket, self._key(key))
+            )
         except ObjectMissing:
             return None
-        return ObjectStat(found.size, found.etag)
+        return ObjectStat(found.size, found.etag, _seconds(found.last_modified))
 
     def read(self, key: str) -> bytes:
-        with self._problems(key), self._response(key) as response:
-            return bytes(response.read())
+        def ask() -> bytes:
+            with self._response(key) as response:
+                return bytes(response.read())
+
+        return self._call(self.url(key), ask)
 
     def write(self, key: str, data: bytes, *, expected: str | None = None) -> None:
-        """The client has no conditional write; a presigned PUT with the header has."""
-        headers = {"Content-Type": "application/json"}
-        if expected == "":
-            headers["If-None-Match"] = "*"
-        elif expected is not None:
-            headers["If-Match"] = f'"{expected}"'
-        from datetime import timedelta
+        """The client has no conditional write; a request with these headers is one."""
+        headers = {"Content-Type": "application/json", **self._condition(expected)}
+        tries = 0
 
-        with self._problems(key):
-            url = self._client.presigned_put_object(
-                self.bucket, self._key(key), expires=timedelta(seconds=_PRESIGNED_SECONDS)
-            )
-            response = self._client._http.urlopen("PUT", url, body=data, headers=headers)
-        if response.status == 412 or (expected is not None and response.status in (404, 409)):
-            raise WriteConflict("another writer was first", where=self.url(key), fix="try again")
-        if response.status >= 300:
-            code = _xml_code(response.data)
-            raise self._refusal(code, f"HTTP {response.status} {code}", key)
+        def ask() -> None:
+            nonlocal tries
+            tries += 1
+            self._send("PUT", key, data, {**headers, **self._whole_checksum(data)})
+
+        try:
+            self._call(self.url(key), ask)
+        except (WriteConflict, ObjectMissing) as error:
+            if expected is None or (isinstance(error, ObjectMissing) and not expected):
+                raise
+            # the answer to an earlier try may have been lost, not the write
+            if tries == 1 or self._content(key) != data:
+                raise WriteConflict(
+                    "another writer was first", where=self.url(key), fix="try again"
+                ) from None
 
     def upload(self, path: Path, key: str, sha256: str, progress: Progress | None = None) -> None:
         size = path.stat().st_size
-        metadata: dict[str, Any] = {_SHA256_METADATA: sha256}
         if size <= _PART_BYTES:
-            # in one part, so the server can compare what arrived with the hash
-            checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
-            metadata["x-amz-checksum-sha256"] = checksum
-        with self._problems(key), _Counted(path, progress) as file:
-            self._client.put_object(
-                self.bucket,
-                self._key(key),
-                file,
-                size,
-                metadata=metadata,
-                part_size=_PART_BYTES,
-                num_parallel_uploads=3,
-            )
+            self._upload_whole(path, key, sha256)
+            if progress:
+                progress(size)
+            return
+        for remaining in reversed(range(_FILE_TRIES)):
+            try:
+                self._upload_parts(path, size, key, sha256, progress)
+                return
+            except ObjectMissing:
+                # the store forgot the upload, or finished it and its answer was lost
+                if self.has(key, size, sha256):
+                    return
+                if not remaining:
+                    raise
+
+    def has(self, key: str, size: int, sha256: str) -> bool:
+        def ask() -> Any:
+            return self._client.stat_object(self.bucket, self._key(key))
+
+        try:
+            found = self._call(self.url(key), ask)
+        except ObjectMissing:
+            return False
+        kept = {name.lower(): value for name, value in found.metadata.items()}
+        return bool(found.size == size and kept.get(_SHA256) == sha256)
 
     def download(self, key: str, path: Path, progress: Progress | None = None) -> None:
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial = path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")
         try:
-            with (
-                self._problems(key),
-                self._response(key) as response,
-                partial.open("wb") as file,
-            ):
-                for chunk in response.stream(_CHUNK_BYTES):
-                    file.write(chunk)
-                    if progress:
-                        progress(len(chunk))
+            with partial.open("wb") as file:
+                self._call(self.url(key), lambda: self._fetch(key, file, progress))
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
 
-    def list(self, prefix: str = "") -> Iterator[str]:
+    def scan(self, prefix: str = "") -> Iterator[tuple[str, ObjectStat]]:
         start = f"{self.prefix}/" if self.prefix else ""
-        with self._problems(prefix):
-            found = self._client.list_objects(
-                self.bucket, prefix=f"{start}{prefix}", recursive=True
-            )
-            for item in found:
-                yield item.object_name[len(start) :]
+
+        def ask() -> list[Any]:
+            full = f"{start}{prefix}"
+            return list(self._client.list_objects(self.bucket, prefix=full, recursive=True))
+
+        for item in self._call(self.url(prefix), ask):
+            state = ObjectStat(item.size, item.etag, _seconds(item.last_modified))
+            yield item.object_name[len(start) :], state
 
     def delete(self, key: str) -> None:
-        with self._problems(key):
-            self._client.remove_object(self.bucket, self._key(key))
+        self._call(self.url(key), lambda: self._client.remove_object(self.bucket, self._key(key)))
+
+    def discard_unfinished(self, key: str, older_seconds: float) -> int:
+        name = self._key(key)
+
+        def ask() -> Any:
+            # MinIO answers for an exact key only
+            return self._execute("GET", None, {"uploads": "", "prefix": name}).data
+
+        count = 0
+        now = datetime.now(UTC).timestamp()
+        for upload in parsed(self._call(self.url(key), ask)).findall("{*}Upload"):
+            begun = datetime.fromisoformat(upload.findtext("{*}Initiated", "")).timestamp()
+            if upload.findtext("{*}Key") == name and now - begun >= older_seconds:
+                self._abort(key, upload.findtext("{*}UploadId", ""))
+                count += 1
+        return count
+
+    # --- one file ---
+
+    def _upload_whole(self, path: Path, key: str, sha256: str) -> None:
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise self._other_file(path, key)
+        headers = {"Content-Type": _TYPE, _SHA256: sha256, **self._whole_checksum(data)}
+        self._call(self.url(key), lambda: self._send("PUT", key, data, headers))
+
+    def _upload_parts(
+        self, path: Path, size: int, key: str, sha256: str, progress: Progress | None
+    ) -> None:
+        url = self.url(key)
+        begin = lambda: self._begin(key, sha256)  # noqa: E731
+        upload_id = self._call(url, begin)
+        part_bytes = max(_PART_BYTES, -(-size // _MOST_PARTS))
+        waiting: list[Future[_Part]] = []
+        digest = hashlib.sha256()
+        try:
+            with path.open("rb", buffering=0) as file:
+                while data := self._next(file, part_bytes, waiting):
+                    number = len(waiting) + 1
+                    send = self._pool.submit(self._part, key, upload_id, number, data, progress)
+                    send.add_done_callback(lambda _: self._slots.release())
+                    waiting.append(send)
+                    digest.update(data)
+            if digest.hexdigest() != sha256:
+                raise self._other_file(path, key)
+            parts = [send.result() for send in waiting]
+            self._call(url, lambda: self._finish(key, upload_id, parts))
+        except BaseException:
+            for send in waiting:
+                send.cancel()
+            for send in waiting:
+                if not send.cancelled():
+                    send.exception()
+            with suppress(StoreError):
+                self._abort(key, upload_id)
+            raise
+
+    def _next(self, file: BinaryIO, n_bytes: int, waiting: list[Future[_Part]]) -> bytes:
+        """The next part, read when there is memory for it; an error of an earlier one is raised."""
+        self._slots.acquire()
+        try:
+            if self.deadline is not None and time.monotonic() > self.deadline:
+                raise StoreUnavailable(
+                    "the time for the upload is over",
+                    where=self.root,
+                    fix="try again: it goes on from there; or raise publish.deadline_seconds",
+                )
+            for send in waiting:
+                if send.done():
+                    send.result()
+            data = file.read(n_bytes)
+            while 0 < len(data) < n_bytes and (more := file.read(n_bytes - len(data))):
+                data += more
+        except BaseException:
+            self._slots.release()
+            raise
+        if not data:
+            self._slots.release()
+        return data
+
+    def _begin(self, key: str, sha256: str) -> str:
+        headers = {"Content-Type": _TYPE, _SHA256: sha256, **self._parts_checksum()}
+        answer = self._send("POST", key, b"", headers, {"uploads": ""})
+        return parsed(answer.data).findtext("{*}UploadId", "")
+
+    def _part(
+        self, key: str, upload_id: str, number: int, data: bytes, progress: Progress | None
+    ) -> _Part:
+        headers = self._part_checksum(data)
+        query = {"partNumber": str(number), "uploadId": upload_id}
+        answer = self._call(self.url(key), lambda: self._send("PUT", key, data, headers, query))
+        if progress:
+            progress(len(data))
+        checksum = headers.get("x-amz-checksum-crc32", "")
+        return _Part(number, answer.headers["ETag"].strip('"'), checksum)
+
+    def _finish(self, key: str, upload_id: str, parts: list[_Part]) -> None:
+        lines = [
+            f"<Part><PartNumber>{part.number}</PartNumber><ETag>{part.etag}</ETag>"
+            + (f"<ChecksumCRC32>{part.checksum}</ChecksumCRC32>" if part.checksum else "")
+            + "</Part>"
+            for part in parts
+        ]
+        body = f"<CompleteMultipartUpload>{''.join(lines)}</CompleteMultipartUpload>".encode()
+        answer = self._send("POST", key, body, {}, {"uploadId": upload_id})
+        # the service answers 200 before it knows, and says later what went wrong
+        if (root := parsed(answer.data)).tag.endswith("Error"):
+            raise StoreUnavailable(
+                f"the store could not join the parts: {root.findtext('Code')}", where=self.url(key)
+            )
+
+    def _abort(self, key: str, upload_id: str) -> None:
+        def ask() -> None:
+            self._execute("DELETE", key, {"uploadId": upload_id})
+
+        with suppress(ObjectMissing):
+            self._call(self.url(key), ask, retry_seconds=_ABORT_SECONDS)
+
+    def _other_file(self, path: Path, key: str) -> ArtifactError:
+        return ArtifactError(
+            f"{path.name} is not the file that was announced (sha256 differs)",
+            where=self.url(key),
+            fix="run the step that wrote it again, and check the disk",
+        )
+
+    # --- what services differ in ---
+
+    def _condition(self, expected: str | None) -> dict[str, str]:
+        if expected is None:
+            return {}
+        return {"If-Match": f'"{expected}"'} if expected else {"If-None-Match": "*"}
+
+    def _whole_checksum(self, data: bytes) -> dict[str, str]:
+        digest = base64.b64encode(hashlib.sha256(data).digest()).decode()
+        return {"x-amz-checksum-sha256": digest}
+
+    def _parts_checksum(self) -> dict[str, str]:
+        return {"x-amz-checksum-algorithm": "CRC32"}
+
+    def _part_checksum(self, data: bytes) -> dict[str, str]:
+        checksum = base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
+        return {"x-amz-checksum-crc32": checksum}
+
+    # --- requests ---
+
+    def _send(
+        self,
+        method: str,
+        key: str,
+        data: bytes,
+        headers: dict[str, str],
+        query: dict[str, str] | None = None,
+    ) -> Any:
+        return self._client._execute(
+            method,
+            self.bucket,
+            self._key(key),
+            body=Body(data),
+            # the client adds to the headers that it is given
+            headers={**headers, PAYLOAD_HASH: UNSIGNED},
+            query_params=query,
+        )
+
+    def _execute(self, method: str, key: str | None, query: dict[str, str]) -> Any:
+        name = self._key(key) if key is not None else None
+        return self._client._execute(method, self.bucket, name, query_params=query)
+
+    def _content(self, key: str) -> bytes | None:
+        try:
+            return self.read(key)
+        except ObjectMissing:
+            return None
+
+    def _fetch(self, key: str, file: BinaryIO, progress: Progress | None) -> None:
+        """The rest of an object, from where the file ends."""
+        start = file.tell()
+        if start and (found := self.stat(key)) and found.size == start:
+            return
+        with self._response(key, start) as response:
+            for chunk in response.stream(_CHUNK_BYTES):
+                file.write(chunk)
+                if progress:
+                    progress(len(chunk))
 
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{safe_key(key)}" if self.prefix else safe_key(key)
 
     @contextmanager
-    def _response(self, key: str) -> Iterator[Any]:
-        response = self._client.get_object(self.bucket, self._key(key))
+    def _response(self, key: str, offset: int = 0) -> Iterator[Any]:
+        response = self._client.get_object(self.bucket, self._key(key), offset=offset)
         try:
             yield response
         finally:
             response.close()
             response.release_conn()
 
-    @contextmanager
-    def _problems(self, key: str = "") -> Iterator[None]:
-        import urllib3
-        from minio.error import MinioException, S3Error, ServerError
 
-        try:
-            yield
-        except S3Error as error:
-            raise self._refusal(error.code or "", error.message or str(error), key) from None
-        except (urllib3.exceptions.HTTPError, ServerError, OSError) as error:
-            if isinstance(error, OSError) and error.filename:
-                raise
-            raise StoreUnavailable(
-                f"the store does not answer: {_reason(error)}",
-                where=f"{self.connection.endpoint} ({self.url(key) if key else self.root})",
-                fix="check that it runs, and AWS_ENDPOINT_URL or S3_ENDPOINT",
-            ) from None
-        except MinioException as error:
-            raise StoreError(f"the store failed: {error}", where=self.url(key)) from None
-
-    def _refusal(self, code: str, message: str, key: str) -> StoreError:
-        where = f"{self.connection.endpoint} ({self.url(key) if key else self.root})"
-        if code in _MISSING:
-            what = f"no bucket {self.bucket}" if code == "NoSuchBucket" else "no such object"
-            return ObjectMissing(f"there is {what}", where=where, fix="check the URL")
-        if code == "RequestTimeTooSkewed":
-            return StoreAccessDenied(_DENIED[code], where=where, fix="set the clock (NTP)")
-        if code in _DENIED:
-            missing = "" if self.connection.access_key else " (none are set)"
-            return StoreAccessDenied(
-                f"{_DENIED[code]}{missing}",
-                where=where,
-                fix="check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and the account's policy",
-            )
-        return StoreUnavailable(f"the store refused: {code} {message}".strip(), where=where)
-
-
-class _Counted:
-    """A file that tells how many bytes were read from it."""
-
-    def __init__(self, path: Path, progress: Progress | None) -> None:
-        self._file = path.open("rb")
-        self._progress = progress
-
-    def __enter__(self) -> _Counted:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
-        if self._progress and data:
-            self._progress(len(data))
-        return data
-
-
-def _client(to: Connection) -> Any:
-    import urllib3
-    from minio import Minio
-
-    pool = urllib3.PoolManager(
-        timeout=urllib3.Timeout(connect=_CONNECT_SECONDS, read=_READ_SECONDS),
-        maxsize=10,
-        retries=urllib3.Retry(
-            total=_RETRIES, backoff_factor=0.3, status_forcelist=[500, 502, 503, 504]
-        ),
-        cert_reqs="CERT_REQUIRED",
-        ca_certs=os.environ.get("AWS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE"),
-    )
-    return Minio(
-        to.endpoint,
-        access_key=to.access_key,
-        secret_key=to.secret_key,
-        session_token=to.session_token,
-        region=to.region,
-        secure=to.secure,
-        http_client=pool,
-    )
-
-
-def _reason(error: BaseException) -> str:
-    inner = getattr(error, "reason", None)
-    while isinstance(inner, BaseException) and getattr(inner, "reason", None):
-        inner = inner.reason  # type: ignore[attr-defined]
-    text = str(inner or error)
-    return text.rpartition(": ")[2] or type(error).__name__
-
-
-def _xml_code(data: bytes) -> str:
-    start, end = data.find(b"<Code>"), data.find(b"</Code>")
-    return data[start + 6 : end].decode("ascii", "replace") if 0 <= start < end else ""
+def _seconds(moment: datetime | None) -> float:
+    return moment.timestamp() if moment else 0.0

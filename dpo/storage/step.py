@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from dpo.config.compose import compose
+from dpo.config.overrides import override_value
 from dpo.config.schema import RunConfig
-from dpo.config.stages import Stage, load_stage
+from dpo.config.stages import Stage, load_stage, overridden
 from dpo.errors import ConfigError
 from dpo.storage.fingerprint import code_fingerprint
 from dpo.storage.manifest import Manifest
 from dpo.storage.progress import reported
+from dpo.storage.provenance import note
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,11 @@ class Step:
     """Fingerprint of the code that runs."""
     planned: dict[str, str]
     """What the run was planned with: fingerprints of ``code``, ``data``, ``model``."""
+
+    @property
+    def artifact(self) -> str:
+        """Content hash of the earlier artifact that the run was planned to start from."""
+        return self.planned.get("artifact", "")
 
     def expect(self, name: str, found: str) -> None:
         """Stop when ``name`` is no longer what the run was planned with.
@@ -47,23 +55,39 @@ class Step:
 
 
 @contextmanager
-def step(stage: Stage, settings: str, fingerprint: str = "") -> Iterator[Step]:
+def step(
+    stage: Stage, settings: str, fingerprint: str = "", overrides: str = "", *, part: str = ""
+) -> Iterator[Step]:
     """Run a stage inside a component.
 
     Args:
         stage: Which one.
         settings: JSON of the settings that it reads; keys left out take their defaults.
         fingerprint: JSON of what the run was planned with; empty skips the comparison.
+        overrides: JSON list of ``KEY=VALUE`` that a sweep puts over the settings; keys that the
+            stage does not read are left out.
+        part: Which held-out pairs an evaluation measures on; empty leaves it to the settings.
     """
+    changes = json.loads(overrides) if overrides else []
+    changes += [f"evaluation.part={part}"] if part else []
     with reported(stage):
         running = Step(
             stage=stage,
-            config=load_stage(stage, settings),
+            config=_with_sources(stage, load_stage(stage, overridden(stage, settings, changes))),
             code=code_fingerprint(stage),
             planned=json.loads(fingerprint) if fingerprint else {},
         )
+        note(running.planned)
         running.expect("code", running.code)
         yield running
+
+
+def _with_sources(stage: Stage, config: RunConfig) -> RunConfig:
+    """The sources behind ``datasets``, where a component is used alone and nobody composed them."""
+    if stage != "ingest" or config.sources:
+        return config
+    composed = compose([f"datasets={override_value(config.datasets)}"]).config
+    return config.model_copy(update={"datasets": composed.datasets, "sources": composed.sources})
 
 
 class MetricsArtifact(Protocol):
@@ -111,3 +135,9 @@ def copy_report(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
     else:
         target.write_text("This step wrote no report.\n", encoding="utf-8")
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write a report that is a text to where the UI looks for it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text, encoding="utf-8")

@@ -3,14 +3,16 @@
     file:///folder               a folder on this machine or a mounted volume
     s3://bucket/prefix           S3; minio:// is the same
     minio://bucket/prefix
+    gs://bucket/prefix           Google Cloud or Firebase storage, by its S3-compatible endpoint
 
-Endpoint and credentials come from the environment (``AWS_*``, ``S3_ENDPOINT``, ``MINIO_*``), never
-from the URL.
+Endpoint and credentials come from the environment (``AWS_*``, ``S3_ENDPOINT``, ``MINIO_*``,
+``GOOGLE_*``), never from the URL.
 """
 
 from __future__ import annotations
 
 import re
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,8 +21,10 @@ from urllib.parse import unquote, urlsplit
 
 from dpo.errors import ConfigError, StoreError
 
-_SCHEMES = ("file", "s3", "minio")
+_SCHEMES = ("file", "s3", "minio", "gs")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+
+_RETRY_SECONDS = 5.0
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that were just moved."""
@@ -34,6 +38,8 @@ class ObjectStat:
     """In bytes."""
     etag: str
     """Changes with every write; for conditional writes."""
+    modified: float = 0.0
+    """When it was written, by the store's clock, in seconds since 1970."""
 
 
 class Store(ABC):
@@ -41,6 +47,14 @@ class Store(ABC):
 
     def __init__(self, url: str) -> None:
         self.root = url.rstrip("/")
+        self.retry_seconds = _RETRY_SECONDS
+        """How long a request is repeated while the store does not answer."""
+        self.deadline: float | None = None
+        """``time.monotonic()`` after which nothing is repeated any more."""
+
+    def give_up(self) -> None:
+        """Repeat no request from now on; those under way end by themselves."""
+        self.deadline = time.monotonic()
 
     def url(self, key: str) -> str:
         """The URL of an object."""
@@ -82,7 +96,15 @@ class Store(ABC):
 
     @abstractmethod
     def upload(self, path: Path, key: str, sha256: str, progress: Progress | None = None) -> None:
-        """Store a file; what arrived is compared with ``sha256`` (hex) or its size."""
+        """Store a file. It is read once; the store compares what arrived with checksums of it.
+
+        Raises:
+            ArtifactError: the file is not the one with this ``sha256`` (hex); nothing was stored.
+        """
+
+    @abstractmethod
+    def has(self, key: str, size: int, sha256: str) -> bool:
+        """Whether ``upload`` stored this file here before."""
 
     @abstractmethod
     def download(self, key: str, path: Path, progress: Progress | None = None) -> None:
@@ -93,8 +115,22 @@ class Store(ABC):
         """
 
     @abstractmethod
+    def scan(self, prefix: str = "") -> Iterator[tuple[str, ObjectStat]]:
+        """Every object whose key begins with ``prefix``, in order of the keys."""
+
     def list(self, prefix: str = "") -> Iterator[str]:
         """Keys that begin with ``prefix``, in order."""
+        for key, _ in self.scan(prefix):
+            yield key
+
+    @abstractmethod
+    def discard_unfinished(self, key: str, older_seconds: float) -> int:
+        """Remove what uploads to ``key`` left that ended half-way; how many there were.
+
+        Args:
+            key: Whose.
+            older_seconds: Only those that began at least so long ago.
+        """
 
     @abstractmethod
     def delete(self, key: str) -> None:
@@ -116,7 +152,7 @@ def open_store(url: str) -> Store:
     if parts.scheme not in _SCHEMES:
         raise ConfigError(
             f"{url!r} is not the URL of a store",
-            fix="write s3://bucket/prefix, minio://bucket/prefix or file:///folder",
+            fix="write s3://bucket/prefix, minio://bucket/prefix, gs://bucket/prefix or file:///folder",
         )
     if parts.username or parts.password:
         raise ConfigError(
@@ -138,9 +174,9 @@ def open_store(url: str) -> Store:
             f"{url!r} does not name a bucket",
             fix="write s3://bucket/prefix; the endpoint comes from AWS_ENDPOINT_URL or S3_ENDPOINT",
         )
-    from dpo.storage.s3 import S3Store
+    from dpo.storage.s3 import open_bucket
 
-    return S3Store(parts.netloc, parts.path.strip("/"), url)
+    return open_bucket(parts.scheme, parts.netloc, parts.path.strip("/"), url)
 
 
 def safe_key(key: str) -> str:

@@ -10,7 +10,8 @@ from dpo.config.schema import RunConfig
 from dpo.data.loader import Order, evaluation_indices, weighted
 from dpo.data.parquet import Pairs, read_pairs
 from dpo.data.schema import TEST, TRAIN
-from dpo.data.tokenize import Limits, TokenizedExample, tokenize_pair
+from dpo.data.tokenize import Limits, TokenizedExample
+from dpo.data.tokens import tokenize_rows
 from dpo.errors import DataError
 
 
@@ -70,18 +71,4 @@ def _tokenize(
     config: RunConfig, pairs: Pairs, indices: list[int], tokenizer: Any, responses: str
 ) -> list[TokenizedExample]:
     limits = Limits(config.max_length, config.max_prompt_length, config.truncation_mode)
-    examples = []
-    for index in indices:
-        row = pairs.rows[index]
-        texts = [row.sft_target] if responses == "sft_target" else [row.chosen, row.rejected]
-        examples.append(
-            tokenize_pair(
-                row.prompt,
-                texts,
-                tokenizer,
-                limits,
-                prompt_format=pairs.prompt_format,
-                pair_id=row.pair_id,
-            )
-        )
-    return examples
+    return tokenize_rows(pairs, indices, tokenizer, limits, responses=responses)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -26,7 +27,7 @@ from dpo.config.schema import RunConfig
 from dpo.data.log_probs import PairLogProbs
 from dpo.data.packing import pack
 from dpo.data.tokenize import TokenizedExample
-from dpo.modeling.lora import add_adapter
+from dpo.modeling import attention
 from dpo.modeling.precision import DTYPES, autocast
 from dpo.plan.architecture import config_values
 from dpo.train.optimizer import build_optimizer
@@ -49,7 +50,11 @@ class StorageCount(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the operation and count what it returns."""
-        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.nonzero.default and isinstance(args[0], FakeTensor):
+            # how many there are depends on contents; all of them at most
+            result = args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
+        else:
+            result = func(*args, **(kwargs or {}))
         for value in tree_iter(result):
             if isinstance(value, torch.Tensor):
                 self._add(value)
@@ -106,15 +111,16 @@ def peak_bytes(
     Raises:
         DpoError: the model is not known, or has no block of the given name.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     fake = FakeTensorMode()
-    with _processes(gpus), StorageCount() as count, warnings.catch_warnings():
+    with (
+        _processes(gpus),
+        _attention_of_a_gpu(),
+        StorageCount() as count,
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         with fake:
             model = _model(config)
-            if config.lora.enabled:
-                add_adapter(model, config.lora, config.model.name_or_path)
             checkpoint_activations(model, config.activation_checkpointing)
         scorer = Scorer(model)
         if gpus > 1:
@@ -168,6 +174,17 @@ def _backward(objective: Objective, row: tuple[int, int, int], n_rows: int) -> N
         for _ in range(n_rows):
             losses_E, _ = objective.figures(batch, reference, "train")
             losses_E.sum().backward()
+
+
+@contextmanager
+def _attention_of_a_gpu() -> Iterator[None]:
+    """Fused attention for every length: what a CPU does for short ones keeps other tensors."""
+    names = vars(attention)
+    before, names["LONGEST"] = names["LONGEST"], 0
+    try:
+        yield
+    finally:
+        names["LONGEST"] = before
 
 
 @contextmanager

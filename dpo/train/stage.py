@@ -31,7 +31,7 @@ from dpo.modeling.lora import (
 from dpo.modeling.precision import DTYPES, compute_dtype
 from dpo.modeling.scoring import score
 from dpo.storage.manifest import MANIFEST, Manifest, read_manifest, staged, write_manifest
-from dpo.storage.progress import track
+from dpo.storage.progress import message, track
 from dpo.train.checkpoint import Checkpoints
 from dpo.train.data import Examples, load_examples
 from dpo.train.launch import launch
@@ -174,6 +174,7 @@ def _trainer(
         responses="sft_target" if stage == "sft" else "pair",
     )
     check_examples(examples.order.total_examples, ranks)
+    _say_what_is_missing(config, stage, examples)
     scorer, dtype = Scorer(model), compute_dtype(config.model, device)
     if layout and layout.tensor:
         parallelize(model, layout.tensor)
@@ -200,6 +201,17 @@ def _load(config: RunConfig, base: Path | None, device: str) -> tuple[Any, Any]:
     devices = [torch.device("cuda", number) for number in range(gpus)]
     spread_layers(model, find_blocks(model, config.model.block_name), devices)
     return model, tokenizer
+
+
+def _say_what_is_missing(config: RunConfig, stage: Stage, examples: Examples) -> None:
+    order = examples.order
+    if config.n_examples and order.total_examples < config.n_examples and is_first():
+        message(
+            stage,
+            f"n_examples is {config.n_examples:,}, but n_epochs={config.n_epochs} over "
+            f"{order.n_pairs:,} training pairs gives {order.total_examples:,}: training ends there "
+            "(more with n_epochs=null, or another number)",
+        )
 
 
 def _refuse_lora_with(config: RunConfig) -> None:

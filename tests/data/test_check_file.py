@@ -25,8 +25,8 @@ def test_toy_data_are_sound_and_found(in_tmp: Path, capsys: pytest.CaptureFixtur
     toy.main()
     code, text = check("toy-data/community.json", capsys)
     assert code == 0
-    assert text.startswith(
-        "toy-data/community.json: 80 rows, of which 0 rows cannot be used; 80 pairs can."
+    assert text == (
+        "toy-data/community.json: 80 rows, 80 pairs can be used.\n\nNothing is wrong.\n"
     )
     assert main(["ingest", "datasets=[novalto]", "model=tiny", "output=out"]) == 0
     assert (in_tmp / "out" / "manifest.json").is_file()
@@ -41,10 +41,12 @@ def test_what_is_wrong_in_words(in_tmp: Path, capsys: pytest.CaptureFixture[str]
     Path("mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{oops\n")
     code, text = check("mine.jsonl", capsys)
     assert code == 1
-    assert "mine.jsonl: 81 rows, of which 4 rows cannot be used; 77 pairs can." in text
-    assert "empty (1 row, wrong)\n  mine.jsonl, line 4: chosen is empty." in text
+    assert text.startswith("mine.jsonl: 81 rows, 77 pairs can be used.\n\nTo mend: 3 rows\n")
+    assert "  A text is empty (empty): 1 row\n    mine.jsonl, line 4: chosen is empty." in text
     assert "mine.jsonl, line 6: the field rejected is missing." in text
-    assert "duplicate pair (1 row, not needed)" in text
+    assert "Sound, but not needed: 1 row" in text
+    assert "  The same pair stands there before (duplicate_pair): 1 row" in text
+    assert text.endswith("Mend these rows in the file and check it again.\n")
     assert "mine.jsonl, line 81: not JSON" in text
 
 
@@ -62,7 +64,7 @@ def test_duplicates_alone_are_no_fault(in_tmp: Path, capsys: pytest.CaptureFixtu
     Path("mine.json").write_text(json.dumps(toy.toy_rows() * 2))
     code, text = check("mine.json", capsys)
     assert code == 0
-    assert "duplicate pair (80 rows, not needed)" in text
+    assert "(duplicate_pair): 80 rows" in text
     assert "... and 75 more" in text
 
 

@@ -14,9 +14,10 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dpo.data import readers, unpack
+from dpo.data import lines, unpack
 from dpo.data.json_stream import JsonSyntax, iter_document
-from dpo.data.readers import RawRow, block_rows, is_plain_lines, rows
+from dpo.data.lines import RawRow, piece_rows
+from dpo.data.readers import is_lines, line_pieces, rows
 from dpo.errors import DataError
 
 ROWS = [{"prompt": f"p{n}", "chosen": 'a\nb,"ü"', "rejected": "c"} for n in range(5)]
@@ -79,6 +80,11 @@ def test_tables(tmp_path: Path) -> None:
         assert [row.line for row in found] == [1, 2, 3, 4, 5]
 
 
+def test_json_without_a_suffix_is_known_by_its_bytes(tmp_path: Path) -> None:
+    assert values(read(tmp_path / "rows", LINES)) == ROWS
+    assert values(read(tmp_path / "part-0.txt", json.dumps(ROWS, indent=1).encode())) == ROWS
+
+
 def test_a_parquet_file_is_known_by_its_bytes(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "rows.json")
     assert values(read(tmp_path / "rows.json")) == ROWS
@@ -113,7 +119,7 @@ def test_a_broken_line_costs_itself_alone(tmp_path: Path, line: bytes, problem: 
 
 
 def test_a_very_long_line_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 2**20)
+    monkeypatch.setattr(lines, "MAX_ROW_BYTES", 2**20)
     long = b'{"a": "' + b"x" * (5 * 2**20) + b'"}\n'
     found = read(tmp_path / "x.jsonl", b'{"a": 1}\n' + long + b'{"a": 3}\n' + long.rstrip())
     assert [row.line for row in found] == [1, 2, 3, 4]
@@ -218,14 +224,18 @@ def test_which_files_can_be_read_in_blocks(tmp_path: Path) -> None:
         ("e.csv", csv_bytes(), False),
     ):
         (tmp_path / name).write_bytes(data)
-        assert is_plain_lines(tmp_path / name, name) is plain
+        assert is_lines(tmp_path / name, name, plain=True) is plain
 
 
 def test_a_block_holds_its_own_lines(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(LINES)
     middle = LINES.index(b"\n", len(LINES) // 2) + 1
     halves = [
-        [row.value for row in block_rows(tmp_path / "a.jsonl", "a", start, end)]
+        [
+            row.value
+            for piece in line_pieces(tmp_path / "a.jsonl", "a", start, end)
+            for row in piece_rows(piece, "a")
+        ]
         for start, end in ((0, middle), (middle, len(LINES)))
     ]
     assert halves[0] + halves[1] == ROWS

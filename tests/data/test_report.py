@@ -2,11 +2,15 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dpo import data
 from dpo.data.lengths import length_figures
+from dpo.data.reasons import TITLES
+from dpo.data.repeats import REASONS
 from dpo.data.tokenize import Limits, tokenize_pair
 from tests.data.conftest import Outcome, good_row
 
@@ -63,7 +67,16 @@ def test_the_page_needs_nothing_and_runs_nothing(report: Outcome) -> None:
     assert not re.search(r"(src|href)\s*=", page)
     assert "33 pairs</strong> from 34 rows" in page
     assert page.count("<svg") == 3
-    assert "chosen is empty (empty)" in page
+    assert "chosen is empty." in page
+    assert "A text is empty" in page
+    assert "default-src 'none'" in page
+
+
+def test_every_reason_of_the_code_has_words() -> None:
+    code = "".join(path.read_text(encoding="utf-8") for path in Path(data.__path__[0]).glob("*.py"))
+    used = set(re.findall(r'RowError\(\s*"([a-z_]+)"', code)) | set(REASONS)
+    assert len(used) > 25
+    assert used == set(TITLES)
 
 
 def test_the_figures_agree_with_the_files(report: Outcome) -> None:

@@ -8,10 +8,8 @@ from dpo.config.compose import compose
 from dpo.config.stages import restrict
 from dpo.data.parquet import read_pairs
 from dpo.data.stage import run_ingest
-from dpo.errors import ArtifactError
 from dpo.evaluate.gate import run_gate
 from dpo.evaluate.stage import run_evaluate
-from dpo.storage.manifest import staged, write_manifest
 from dpo.train.reference import run_reference
 from dpo.train.stage import run_train
 
@@ -71,46 +69,3 @@ def test_the_same_run_with_flipped_labels_is_refused(real_pairs, tmp_path):
     verdict = verdict_of(flipped(real_pairs), tmp_path)
     assert not verdict.approved
     assert verdict.rules[0].value < 0.45
-
-
-def evaluation(folder, low, value=0.7):
-    figures = {"after": {"reward_accuracy": {"value": value, "low": low, "high": 0.9}}}
-    with staged(folder) as partial:
-        (partial / "evaluation.json").write_text(json.dumps(figures), encoding="utf-8")
-        write_manifest(partial, "evaluate")
-    return folder
-
-
-def gate(folder, judged, *overrides):
-    return run_gate(restrict(compose(list(overrides)).config, "gate"), folder, evaluation=judged)
-
-
-@pytest.mark.parametrize(("low", "approved"), [(0.56, True), (0.55, False), (0.54, False)])
-def test_the_lower_bound_must_exceed_the_limit(tmp_path, low, approved):
-    judged = evaluation(tmp_path / "e", low)
-    assert gate(tmp_path / "v", judged, "gate.min_reward_accuracy=0.55").approved is approved
-
-
-def test_force_is_recorded(tmp_path):
-    judged = evaluation(tmp_path / "e", 0.1)
-    verdict = gate(tmp_path / "v", judged, "gate.force=true")
-    assert verdict.approved
-    assert verdict.forced
-    assert json.loads((tmp_path / "v/verdict.json").read_text())["forced"] is True
-
-
-def test_force_on_a_good_policy_is_no_force(tmp_path):
-    assert not gate(tmp_path / "v", evaluation(tmp_path / "e", 0.9), "gate.force=true").forced
-
-
-def test_an_evaluation_without_its_figure_is_refused(tmp_path):
-    with staged(tmp_path / "e") as partial:
-        (partial / "evaluation.json").write_text("{}", encoding="utf-8")
-        write_manifest(partial, "evaluate")
-    with pytest.raises(ArtifactError, match="evaluation"):
-        gate(tmp_path / "v", tmp_path / "e")
-
-
-def test_nan_is_not_good_enough(tmp_path):
-    judged = evaluation(tmp_path / "e", float("nan"))
-    assert not gate(tmp_path / "v", judged).approved

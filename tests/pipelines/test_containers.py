@@ -1,37 +1,29 @@
 """The whole DAG in real containers, and how containers that fail are seen."""
 
-import importlib.util
 import json
 import os
 import signal
 import subprocess
 import time
-from types import SimpleNamespace
 
 import pytest
 
 from pipelines import containers
-from tests.support.checkout import ROOT, Checkout
+from tests.images.scripts import load
+from tests.support.checkout import Checkout
 
 pytestmark = [pytest.mark.containers, pytest.mark.minio]
-
-
-def build_script():
-    spec = importlib.util.spec_from_file_location("build_images", ROOT / "images" / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def images():
     """Names of the images of this checkout; built first where they are missing."""
-    build = build_script()
+    build = load("build")
     try:
         build.engine()
     except build.ImageError as error:
         pytest.skip(str(error))
-    build.build(SimpleNamespace(image=["data", "train"], base=None, build_base=None))
+    assert build.main(["build", "--image", "data", "--image", "train"]) == 0
     return build.NAMES
 
 
@@ -111,7 +103,10 @@ def test_a_step_that_fails_at_once_fails_the_run(checkout, images, bucket, first
     other = tmp_path / "images.json"
     other.write_text(json.dumps({**names, "train": broken}))
     store, environment = bucket
-    outcome, done = in_containers(checkout, other, environment, *store)
+    try:
+        outcome, done = in_containers(checkout, other, environment, *store)
+    finally:
+        subprocess.run(["docker", "image", "rm", "-f", broken], check=True, capture_output=True)
     assert outcome["state"] == "failed", done.stderr
     assert done.returncode == 1
     assert not outcome["published"]

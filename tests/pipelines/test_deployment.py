@@ -1,10 +1,13 @@
 """A cluster's settings: what a deployment file may say, and what the compiled package then asks."""
 
 import copy
+import json
 
 import pytest
 
+from dpo.data.plan import check_source
 from dpo.errors import ConfigError
+from dpo.plan.booked import check_booked
 from pipelines import package
 from pipelines.deployment import (
     DATA_STEPS,
@@ -15,6 +18,7 @@ from pipelines.deployment import (
     names,
 )
 from pipelines.submit import main
+from pipelines.sweep import Sweep, parse_sweep
 
 IMAGES = {"data": "registry.test/data@sha256:" + "0" * 64, "train": "registry.test/train:1.2"}
 
@@ -39,7 +43,7 @@ def all_tasks(documents):
 
 
 def test_every_step_belongs_to_one_group():
-    assert sorted(DATA_STEPS + TRAIN_STEPS) == sorted(package.STEPS)
+    assert sorted(DATA_STEPS + TRAIN_STEPS) == sorted((*package.STEPS, package.SELECT))
 
 
 @pytest.mark.parametrize("name", names())
@@ -54,8 +58,11 @@ def test_a_deployment_changes_nothing_that_kubeflow_makes_its_cache_key_of():
     plain = package.load_package()
     documents, _, _ = deployed(train={"gpus": 4, "memory": "64Gi", "retries": 3}, labels={"a": "b"})
     spec = copy.deepcopy(documents[0])
-    for executor in spec["deploymentSpec"]["executors"].values():
+    for name, executor in spec["deploymentSpec"]["executors"].items():
         executor["container"].pop("resources")
+        if name in ("exec-fingerprint", "exec-finish"):
+            # what is said to these two alone: they are never cached
+            executor["container"].pop("env", None)
     for component in [spec["root"], *spec["components"].values()]:
         for task in component.get("dag", {}).get("tasks", {}).values():
             task.pop("retryPolicy", None)
@@ -75,7 +82,7 @@ def test_images_of_steps():
         name.removeprefix("exec-"): container["image"] for name, container in containers.items()
     }
     assert used == {
-        **dict.fromkeys(DATA_STEPS, IMAGES["data"]),
+        **dict.fromkeys(set(DATA_STEPS) - {package.SELECT}, IMAGES["data"]),
         **dict.fromkeys(TRAIN_STEPS, IMAGES["train"]),
     }
 
@@ -180,6 +187,9 @@ def test_secrets_variables_and_volumes():
         assert pod["securityContext"] == {"runAsNonRoot": True}
         assert pod["pvcMount"][0]["constant"] == "models"
         variables = {item["name"]: item["value"] for item in containers[name]["env"]}
+        for own in ("DPO_IMAGES", "DPO_MACHINE", "DPO_EXPECTED_SOURCE"):
+            assert (own in variables) == (name == "exec-fingerprint")
+            variables.pop(own, None)
         assert variables == {
             "AWS_ENDPOINT_URL": "http://minio:9000",
             "DPO_CACHE_DIR": "/cache/dpo",
@@ -280,6 +290,132 @@ def test_submitting_without_images_fails_before_anything_is_sent(monkeypatch, ca
     monkeypatch.setenv("KF_PIPELINES_ENDPOINT", "http://127.0.0.1:1")
     assert main(["--deployment", "cpu", "--store", "s3://bucket"]) == 2
     assert "names no data image" in capsys.readouterr().err
+
+
+def variables(containers, step):
+    return {item["name"]: item["value"] for item in containers[f"exec-{step}"].get("env", [])}
+
+
+def test_the_store_is_the_forms_default_and_the_checkpoints_lie_under_it():
+    documents, containers, _ = deployed(store="s3://models/team")
+    assert package.defaults(documents)["publish_store"] == "s3://models/team"
+    for step in package.STEPS:
+        place = variables(containers, step).get("DPO_CHECKPOINTS")
+        assert place == ("s3://models/team/checkpoints" if step in ("sft", "preference") else None)
+    _, containers, _ = deployed(store="s3://models/team", checkpoint_uri="s3://scratch/c")
+    assert variables(containers, "sft")["DPO_CHECKPOINTS"] == "s3://scratch/c"
+    _, containers, _ = deployed()
+    assert "DPO_CHECKPOINTS" not in variables(containers, "sft")
+
+
+def test_the_last_step_alone_is_told_whom_to_notify():
+    told = {"url": "https://hooks.test/x", "secret": "hook", "secret_key": "key"}
+    _, containers, pods = deployed(notification=told)
+    for step in package.STEPS:
+        expected = "https://hooks.test/x" if step == "finish" else None
+        assert variables(containers, step).get("DPO_NOTIFY_URL") == expected
+    (secret,) = pods["exec-finish"]["secretAsEnv"]
+    assert secret["secretName"] == "hook"
+    assert secret["keyToEnv"] == [{"secretKey": "key", "envVar": "DPO_NOTIFY_SECRET"}]
+    assert "secretAsEnv" not in pods["exec-gate"]
+
+
+def test_images_by_plain_tags_a_store_and_a_preset_make_a_package(tmp_path, capsys):
+    target = tmp_path / "package.yaml"
+    images = ["--image", "data=dpo-data:1.2", "--image", "train=host:5000/dpo-train:1.2"]
+    more = ["--preset", "full", "--store", "s3://models/team"]
+    assert (
+        package.main(["--output", str(target), "--deployment", "standalone", *images, *more]) == 0
+    )
+    documents = package.load_package(target)
+    executors = documents[0]["deploymentSpec"]["executors"]
+    assert executors["exec-ingest"]["container"]["image"] == "dpo-data:1.2"
+    assert executors["exec-sft"]["container"]["image"] == "host:5000/dpo-train:1.2"
+    shown = package.defaults(documents)
+    assert shown["publish_store"] == "s3://models/team"
+    assert shown["sft_n_examples"] == 0
+    pods = documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert {pod["imagePullPolicy"] for pod in pods.values()} == {"IfNotPresent"}
+    assert {pod["secretAsEnv"][0]["secretName"] for pod in pods.values()} == {
+        "mlpipeline-minio-artifact"
+    }
+    assert not any("accelerator" in e["container"]["resources"] for e in executors.values())
+
+
+@pytest.mark.parametrize("image", ["data", "web=x:1", "data="])
+def test_an_image_that_is_no_kind_and_name(image):
+    with pytest.raises(ConfigError, match="is not KIND=NAME"):
+        package.image_assignments([image])
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_sent(monkeypatch, capsys):
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", "http://127.0.0.1:1")
+    arguments = ["--image", "data=r/d:1", "--image", "train=r/t:1", "--store", "s3://bucket"]
+    gpus = ["--deploy", "train.gpus=1", "--deploy", "train.gpu_memory_gib=24"]
+    assert main([*arguments, *gpus, "--deployment", "gpu", "--set", "model=llama7b"]) == 2
+    said = capsys.readouterr().err
+    assert "is predicted to need" in said
+    assert "1 GPU(s) that have 24 GiB" in said
+
+
+def test_a_run_from_the_form_is_refused_by_its_first_step_in_the_same_words(monkeypatch):
+    documents, containers, _ = deployed(train={"gpus": 1, "gpu_memory_gib": 24})
+    monkeypatch.setenv("DPO_MACHINE", variables(containers, "fingerprint")["DPO_MACHINE"])
+    with pytest.raises(ConfigError, match=r"1 GPU\(s\) that have 24 GiB"):
+        check_booked({**package.defaults(documents), "model": "llama7b"})
+    check_booked({**package.defaults(documents), "model": "tiny"})
+
+
+def test_an_image_of_other_code_is_refused_by_the_first_step(monkeypatch):
+    _, containers, _ = deployed()
+    expected = variables(containers, "fingerprint")["DPO_EXPECTED_SOURCE"]
+    monkeypatch.setenv("DPO_EXPECTED_SOURCE", expected)
+    check_source()
+    monkeypatch.setenv("DPO_EXPECTED_SOURCE", "0" * 64)
+    with pytest.raises(ConfigError, match="built from other code than the pipeline") as caught:
+        check_source()
+    assert expected[:12] in str(caught.value)
+    assert "0" * 12 in str(caught.value)
+
+
+def test_a_sweep_is_deployed_like_any_other_run():
+    documents = package.deployed_package(
+        Deployment.model_validate({"images": IMAGES, "train": {"memory": "9Gi"}}),
+        Sweep(parse_sweep(["loss.beta=0.1,0.2", "loss=dpo,ipo"])),
+    )
+    assert package.steps_of(documents)[-4:] == ("select", "gate", "publish", "finish")
+    executors = documents[0]["deploymentSpec"]["executors"]
+    assert {name.removeprefix("exec-") for name in executors} == {
+        *package.STEPS,
+        *("select", "evaluate-2"),
+    }
+    assert executors["exec-evaluate-2"]["container"]["resources"]["resourceMemoryRequest"] == "9Gi"
+    assert executors["exec-select"]["container"]["image"] == IMAGES["data"]
+    (loop,) = [t for t in all_tasks(documents).values() if "parameterIterator" in t]
+    items = json.loads(loop["parameterIterator"]["items"]["raw"])
+    assert [json.loads(item) for item in items] == [
+        ["loss.beta=0.1", "loss=dpo"],
+        ["loss.beta=0.1", "loss=ipo"],
+        ["loss.beta=0.2", "loss=dpo"],
+        ["loss.beta=0.2", "loss=ipo"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sweep", "words"),
+    [
+        (["loss.beta"], "is not KEY=VALUE,VALUE"),
+        (["loss.bta=0.1,0.2"], "loss.bta"),
+        (["loss.beta=0.1,0.1"], "names a value twice"),
+        (["gate.force=true,false"], "is not of it"),
+        (["loss.beta=" + ",".join(f"0.{n}" for n in range(1, 40))], "39 candidates"),
+    ],
+)
+def test_a_sweep_that_cannot_work(sweep, words, capsys, monkeypatch):
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", "http://127.0.0.1:1")
+    arguments = ["--image", "data=r/d:1", "--image", "train=r/t:1", "--store", "s3://bucket"]
+    assert main([*arguments, *(item for s in sweep for item in ("--sweep", s))]) == 2
+    assert words in capsys.readouterr().err
 
 
 def checkpoint_places(documents):

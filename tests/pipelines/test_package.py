@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from components import images
-from dpo.config.parameters import OVERRIDES, PARAMETERS
+from dpo.config.parameters import OVERRIDES, PARAMETERS, STARTS
 from dpo.errors import ConfigError, PipelineError
 from pipelines import package
 from pipelines.preference import preference_pipeline
@@ -43,8 +43,25 @@ def test_check_reports_drift(monkeypatch, tmp_path, capsys):
 
 
 def test_every_step_is_there(documents):
-    steps = {name for name in tasks(documents) if not name.startswith("condition")}
+    steps = {name for name in tasks(documents) if not name.startswith(("condition", "exit"))}
     assert steps == set(package.STEPS)
+
+
+def test_the_end_of_a_run_comes_after_failures_too_and_is_never_cached(documents):
+    root = documents[0]["root"]["dag"]["tasks"]
+    assert set(root) == {"exit-handler-1", "finish"}
+    end = root["finish"]
+    assert end["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
+    assert not end.get("cachingOptions", {}).get("enableCache")
+    # kfp.local takes a task for an exit task only when it asks for the final status
+    assert "taskFinalStatus" in end["inputs"]["parameters"]["status"]
+
+
+def test_no_setting_of_a_pod_is_a_parameter(documents):
+    """One inside an exit handler or a condition fails in Kubeflow's driver, and none runs here."""
+    for executor in documents[0]["deploymentSpec"]["executors"].values():
+        container = {k: v for k, v in executor["container"].items() if k not in ("args", "command")}
+        assert "pipelinechannel" not in str(container)
 
 
 def test_fingerprint_gate_and_publish_are_never_cached(documents):
@@ -60,7 +77,7 @@ def test_the_only_condition_compares_a_boolean_that_the_gate_computed(documents)
     conditions = [
         task["triggerPolicy"]["condition"]
         for task in tasks(documents).values()
-        if "triggerPolicy" in task
+        if "condition" in task.get("triggerPolicy", {})
     ]
     assert conditions == ["inputs.parameter_values['pipelinechannel--gate-Output'] == true"]
 
@@ -71,10 +88,10 @@ def test_every_parameter_is_explained_in_the_form(documents):
 
 
 def test_parameters_of_form_table_and_first_step_are_the_same(documents):
-    names = set(PARAMETERS) | set(OVERRIDES)
+    names = set(PARAMETERS) | set(OVERRIDES) | set(STARTS)
     assert set(package.defaults(documents)) == names
     spec = documents[0]["components"]["comp-fingerprint"]["inputDefinitions"]["parameters"]
-    assert set(spec) == names
+    assert set(spec) == names | {"run_id"}
 
 
 def test_defaults_of_the_form_are_the_preset_quick(documents):

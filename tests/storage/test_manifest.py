@@ -71,7 +71,7 @@ def test_a_newer_format_is_refused(output):
     raw = json.loads((output / MANIFEST).read_text())
     raw["format_version"] = 99
     (output / MANIFEST).write_text(json.dumps(raw))
-    with pytest.raises(ArtifactError, match="format 99; this version reads up to 1"):
+    with pytest.raises(ArtifactError, match="format 99; this version reads up to 2"):
         read_manifest(output)
 
 

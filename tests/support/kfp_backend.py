@@ -25,7 +25,10 @@ import yaml
 from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
 
-STEPS = ("fingerprint", "ingest", "sft", "reference", "preference", "evaluate", "gate", "publish")
+STEPS = (
+    *("fingerprint", "ingest", "sft", "reference", "preference", "evaluate", "gate", "publish"),
+    "finish",
+)
 
 
 def task(name: str, state: str, **more: Any) -> list[dict[str, Any]]:

@@ -70,6 +70,7 @@ def test_an_adapter_alone_is_the_merged_model(prepared, tmp_path):
     torch.testing.assert_close(policy.state_dict(), found)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft 0.21
 def test_peft_reads_the_adapter(prepared, tmp_path):
     from peft import PeftModel
 
@@ -107,9 +108,10 @@ def test_two_processes_follow_one(prepared, tmp_path, monkeypatch):
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name in one:
         assert two[name] == pytest.approx(one[name], abs=1e-5), name
-    again = load_model(tmp_path / "adapter", torch.float32).state_dict()
-    for name in one:
-        assert again[name].numpy() == pytest.approx(two[name], abs=1e-5), name
+    again, whole = (
+        load_model(tmp_path / n, torch.float32).state_dict() for n in ("adapter", "two")
+    )
+    torch.testing.assert_close(again, whole, atol=1e-5, rtol=0)
 
 
 def test_the_change_is_scaled_by_alpha_over_rank():

@@ -1,0 +1,152 @@
+"""JSON Lines in pieces of some megabytes, each of whole lines; and the rows of a piece."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
+
+from dpo.data.json_stream import unique_keys
+
+MAX_ROW_BYTES = 8 * 2**20
+"""A longer row is rejected without being held in memory."""
+PIECE_BYTES = 4 * 2**20
+_SHOWN_BYTES = 4000
+
+
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """One row of a file, or why it could not be read."""
+
+    file: str
+    """Name to show; relative to the source where it is a folder."""
+    line: int
+    """Line (text) or row number (tables), from 1."""
+    value: Any
+    """The row; its text, shortened, where it could not be read."""
+    problem: str = ""
+    """Why ``value`` is not a row."""
+
+
+class Piece(NamedTuple):
+    """Whole lines of a file."""
+
+    first: int
+    """Number of the first line, from 1."""
+    data: bytes
+    """The lines with their ends; the start of a line where it is too long to be held."""
+    too_long: bool = False
+
+    @property
+    def n_ends(self) -> int:
+        """Line ends in the piece."""
+        if self.too_long:
+            return 1
+        # a quarter of the time of bytes.count, which stops at each
+        return int(np.count_nonzero(np.frombuffer(self.data, dtype=np.uint8) == ord("\n")))
+
+    def ends(self) -> list[int]:
+        """0, and the byte after each line and its end."""
+        codes = np.frombuffer(self.data, dtype=np.uint8)
+        found = (np.flatnonzero(codes == ord("\n")) + 1).tolist()
+        last = [] if self.data.endswith(b"\n") else [len(self.data) + 1]
+        return [0, *found, *last]
+
+    def lines(self) -> list[bytes]:
+        """The lines without their ends."""
+        found = self.data.split(b"\n")
+        if not found[-1]:
+            found.pop()
+        return found
+
+
+def pieces(stream: Iterable[bytes]) -> Iterator[Piece]:
+    """A text in pieces; a line longer than ``MAX_ROW_BYTES`` is one by itself, and is not held."""
+    number = 1
+    waiting: list[bytes] = []
+    held = 0
+    skipping = False
+    for chunk in _small(stream):
+        first_end = chunk.find(b"\n") + 1
+        if skipping or held + (first_end or len(chunk)) > MAX_ROW_BYTES + bool(first_end):
+            if not skipping:
+                waiting, skipping = (
+                    [(b"".join(waiting) + chunk[:_SHOWN_BYTES])[:_SHOWN_BYTES]],
+                    True,
+                )
+            if not first_end:
+                continue
+            yield Piece(number, waiting[0], True)
+            number += 1
+            chunk, waiting, held, skipping = chunk[first_end:], [], 0, False
+        end = chunk.rfind(b"\n") + 1
+        if end:
+            piece = Piece(number, b"".join((*waiting, memoryview(chunk)[:end])))
+            yield piece
+            number += piece.n_ends
+            waiting, held = [], 0
+        waiting.append(chunk[end:])
+        held += len(waiting[-1])
+    if rest := b"".join(waiting):
+        yield Piece(number, rest, skipping)
+
+
+def _small(stream: Iterable[bytes]) -> Iterator[bytes]:
+    """A compressed chunk may unpack to much more than a line may have."""
+    for chunk in stream:
+        if len(chunk) <= 2 * PIECE_BYTES:
+            yield chunk
+        else:
+            for start in range(0, len(chunk), PIECE_BYTES):
+                yield chunk[start : start + PIECE_BYTES]
+
+
+def piece_rows(piece: Piece, shown: str) -> Iterator[RawRow]:
+    """The rows of a piece, one a line; blank lines are skipped.
+
+    Args:
+        piece: Some lines.
+        shown: The file's name in messages.
+    """
+    if piece.too_long:
+        problem = f"the line is longer than {MAX_ROW_BYTES // 2**20} MiB"
+        yield RawRow(shown, piece.first, shortened(piece.data), problem)
+        return
+    for number, line in enumerate(piece.lines(), piece.first):
+        if line and not line.isspace():
+            yield json_row(line, shown, number)
+
+
+def json_row(line: bytes, shown: str, number: int) -> RawRow:
+    """The row of a line."""
+    try:
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        return RawRow(shown, number, shortened(line), _json_problem(line, error))
+    if type(value) is dict and any(line.count(b'"%b"' % key.encode()) > 1 for key in value):
+        # orjson keeps the last of two equal keys and says nothing
+        try:
+            json.loads(line, object_pairs_hook=unique_keys)
+        except (ValueError, RecursionError) as error:
+            return RawRow(shown, number, value, str(error))
+    return RawRow(shown, number, value)
+
+
+def _json_problem(line: bytes, error: orjson.JSONDecodeError) -> str:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError as broken:
+        byte = line[broken.start]
+        return f"broken encoding: byte {byte:#04x} at position {broken.start + 1} is not UTF-8"
+    if b"\0" in line:
+        return "not JSON: the line holds NUL bytes"
+    return f"not JSON: {error.msg} (column {error.colno})"
+
+
+def shortened(line: bytes) -> str:
+    """The start of a line, to be shown."""
+    return line[:_SHOWN_BYTES].decode("utf-8", "replace")

@@ -1,0 +1,268 @@
+"""``dpo compare``: the figures of several runs side by side, as one page and as Markdown.
+
+Runs that were measured on the same held-out pairs are compared pair by pair with the first one
+named; others only side by side, and the page says so. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from dpo.errors import DpoError, EvaluationError, ObjectMissing
+from dpo.evaluate import charts
+from dpo.evaluate.bootstrap import Bootstrap
+from dpo.evaluate.markdown import cell
+from dpo.evaluate.report import environment, interval_text
+from dpo.storage.store import is_store_url, open_store
+
+_FILES = ("evaluation.json", "pairs.json")
+_N_BOOTSTRAP = 1000
+_MAX_RUNS = 100
+COLUMNS = (
+    ("Reward accuracy", ("after", "reward_accuracy")),
+    ("Reward margin", ("after", "reward_margin")),
+    ("Area under ROC", ("calibration", "auc")),
+    ("KL, nats an answer", ("kl", "per_answer")),
+    ("Length growth", ("answers", "length_growth")),
+    ("Repetition", ("answers", "policy", "repetition")),
+    ("Perplexity growth", ("change", "perplexity_growth")),
+    ("Chosen log-prob change", ("change", "chosen_logp")),
+)
+"""Title and place of each figure of the table."""
+
+
+@dataclass(eq=False)
+class Run:
+    """One evaluated run."""
+
+    where: str
+    """What was named on the command line, or the folder below it."""
+    evaluation: dict[str, Any]
+    pairs: dict[str, Any] | None
+    """Figures of each pair; None where the run did not keep them."""
+    label: str = ""
+    difference: Mapping[str, float] | None = field(default=None)
+    """Reward accuracy minus that of the first run, on the same pairs."""
+
+    def figure(self, *keys: str) -> Mapping[str, float] | None:
+        """A figure with its interval, or None."""
+        found: Any = self.evaluation
+        for key in keys:
+            if not isinstance(found, Mapping) or key not in found:
+                return None
+            found = found[key]
+        return found if isinstance(found, Mapping) and "value" in found else None
+
+
+def compare(names: Sequence[str], output: Path) -> list[Run]:
+    """Write ``compare.html`` and ``compare.md`` into ``output``; the runs, best first by accuracy.
+
+    Args:
+        names: Evaluation folders, folders with evaluations below them, or ``runs/<id>`` in a store.
+        output: Folder to write to; made where it is missing.
+
+    Raises:
+        EvaluationError: a name holds no evaluation, or fewer than two were found.
+    """
+    runs = [run for name in names for run in read_runs(name)]
+    if len(runs) < 2:
+        raise EvaluationError(
+            f"{len(runs)} evaluated run was found; a comparison needs two or more",
+            where=", ".join(names),
+            fix="dpo compare RUN RUN..., each the output of evaluate, a run's folder or "
+            "s3://bucket/prefix/runs/ID",
+        )
+    if len(runs) > _MAX_RUNS:
+        raise EvaluationError(
+            f"{len(runs)} evaluated runs were found; at most {_MAX_RUNS} fit one page",
+            where=", ".join(names),
+        )
+    _label(runs)
+    for run in runs[1:]:
+        run.difference = _difference(runs[0], run)
+    same = len({run.evaluation.get("held_out") for run in runs}) == 1
+    output.mkdir(parents=True, exist_ok=True)
+    html = (
+        environment()
+        .get_template("compare.html.j2")
+        .render(
+            runs=runs,
+            columns=COLUMNS,
+            same_pairs=same,
+            best=ranked(runs)[0],
+            chart=Markup(_chart(runs)),
+        )
+    )
+    (output / "compare.html").write_text(html, encoding="utf-8", errors="replace")
+    (output / "compare.md").write_text(_markdown(runs, same), encoding="utf-8", errors="replace")
+    return ranked(runs)
+
+
+def ranked(runs: Sequence[Run]) -> list[Run]:
+    """By reward accuracy, then by margin, the largest first; runs without them last."""
+
+    def key(run: Run) -> tuple[float, float]:
+        figures = (run.figure("after", name) for name in ("reward_accuracy", "reward_margin"))
+        accuracy, margin = (figure["value"] if figure else -np.inf for figure in figures)
+        return -accuracy, -margin
+
+    return sorted(runs, key=key)
+
+
+def read_runs(name: str) -> list[Run]:
+    """The evaluations at or below a folder, or at a store's URL.
+
+    Raises:
+        EvaluationError: there is none, or one that cannot be read.
+    """
+    if is_store_url(name):
+        return [_from_store(name)]
+    folder = Path(name).expanduser()
+    if (folder / _FILES[0]).is_file():
+        return [_from_folder(folder)]
+    # a step's output has a manifest beside it; a copy that is being written has none
+    found = sorted(path.parent for path in folder.rglob(_FILES[0]))
+    complete = [path for path in found if (path / "manifest.json").is_file()]
+    if not complete:
+        raise _no_evaluation(name)
+    return [_from_folder(path) for path in complete]
+
+
+def _no_evaluation(name: str) -> EvaluationError:
+    return EvaluationError(
+        "there is no evaluation here",
+        where=name,
+        fix="name the output of evaluate, a folder above it, or a run's folder in a store "
+        "(s3://bucket/prefix/runs/ID)",
+    )
+
+
+def _from_folder(folder: Path) -> Run:
+    texts = [(folder / name).read_bytes() if (folder / name).is_file() else None for name in _FILES]
+    return _parsed(str(folder), texts[0], texts[1])
+
+
+def _from_store(url: str) -> Run:
+    store = open_store(url)
+    texts: list[bytes | None] = []
+    for name in _FILES:
+        try:
+            texts.append(store.read(name))
+        except ObjectMissing:
+            texts.append(None)
+    return _parsed(url, texts[0], texts[1])
+
+
+def _parsed(where: str, evaluation: bytes | None, pairs: bytes | None) -> Run:
+    if evaluation is None:
+        raise _no_evaluation(where)
+    try:
+        values = json.loads(evaluation)
+        accuracy = values["after"]["reward_accuracy"]
+        _ = float(accuracy["value"]), float(accuracy["low"]), float(accuracy["high"])
+        return Run(where, values, json.loads(pairs) if pairs else None)
+    except (ValueError, KeyError, TypeError) as error:
+        raise EvaluationError(
+            f"the evaluation cannot be read: {error!r}", where=where, fix="run evaluate again"
+        ) from None
+
+
+def _label(runs: Sequence[Run]) -> None:
+    """Name each run by its loss, by what differs, and by its folder where that is not enough."""
+    for run in runs:
+        loss = run.evaluation.get("loss") or {}
+        shown = [str(loss.get("name", "run"))]
+        shown += [f"β {loss['beta']}"] if "beta" in loss else []
+        smoothing = loss.get("label_smoothing")
+        shown += [f"smoothing {smoothing}"] if smoothing else []
+        run.label = " ".join(shown)
+    for run in _repeated(runs):
+        run.label = f"{run.label} ({_short(run.where)})"
+    for run in _repeated(runs):
+        run.label = f"{run.label} #{runs.index(run) + 1}"
+
+
+def _repeated(runs: Sequence[Run]) -> list[Run]:
+    """The runs whose label another run has too."""
+    counts = Counter(run.label for run in runs)
+    return [run for run in runs if counts[run.label] > 1]
+
+
+def _short(where: str) -> str:
+    parts = [part for part in where.rstrip("/").split("/") if part not in ("evaluation", "")]
+    return "/".join(parts[-2:])
+
+
+def _difference(first: Run, other: Run) -> Mapping[str, float] | None:
+    a, b = first.pairs, other.pairs
+    try:
+        if not a or not b or a["pair_id"] != b["pair_id"]:
+            return None
+        gained = np.asarray(b["reward_accuracy"]) - np.asarray(a["reward_accuracy"])
+        bootstrap = Bootstrap(a["prompt"], n_bootstrap=_N_BOOTSTRAP, seed=0)
+        return bootstrap.means({"gained": gained})["gained"].as_json()
+    except (KeyError, ValueError, TypeError) as error:
+        raise EvaluationError(
+            f"the figures of its pairs cannot be read: {error!r}",
+            where=other.where,
+            fix="run evaluate again",
+        ) from None
+
+
+def _chart(runs: Sequence[Run]) -> str:
+    """Accuracy against divergence where every run has both, else accuracies below each other."""
+    points = []
+    for run in runs:
+        accuracy, kl = run.figure("after", "reward_accuracy"), run.figure("kl", "per_answer")
+        if accuracy is None or kl is None:
+            break
+        points.append((run.label, kl, accuracy))
+    if len(points) == len(runs):
+        return charts.trade_off(points)
+    rows = [(run.label, run.evaluation["after"]["reward_accuracy"]) for run in runs]
+    title = "reward accuracy: " + ", ".join(f"{name} {f['value']:.3f}" for name, f in rows)
+    return charts.interval_rows(rows, title=title, chance=runs[0].evaluation.get("chance", 0.5))
+
+
+def _markdown(runs: Sequence[Run], same: bool) -> str:
+    best = ranked(runs)[0]
+    accuracy = interval_text(best.figure("after", "reward_accuracy"))
+    lines = ["# Comparison", "", f"**Highest reward accuracy: {cell(best.label)}, {accuracy}.**"]
+    if not same:
+        lines += ["", "The runs were not measured on the same held-out pairs."]
+    titles = ["run", *(title for title, _ in COLUMNS), "accuracy over the first", "pairs", "part"]
+    lines += ["", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for run in runs:
+        cells = [cell(run.label), *(interval_text(run.figure(*keys)) for _, keys in COLUMNS)]
+        cells += [interval_text(run.difference), str(run.evaluation.get("n_pairs", "–"))]
+        cells += [str(run.evaluation.get("part", "all"))]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *(f"- {cell(run.label)}: {cell(run.where)}" for run in runs)]
+    return "\n".join(lines) + "\n"
+
+
+def run_compare(arguments: Sequence[str]) -> int:
+    """The command: ``RUN RUN... [output=FOLDER]``; returns its exit code.
+
+    Raises:
+        DpoError: see ``compare``.
+    """
+    names = [text for text in arguments if not text.startswith("output=")]
+    outputs = [text.removeprefix("output=") for text in arguments if text.startswith("output=")]
+    output = Path(outputs[-1] if outputs else "comparison").expanduser()
+    try:
+        runs = compare(names, output)
+    except OSError as error:
+        raise DpoError(error.strerror or str(error), where=str(error.filename)) from None
+    for run in runs:
+        print(f"{interval_text(run.figure('after', 'reward_accuracy'))}  {run.label}")
+    print(f"comparison: {output / 'compare.html'}")
+    return 0

@@ -1,0 +1,117 @@
+"""What a reader of the figures should not miss, in words: length bias, collapse and the like."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+_COLLAPSE_SHARE = 0.2
+"""A chosen log-prob that fell by more than this share of its start has collapsed."""
+_MISCALIBRATED = 0.1
+_EMPTY_SHARE = 0.05
+_LONGER = 1.5
+_MORE_REPETITION = 0.1
+
+Figure = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence about a run."""
+
+    kind: str
+    tone: Literal["good", "warning", "note"]
+    text: str
+
+
+def findings(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What is worth calling out in an evaluation's figures, the gravest first."""
+    makers = (_chosen_log_probs, _length_bias, _calibration, _answers, _judge)
+    found = [finding for maker in makers for finding in maker(evaluation)]
+    found.sort(key=lambda finding: finding.tone != "warning")
+    return [asdict(finding) for finding in found]
+
+
+def _range(figure: Figure, digits: int = 2) -> str:
+    low, high = f"{figure['low']:.{digits}f}", f"{figure['high']:.{digits}f}"
+    return f"{figure['value']:.{digits}f} [{low}, {high}]"
+
+
+def _chosen_log_probs(evaluation: Mapping[str, Any]) -> Iterator[Finding]:
+    change = evaluation["change"]["chosen_logp"]
+    start = evaluation["before"]["chosen_logp"]["value"]
+    if change["high"] >= 0:
+        return
+    share = change["value"] / start if start else 0.0
+    if share > _COLLAPSE_SHARE:
+        yield Finding(
+            "collapse",
+            "warning",
+            f"The chosen responses collapsed: their log-probability fell by {share:.0%} of its "
+            f"start ({_range(change, 1)} nats a response). The loss does not show it; raise beta, "
+            "lower the learning rate, or add an SFT term (loss.sft_weight).",
+        )
+    else:
+        yield Finding(
+            "chosen_fell",
+            "note",
+            f"The chosen responses became a little less likely ({_range(change, 1)} nats a "
+            "response), as DPO often does: it needs only their lead to grow.",
+        )
+
+
+def _length_bias(evaluation: Mapping[str, Any]) -> Iterator[Finding]:
+    bias = evaluation["slices"]["length_bias"]
+    if bias is None or bias["low"] <= 0:
+        return
+    yield Finding(
+        "length_bias",
+        "warning",
+        "Length bias: reward accuracy is higher where the chosen response is the longer one than "
+        f"where the rejected one is, by {_range(bias)}. The policy may have learned length.",
+    )
+
+
+def _calibration(evaluation: Mapping[str, Any]) -> Iterator[Finding]:
+    error = evaluation["calibration"]["ece"]
+    if error["low"] > _MISCALIBRATED:
+        yield Finding(
+            "calibration",
+            "note",
+            "The implicit reward is badly calibrated: its confidence differs from its accuracy by "
+            f"{_range(error)} on average. Do not read margins as probabilities.",
+        )
+
+
+def _answers(evaluation: Mapping[str, Any]) -> Iterator[Finding]:
+    answers = evaluation.get("answers")
+    if not answers:
+        return
+    sft, policy = answers["sft"], answers["policy"]
+    growth = answers.get("length_growth")
+    if growth and growth["value"] > _LONGER:
+        yield Finding(
+            "longer", "warning", f"The answers grew to {_range(growth)} times the SFT model's."
+        )
+    if policy["empty"]["value"] > _EMPTY_SHARE:
+        share = policy["empty"]["value"]
+        yield Finding("empty", "warning", f"{share:.0%} of the policy's answers are empty.")
+    if policy["repetition"]["value"] - sft["repetition"]["value"] > _MORE_REPETITION:
+        yield Finding(
+            "repetition",
+            "warning",
+            "The policy repeats itself more: the share of repeated 4-grams rose from "
+            f"{sft['repetition']['value']:.2f} to {policy['repetition']['value']:.2f}.",
+        )
+
+
+def _judge(evaluation: Mapping[str, Any]) -> Iterator[Finding]:
+    judged = evaluation.get("judge")
+    if judged and judged["problem"]:
+        first = judged["problem"].splitlines()[0]
+        yield Finding(
+            "judge",
+            "warning",
+            f"The judge judged {judged['n_judged']} of {judged['n_asked']} answers: {first}.",
+        )

@@ -1,0 +1,216 @@
+"""Runs the models of an evaluation: scores of held-out pairs, answers to held-out prompts.
+
+One model is in memory at a time. The SFT model answers first; the policy then scores the pairs,
+answers, and scores both models' answers; the SFT model at last scores what the policy wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpo.config.losses import SFTLoss
+from dpo.config.schema import RunConfig
+from dpo.data.log_probs import PairLogProbs
+from dpo.data.schema import TEST, Pair
+from dpo.data.tokenize import TokenizedExample, load_tokenizer
+from dpo.evaluate.kl import kl_figures
+from dpo.modeling.generation import Answer, answer, decode, encode
+from dpo.modeling.load import load_model
+from dpo.modeling.losses import uses_means
+from dpo.modeling.precision import DTYPES, compute_dtype
+from dpo.modeling.scoring import score
+from dpo.storage.progress import Bar, track
+
+_KL_STREAM = 7919
+"""Added to the seed, so that the samples for the KL are not those of the report."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """Folders of the models that are compared."""
+
+    sft: Path
+    policy: Path
+    published: Path | None = None
+
+
+@dataclass
+class Measured:
+    """What the models gave."""
+
+    after: list[PairLogProbs] = field(default_factory=list)
+    published: list[PairLogProbs] = field(default_factory=list)
+    rows: list[Pair] = field(default_factory=list)
+    """The pairs whose prompts were answered."""
+    answers: dict[str, tuple[list[Answer], list[str]]] = field(default_factory=dict)
+    """By model: answers and their texts."""
+    reward_change: list[float] = field(default_factory=list)
+    """Implicit reward of the policy's answer minus that of the SFT model's, by row."""
+    kl: dict[str, Any] | None = None
+
+
+def spread(rows: Sequence[Pair], n: int) -> list[Pair]:
+    """The first ``n`` rows with different prompts, taking turns between the sources."""
+    by_source: dict[str, list[Pair]] = {}
+    seen: set[str] = set()
+    for row in rows:
+        if row.prompt not in seen:
+            seen.add(row.prompt)
+            by_source.setdefault(row.dataset, []).append(row)
+    found: list[Pair] = []
+    for turn in range(max(map(len, by_source.values()), default=0)):
+        found += [group[turn] for group in by_source.values() if turn < len(group)]
+    return found[:n]
+
+
+class Measurement:
+    """One evaluation's models, prompts and settings."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        rows: Sequence[Pair],
+        examples: Sequence[TokenizedExample],
+        tokenizer: Any,
+    ) -> None:
+        self.config, self.rows, self.examples, self.tokenizer = config, rows, examples, tokenizer
+        self.wanted = config.evaluation
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.sampled = spread(rows, self.wanted.n_samples)
+        self.kl_rows = spread(rows, self.wanted.n_kl_samples)
+        self.result = Measured(rows=self.sampled)
+
+    def run(self, models: Models) -> Measured:
+        """Every figure of every model."""
+        result, n_models = self.result, 3 if models.published else 2
+        total = n_models * len(self.sampled) + len(self.kl_rows)
+        total += (n_models - 1) * len(self.examples)
+        with track("evaluate", "pairs and answers", total) as bar:
+            if self.sampled:
+                result.answers["sft"] = self._answers(self._load(models.sft), self.tokenizer, bar)
+            policy = self._load(models.policy)
+            result.after = self._pairs(policy, bar)
+            kl_answers = self._policy_answers(policy, bar)
+            ours = self._score(policy, self._answer_examples())
+            kl_ours = self._score(policy, kl_answers)
+            del policy
+            if self.sampled or kl_answers:
+                sft = self._load(models.sft)
+                theirs = self._score(sft, self._answer_examples())
+                self._finish(ours, theirs, kl_ours, self._score(sft, kl_answers))
+                del sft
+            if models.published:
+                self._published(models.published, bar)
+        return result
+
+    def _load(self, folder: Path) -> Any:
+        return load_model(
+            folder,
+            DTYPES[self.config.model.policy_dtype],
+            device=self.device,
+            trust_remote_code=self.config.model.trust_remote_code,
+        )
+
+    def _score(
+        self, model: Any, examples: Sequence[TokenizedExample], bar: Bar | None = None
+    ) -> list[tuple[Any, ...]]:
+        if not examples:
+            return []
+        return score(
+            model,
+            examples,
+            dtype=compute_dtype(self.config.model, model.device.type),
+            token_budget=self.config.micro_batch_tokens,
+            bar=bar,
+        )
+
+    def _pairs(self, model: Any, bar: Bar) -> list[PairLogProbs]:
+        scored = self._score(model, self.examples, bar)
+        return [
+            PairLogProbs(TEST, example.tokens_hash(), chosen, rejected)
+            for example, (chosen, rejected) in zip(self.examples, scored, strict=True)
+        ]
+
+    def _answers(self, model: Any, tokenizer: Any, bar: Bar) -> tuple[list[Answer], list[str]]:
+        given = self._ask(model, tokenizer, self.sampled, bar)
+        return given, [decode(tokenizer, item) for item in given]
+
+    def _ask(
+        self, model: Any, tokenizer: Any, rows: Sequence[Pair], bar: Bar, **how: float
+    ) -> list[Answer]:
+        wanted = self.wanted
+        prompts = [encode(tokenizer, row.prompt, self.config.max_prompt_length) for row in rows]
+        settings: dict[str, Any] = {
+            "temperature": wanted.temperature,
+            "top_p": wanted.top_p,
+            "seed": self.config.seed,
+            **how,
+        }
+        return answer(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=wanted.max_new_tokens,
+            batch_size=wanted.batch_size,
+            advance=bar.advance,
+            **settings,
+        )
+
+    def _policy_answers(self, policy: Any, bar: Bar) -> list[TokenizedExample]:
+        """Answers for the report, and the answers on which the KL is estimated."""
+        if self.sampled:
+            self.result.answers["policy"] = self._answers(policy, self.tokenizer, bar)
+        seed = self.config.seed + _KL_STREAM
+        given = self._ask(
+            policy, self.tokenizer, self.kl_rows, bar, temperature=1.0, top_p=1.0, seed=seed
+        )
+        return [
+            _example(row.pair_id, item.prompt_ids, item.ids)
+            for row, item in zip(self.kl_rows, given, strict=True)
+        ]
+
+    def _answer_examples(self) -> list[TokenizedExample]:
+        """Each prompt with the SFT model's and the policy's answer."""
+        if not self.sampled:
+            return []
+        sides = (self.result.answers["sft"][0], self.result.answers["policy"][0])
+        return [
+            _example(row.pair_id, sft.prompt_ids, sft.ids, policy.ids)
+            for row, sft, policy in zip(self.sampled, *sides, strict=True)
+        ]
+
+    def _finish(self, ours: Any, theirs: Any, kl_ours: Any, kl_theirs: Any) -> None:
+        """Reward change of the answers, and the KL divergence."""
+        loss = self.config.loss
+        assert not isinstance(loss, SFTLoss)
+        reduce = np.mean if uses_means(loss) else np.sum
+        for (sft_p, policy_p), (sft_r, policy_r) in zip(ours, theirs, strict=True):
+            gain = reduce(policy_p - policy_r) - reduce(sft_p - sft_r)
+            self.result.reward_change.append(float(loss.beta * gain))
+        if kl_ours:
+            self.result.kl = kl_figures(
+                [row.prompt for row in self.kl_rows],
+                [values for (values,) in kl_ours],
+                [values for (values,) in kl_theirs],
+                n_bootstrap=self.wanted.n_bootstrap,
+                seed=self.config.seed,
+            )
+
+    def _published(self, folder: Path, bar: Bar) -> None:
+        model, tokenizer = self._load(folder), load_tokenizer(folder)
+        # log-probabilities of other tokens could not be compared; answers can
+        if tokenizer.get_vocab() == self.tokenizer.get_vocab():
+            self.result.published = self._pairs(model, bar)
+        if self.sampled:
+            self.result.answers["published"] = self._answers(model, tokenizer, bar)
+
+
+def _example(pair_id: str, prompt: list[int], *responses: list[int]) -> TokenizedExample:
+    ids = [np.asarray(tokens, dtype=np.int32) for tokens in (prompt, *responses)]
+    return TokenizedExample(pair_id, ids[0], tuple(ids[1:]))

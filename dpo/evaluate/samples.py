@@ -1,0 +1,85 @@
+"""Samples for the report: what differs between two answers marked, and what a filter goes by.
+
+Prompts and answers are hostile text: they are escaped piece by piece before markup is added.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup, escape
+
+_LONGEST_CHARACTERS = 6000
+_MARKED_WORDS = 3000
+"""Longer answers are shown without marks: the comparison takes time that grows with the square."""
+_BUDGET_BYTES = 600_000
+"""Of all samples of a report; the others are in samples.json alone."""
+
+CHANGES = {
+    "rose": "reward rose",
+    "same": "same answer or reward",
+    "fell": "reward fell",
+}
+
+
+def shown_samples(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The samples with marks and their ``change``, as many as the report has room for."""
+    found: list[dict[str, Any]] = []
+    used = 0
+    for sample in samples:
+        item = _marked(sample)
+        used += sum(len(str(value).encode(errors="replace")) for value in item.values())
+        if found and used > _BUDGET_BYTES:
+            break
+        found.append(item)
+    return found
+
+
+def change_of(sample: Mapping[str, Any]) -> str:
+    """Whether the policy's answer has a larger implicit reward than the SFT model's."""
+    change = float(sample.get("reward_change") or 0.0)
+    if sample["sft"] == sample["policy"] or change == 0:
+        return "same"
+    return "rose" if change > 0 else "fell"
+
+
+def clipped(text: str, longest: int = _LONGEST_CHARACTERS) -> str:
+    """The text, or its beginning with a note of how much is left out."""
+    if len(text) <= longest:
+        return text
+    return f"{text[:longest]} … ({len(text) - longest:,} more characters in samples.json)"
+
+
+def _marked(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """The sample with the words that only one of the models wrote marked."""
+    texts = {name: clipped(str(sample[name])) for name in ("prompt", "chosen", "sft", "policy")}
+    left, right = (re.findall(r"\s+|\S+", texts[name]) for name in ("sft", "policy"))
+    marked = {"sft": escape(texts["sft"]), "policy": escape(texts["policy"])}
+    if len(left) + len(right) <= _MARKED_WORDS:
+        pieces = list(_pieces(left, right))
+        join = Markup("").join
+        marked = {"sft": join(a for a, _ in pieces), "policy": join(b for _, b in pieces)}
+    published = sample.get("published")
+    return {
+        "pair_id": sample["pair_id"],
+        "dataset": sample["dataset"],
+        "reward_change": sample.get("reward_change"),
+        "change": change_of(sample),
+        **texts,
+        **marked,
+        "published": None if published is None else clipped(str(published)),
+    }
+
+
+def _pieces(left: list[str], right: list[str]) -> Iterator[tuple[Markup, Markup]]:
+    matcher = difflib.SequenceMatcher(a=left, b=right, autojunk=False)
+    for operation, a, b, c, d in matcher.get_opcodes():
+        old, new = escape("".join(left[a:b])), escape("".join(right[c:d]))
+        same = operation == "equal"
+        yield (
+            old if same or not old else Markup("<del>{}</del>").format(old),
+            new if same or not new else Markup("<ins>{}</ins>").format(new),
+        )

@@ -1,0 +1,137 @@
+"""The path of models without a packed one: every response in a sequence of its own.
+
+Sequences are padded on the right and masked. What padding does to a model is not known for all of
+transformers (Gemma 2's attention gives NaN where a window holds padding alone), so the first batch
+is checked: the shortest sequence by itself must give the same values. Where it does not, sequences
+run one by one. The same check finds models that are not causal.
+
+Axes: S sequences, L their length, N response tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dpo.data.packing import PackedBatch
+from dpo.errors import ModelError
+
+_warned: set[str] = set()
+_PADS = "_dpo_padding_is_safe"
+
+
+def warn_once(model_type: str) -> None:
+    """One warning for each kind of model in a process."""
+    if model_type not in _warned:
+        _warned.add(model_type)
+        warnings.warn(
+            f"{model_type} models run without shared prompts: correct, but slower",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def plain_log_probs(model: Any, batch: PackedBatch) -> Tensor:
+    """Log-probability of every response token; float32 at least, shape [N], with gradients.
+
+    Raises:
+        ModelError: the model is not causal, or cannot be padded and is spread over processes.
+    """
+    rows, spans = _sequences(batch)
+    if not hasattr(model, _PADS):
+        setattr(model, _PADS, _padding_is_safe(model, rows))
+    if getattr(model, _PADS):
+        logits_SLV = _padded_logits(model, rows)
+        parts = [_log_probs(logits_SLV[n], rows[n], *spans[n]) for n in range(len(rows))]
+    else:
+        parts = [
+            _log_probs(_logits(model, row), row, *span)
+            for row, span in zip(rows, spans, strict=True)
+        ]
+    return torch.cat(parts)
+
+
+def _sequences(batch: PackedBatch) -> tuple[list[list[int]], list[tuple[int, int]]]:
+    """Token ids of prompt + response, and the response's span in it, in the order of ``slot_N``."""
+    rows, spans = [], []
+    for segment in batch.segments:
+        prompt = batch.input_ids_T[segment.start : segment.prompt_end].tolist()
+        for first, last in segment.response_spans:
+            response = batch.input_ids_T[first:last].tolist()
+            rows.append(prompt + response)
+            spans.append((len(prompt), len(prompt) + len(response)))
+    return rows, spans
+
+
+def _padded_logits(model: Any, rows: list[list[int]]) -> Tensor:
+    longest = max(map(len, rows))
+    input_ids_SL = torch.zeros(len(rows), longest, dtype=torch.long, device=model.device)
+    mask_SL = torch.zeros_like(input_ids_SL)
+    for number, ids in enumerate(rows):
+        input_ids_SL[number, : len(ids)] = torch.as_tensor(ids)
+        mask_SL[number, : len(ids)] = 1
+    logits_SLV: Tensor = model(
+        input_ids=input_ids_SL, attention_mask=mask_SL, use_cache=False
+    ).logits
+    return logits_SLV
+
+
+def _logits(model: Any, row: list[int]) -> Tensor:
+    ids_SL = torch.as_tensor([row], device=model.device)
+    mask_SL = torch.ones_like(ids_SL)
+    logits_LV: Tensor = model(input_ids=ids_SL, attention_mask=mask_SL, use_cache=False).logits[0]
+    return logits_LV
+
+
+def _log_probs(logits_LV: Tensor, row: list[int], first: int, last: int) -> Tensor:
+    wide = torch.promote_types(logits_LV.dtype, torch.float32)
+    target_L = torch.as_tensor(row[first:last], device=logits_LV.device)
+    log_probs_LV = logits_LV[first - 1 : last - 1].to(wide).log_softmax(1)
+    return log_probs_LV.gather(1, target_L[:, None]).squeeze(1)
+
+
+@torch.no_grad()
+def _padding_is_safe(model: Any, rows: list[list[int]]) -> bool:
+    """Whether a padded sequence gives what it gives by itself.
+
+    Raises:
+        ModelError: the model is not causal, or cannot be padded and is spread over processes.
+    """
+    shortest = min(range(len(rows)), key=lambda number: len(rows[number]))
+    row = rows[shortest]
+    alone_LV = _logits(model, row)
+    changed_LV = _logits(model, [*row[:-1], (row[-1] + 1) % model.config.vocab_size])
+    if not _close(changed_LV[:-1], alone_LV[:-1]):
+        raise ModelError(
+            f"this {model.config.model_type} model is not causal: a token changes the "
+            "predictions of those before it",
+            where="model.name_or_path",
+            fix="use a causal language model (for some, is_decoder=true in their config.json)",
+        )
+    padded_SLV = _padded_logits(model, rows)
+    safe = bool(torch.isfinite(padded_SLV).all()) and _close(
+        padded_SLV[shortest, : len(row)], alone_LV
+    )
+    if not safe and dist.is_initialized():
+        raise ModelError(
+            f"{model.config.model_type} models give other values with padding, and cannot be "
+            "spread over processes here",
+            where="trainer",
+            fix="use trainer=BasicTrainer",
+        )
+    return safe
+
+
+def _close(left: Tensor, right: Tensor) -> bool:
+    """Within what rounding in the products' type explains."""
+    if not left.numel():
+        return True
+    error = (left.float() - right.float()).abs().max()
+    scale = float(right.float().abs().max()) + 1e-6
+    # bfloat16 products differ by some percent of the largest logit
+    tolerance = 5e-2 if torch.is_autocast_enabled(left.device.type) else 1e-3
+    return bool(error <= tolerance * scale)

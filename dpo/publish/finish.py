@@ -1,0 +1,146 @@
+"""The end of a run: its manifest says how it went, and a notification URL is called.
+
+Whom to call is set by the administrator in the environment of this one step (``DPO_NOTIFY_URL``,
+``DPO_NOTIFY_SECRET``): no text of a user becomes an address. Redirects are not followed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import http.client
+import json
+import os
+import ssl
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+from dpo.errors import ConfigError, DpoError, PipelineError
+from dpo.storage.progress import message
+from dpo.storage.runs import MANIFEST_NAME, run_prefix, stored_run_manifest, write_run_manifest
+from dpo.storage.store import Store, open_store
+
+URL_VARIABLE = "DPO_NOTIFY_URL"
+SECRET_VARIABLE = "DPO_NOTIFY_SECRET"
+SIGNATURE = "X-DPO-Signature"
+"""``sha256=`` and the HMAC-SHA256 of the body, in hex, as the service signs its callbacks."""
+_TIMEOUT_SECONDS = 10.0
+_GOOD_STATES = {"SUCCEEDED", "COMPLETE", "CACHED"}
+
+
+def run_finish(store_url: str, run_id: str, state: str, reason: str = "") -> dict[str, Any]:
+    """Write how the run ended into its manifest, then tell the notification URL if one is set.
+
+    Args:
+        store_url: Where the run publishes to; may be empty or unreachable for a run that failed.
+        run_id: Names the run's folder in the store.
+        state: What the backend says of the steps: SUCCEEDED, COMPLETE, FAILED, CANCELED or others.
+        reason: What the backend says of a failure.
+
+    Returns:
+        The message that was sent, or would be.
+
+    Raises:
+        DpoError: the store cannot be written to although the run succeeded.
+    """
+    store = open_store(store_url) if store_url else None
+    known = _known(store, run_id)
+    ended = {
+        "state": _how_it_ended(known, state),
+        "backend_state": state,
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    if reason:
+        ended["reason"] = reason
+    text = _message(store, run_id, known, ended)
+    ended["notification"] = _notify(text)
+    try:
+        if store is None:
+            raise ConfigError("the run has no store, so its end is written nowhere")
+        write_run_manifest(store, run_id, **ended)
+    except DpoError as error:
+        if state in _GOOD_STATES:
+            raise
+        # the run has failed already, perhaps because of the same store
+        message("finish", str(error))
+    message("finish", f"the run ended: {ended['state']}; notification: {ended['notification']}")
+    return text
+
+
+def _known(store: Store | None, run_id: str) -> dict[str, Any]:
+    try:
+        return stored_run_manifest(store, run_id) if store else {}
+    except DpoError as error:
+        message("finish", str(error))
+        return {}
+
+
+def _how_it_ended(known: dict[str, Any], state: str) -> str:
+    if state in ("CANCELED", "CANCELLED"):
+        return "cancelled"
+    verdict = known.get("verdict")
+    if state in ("FAILED", "ERROR") or not verdict:
+        return "failed"
+    if not verdict.get("approved"):
+        return "refused"
+    return "succeeded" if known.get("published") else "failed"
+
+
+def _message(
+    store: Store | None, run_id: str, known: dict[str, Any], ended: dict[str, Any]
+) -> dict[str, Any]:
+    published = known.get("published") or {}
+    return {
+        "event": "run.ended",
+        "run_id": run_id,
+        "state": ended["state"],
+        "ended": ended["ended"],
+        "approved": (known.get("verdict") or {}).get("approved"),
+        "name": published.get("name"),
+        "content_hash": published.get("content_hash"),
+        "url": published.get("url"),
+        "manifest": store.url(f"{run_prefix(run_id)}/{MANIFEST_NAME}") if store else None,
+    }
+
+
+def _notify(text: dict[str, Any]) -> str:
+    """Post the message; returns what became of it. A run is what it is whoever hears of it."""
+    url = os.environ.get(URL_VARIABLE, "")
+    if not url:
+        return "none asked for"
+    try:
+        return f"sent, answered with {_post(url, json.dumps(text, sort_keys=True).encode())}"
+    except (OSError, http.client.HTTPException) as error:
+        return f"failed: {type(error).__name__}"
+    except DpoError as error:
+        return f"failed: {error.found}"
+
+
+def _post(url: str, body: bytes) -> int:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+        raise ConfigError(f"{URL_VARIABLE} is not an http:// or https:// URL without credentials")
+    headers = {"Content-Type": "application/json", "User-Agent": "dpo-pipeline"}
+    if secret := os.environ.get(SECRET_VARIABLE):
+        digest = hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
+        headers[SIGNATURE] = f"sha256={digest}"
+    connection: http.client.HTTPConnection
+    if parts.scheme == "https":
+        context = ssl.create_default_context()
+        connection = http.client.HTTPSConnection(
+            parts.hostname, parts.port, timeout=_TIMEOUT_SECONDS, context=context
+        )
+    else:
+        connection = http.client.HTTPConnection(
+            parts.hostname, parts.port, timeout=_TIMEOUT_SECONDS
+        )
+    try:
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        connection.request("POST", target, body, headers)
+        status = connection.getresponse().status
+    finally:
+        connection.close()
+    if not 200 <= status < 300:
+        raise PipelineError(f"answered with status {status}")
+    return status

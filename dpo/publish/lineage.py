@@ -1,0 +1,226 @@
+"""Where a published model comes from, and what was made of a community's data.
+
+A version's manifest and a run's manifest both hold the records of every artifact before them (see
+``dpo.storage.manifest``): step, content hash, parents, configuration, code, image, and the
+fingerprints of the sources. Nothing else is asked, so a chain can be read years later.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dpo.errors import ArtifactError
+from dpo.publish.verify import find_version
+from dpo.storage.manifest import MANIFEST
+from dpo.storage.published import LATEST, read_version
+from dpo.storage.runs import upgrade_run
+from dpo.storage.store import Store, open_store
+
+_ORDER = ("ingest", "sft", "reference", "preference", "evaluate", "gate", "publish")
+_LEAVES = ("evaluate", "gate", "publish")
+"""Nothing is trained on these; two runs may well write equal ones, of different data."""
+_RUN_KEY = re.compile(rf"^(?:.*/)?runs/(?P<run>[^/]+)/{re.escape(MANIFEST)}$")
+_VERSION_KEY = re.compile(rf"^(?P<prefix>(?:.*/)?[0-9a-f]{{64}})/{re.escape(MANIFEST)}$")
+_COMMUNITY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_TEXT_OF_DATA = ("report.html", "report.md", "samples.json", "pairs.json")
+"""Files of a run that show prompts and answers."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A published version."""
+
+    url: str
+    name: str
+    content_hash: str
+    run_id: str
+    records: Mapping[str, Mapping[str, Any]]
+    """Of the policy and of everything before it, by content hash."""
+
+
+@dataclass
+class Dependents:
+    """What was made of a community's data."""
+
+    data: list[str] = field(default_factory=list)
+    """URLs of the data itself."""
+    fingerprints: set[str] = field(default_factory=set)
+    models: list[Model] = field(default_factory=list)
+    runs: dict[str, list[str]] = field(default_factory=dict)
+    """URLs of runs that read it, with those of their files that show text of it."""
+    artifacts: dict[str, str] = field(default_factory=dict)
+    """Steps of the artifacts made of it, by content hash; the pipeline keeps them elsewhere."""
+
+
+def chain(url: str) -> tuple[dict[str, Any], list[Mapping[str, Any]]]:
+    """A published version's manifest, and the records of what it was made of, data first.
+
+    Raises:
+        ArtifactError: nothing is published there, or its lineage was not recorded.
+    """
+    _, _, manifest = find_version(url)
+    records = _records(manifest)
+    if not records:
+        raise ArtifactError(
+            "this version does not say where it comes from: it was published before that was "
+            "recorded",
+            where=url,
+            fix="publish it again from its run",
+        )
+    return manifest, sorted(records.values(), key=_step_number)
+
+
+def _step_number(entry: Mapping[str, Any]) -> int:
+    return _ORDER.index(entry["step"]) if entry["step"] in _ORDER else len(_ORDER)
+
+
+def _records(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    records: dict[str, Mapping[str, Any]] = dict(manifest.get("lineage") or {})
+    if own := manifest.get("provenance"):
+        records[own["content_hash"]] = own
+    return records
+
+
+def dependents(url: str, community: str) -> Dependents:
+    """Everything below a store's URL that was made of a community's data.
+
+    A model made from such a model counts as well: its base model's fingerprint is that of the
+    published files, or the hash of an artifact in the chain.
+
+    Raises:
+        ArtifactError: not a community's name.
+        StoreError: the store refuses or does not answer.
+    """
+    if not _COMMUNITY.fullmatch(community):
+        raise ArtifactError(f"{community!r} is not a community's name", where="community")
+    store = open_store(url)
+    keys = list(store.list())
+    found = Dependents()
+    data = re.compile(rf"(?:^|/)communities/{re.escape(community)}/data/")
+    found.data = [store.url(key) for key in keys if data.search(key)]
+    tainted: set[str] = set()
+    runs = dict(_runs(store, keys))
+    models = [model for key in keys if (model := _model(store, key))]
+    while True:
+        before = len(tainted)
+        for records in (*(_of_run(run) for run in runs.values()), *(m.records for m in models)):
+            _spread(records, community, tainted, found)
+        for model in models:
+            if tainted & {model.content_hash, *model.records}:
+                tainted.add(model.content_hash)
+        if len(tainted) == before:
+            break
+    found.models = [model for model in models if model.content_hash in tainted]
+    for key, run in runs.items():
+        if tainted & set(_of_run(run)):
+            folder = key.removesuffix(MANIFEST)
+            texts = [store.url(f"{folder}{name}") for name in _TEXT_OF_DATA]
+            present = [text for text in texts if text.removeprefix(f"{store.root}/") in set(keys)]
+            found.runs[store.url(folder.rstrip("/"))] = present
+    return found
+
+
+def _spread(
+    records: Mapping[str, Mapping[str, Any]],
+    community: str,
+    tainted: set[str],
+    found: Dependents,
+) -> None:
+    """Add the artifacts that read the community's data, and those made of tainted ones."""
+    for hash_, entry in sorted(records.items(), key=lambda item: _step_number(item[1])):
+        own = _sources_of(entry, community)
+        if own:
+            found.fingerprints |= {
+                str(print_) for name in own if (print_ := (entry.get("sources") or {}).get(name))
+            }
+        made_of = set((entry.get("parents") or {}).values()) | _base_prints(entry)
+        if own or made_of & tainted:
+            if entry["step"] not in _LEAVES:
+                tainted.add(hash_)
+            found.artifacts[hash_] = str(entry["step"])
+
+
+def _base_prints(entry: Mapping[str, Any]) -> set[str]:
+    """Hashes in the fingerprint of the base model."""
+    prints = (entry.get("made_by") or {}).get("fingerprints") or {}
+    return set(str(prints.get("model", "")).split("+")) - {""}
+
+
+def _sources_of(entry: Mapping[str, Any], community: str) -> list[str]:
+    """Names of the sources of an ingest that are this community's."""
+    if entry["step"] != "ingest":
+        return []
+    sources = (entry.get("configuration") or {}).get("sources") or {}
+    marks = (f"/communities/{community}/", f"/communities/{community}.")
+    return [
+        name
+        for name, source in sources.items()
+        if source
+        and (
+            source.get("community") == community
+            or any(mark in f"{source.get('path') or ''}/" for mark in marks)
+        )
+    ]
+
+
+def _runs(store: Store, keys: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for key in keys:
+        if _RUN_KEY.match(key):
+            yield key, upgrade_run(json.loads(store.read(key)), store.url(key))
+
+
+def _of_run(run: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {entry["content_hash"]: entry for entry in (run.get("artifacts") or {}).values()}
+
+
+def _model(store: Store, key: str) -> Model | None:
+    match = _VERSION_KEY.match(key)
+    manifest = read_version(store, match["prefix"]) if match else None
+    if match is None or manifest is None:
+        return None
+    return Model(
+        store.url(match["prefix"]),
+        str(manifest["name"]),
+        str(manifest["content_hash"]),
+        str(manifest["run_id"]),
+        _records(manifest),
+    )
+
+
+def forget(url: str, community: str, *, reports: bool = False) -> Dependents:
+    """Remove a community's data below a store's URL; returns what still depends on it.
+
+    Removed is ``communities/<name>/data/``, where the service keeps what was posted. Models, runs
+    and artifacts stay: which of them may is not for a command to decide.
+
+    Args:
+        url: Of the store.
+        community: Whose data.
+        reports: Also remove those files of its runs that show text of the data.
+
+    Raises:
+        ArtifactError: not a community's name.
+        StoreError: the store refuses or does not answer.
+    """
+    found = dependents(url, community)
+    store = open_store(url)
+    removed = list(found.data)
+    if reports:
+        removed += [text for texts in found.runs.values() for text in texts]
+        found.runs = {run: [] for run in found.runs}
+    for object_url in removed:
+        store.delete(object_url.removeprefix(f"{store.root}/"))
+    return found
+
+
+def is_latest(store: Store, model: Model) -> bool:
+    """Whether readers of the model's name get this version now."""
+    prefix = model.url.removeprefix(f"{store.root}/").rpartition("/")[0]
+    key = f"{prefix}/{LATEST}" if prefix else LATEST
+    if store.stat(key) is None:
+        return False
+    return bool(json.loads(store.read(key)).get("content_hash") == model.content_hash)

@@ -1,0 +1,208 @@
+"""Starting from an earlier artifact: a step's output at a URL is verified and becomes its own.
+
+What may be named: the folder of a step's output, and for the SFT model also a published version,
+in any store (``s3://bucket/path``, ``minio://...``, ``file:///folder``) or as an absolute folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from dpo.errors import ArtifactError, ConfigError, ObjectMissing
+from dpo.storage.manifest import (
+    LOGS,
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    content_hash,
+    read_manifest,
+    sha256_file,
+    staged,
+    write_manifest,
+)
+from dpo.storage.progress import track
+from dpo.storage.store import Store, is_store_url, open_store, safe_key
+
+ACCEPTED: Mapping[str, tuple[str, ...]] = {
+    "ingest": ("ingest",),
+    # a policy may be trained further, and a published version is a model as well
+    "sft": ("sft", "preference", "published"),
+    "reference": ("reference",),
+}
+"""Whose outputs may stand in for a step's."""
+_LATEST = "latest.json"
+_DOWNLOADS = 4
+
+
+def artifact_store(uri: str) -> Store:
+    """The store whose root is the artifact.
+
+    Raises:
+        ConfigError: neither a store's URL nor an absolute folder.
+    """
+    if uri.startswith("/"):
+        return open_store(Path(uri).as_uri())
+    if not is_store_url(uri):
+        raise ConfigError(
+            f"{uri!r} names no artifact",
+            fix="write s3://bucket/path, minio://bucket/path, file:///folder or /folder: the "
+            "folder that holds the artifact's manifest.json",
+        )
+    return open_store(uri)
+
+
+def read_artifact(uri: str, stage: str) -> Manifest:
+    """The manifest of the artifact at ``uri``, checked to be usable in place of ``stage``'s output.
+
+    Only the manifest is read.
+
+    Raises:
+        ConfigError: not a place of an artifact, or the output of another step.
+        ArtifactError: there is no complete artifact.
+        StoreError: the store does not answer.
+    """
+    try:
+        store = _settled(uri)
+        manifest = _manifest(json.loads(store.read(MANIFEST)))
+    except ObjectMissing:
+        raise ArtifactError(
+            f"there is no complete output to use in place of step {stage}: {MANIFEST} is missing",
+            where=uri,
+            fix="name the folder that a step wrote, or a published model; "
+            "a base model is given as model=",
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise ArtifactError(
+            "the manifest cannot be read", where=uri, fix="name the folder that a step wrote"
+        ) from None
+    if manifest.stage not in ACCEPTED[stage]:
+        raise ConfigError(
+            f"an output of step {manifest.stage} cannot stand in for that of {stage}",
+            where=uri,
+            fix=f"name an output of {' or '.join(ACCEPTED[stage])}",
+        )
+    return manifest
+
+
+def _settled(uri: str) -> Store:
+    """The store of the artifact itself: of a published name, its latest version."""
+    store = artifact_store(uri)
+    if store.stat(MANIFEST) is None and store.stat(_LATEST) is not None:
+        version = str(json.loads(store.read(_LATEST))["content_hash"])
+        return artifact_store(f"{store.root}/{safe_key(version)}")
+    return store
+
+
+def _manifest(values: Mapping[str, Any]) -> Manifest:
+    files = tuple(FileEntry(**entry) for entry in values["files"])
+    found = content_hash({entry.path: entry.sha256 for entry in files if entry.path not in LOGS})
+    if found != values["content_hash"]:
+        raise ValueError("the content hash is not that of the files")
+    return Manifest(
+        stage=values.get("stage", "published"),
+        files=files,
+        content_hash=found,
+        settings=dict(values.get("settings", {})),
+        inputs=dict(values.get("inputs") or _policy(values)),
+        code=str(values.get("code", "")),
+        details=dict(values.get("details", {})),
+        made_by=dict(values.get("made_by", {})),
+        lineage=_lineage(values),
+    )
+
+
+def _policy(values: Mapping[str, Any]) -> dict[str, str]:
+    """Of a published version: the policy that it was made of."""
+    return {"policy": str(values["policy"])} if values.get("policy") else {}
+
+
+def _lineage(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Where it comes from; of a published version its policy too."""
+    known = dict(values.get("lineage") or {})
+    own = values.get("provenance")
+    return {**known, own["content_hash"]: own} if own else known
+
+
+def adopt(
+    uri: str,
+    output: Path,
+    stage: str,
+    *,
+    expected: str = "",
+    inputs: Mapping[str, Path] | None = None,
+) -> Manifest:
+    """Fetch an earlier artifact, verify each file, and make it the output of ``stage``.
+
+    Args:
+        uri: Where it is; see the module.
+        output: Folder to make.
+        stage: The step that it stands in for.
+        expected: Content hash that the run was planned with; empty accepts any.
+        inputs: Outputs of this run that the artifact must have been made from, by input name.
+
+    Raises:
+        ArtifactError: a file is missing or has other bytes, or it was made from other inputs.
+        ConfigError: it is not an output that can stand in, or changed since the run was planned.
+        StoreError: the store does not answer.
+    """
+    manifest = read_artifact(uri, stage)
+    if expected and manifest.content_hash != expected:
+        raise ConfigError(
+            "the artifact changed after the run was planned", where=uri, fix="start the run again"
+        )
+    _check_inputs(uri, manifest, inputs or {})
+    with staged(output) as folder:
+        _fetch(_settled(uri), manifest.files, folder, stage, uri)
+        return write_manifest(
+            folder,
+            stage,
+            settings=manifest.settings,
+            inputs=manifest.inputs,
+            code=manifest.code,
+            details={**manifest.details, "adopted_from": uri},
+            lineage=manifest.lineage,
+        )
+
+
+def _check_inputs(uri: str, manifest: Manifest, inputs: Mapping[str, Path]) -> None:
+    for name, folder in inputs.items():
+        wanted = read_manifest(folder, verify=False).content_hash
+        known = manifest.inputs.get(name)
+        if known != wanted:
+            raise ArtifactError(
+                f"the artifact was made from other {name} than this run has "
+                f"({(known or 'unknown')[:12]}, not {wanted[:12]})",
+                where=uri,
+                fix=f"give the {name} of the same run as well, or leave this artifact out",
+            )
+
+
+def _fetch(store: Store, files: Iterable[FileEntry], folder: Path, stage: str, uri: str) -> None:
+    entries = list(files)
+    with (
+        track(stage, "bytes", sum(e.size for e in entries)) as bar,
+        ThreadPoolExecutor(_DOWNLOADS) as pool,
+    ):
+        for done in [pool.submit(_fetch_file, store, e, folder, uri, bar) for e in entries]:
+            done.result()
+
+
+def _fetch_file(store: Store, entry: FileEntry, folder: Path, uri: str, bar: Any) -> None:
+    target = folder / safe_key(entry.path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        store.download(entry.path, target, bar.advance)
+    except ObjectMissing:
+        raise ArtifactError(
+            f"{entry.path} of the artifact is missing", where=uri, fix="restore it, or run the step"
+        ) from None
+    if target.stat().st_size != entry.size or sha256_file(target) != entry.sha256:
+        raise ArtifactError(
+            f"{entry.path} of the artifact has other bytes than when it was written",
+            where=uri,
+            fix="restore the artifact, or leave it out and let the step run",
+        )

@@ -1,0 +1,28 @@
+"""Where the outputs of a run lie, for a later run that starts from them.
+
+Kubeflow's run API tells no URI of an artifact and they cannot be derived, so the evaluation, which
+reads all of them, notes them beside its own output.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+FILE = "sources.json"
+"""Not part of the output's content: the same evaluation may come from other places."""
+
+
+def note_sources(folder: Path, uris: Mapping[str, str]) -> None:
+    """Write the URI of each step's output beside a complete evaluation."""
+    text = json.dumps(dict(uris), indent=1, sort_keys=True)
+    (folder / FILE).write_text(text, encoding="utf-8")
+
+
+def read_sources(folder: Path) -> dict[str, str]:
+    """The URI of each step's output; empty where nobody noted them."""
+    path = folder / FILE
+    if not path.is_file():
+        return {}
+    return {str(name): str(uri) for name, uri in json.loads(path.read_text("utf-8")).items()}

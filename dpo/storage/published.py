@@ -1,0 +1,98 @@
+"""A published name in a store: ``<name>/latest.json`` and the manifests of its versions.
+
+    <name>/<content hash>/...             a version's files, then its manifest.json
+    <name>/latest.json                    names a complete version, and those that it named before
+
+Whoever reads what is published starts here; ``dpo.publish`` writes it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from dpo.errors import ArtifactError, ObjectMissing
+from dpo.storage.manifest import MANIFEST
+from dpo.storage.store import Store
+
+LATEST = "latest.json"
+LATEST_FORMAT = 2
+"""1 had no ``previous``."""
+VERSION_FORMAT = 2
+"""1 had no ``run_id``, no ``lineage`` and no ``signature``."""
+HASH = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Latest:
+    """What ``latest.json`` says."""
+
+    content_hash: str
+    """The version that readers get."""
+    previous: tuple[str, ...] = ()
+    """What it named before, newest first; a rollback goes back to the first."""
+    etag: str = ""
+    """Of the object, for a conditional write."""
+
+
+def read_latest(store: Store, name: str = "") -> Latest | None:
+    """What is published under ``name`` (empty: the store's URL ends in the name); None: nothing.
+
+    Raises:
+        ArtifactError: it cannot be read.
+        StoreError: the store does not answer.
+    """
+    key = f"{name}/{LATEST}" if name else LATEST
+    found = store.stat(key)
+    if found is None:
+        return None
+    try:
+        values = _parsed(store.read(key), LATEST_FORMAT, store.url(key))
+    except ObjectMissing:
+        return None
+    content_hash = values.get("content_hash")
+    if not (isinstance(content_hash, str) and HASH.fullmatch(content_hash)):
+        raise ArtifactError(
+            "latest.json names no version", where=store.url(key), fix="publish the model again"
+        )
+    previous = tuple(hash_ for hash_ in values.get("previous", []) if HASH.fullmatch(str(hash_)))
+    return Latest(content_hash, previous, found.etag)
+
+
+def read_version(store: Store, prefix: str = "") -> dict[str, Any] | None:
+    """The manifest of a complete version (any format, in the newest), or None where there is none.
+
+    Args:
+        store: Where.
+        prefix: ``<name>/<hash>``, ``<hash>``, or empty: the store's URL ends in the version.
+
+    Raises:
+        ArtifactError: it cannot be read.
+    """
+    key = f"{prefix}/{MANIFEST}" if prefix else MANIFEST
+    try:
+        values = _parsed(store.read(key), VERSION_FORMAT, store.url(key))
+    except ObjectMissing:
+        return None
+    if not {"name", "content_hash", "files"} <= set(values):
+        return None
+    return {"run_id": "", "lineage": {}, "provenance": {}, **values}
+
+
+def _parsed(text: bytes, newest: int, where: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+        version = int(values["format_version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"it cannot be read: {error!r}", where=where, fix="publish the model again"
+        ) from None
+    if version > newest:
+        raise ArtifactError(
+            f"it has format {version}; this version reads up to {newest}",
+            where=where,
+            fix="use the version of this package that wrote it, or a newer one",
+        )
+    return dict(values)

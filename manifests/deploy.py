@@ -1,0 +1,156 @@
+"""Applies an overlay to the current cluster, or removes it again; what ``make deploy`` runs.
+
+    python manifests/deploy.py OVERLAY [--deployment gpu] [--undo]
+
+Where ``build/images.json`` names images (``make images-push``), they are put in, and the service is
+given the deployment with the same images for the runs that it starts: an overlay of its own in
+``build/deploy``, which may be kept and applied by other means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo.errors import ConfigError, DpoError, MissingDependency, PipelineError
+from pipelines.deployment import load_deployment
+from pipelines.package import BUILT_IMAGES, with_images
+
+ROOT = Path(__file__).resolve().parent.parent
+OVERLAYS = ROOT / "manifests" / "overlays"
+TARGET = ROOT / "build" / "deploy"
+_MOUNTED = "/etc/dpo/deployment.yaml"
+_NAMESPACE = "dpo"
+_SECRETS = {"base": ("dpo-store", "dpo-service"), "local": ("minio",)}
+
+
+def overlays() -> list[str]:
+    """Names of the overlays."""
+    return sorted(path.name for path in OVERLAYS.iterdir())
+
+
+def write_overlay(overlay: str, deployment: str, built: Path = BUILT_IMAGES) -> Path:
+    """Folder to apply: the overlay itself, or one over it with the images that were built.
+
+    Raises:
+        ConfigError: no such overlay or deployment.
+    """
+    if overlay not in overlays():
+        raise ConfigError(
+            f"there is no overlay {overlay!r}", fix=f"OVERLAY is one of {', '.join(overlays())}"
+        )
+    if not built.is_file():
+        return OVERLAYS / overlay
+    names: dict[str, str] = json.loads(built.read_text(encoding="utf-8"))
+    TARGET.mkdir(parents=True, exist_ok=True)
+    chosen = with_images(load_deployment(deployment), built)
+    settings = chosen.model_dump(mode="json", exclude_defaults=True)
+    (TARGET / "deployment.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    variables = {
+        "name": "dpo-service",
+        "namespace": _NAMESPACE,
+        "behavior": "merge",
+        "literals": [f"DPO_SERVICE_DEPLOYMENT={_MOUNTED}"],
+    }
+    files = {"name": "dpo-deployment", "namespace": _NAMESPACE, "files": ["deployment.yaml"]}
+    kustomization = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": [f"../../manifests/overlays/{overlay}"],
+        "images": [_image(kind, names[kind]) for kind in ("service", "data") if kind in names],
+        "configMapGenerator": [variables, files],
+        "generatorOptions": {"disableNameSuffixHash": True},
+    }
+    text = yaml.safe_dump(kustomization, sort_keys=False)
+    (TARGET / "kustomization.yaml").write_text(text, encoding="utf-8")
+    return TARGET
+
+
+def _image(kind: str, name: str) -> dict[str, str]:
+    repository, at, digest = name.partition("@")
+    if at:
+        return {"name": f"dpo-{kind}", "newName": repository, "digest": digest}
+    repository, _, tag = name.rpartition(":")
+    return {"name": f"dpo-{kind}", "newName": repository, "newTag": tag}
+
+
+def _kubectl(kubectl: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            [*shlex.split(kubectl), *arguments], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        raise MissingDependency(
+            f"{kubectl} was not found", fix="install kubectl, or name yours: make ... KUBECTL=..."
+        ) from None
+
+
+def apply(kubectl: str, folder: Path) -> None:
+    """Apply a folder on the server's side.
+
+    Raises:
+        PipelineError: the cluster refused something or does not answer.
+    """
+    done = _kubectl(kubectl, "apply", "--server-side", "-k", str(folder))
+    print(done.stdout, end="")
+    if done.returncode:
+        raise PipelineError("the cluster refused the manifests", where=done.stderr.strip())
+
+
+def missing_secrets(kubectl: str, overlay: str) -> list[str]:
+    """Secrets that pods of the overlay wait for."""
+    wanted = [*_SECRETS["base"], *_SECRETS.get(overlay, ())]
+    return [
+        name
+        for name in wanted
+        if _kubectl(kubectl, "get", "secret", name, "-n", _NAMESPACE).returncode
+    ]
+
+
+def remove(kubectl: str, overlay: str) -> None:
+    """Remove what an overlay applied, its namespace and volumes too.
+
+    Raises:
+        PipelineError: the cluster refused it.
+    """
+    folder = str(OVERLAYS / overlay)
+    done = _kubectl(kubectl, "delete", "--ignore-not-found", "--wait=false", "-k", folder)
+    print(done.stdout, end="")
+    if done.returncode:
+        raise PipelineError("not all could be removed", where=done.stderr.strip())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """See the module's description; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="make deploy", description=__doc__.partition("\n")[0])
+    parser.add_argument("overlay", nargs="?", default="", help=", ".join(overlays()))
+    parser.add_argument("--deployment", default="", help="of the runs that the service starts")
+    parser.add_argument("--kubectl", default="kubectl")
+    parser.add_argument("--undo", action="store_true")
+    options: Any = parser.parse_args(arguments)
+    try:
+        folder = write_overlay(options.overlay, options.deployment)
+        if options.undo:
+            remove(options.kubectl, options.overlay)
+            return 0
+        apply(options.kubectl, folder)
+        for name in missing_secrets(options.kubectl, options.overlay):
+            print(
+                f"the Secret {name} is missing in the namespace {_NAMESPACE}: pods wait for it. "
+                "Fill in secrets.example.yaml (manifests/README.md) and apply it"
+            )
+    except DpoError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""Whole columns at once give what one row after the other gives: pairs, places and reasons."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo.config.places import builtin
+from dpo.config.schema import SourceConfig
+from dpo.data import check
+from dpo.data.check import Block, Rules, check_block
+from dpo.data.columns import Columns
+from dpo.data.lines import pieces
+from dpo.data.quarantine import Place
+from dpo.data.spill import KEYS, REJECTED, SPILL_SCHEMA, read_pairs
+from dpo.data.tokenize import Limits
+from tests.data.conftest import Outcome, good_row
+
+TOKENIZER = builtin("builtin:tiny")
+assert TOKENIZER is not None
+RULES = Rules(TOKENIZER, Limits(512, 256, "keep_end"), "raw", 0.2)
+
+
+def outcome(path: Path, folder: Path, source: dict[str, Any], split: str | None) -> Any:
+    config = SourceConfig(**source)
+    place = Place("rows", "rows.jsonl", split)
+    tally = check_block(Block(config, 0, place, path, folder, 0, path.stat().st_size), RULES)
+    table = pa.Table.from_batches(read_pairs(folder), schema=SPILL_SCHEMA)
+    return (
+        table.to_pylist(),
+        (folder / KEYS).read_bytes(),
+        (folder / REJECTED).read_bytes(),
+        (tally.rows, tally.lines, tally.pairs, tally.reasons),
+    )
+
+
+def both(data: bytes, source: dict[str, Any], split: str | None = None) -> tuple[Any, Any]:
+    with TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        path = Path(name, "rows.jsonl")
+        path.write_bytes(data)
+        fast = outcome(path, Path(name, "fast"), source, split)
+        patch.setattr(Columns, "for_source", lambda *_: None)
+        return fast, outcome(path, Path(name, "slow"), source, split)
+
+
+TEXT = st.one_of(
+    st.sampled_from(
+        [
+            *("", " ", "\n", "\u3000", "a", "b", " a", "a ", "yes", "no", "x" * 300),
+            *(
+                "<|endoftext|>",
+                "caf\u00e9",
+                "lost \ufffd",
+                "tab\there",
+                "bell\a",
+                "del\x7f",
+                "nul\0",
+            ),
+            *("\r\n", '"quoted" \\ back', "}\n{", "\u2028", "\U0001f600"),
+            *("\n\nHuman: q\n\nAssistant: a", "\n\nHuman: q\n\nAssistant: b", "\n\nAssistant:"),
+            *("\n\nHuman: q\n\nAssistant:", "\n\nHuman: z\n\nAssistant: c\n\nAssistant: d"),
+        ]
+    ),
+    st.text(max_size=12),
+)
+VALUE = st.one_of(TEXT, st.none(), st.integers(), st.floats(allow_nan=True), st.booleans())
+ROW = st.one_of(
+    st.fixed_dictionaries({"prompt": TEXT, "chosen": TEXT, "rejected": TEXT}),
+    st.fixed_dictionaries({"chosen": TEXT, "rejected": TEXT}),
+    st.fixed_dictionaries(
+        {"prompt": TEXT, "chosen": TEXT, "rejected": TEXT},
+        optional={
+            "split": st.sampled_from(["train", "test", "validation", "dev", None]),
+            "sft_target": st.none() | TEXT,
+            "score": VALUE,
+            "messages": VALUE,
+            "reason": st.none() | TEXT,
+            "Prompt": VALUE,
+        },
+    ),
+    st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "id"]), VALUE),
+)
+LINE = st.one_of(
+    ROW.map(lambda row: json.dumps(row).encode()),
+    ROW.map(lambda row: json.dumps(row, ensure_ascii=False).encode("utf-8", "replace")),
+    st.sampled_from(
+        [
+            *(b"", b" ", b"[]", b"null", b'{"prompt": "a"', b'"a": 1}', b"{}", b"{}{}", b"\xff"),
+            b'{"prompt": "p", "chosen": "c", "rejected": "r", "chosen": "d"}',
+            b'{"prompt": "p", "chosen": "\\ud83d", "rejected": "r"}',
+        ]
+    ),
+)
+GOOD = [json.dumps(good_row(number)).encode() for number in range(30)]
+
+
+@given(
+    st.lists(LINE, max_size=6),
+    st.sampled_from([GOOD, []]),
+    st.sampled_from([b"\n", b"\r\n"]),
+    st.sampled_from(["auto", "pairs", "hh", "novalto"]),
+    st.sampled_from(["auto", "hash", "train", "test"]),
+    st.sampled_from([None, "train", "test"]),
+    st.sampled_from([None, 3]),
+)
+@settings(deadline=None, max_examples=150)
+def test_the_two_ways_agree(
+    lines: list[bytes],
+    around: list[bytes],
+    end: bytes,
+    form: str,
+    mode: str,
+    split: str | None,
+    limit: int | None,
+) -> None:
+    source = {"format": form, "split": mode, "max_prompt_tokens": limit, "path": "rows.jsonl"}
+    fast, slow = both(end.join([*around, *lines, *around, b""]), source, split)
+    assert fast == slow
+
+
+def test_real_pairs_go_the_fast_way(ingest: Callable[..., Outcome]) -> None:
+    """Guards the other tests of this file: they would pass if nothing ever went this way."""
+    dialogue = "\n\nHuman: q {}\n\nAssistant:"
+    for rows in (
+        [good_row(number) for number in range(40)],
+        [{**good_row(number), "score": number / 3, "id": str(number)} for number in range(40)],
+        [
+            {"chosen": dialogue.format(n) + " a", "rejected": dialogue.format(n) + " b"}
+            for n in range(40)
+        ],
+    ):
+        rows[7]["chosen"] = " "
+        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        block = Block(
+            SourceConfig(path="x"), 0, Place("rows", "x", None), Path("x"), Path("out"), 0, 1
+        )
+        columns = Columns.for_source("auto", check.validator_of(block, RULES), None)
+        assert columns is not None
+        (piece,) = pieces([data])
+        sound = columns.of_lines(piece)
+        assert sound is not None
+        assert sound.flagged == [7]
+
+
+def test_nesting_that_is_deeper_than_a_stack_is_a_reason(ingest: Callable[..., Outcome]) -> None:
+    deep = '{"prompt": "p", "chosen": "c", "rejected": "r", "x": ' + '{"a":' * 100_000 + "1"
+    fast, slow = both("".join([*map(str, [json.dumps(good_row(1)), "\n", deep])]).encode(), {})
+    assert fast == slow
+    assert fast[3][3] == {"unreadable": 1}

@@ -1,0 +1,169 @@
+"""Exports of annotation tools and public sets: answers side by side, and who won."""
+
+from typing import Any
+
+import pytest
+
+from dpo.data.formats import Candidate, Rating
+from tests.data.test_formats import parse, reason, texts
+
+PAIR = [("p", "a", "b")]
+OTHER = [("p", "b", "a")]
+
+
+@pytest.mark.parametrize(
+    ("names", "verdict", "expected"),
+    [
+        (("response_1", "response_2"), {"preference_strength": -2}, PAIR),
+        (("response_1", "response_2"), {"preference_strength": 1}, OTHER),
+        (("response1", "response2"), {"overall_preference": 3.0}, OTHER),
+        (("response_0", "response_1"), {"better_response_id": 0}, PAIR),
+        (("response_0", "response_1"), {"better_response_id": 1}, OTHER),
+        (("response_a", "response_b"), {"winner": "model_b"}, OTHER),
+        (("answer A", "answer B"), {"winner": "A"}, PAIR),
+        (("completion_a", "completion_b"), {"preferred": "completion_b"}, OTHER),
+        (("response-1", "response-2"), {"choice": "response 2"}, OTHER),
+        (("text1", "text2"), {"choice": "2"}, OTHER),
+        (("answer1", "answer2"), {"comparison": "left"}, PAIR),
+        (("answer1", "answer2"), {"comparison": "right"}, OTHER),
+        (("response_1", "response_2"), {"ranking": [2, 1]}, OTHER),
+    ],
+)
+def test_a_verdict_makes_a_pair(
+    names: tuple[str, str], verdict: dict[str, Any], expected: list[tuple[str, str, str]]
+) -> None:
+    assert texts({"prompt": "p", names[0]: "a", names[1]: "b", **verdict}) == expected
+
+
+@pytest.mark.parametrize(
+    ("verdict", "expected"),
+    [
+        ({"winner": "tie"}, "equal_scores"),
+        ({"winner": "tie (bothbad)"}, "equal_scores"),
+        ({"preference_strength": 0}, "equal_scores"),
+        ({"winner": "gpt-4"}, "unknown_verdict"),
+        ({"winner": "response_3"}, "unknown_verdict"),
+        ({"winner": True}, "unknown_verdict"),
+        ({"preference_strength": "much"}, "wrong_type"),
+    ],
+)
+def test_a_verdict_on_neither_has_its_reason(verdict: dict[str, Any], expected: str) -> None:
+    assert reason({"prompt": "p", "response_1": "a", "response_2": "b", **verdict}) == expected
+
+
+def test_a_context_of_messages_is_the_prompt() -> None:
+    context = [{"role": "user", "content": "Hi?"}]
+    row = {"context": context, "response1": "a", "response2": "b", "overall_preference": -1}
+    assert texts(row) == [("\n\nHuman: Hi?\n\nAssistant:", " a", " b")]
+
+
+def test_whole_conversations_share_their_beginning() -> None:
+    said = {"role": "user", "content": "Hi?"}
+    row = {
+        "model_a": "x",
+        "model_b": "y",
+        "winner": "model_b",
+        "conversation_a": [said, {"role": "assistant", "content": "a"}],
+        "conversation_b": [said, {"role": "assistant", "content": "b"}],
+    }
+    assert texts(row) == [("\n\nHuman: Hi?\n\nAssistant:", " b", " a")]
+    assert reason({**row, "winner": "tie"}) == "equal_scores"
+
+
+FIELDS = {"prompt": "p", "response1": "a", "response2": "b"}
+
+
+def by_person(*values: Any, status: str = "submitted") -> dict[str, Any]:
+    """A record as Argilla 1 writes it."""
+    responses = [
+        {"user_id": str(n), "status": status, "values": {"preference": {"value": value}}}
+        for n, value in enumerate(values)
+    ]
+    return {"fields": FIELDS, "responses": responses, "suggestions": []}
+
+
+def test_argilla_records_of_version_1() -> None:
+    assert texts(by_person("response2")) == OTHER
+    assert texts(by_person("response1", "response2", "response1")) == PAIR
+    assert reason(by_person("response1", "response2")) == "equal_scores"
+    assert reason(by_person("response1", status="discarded")) == "not_annotated"
+    ranking = [{"value": "response1", "rank": 2}, {"value": "response2", "rank": 1}]
+    assert texts(by_person(ranking)) == OTHER
+
+
+def test_argilla_records_of_version_2() -> None:
+    row = {
+        "id": "1",
+        "status": "completed",
+        "fields": {"instruction": "Hi?", "response_a": "a", "response_b": "b"},
+        "responses": {"preference": [{"value": "response_b", "user_id": "u"}]},
+    }
+    assert texts(row) == [("\n\nHuman: Hi?\n\nAssistant:", " b", " a")]
+    assert reason({**row, "responses": {}}) == "not_annotated"
+
+
+def test_argilla_ratings_of_one_answer_wait_for_the_others() -> None:
+    row = {
+        "fields": {"prompt": "p", "response": "a"},
+        "responses": {"quality": [{"value": 4}, {"value": 2}]},
+    }
+    assert parse(row) == [Rating("p", None, "a", 3.0)]
+
+
+def test_label_studio_tasks() -> None:
+    def task(value: dict[str, Any], **more: Any) -> dict[str, Any]:
+        result = [{"from_name": "comparison", "type": "pairwise", "value": value}]
+        data = {"prompt": "p", "answer1": "a", "answer2": "b"}
+        return {"id": 1, "data": data, "annotations": [{"result": result, **more}]}
+
+    assert texts(task({"selected": "left"})) == PAIR
+    assert texts(task({"selected": "right"})) == OTHER
+    assert texts(task({"choices": ["answer2"]})) == OTHER
+    assert reason(task({"selected": "left"}, was_cancelled=True)) == "not_annotated"
+    assert reason({**task({}), "annotations": []}) == "not_annotated"
+
+
+def test_helpsteer_ratings_count_by_helpfulness() -> None:
+    row = {"prompt": "p", "response": "a", "helpfulness": 3, "verbosity": 1}
+    assert parse(row) == [Rating("p", None, "a", 3.0)]
+
+
+def test_a_question_with_a_system_message() -> None:
+    row = {"system": "Be brief.", "question": "Hi?", "chosen": "a", "rejected": "b"}
+    prompt = "\n\nSystem: Be brief.\n\nHuman: Hi?\n\nAssistant:"
+    assert texts(row) == [(prompt, " a", " b")]
+
+
+def test_alpaca_input_follows_its_instruction() -> None:
+    row = {"instruction": "Add.", "input": "1 2", "chosen": "3", "rejected": "4"}
+    assert texts(row) == [("\n\nHuman: Add.\n\n1 2\n\nAssistant:", " 3", " 4")]
+    assert texts({**row, "input": ""}) == [("\n\nHuman: Add.\n\nAssistant:", " 3", " 4")]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "expected"),
+    [
+        ("The sky is blue.", "The sky is green.", ("The sky is", " blue.", " green.")),
+        # not "The sky is bl": a tokenizer would never cut there
+        ("The sky is blue.", "The sky is black.", ("The sky is", " blue.", " black.")),
+        ("One  two", "One  three", ("One", "  two", "  three")),
+        ("So it is", "So it", ("So", " it is", " it")),
+    ],
+)
+def test_trl_implicit_prompt_of_plain_texts(
+    chosen: str, rejected: str, expected: tuple[str, str, str]
+) -> None:
+    assert texts({"chosen": chosen, "rejected": rejected}) == [expected]
+
+
+def test_names_in_capitals_and_with_spaces() -> None:
+    assert parse({"Prompt": "p", "Chosen ": "c", "REJECTED": "r"}) == [Candidate("p", "c", "r")]
+    assert parse({"prompt": "p", "chosen_response": "c", "rejected_response": "r"}) == [
+        Candidate("p", "c", "r")
+    ]
+
+
+def test_parts_of_a_message_are_joined() -> None:
+    parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "?"}]
+    row = {"prompt": [{"role": "user", "content": parts}], "chosen": "a", "rejected": "b"}
+    assert texts(row) == [("\n\nHuman: Hi?\n\nAssistant:", " a", " b")]

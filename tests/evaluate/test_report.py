@@ -1,0 +1,252 @@
+"""The report in a real browser: quiet, whole, filterable, and inert against hostile texts."""
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+
+from dpo.evaluate.report import write_reports
+from dpo.evaluate.samples import change_of, shown_samples
+from tests.evaluate.conftest import HOSTILE, made_evaluation
+
+WIDTHS = [320, 768, 1440]
+DATA = {
+    "figures": {
+        "pairs": 1000,
+        "rows": 1004,
+        "train_pairs": 800,
+        "test_pairs": 200,
+        "rejected": 4,
+        "near_duplicates": 2,
+        "reasons": {"empty": 4},
+        "by_source": {"hh": {"pairs": 1000, "rejected": 4, "rows": 1004, "reasons": {}}},
+    },
+    "sources": {"hh": "sha256:" + "f" * 64},
+}
+
+
+def write(folder, *, samples=None):
+    evaluation, made, _ = made_evaluation()
+    curve = folder / "metrics.jsonl"
+    lines = [{"loss/train": 1.0 / step, "grad_norm": float(step)} for step in range(1, 1200)]
+    curve.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    data = folder / "data.json"
+    data.write_text(json.dumps(DATA), encoding="utf-8")
+    write_reports(
+        folder,
+        evaluation=evaluation,
+        samples=made if samples is None else samples,
+        settings={"evaluate": {"seed": 0, "note": HOSTILE}},
+        provenance={"inputs": {"pairs": "c" * 64}, "code": {"sft": ""}},
+        curves={"SFT": curve, "preference": folder / "none.jsonl"},
+        data_report=data,
+    )
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture
+def opened(browser, report):
+    """Opens the report; whatever the page says or asks for is an error at the end."""
+    contexts, noise = [], []
+
+    def opening(url=None, **settings):
+        context = browser.new_context(**settings)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: noise.append(message.text))
+        page.on("pageerror", lambda error: noise.append(str(error)))
+        page.on(
+            "request",
+            lambda request: (
+                None if request.url.startswith(("file:", "data:")) else noise.append(request.url)
+            ),
+        )
+        page.goto(url or report.as_uri())
+        return page
+
+    yield opening
+    for context in contexts:
+        context.close()
+    assert noise == []
+
+
+CUT_OFF = """() => [...document.querySelectorAll("body *")].filter(e =>
+    !e.closest("svg, .skip") && !["TABLE", "THEAD"].includes(e.tagName)
+    && !e.closest("thead") && e.clientWidth > 0
+    && e.scrollWidth > e.clientWidth + 1
+    && getComputedStyle(e).display !== "inline").map(e => e.outerHTML.slice(0, 120))"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nothing_is_cut_off(opened, width, scheme):
+    page = opened(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert page.evaluate(CUT_OFF) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_hostile_texts_are_text(opened):
+    page = opened()
+    assert page.title() == "Preference fine-tuning: evaluation"
+    assert page.locator("script").count() == 1
+    assert page.locator("img").count() == 0
+    assert HOSTILE.split("\n")[0] in page.locator("article").nth(1).inner_text()
+    assert "<b>shp</b>" in page.locator("article > h3").nth(1).inner_text()
+
+
+def test_filters_by_source_and_by_reward_change(opened):
+    page = opened()
+
+    def shown():
+        return page.locator("article:visible").count()
+
+    assert shown() == 6
+    page.select_option("#by-source", "hh")
+    assert shown() == 3
+    # of the hh samples (numbers 0, 2 and 4) the rewards rose in 0 and 4
+    page.select_option("#by-change", "rose")
+    assert shown() == 2
+    assert page.locator("#shown").inner_text() == "2 of 6 shown"
+    page.select_option("#by-source", "")
+    page.select_option("#by-change", "fell")
+    assert shown() == 2
+    page.select_option("#by-change", "same")
+    assert shown() == 1
+
+
+def test_the_differences_are_marked(opened):
+    page = opened()
+    first = page.locator("article").first
+    assert first.locator("ins").all_inner_texts()[0].strip() == "other"
+    assert first.locator("del").count() == 0
+
+
+def test_works_by_keyboard(opened):
+    page = opened()
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.id") == "by-source":
+            break
+    page.keyboard.press("ArrowDown")
+    assert page.locator("#shown").inner_text() == "3 of 6 shown"
+
+
+def test_works_in_a_sandboxed_frame_without_an_origin(opened, report, tmp_path):
+    """As Kubeflow shows it: srcdoc in a frame that may run scripts and nothing else."""
+    page_html = json.dumps(report.read_text(encoding="utf-8")).replace("</", "<\\/")
+    outer = tmp_path / "outer.html"
+    outer.write_text(
+        "<!doctype html><iframe sandbox='allow-scripts' width=900 height=600></iframe>"
+        f"<script>document.querySelector('iframe').srcdoc = {page_html}</script>",
+        encoding="utf-8",
+    )
+    page = opened(outer.as_uri())
+    frame = page.frame_locator("iframe")
+    frame.locator("#by-source").select_option("hh")
+    assert frame.locator("#shown").inner_text() == "3 of 6 shown"
+
+
+def test_prints_everything(opened):
+    page = opened()
+    page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("nav").is_hidden()
+    assert page.locator("#filters").is_hidden()
+    assert page.locator("pre.code").first.is_visible()
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("details[open]").count() == 0
+
+
+def test_screen_readers_find_names(opened):
+    page = opened()
+    assert page.locator("html").get_attribute("lang") == "en"
+    assert page.locator("svg:not([aria-label])").count() == 0
+    assert page.locator("main").count() == page.locator("h1").count() == 1
+    for name in ("Source", "Reward change"):
+        assert page.get_by_role("combobox", name=name).count() == 1
+    assert page.locator("#shown").get_attribute("aria-live") == "polite"
+
+
+CONTRAST = """() => {
+  const rgb = text => text.match(/[\\d.]+/g).map(Number);
+  const light = ([r, g, b]) => [r, g, b].map(v => (v /= 255) <= .04045 ? v / 12.92
+    : ((v + .055) / 1.055) ** 2.4).reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+  const behind = e => { for (; e; e = e.parentElement) {
+    const colour = rgb(getComputedStyle(e).backgroundColor);
+    if (colour.length < 4 || colour[3] > 0) return colour; } return [255, 255, 255]; };
+  let worst = [99, ""];
+  const texts = "h1,h2,h3,p,a,li,th,td,pre,ins,del,label,summary,span";
+  for (const e of document.querySelectorAll(texts)) {
+    const [a, b] = [light(rgb(getComputedStyle(e).color)), light(behind(e))];
+    const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+    if (ratio < worst[0]) worst = [ratio, e.outerHTML.slice(0, 80)];
+  }
+  return worst; }"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_stand_out_from_what_is_behind_them(opened, scheme):
+    """4.5 : 1 is what WCAG 2.2 asks of text (AA)."""
+    ratio, where = opened(color_scheme=scheme).evaluate(CONTRAST)
+    assert ratio >= 4.5, where
+
+
+class Addresses(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attributes):
+        self.found += [value for name, value in attributes if name in ("src", "href", "action")]
+
+
+def test_the_page_names_no_address_and_is_small(report):
+    text = report.read_text(encoding="utf-8")
+    parser = Addresses()
+    parser.feed(text)
+    assert all(found.startswith(("#", "data:")) for found in parser.found)
+    assert len(text.encode()) < 200_000
+
+
+def test_a_thousand_long_samples_stay_below_a_megabyte(tmp_path):
+    _, made, _ = made_evaluation()
+    samples = [{**made[i % 6], "policy": f"word{i} " * 900} for i in range(1000)]
+    path = write(tmp_path, samples=samples)
+    assert path.stat().st_size < 1_000_000
+    assert "more are in samples.json" in path.read_text(encoding="utf-8")
+
+
+def test_markdown_holds_the_same_and_its_fences(report):
+    text = report.with_suffix(".md").read_text(encoding="utf-8")
+    for heading in ("What changed", "Where it holds", "Answers", "Data", "Provenance"):
+        assert f"\n## {heading}\n" in text
+    assert "````text" in text
+    assert "| <b>" not in text
+
+
+@pytest.mark.parametrize(
+    ("sft", "policy", "change", "expected"),
+    [
+        ("a", "b", 0.1, "rose"),
+        ("a", "b", -0.1, "fell"),
+        ("a", "a", 0.1, "same"),
+        ("a", "b", 0, "same"),
+    ],
+)
+def test_kinds_of_reward_change(sft, policy, change, expected):
+    assert change_of({"sft": sft, "policy": policy, "reward_change": change}) == expected
+
+
+def test_a_published_answer_is_shown_beside_them():
+    _, made, _ = made_evaluation()
+    (shown,) = shown_samples([{**made[0], "published": "third"}])
+    assert shown["published"] == "third"

@@ -1,0 +1,200 @@
+"""Slices, calibration and KL, by hand and against independent implementations."""
+
+import math
+
+import numpy as np
+import pytest
+
+from dpo.evaluate.bootstrap import Bootstrap
+from dpo.evaluate.calibration import calibration, confusion, roc
+from dpo.evaluate.findings import findings
+from dpo.evaluate.kl import kl_figures
+from dpo.evaluate.parts import in_part
+from dpo.evaluate.slices import slices
+
+
+def bootstrap(n):
+    return Bootstrap([str(i) for i in range(n)], n_bootstrap=200, seed=0)
+
+
+def measured(accurate, chosen, rejected, sources=None, prompts=()):
+    rewards = {"reward_accuracy": np.array(accurate, float), "reward_margin": np.zeros(len(chosen))}
+    return slices(
+        bootstrap(len(chosen)),
+        rewards,
+        sources=sources or ["a"] * len(chosen),
+        prompt_tokens=prompts or [1] * len(chosen),
+        chosen_tokens=np.array(chosen, float),
+        rejected_tokens=np.array(rejected, float),
+    )
+
+
+def values(rows):
+    return {row["slice"]: (row["n_pairs"], row["reward_accuracy"]["value"]) for row in rows}
+
+
+def test_accuracy_by_source_by_hand():
+    found = measured([1, 0, 1, 1], [2] * 4, [3] * 4, sources=["x", "x", "y", "x"])
+    assert values(found["source"]) == {"x": (3, pytest.approx(2 / 3)), "y": (1, 1.0)}
+
+
+def test_length_differences_by_hand():
+    """30 against 20 is 1.5 times as long; 25 against 20 is longer; 20, 20 the same."""
+    found = measured([1, 1, 0, 0, 1], [30, 25, 20, 20, 20], [20, 20, 20, 25, 30])
+    assert values(found["length_difference"]) == {
+        "chosen much longer": (1, 1.0),
+        "chosen longer": (1, 1.0),
+        "same length": (1, 0.0),
+        "rejected longer": (1, 0.0),
+        "rejected much longer": (1, 1.0),
+    }
+    # 2 of 2 right where chosen is longer, 1 of 2 where rejected is
+    assert found["length_bias"]["value"] == 0.5
+
+
+def test_prompt_lengths_fall_into_four_bins_of_like_size():
+    found = measured([1] * 8, [1] * 8, [1] * 8, prompts=[1, 2, 3, 4, 5, 6, 7, 8])
+    assert [(row["slice"], row["n_pairs"]) for row in found["prompt_tokens"]] == [
+        ("1 to 2 tokens", 2),
+        ("3 to 4 tokens", 2),
+        ("5 to 6 tokens", 2),
+        ("7 to 8 tokens", 2),
+    ]
+
+
+def test_one_prompt_length_is_one_bin():
+    found = measured([1, 0], [1, 1], [2, 2], prompts=[7, 7])
+    assert values(found["prompt_tokens"]) == {"7 tokens": (2, 0.5)}
+
+
+def test_auc_is_the_share_of_ordered_pairs():
+    """Chosen 3, 1; rejected 2, 1: 3>2, 3>1, 1<2, 1=1: (1 + 1 + 0 + 1/2) / 4."""
+    found = calibration(bootstrap(2), np.array([3.0, 1.0]), np.array([2.0, 1.0]))
+    assert found["auc"]["value"] == pytest.approx(2.5 / 4)
+
+
+def test_auc_equals_the_count_over_all_pairs():
+    generator = np.random.default_rng(0)
+    chosen, rejected = generator.normal(0.3, 1, 60).round(1), generator.normal(0, 1, 60).round(1)
+    wins = sum((c > r) + (c == r) / 2 for c in chosen for r in rejected) / 3600
+    found = calibration(bootstrap(60), chosen, rejected)
+    assert found["auc"]["value"] == pytest.approx(wins)
+    assert found["auc"]["low"] < wins < found["auc"]["high"]
+
+
+def test_roc_by_hand():
+    points = roc(np.array([3.0, 1.0]), np.array([2.0, 0.0]))
+    shown = [(p["false_positive_rate"], p["true_positive_rate"]) for p in points]
+    assert shown == [(0, 0), (0, 0.5), (0.5, 0.5), (0.5, 1), (1, 1)]
+
+
+def test_a_long_roc_keeps_its_ends():
+    generator = np.random.default_rng(0)
+    points = roc(generator.normal(size=5000), generator.normal(size=5000))
+    assert len(points) <= 101
+    last = points[-1]
+    assert (last["false_positive_rate"], last["true_positive_rate"]) == (1, 1)
+
+
+def test_confusion_at_the_median_by_hand():
+    """Median of 3, 1, 2, 0 is 1.5: chosen 3 above, 1 below; rejected 2 above, 0 below."""
+    found = confusion(np.array([3.0, 1.0]), np.array([2.0, 0.0]))
+    assert found["matrix"] == [[1, 1], [1, 1]]
+    assert found["threshold"] == 1.5
+
+
+def test_reliability_by_hand():
+    """Margins log 9, -log 9, log 9, 0: confidences 0.9 (2 of 3 right) and 0.5 (half right).
+
+    Error: 3/4 |2/3 - 0.9| + 1/4 |0.5 - 0.5| = 0.175.
+    """
+    margin = math.log(9)
+    chosen = np.array([margin, 0.0, margin, 1.0])
+    rejected = np.array([0.0, margin, 0.0, 1.0])
+    found = calibration(bootstrap(4), chosen, rejected)
+    assert [item["n_pairs"] for item in found["reliability"]] == [1, 3]
+    assert found["reliability"][1]["confidence"] == pytest.approx(0.9)
+    assert found["ece"]["value"] == pytest.approx(0.175)
+
+
+def test_a_calibrated_reward_has_a_small_error():
+    """Margins m whose pairs are right with probability sigmoid(m)."""
+    generator = np.random.default_rng(0)
+    margin = np.abs(generator.normal(0, 1, 20_000))
+    right = generator.random(20_000) < 1 / (1 + np.exp(-margin))
+    signed = np.where(right, margin, -margin)
+    found = calibration(bootstrap(20_000), signed, np.zeros(20_000))
+    assert found["ece"]["value"] < 0.015
+
+
+def test_kl_by_hand():
+    """d = log q/p of two tokens log 2 and 0: k3 = (2 - 1 - log 2) + 0, k1 = -log 2."""
+    policy = [np.array([0.0, -1.0], np.float32)]
+    reference = [np.array([math.log(2), -1.0], np.float32)]
+    found = kl_figures(["p"], policy, reference, n_bootstrap=100, seed=0)
+    assert found["per_answer"]["value"] == pytest.approx(1 - math.log(2), abs=1e-6)
+    assert found["per_token"]["value"] == pytest.approx((1 - math.log(2)) / 2, abs=1e-6)
+    assert found["k1"]["value"] == pytest.approx(-math.log(2), abs=1e-6)
+
+
+def test_both_estimators_agree_with_the_exact_divergence():
+    """KL of two distributions over three tokens is known; samples of the first estimate it."""
+    p, q = np.array([0.7, 0.2, 0.1]), np.array([0.4, 0.4, 0.2])
+    exact = float((p * np.log(p / q)).sum())
+    drawn = np.random.default_rng(0).choice(3, size=40_000, p=p)
+    ours = [np.log(p[[token]]).astype(np.float32) for token in drawn]
+    theirs = [np.log(q[[token]]).astype(np.float32) for token in drawn]
+    names = [str(i % 500) for i in range(len(drawn))]
+    found = kl_figures(names, ours, theirs, n_bootstrap=200, seed=0)
+    for name in ("per_answer", "k1"):
+        assert found[name]["low"] < exact < found[name]["high"]
+        assert found[name]["value"] == pytest.approx(exact, rel=0.05)
+
+
+def test_equal_models_do_not_diverge():
+    values_T = [np.array([-1.5, -0.5], np.float32)]
+    found = kl_figures(["p"], values_T, values_T, n_bootstrap=100, seed=0)
+    assert found["per_answer"]["value"] == 0
+
+
+def test_the_parts_share_no_prompt_and_lose_none():
+    prompts = [f"prompt {i}" for i in range(4000)]
+    validation = {p for p in prompts if in_part(p, "validation", 0.25)}
+    test = {p for p in prompts if in_part(p, "test", 0.25)}
+    assert not validation & test
+    assert validation | test == set(prompts)
+    assert len(validation) / 4000 == pytest.approx(0.25, abs=0.03)
+    assert all(in_part(p, "all", 0.25) for p in prompts)
+
+
+def evaluation(**changes):
+    figure = {"value": 0.0, "low": -0.1, "high": 0.1}
+    return {
+        "before": {"chosen_logp": {**figure, "value": -100.0}},
+        "change": {"chosen_logp": figure},
+        "slices": {"length_bias": None},
+        "calibration": {"ece": {"value": 0.01, "low": 0.0, "high": 0.02}},
+    } | changes
+
+
+def kinds(found):
+    return [item["kind"] for item in findings(found)]
+
+
+def test_nothing_is_called_out_without_reason():
+    assert kinds(evaluation()) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "high", "kind"),
+    [(-25.0, -20.0, ["collapse"]), (-5.0, -1.0, ["chosen_fell"]), (-25.0, 1.0, [])],
+)
+def test_collapse_is_a_fall_by_more_than_a_fifth_beyond_doubt(value, high, kind):
+    change = {"chosen_logp": {"value": value, "low": -40.0, "high": high}}
+    assert kinds(evaluation(change=change)) == kind
+
+
+@pytest.mark.parametrize(("low", "kind"), [(0.02, ["length_bias"]), (-0.02, [])])
+def test_length_bias_is_called_out_when_its_interval_is_above_zero(low, kind):
+    bias = {"length_bias": {"value": 0.2, "low": low, "high": 0.4}}
+    assert kinds(evaluation(slices=bias)) == kind

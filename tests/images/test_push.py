@@ -1,0 +1,92 @@
+"""Images in a real registry, and the package for a cluster that names them by digest."""
+
+import json
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from pipelines import package
+from pipelines.deployment import TRAIN_STEPS
+from tests.images.scripts import load
+from tests.support.registry import NoRegistry, digest, running_registry
+
+pytestmark = pytest.mark.containers
+
+
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    build = load("build")
+    try:
+        build.engine()
+    except build.ImageError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(build, "NAMES", tmp_path / "images.json")
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    return build
+
+
+@pytest.fixture
+def registry(tmp_path):
+    try:
+        with running_registry(tmp_path / "registry") as address:
+            yield address
+    except NoRegistry as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def small(build, tmp_path):
+    """Three images with one file each, under the names that a build notes."""
+    names = {}
+    for image in build.IMAGES:
+        names[image] = f"dpo-{image}:push-test"
+        (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY content /content\n")
+        (tmp_path / "content").write_text(image)
+        command = [build.engine(), "build", "-q", "-t", names[image], str(tmp_path)]
+        subprocess.run(command, check=True, capture_output=True)
+    build.NAMES.write_text(json.dumps(names))
+    yield names
+    listed = build.output(
+        [build.engine(), "image", "ls", "--format", "{{.Repository}}:{{.Tag}}"], ""
+    )
+    ours = [line for line in listed.splitlines() if line.endswith(":push-test")]
+    build.output([build.engine(), "image", "rm", "-f", *ours], "rm")
+
+
+def test_pushed_images_are_named_by_the_digest_that_the_registry_gives(build, registry, small):
+    options = SimpleNamespace(registry=f"{registry}/team/")
+    build.push(options)
+    names = json.loads(build.NAMES.read_text())
+    for image in build.IMAGES:
+        given = digest(registry, f"team/dpo-{image}", "push-test")
+        assert names[image] == f"{registry}/team/dpo-{image}@{given}"
+        assert build.pushed(options) == 0
+        command = [build.engine(), "pull", "-q", names[image]]
+        subprocess.run(command, check=True, capture_output=True)
+
+
+def test_a_package_for_the_cluster_names_these_digests(build, registry, small, tmp_path):
+    build.push(SimpleNamespace(registry=f"{registry}/team"))
+    target = tmp_path / "package.yaml"
+    arguments = ["--output", str(target), "--deployment", "cpu", "--images", str(build.NAMES)]
+    assert package.main(arguments) == 0
+    names = json.loads(build.NAMES.read_text())
+    executors = next(yaml.safe_load_all(target.read_text()))["deploymentSpec"]["executors"]
+    found = {
+        name.removeprefix("exec-"): one["container"]["image"] for name, one in executors.items()
+    }
+    assert set(TRAIN_STEPS) < set(found)
+    for step, image in found.items():
+        assert image == names["train" if step in TRAIN_STEPS else "data"], step
+
+
+def test_a_registry_that_does_not_answer_is_a_message(build, small):
+    with pytest.raises(build.ImageError, match="could not be pushed"):
+        build.push(SimpleNamespace(registry="127.0.0.1:1/team"))
+
+
+def test_names_of_another_registry_are_refused(build, small):
+    with pytest.raises(build.ImageError, match=r"make images-push REGISTRY=other.test/x"):
+        build.pushed(SimpleNamespace(registry="other.test/x"))

@@ -1,0 +1,49 @@
+"""What ``make deploy`` applies and says, without a cluster."""
+
+import json
+
+import pytest
+import yaml
+
+from dpo.errors import ConfigError
+from tests.images.scripts import load
+from tests.support.checkout import ROOT
+
+deploy = load("deploy", folder="manifests")
+
+
+def test_without_images_of_ours_the_overlay_is_applied_as_it_is(tmp_path):
+    found = deploy.write_overlay("dev", "", tmp_path / "none.json")
+    assert found == ROOT / "manifests" / "overlays" / "dev"
+
+
+def test_images_of_ours_are_put_in_and_given_to_the_service(tmp_path, monkeypatch):
+    monkeypatch.setattr(deploy, "TARGET", tmp_path / "deploy")
+    digest = "sha256:" + "a" * 64
+    names = {
+        "data": f"registry.test:5000/team/dpo-data@{digest}",
+        "train": "registry.test:5000/team/dpo-train:7",
+        "service": "dpo-service:12ab",
+    }
+    (tmp_path / "images.json").write_text(json.dumps(names))
+    folder = deploy.write_overlay("gpu", "gpu", tmp_path / "images.json")
+    written = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    assert written["resources"] == ["../../manifests/overlays/gpu"]
+    assert written["images"] == [
+        {"name": "dpo-service", "newName": "dpo-service", "newTag": "12ab"},
+        {"name": "dpo-data", "newName": "registry.test:5000/team/dpo-data", "digest": digest},
+    ]
+    given = yaml.safe_load((folder / "deployment.yaml").read_text())
+    assert given["images"] == {"data": names["data"], "train": names["train"]}
+    assert given["train"]["gpus"] == 1
+
+
+@pytest.mark.parametrize("name", ["", "production", "../base"])
+def test_another_overlay_is_named_with_the_choices(name, tmp_path):
+    with pytest.raises(ConfigError, match="dev, gpu, local, multi-user"):
+        deploy.write_overlay(name, "", tmp_path / "none.json")
+
+
+def test_without_kubectl_there_is_a_message(capsys):
+    assert deploy.main(["dev", "--kubectl", "no-such-kubectl"]) != 0
+    assert "no-such-kubectl was not found" in capsys.readouterr().err

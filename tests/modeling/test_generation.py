@@ -1,0 +1,223 @@
+"""Answers in batches are those of each prompt alone, for architectures of every kind."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from dpo.config.schema import ModelConfig
+from dpo.errors import ModelError
+from dpo.evaluate.answers import repetition
+from dpo.modeling.generation import Answer, Sampler, answer, decode, generate
+
+SIZES = {"vocab_size": 100, "max_position_embeddings": 64}
+SMALL = {
+    **SIZES,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+GPT = {"vocab_size": 100, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+ENDS = {"bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0}
+ARCHITECTURES = {
+    "gpt2": GPT,  # a vector for each position
+    "gptj": {**GPT, "rotary_dim": 4},
+    "gpt_neox": SMALL,
+    "llama": GROUPED,
+    "mistral": {**GROUPED, "sliding_window": 8},
+    "opt": {
+        **SIZES,
+        "hidden_size": 32,
+        "ffn_dim": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 32,
+    },
+    "bloom": {"vocab_size": 100, "hidden_size": 32, "n_layer": 2, "n_head": 4},  # ALiBi
+    "gpt_neo": {
+        **SIZES,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 8,
+    },
+    "mamba": {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+}
+
+
+class Tokenizer:
+    eos_token_id = 0
+
+
+def model_of(name):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = AutoConfig.for_model(name, **ARCHITECTURES[name], **ENDS)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            # weights as small as at the start would give every prompt the same answer
+            parameter.data.mul_(3)
+    return model
+
+
+def prompts_of(*lengths):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(2, 100, (n,), generator=generator).tolist() for n in lengths]
+
+
+PROMPTS = prompts_of(3, 11, 7, 1, 20, 7)
+
+
+@torch.no_grad()
+def plainly(model, prompt, n):
+    """Greedy, without a cache, without padding, one prompt at a time."""
+    ids = list(prompt)
+    for _ in range(n):
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+        ids.append(int(logits.argmax()))
+        if ids[-1] == 0:
+            break
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_batch_gives_what_each_prompt_gives_alone(name):
+    model = model_of(name)
+    found = answer(model, Tokenizer, PROMPTS, max_new_tokens=12, batch_size=6)
+    assert [item.ids for item in found] == [plainly(model, prompt, 12) for prompt in PROMPTS]
+    assert len({tuple(item.ids) for item in found}) > 1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_sampled_answers_depend_neither_on_the_batch_nor_on_the_others(name):
+    model = model_of(name)
+    how = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.9, "seed": 3}
+    together = answer(model, Tokenizer, PROMPTS, batch_size=6, **how)
+    by_two = answer(model, Tokenizer, PROMPTS, batch_size=2, **how)
+    assert [item.ids for item in together] == [item.ids for item in by_two]
+    other = answer(model, Tokenizer, PROMPTS, batch_size=6, **{**how, "seed": 4})
+    assert [item.ids for item in together] != [item.ids for item in other]
+
+
+def test_the_global_random_state_is_left_alone():
+    model = model_of("gpt2")
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    answer(model, Tokenizer, PROMPTS[:2], max_new_tokens=3, temperature=1.0)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def sampler(top_p, n):
+    streams = [torch.Generator().manual_seed(i) for i in range(n)]
+    return Sampler(1.0, top_p, streams)
+
+
+def test_samples_follow_the_distribution():
+    chances = torch.tensor([0.5, 0.3, 0.2])
+    drawn = sampler(1.0, 6000).choose(chances.log().expand(6000, 3))
+    shares = torch.bincount(torch.tensor(drawn), minlength=3) / 6000
+    assert torch.allclose(shares, chances, atol=0.03)
+
+
+def test_the_nucleus_is_the_smallest_set_that_holds_top_p():
+    """0.5 + 0.3 reach 0.7, so the third token is never drawn, and the others 5 : 3."""
+    chances = torch.tensor([0.2, 0.5, 0.3])
+    drawn = sampler(0.7, 4000).choose(chances.log().expand(4000, 3))
+    counts = torch.bincount(torch.tensor(drawn), minlength=3)
+    assert counts[0] == 0
+    assert float(counts[1] / 4000) == pytest.approx(5 / 8, abs=0.03)
+
+
+def test_a_tiny_nucleus_is_greedy():
+    drawn = sampler(1e-9, 50).choose(torch.tensor([0.2, 0.5, 0.3]).log().expand(50, 3))
+    assert drawn == [1] * 50
+
+
+class Ending(torch.nn.Module):
+    """Says 5 after each prompt token count n until n tokens, then ends: a countdown by prompt."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = type("Config", (), {"max_position_embeddings": 64})()
+        self.device = torch.device("cpu")
+        self.sizes = []
+
+    def forward(self, input_ids, attention_mask):
+        self.sizes.append(len(input_ids))
+        logits = torch.zeros(*input_ids.shape, 100)
+        for row, ids in enumerate(input_ids.tolist()):
+            said = sum(token == 5 for token in ids)
+            logits[row, -1, 0 if said >= ids[0] - 10 else 5] = 1.0
+        return type("Output", (), {"logits": logits})()
+
+
+def test_rows_that_have_ended_leave_the_batch():
+    model = Ending()
+    found = answer(model, Tokenizer, [[11], [12], [16]], max_new_tokens=10)
+    assert [item.ids for item in found] == [[5, 0], [5, 5, 0], [5] * 6 + [0]]
+    assert all(item.ended for item in found)
+    assert model.sizes == [3, 3, 2, 1, 1, 1, 1]
+
+
+def test_an_answer_stops_where_the_context_ends():
+    model = model_of("gpt2")
+    (found,) = answer(model, Tokenizer, prompts_of(60), max_new_tokens=50)
+    assert len(found.ids) <= 4
+
+
+def test_an_answer_that_was_cut_off_says_so():
+    (found,) = answer(Ending(), Tokenizer, [[40]], max_new_tokens=3)
+    assert found == Answer([40], [5, 5, 5], ended=False)
+
+
+def test_nan_ends_in_a_message():
+    model = model_of("gpt2")
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(ModelError, match="NaN"):
+        answer(model, Tokenizer, PROMPTS[:1], max_new_tokens=2)
+
+
+def test_prompts_are_cut_to_their_end_and_may_be_empty():
+    from dpo.modeling.load import load_for_training
+
+    model, tokenizer = load_for_training(ModelConfig(), None)
+    texts = ["", "a b c d e f g h", "\n\nHuman: hi\n\nAssistant:"]
+    found = generate(model, tokenizer, texts, max_new_tokens=4, max_prompt_length=3)
+    assert len(found) == 3
+    ids = tokenizer(texts[1], add_special_tokens=False)["input_ids"][-3:]
+    (alone,) = answer(model, tokenizer, [ids], max_new_tokens=4)
+    assert found[1] == decode(tokenizer, alone)
+
+
+@pytest.mark.parametrize(
+    ("ids", "share"),
+    [([], 0.0), ([1, 2, 3], 0.0), ([1, 2, 3, 4], 0.0), ([1] * 8, 0.8), ([1, 2, 3, 4] * 2, 0.2)],
+)
+def test_repetition_by_hand(ids, share):
+    """Eight equal tokens hold five 4-grams, all the same: 1 - 1/5. 1234 twice: one of five."""
+    assert repetition(ids) == pytest.approx(share)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["fsdp", "tensor"])
+def test_two_processes_answer_as_one_and_do_not_hang(kind, tmp_path):
+    from tests.modeling.sharded_generation import HOW
+
+    file = tmp_path / "answers.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command += ["-m", "tests.modeling.sharded_generation", kind, str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = answer(model_of("llama"), Tokenizer, PROMPTS, **HOW)
+    assert json.loads(file.read_text()) == [item.ids for item in alone]

@@ -1,0 +1,92 @@
+"""Models without a packed path: their values equal a plain forward pass of each sequence alone."""
+
+import warnings
+
+import pytest
+import torch
+
+from dpo.data.packing import pack
+from dpo.errors import ModelError
+from dpo.modeling import plain
+from dpo.modeling.scoring import response_sums, token_log_probs
+from tests.modeling.test_packing import (
+    LENGTHS,
+    VOCABULARY,
+    by_itself,
+    examples,
+    loss_and_gradients,
+)
+
+SIZE = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "intermediate_size": 48, "num_key_value_heads": 2}
+IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, **IDS}
+NO_DROPOUT = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+CONFIGS = {
+    "gptj": {**GPT, **NO_DROPOUT, "rotary_dim": 4, "n_positions": 128},  # attention of its own
+    "codegen": {**GPT, **NO_DROPOUT, "rotary_dim": 4},
+    "bloom": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        **IDS,
+    },  # alibi
+    "mpt": {
+        "vocab_size": VOCABULARY,
+        "d_model": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "max_seq_len": 128,
+    },
+    "falcon": {**SIZE, "num_attention_heads": 4, **IDS},
+    "stablelm": {**SIZE, **HEADS},
+    # sliding windows shorter than the sequences, and than the padding
+    "mistral": {**SIZE, **HEADS, "sliding_window": 8},
+    "gemma2": {**SIZE, **HEADS, "head_dim": 8, "sliding_window": 4},
+    "gemma3_text": {**SIZE, **HEADS, "head_dim": 8, "sliding_window": 8},
+}
+
+
+def build(name, **settings):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_values_and_gradients_are_those_of_separate_sequences(name, monkeypatch):
+    monkeypatch.setattr(plain, "_warned", set())
+    model, data = build(name, **CONFIGS[name]), examples(LENGTHS)
+    (row,) = pack(data, 500)
+    expected, gradients = loss_and_gradients(
+        model,
+        lambda: torch.stack([torch.stack([by_itself(model, e, r) for r in (0, 1)]) for e in data]),
+    )
+
+    def compute():
+        return response_sums(row, token_log_probs(model, row))
+
+    with pytest.warns(RuntimeWarning) as seen:
+        found, own = loss_and_gradients(model, compute)
+    assert "without shared prompts: correct, but slower" in str(seen[0].message)
+    compute()  # warns no more: a warning is an error here
+    # some of them mask or normalise in float32
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-6)
+    for key, gradient in gradients.items():
+        assert (own[key] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, key
+
+
+def test_a_model_that_is_not_causal_is_refused():
+    model = build("bert", **SIZE, num_attention_heads=4, intermediate_size=48)
+    (row,) = pack(examples(LENGTHS), 500)
+    with pytest.raises(ModelError, match="not causal"):
+        token_log_probs(model, row, packed=False)

@@ -1,0 +1,58 @@
+"""Each component alone: its compiled form loads and works in a pipeline of somebody else."""
+
+import json
+
+import pytest
+from kfp import compiler, components, dsl, local
+
+from dpo.storage.manifest import read_manifest
+from pipelines import package
+from pipelines.deployment import Images
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    where = tmp_path_factory.mktemp("components")
+    images = Images(data="r/python-data:1", train="r/python-train:1")
+    package.write_components(where, package.placeholders(images))
+    return where
+
+
+def test_every_step_is_written_and_loads(folder):
+    assert {path.stem for path in folder.glob("*.yaml")} == {*package.STEPS, package.SELECT}
+    for path in folder.glob("*.yaml"):
+        loaded = components.load_component_from_file(str(path))
+        assert loaded.description, path.stem
+
+
+def test_the_images_are_those_that_were_asked_for(folder):
+    for step, image in (("ingest", "r/python-data:1"), ("sft", "r/python-train:1")):
+        (executor,) = package.load_package(folder / f"{step}.yaml")[0]["deploymentSpec"][
+            "executors"
+        ].values()
+        assert executor["container"]["image"] == image
+
+
+def test_a_component_runs_in_another_pipeline(folder, tmp_path, golden_dir, monkeypatch):
+    ingest = components.load_component_from_file(str(folder / "ingest.yaml"))
+    settings = {
+        "datasets": [str(golden_dir / "pairs.jsonl")],
+        "model": {"name_or_path": "builtin:tiny"},
+    }
+
+    @dsl.pipeline(name="somebody-elses")
+    def theirs(settings: str):
+        ingest(settings=settings)
+
+    compiler.Compiler().compile(theirs, str(tmp_path / "theirs.yaml"))
+    local.init(
+        local.SubprocessRunner(use_venv=False),
+        pipeline_root=str(tmp_path / "root"),
+        enable_caching=False,
+    )
+    monkeypatch.setenv("DPO_PROGRESS_FILE", str(tmp_path / "events.jsonl"))
+    components.load_component_from_file(str(tmp_path / "theirs.yaml"))(
+        settings=json.dumps(settings)
+    )
+    (manifest,) = (tmp_path / "root").glob("*/ingest/pairs/manifest.json")
+    assert read_manifest(manifest.parent, stage="ingest").details["metrics"]["pairs"] == 64

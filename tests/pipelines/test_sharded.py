@@ -1,0 +1,87 @@
+"""Ingest as several tasks: compiled into the package, run by kfp, and equal to one task."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kfp import dsl, local
+
+from dpo.config.schema import ModelConfig, RunConfig, SourceConfig
+from dpo.config.stages import stage_json
+from dpo.data.stage import run_ingest
+from dpo.storage.fingerprint import code_fingerprint
+from dpo.storage.manifest import sha256_file
+from pipelines.package import compile_pipeline, load_package, main
+from pipelines.sharded import ingest_shards, ingest_tasks
+from tests.data.conftest import good_row
+
+
+def test_the_package_has_a_loop_of_shards(tmp_path: Path) -> None:
+    target = tmp_path / "package.yaml"
+    compile_pipeline(target, ingest_shards=3)
+    spec = load_package(target)[0]
+    tasks = spec["root"]["dag"]["tasks"]
+    (loop,) = [task for name, task in tasks.items() if name.startswith("for-loop")]
+    items = json.loads(loop["parameterIterator"]["items"]["raw"])
+    assert items == ["1/3", "2/3", "3/3"]
+    inner = spec["components"][loop["componentRef"]["name"]]["dag"]["tasks"]
+    assert list(inner) == ["ingest-shard"]
+    # the steps after it find what they know
+    assert tasks["sft"]["inputs"]["artifacts"]["pairs"]["taskOutputArtifact"] == {
+        "outputArtifactKey": "pairs",
+        "producerTask": "ingest",
+    }
+    compile_pipeline(tmp_path / "one.yaml")
+    assert "ingest-shard" not in (tmp_path / "one.yaml").read_text()
+
+
+def test_a_package_for_a_cluster_gives_shards_the_settings_of_ingest(tmp_path: Path) -> None:
+    images = tmp_path / "images.json"
+    data, train = (
+        f"registry.example/{name}@sha256:{digit * 64}"
+        for name, digit in (("data", "1"), ("train", "2"))
+    )
+    images.write_text(json.dumps({"data": data, "train": train}))
+    target = tmp_path / "package.yaml"
+    words = ["--output", str(target), "--deployment", "cpu", "--images", str(images)]
+    assert main([*words, "--ingest-shards", "2"]) == 0
+    executors = load_package(target)[0]["deploymentSpec"]["executors"]
+    shard, whole = (executors[f"exec-{name}"]["container"] for name in ("ingest-shard", "ingest"))
+    assert shard["image"] == data
+    assert shard["resources"] == whole["resources"]
+
+
+def test_kfp_runs_the_shards_and_the_result_is_one_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    many = tmp_path / "many"
+    many.mkdir()
+    for name in range(3):
+        rows = [good_row(10 * name + number) for number in range(8)]
+        (many / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = RunConfig(
+        datasets=["many"],
+        sources={"many": SourceConfig(path=str(many))},
+        model=ModelConfig(name_or_path="builtin:tiny"),
+    )
+    settings = stage_json(config, "ingest")
+    code = code_fingerprint("ingest")
+    fingerprint = json.dumps({"code": code})
+
+    with ingest_shards(2):
+
+        @dsl.pipeline(name="sharded-ingest")
+        def pipeline() -> None:
+            ingest_tasks(settings=settings, fingerprint=fingerprint)
+
+    local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "root"))
+    pipeline()
+    run_ingest(config, tmp_path / "one", code=code)
+    (merged,) = (tmp_path / "root").glob("*/ingest/pairs")
+
+    def hashes(folder: Path) -> dict[str, Any]:
+        return {path.name: sha256_file(path) for path in folder.iterdir()}
+
+    assert hashes(merged) == hashes(tmp_path / "one")

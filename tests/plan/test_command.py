@@ -1,0 +1,117 @@
+"""``dpo plan``: text, JSON, exit codes, and where lengths come from."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dpo.cli import main
+from dpo.config.compose import compose
+from dpo.config.stages import restrict
+from dpo.data.stage import run_ingest
+
+GIVEN = ["prompt_tokens=130", "chosen_tokens=80", "rejected_tokens=80", "simulate=false"]
+
+
+def plan(capsys, *words):
+    code = main(["plan", "--output", "json", *GIVEN, *words])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_json_of_the_paper_s_model(capsys):
+    code, found = plan(
+        capsys, "model=pythia28", "trainer=FSDPTrainer", "gpus=4", "gpu_memory_gib=80", "pairs=1000"
+    )
+    assert code == 0
+    assert found["fits"] is True
+    assert found["parameters"] == 2_775_208_960
+    assert found["tokens_a_pair"] == 290
+    assert found["tflop_a_pair"] == pytest.approx(4.58, abs=0.01)
+    parts = found["memory_gib"]
+    assert parts["total"] == pytest.approx(
+        sum(v for k, v in parts.items() if k != "total"), rel=1e-3
+    )
+    # 1,000 pairs x 4.58 TFLOP / (4 x 312 TFLOP/s x 25 %)
+    assert found["training_seconds"] == pytest.approx(1000 * 4.58 / 312, rel=0.01)
+    assert found["reference_seconds"] < found["training_seconds"] / 2
+
+
+def test_what_does_not_fit_ends_with_2(capsys):
+    code = main(["plan", *GIVEN, "model=llama7b", "gpus=1", "gpu_memory_gib=24"])
+    shown = capsys.readouterr().out
+    assert code == 2
+    assert "DOES NOT FIT" in shown
+    assert "trainer=FSDPTrainer gpus=" in shown
+
+
+def test_lengths_of_ingested_pairs(tmp_path, capsys):
+    """Two lengths by hand: the bytes of the tiny model's tokenizer are counted by itself."""
+    rows = [
+        {"prompt": f"\n\nHuman: {n}\n\nAssistant:", "chosen": " yes", "rejected": " no no no"}
+        for n in range(20)
+    ]
+    source = tmp_path / "pairs.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)))
+    settings = compose(["model=tiny", f"datasets=[{source}]"]).config
+    run_ingest(restrict(settings, "ingest"), tmp_path / "data")
+    words = ["plan", "--output", "json", "simulate=false", "model=tiny", "gpus=0"]
+    assert main([*words, f"data={tmp_path / 'data'}"]) == 0
+    from_data = json.loads(capsys.readouterr().out)
+    assert main([*words, f"datasets=[{source}]"]) == 0
+    from_source = json.loads(capsys.readouterr().out)
+    assert from_data["tokens_a_pair"] == from_source["tokens_a_pair"]
+    assert from_data["pairs"] == from_source["pairs"] <= 20
+    assert "the model's tokenizer" in from_data["lengths"]["source"]
+    from dpo.config.places import builtin
+    from dpo.data.tokenize import load_tokenizer
+
+    count = load_tokenizer(builtin("builtin:tiny"))
+    assert from_data["lengths"]["rejected"] == len(count(" no no no")["input_ids"]) + 1
+
+
+def test_hub_data_is_assumed(capsys):
+    code = main(
+        [
+            "plan",
+            "simulate=false",
+            "model=pythia28",
+            "datasets=[hh]",
+            "gpus=4",
+            "trainer=FSDPTrainer",
+        ]
+    )
+    shown = capsys.readouterr().out
+    assert code == 0
+    assert "assumed: the lengths of HH dialogues" in shown
+    assert "160,800 pairs" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["gpus=many"], "gpus=many: expected a number"),
+        (["gpu=RTX"], "name one of A10"),
+        (["prompt_tokens=5"], "chosen_tokens is missing"),
+        (["data=/no/such/folder"], "/no/such/folder"),
+        (["model=pythai28"], "did you mean pythia28"),
+        (["pairs=0"], "at least 1"),
+        (["simulate=maybe"], "true or false"),
+        (["model.name_or_path=org/none"], "org/none is not known"),
+    ],
+)
+def test_mistakes(capsys, words, message):
+    assert main(["plan", *words]) != 0
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
+
+
+def test_the_account_needs_no_torch():
+    code = (
+        "import sys; from dpo.cli import main; "
+        f"main(['plan', 'model=pythia28', 'gpus=1', *{GIVEN!r}]); "
+        "print({'torch', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"

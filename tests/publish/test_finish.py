@@ -1,0 +1,121 @@
+"""The end of a run: what its manifest says afterwards, and what the notification URL is sent."""
+
+import hashlib
+import hmac
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from dpo.errors import DpoError
+from dpo.publish.finish import run_finish
+from dpo.storage.runs import read_run_manifest, write_run_manifest
+from dpo.storage.store import open_store
+
+APPROVED = {"verdict": {"approved": True, "rules": []}}
+PUBLISHED = {"published": {"name": "policy", "content_hash": "ab" * 32, "url": "file:///m"}}
+
+
+@pytest.fixture
+def url(tmp_path):
+    return (tmp_path / "store").as_uri()
+
+
+@pytest.fixture
+def receiver():
+    """A server that keeps what it is posted and answers with ``status``."""
+    got = []
+
+    class Handler(BaseHTTPRequestHandler):
+        status = 204
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            got.append((self.path, dict(self.headers), body))
+            self.send_response(type(self).status)
+            if type(self).status == 302:
+                self.send_header("Location", "/elsewhere")
+            self.end_headers()
+
+        def log_message(self, *_):
+            return
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/ended?x=1", got, Handler
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("known", "state", "ended"),
+    [
+        ({**APPROVED, **PUBLISHED}, "SUCCEEDED", "succeeded"),
+        ({**APPROVED, **PUBLISHED}, "COMPLETE", "succeeded"),
+        # what a backend says of a nested DAG that it does not follow to its end
+        ({**APPROVED, **PUBLISHED}, "RUNNING", "succeeded"),
+        ({"verdict": {"approved": False, "rules": []}}, "SUCCEEDED", "refused"),
+        (APPROVED, "FAILED", "failed"),
+        (APPROVED, "RUNNING", "failed"),
+        ({}, "FAILED", "failed"),
+        ({}, "CANCELED", "cancelled"),
+    ],
+)
+def test_how_a_run_ended(url, known, state, ended):
+    write_run_manifest(open_store(url), "r1", plan={"a": "b"}, **known)
+    run_finish(url, "r1", state, "it broke" if state == "FAILED" else "")
+    manifest = read_run_manifest(url, "r1")
+    assert manifest["state"] == ended
+    assert manifest["plan"] == {"a": "b"}, "what steps wrote before stays"
+    assert manifest.get("reason") == ("it broke" if state == "FAILED" else None)
+    assert manifest["notification"] == "none asked for"
+
+
+def test_the_message_is_signed_and_tells_where_the_model_is(url, receiver, monkeypatch):
+    address, got, _ = receiver
+    monkeypatch.setenv("DPO_NOTIFY_URL", address)
+    monkeypatch.setenv("DPO_NOTIFY_SECRET", "hush")
+    write_run_manifest(open_store(url), "r1", **APPROVED, **PUBLISHED)
+    run_finish(url, "r1", "SUCCEEDED")
+    ((path, headers, body),) = got
+    assert path == "/ended?x=1"
+    expected = hmac.new(b"hush", body, hashlib.sha256).hexdigest()
+    assert headers["X-DPO-Signature"] == f"sha256={expected}"
+    text = json.loads(body)
+    assert (text["event"], text["run_id"], text["state"]) == ("run.ended", "r1", "succeeded")
+    assert text["content_hash"] == "ab" * 32
+    assert text["manifest"] == f"{url}/runs/r1/manifest.json"
+    assert read_run_manifest(url, "r1")["notification"] == "sent, answered with 204"
+
+
+def test_a_redirect_is_not_followed_and_fails_no_run(url, receiver, monkeypatch):
+    address, got, handler = receiver
+    handler.status = 302
+    monkeypatch.setenv("DPO_NOTIFY_URL", address)
+    write_run_manifest(open_store(url), "r1", **APPROVED, **PUBLISHED)
+    run_finish(url, "r1", "SUCCEEDED")
+    assert len(got) == 1
+    assert "status 302" in read_run_manifest(url, "r1")["notification"]
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("http://127.0.0.1:9/", "failed: ConnectionRefusedError"),
+        ("file:///etc/passwd", "is not an http:// or https:// URL"),
+        ("http://user:word@127.0.0.1:9/", "without credentials"),
+    ],
+)
+def test_a_notification_that_cannot_be_sent_is_noted(url, monkeypatch, address, words):
+    monkeypatch.setenv("DPO_NOTIFY_URL", address)
+    write_run_manifest(open_store(url), "r1", **APPROVED, **PUBLISHED)
+    run_finish(url, "r1", "SUCCEEDED")
+    assert words in read_run_manifest(url, "r1")["notification"]
+
+
+def test_a_store_that_is_missing_hides_no_failure_and_fails_no_failed_run():
+    text = run_finish("", "r1", "FAILED")
+    assert text["state"] == "failed"
+    with pytest.raises(DpoError, match="no store"):
+        run_finish("", "r1", "SUCCEEDED")

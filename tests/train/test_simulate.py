@@ -1,0 +1,131 @@
+"""The simulated step and the account, against each other and against measured peaks."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from dpo.config.compose import compose
+from dpo.plan.architecture import architecture_of
+from dpo.plan.estimate import Machine, job_of
+from dpo.plan.lengths import DEFAULT
+from dpo.plan.memory import predict
+from dpo.train.simulate import peak_bytes
+
+NEOX = {
+    **{"model_type": "gpt_neox", "hidden_size": 384, "num_hidden_layers": 4, "vocab_size": 4096},
+    **{"num_attention_heads": 6, "intermediate_size": 1536, "max_position_embeddings": 2048},
+}
+LLAMA = {
+    **{"model_type": "llama", "hidden_size": 384, "num_hidden_layers": 4, "vocab_size": 4096},
+    **{"num_attention_heads": 6, "intermediate_size": 1024, "max_position_embeddings": 2048},
+    "tie_word_embeddings": False,
+}
+GPT2 = {
+    **{"model_type": "gpt2", "n_embd": 384, "n_layer": 4, "n_head": 6, "vocab_size": 4096},
+    "n_positions": 2048,
+}
+ROW = (584, 194, 246)
+TOKENS = sum(ROW)
+
+
+@pytest.fixture
+def settings(tmp_path, request):
+    def make(values, *words):
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        fixed = [f"model.name_or_path={tmp_path}", f"micro_batch_tokens={TOKENS}"]
+        return compose(["model=blank_model", *fixed, "max_length=1024", *words]).config
+
+    return make
+
+
+def account(config, gpus, mode):
+    job = job_of(config, architecture_of(config.model), Machine(gpus=gpus), DEFAULT)
+    # on a CPU: the driver's and the allocator's allowances are not part of the comparison
+    job = replace(
+        job,
+        **{"devices": gpus, "mode": mode, "on_gpu": False, "longest": 300},
+        **{"micro_batch_tokens": TOKENS, "several_micro_batches": True},
+    )
+    return predict(job).total
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "words"),
+    [
+        (NEOX, "float32", []),
+        (NEOX, "bfloat16", ["optimizer=AdamW"]),
+        (NEOX, "float32", ["activation_checkpointing=full"]),
+        pytest.param(LLAMA, "float32", [], marks=pytest.mark.long),
+        pytest.param(LLAMA, "bfloat16", [], marks=pytest.mark.long),
+        pytest.param(GPT2, "float32", [], marks=pytest.mark.long),
+        pytest.param(GPT2, "bfloat16", [], marks=pytest.mark.long),
+    ],
+)
+def test_the_account_follows_the_step(settings, values, dtype, words):
+    config = settings(values, *words)
+    simulated = peak_bytes(config, gpus=1, dtype=dtype, row=ROW)
+    mode = "float32" if dtype == "float32" else "autocast"
+    assert account(config, 1, mode) == pytest.approx(simulated, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "words"),
+    [
+        ("float32", []),
+        pytest.param("bfloat16", ["model.fsdp_policy_mp=bfloat16"], marks=pytest.mark.long),
+    ],
+)
+def test_the_account_follows_the_step_of_shards(settings, dtype, words):
+    config = settings(NEOX, "trainer=FSDPTrainer", *words)
+    simulated = peak_bytes(config, gpus=4, dtype=dtype, row=ROW)
+    mode = "half" if words else "float32"
+    assert account(config, 4, mode) == pytest.approx(simulated, rel=0.25)
+
+
+MEASURE = """
+import resource, sys, json, warnings
+warnings.simplefilter("ignore")
+from dpo.config.compose import compose
+from dpo.train import simulate
+from dpo.train.parallel import Scorer
+import torch
+torch.set_num_threads(1)
+words, dtype, row = json.loads(sys.argv[1])
+config = compose(words).config
+# what torch loads at its first step is no part of the peak
+small = compose(["model=tiny"]).config
+simulate.attention.LONGEST = 0
+simulate._steps(small, Scorer(simulate._model(small)), dtype, (8, 4, 4), 1)
+before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+simulate._steps(config, Scorer(simulate._model(config)), dtype, tuple(row), 2)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+"""
+
+
+def measured(config_words, dtype, row):
+    given = json.dumps([config_words, dtype, list(row)])
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, given], capture_output=True, text=True, check=True
+    )
+    return int(done.stdout.split()[-1])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_peak_of_a_real_step(settings, tmp_path, dtype):
+    """Resident memory of a process, by the kernel's count."""
+    config = settings(NEOX)
+    words = ["model=blank_model", f"model.name_or_path={tmp_path}"]
+    simulated = peak_bytes(config, gpus=1, dtype=dtype, row=ROW)
+    assert measured(words, dtype, ROW) == pytest.approx(simulated, rel=0.2)
+
+
+@pytest.mark.long
+def test_the_peak_of_a_real_step_of_smollm2():
+    words = ["model=smollm2", "micro_batch_tokens=512"]
+    row = (292, 97, 123)
+    simulated = peak_bytes(compose(words).config, gpus=1, dtype="float32", row=row)
+    assert measured(words, "float32", row) == pytest.approx(simulated, rel=0.15)
