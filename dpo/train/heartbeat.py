@@ -100,7 +100,10 @@ class Heartbeat:
             try:
                 store = store or _open_store(self._timeout)
                 store.set(keys[self._rank], f"{beat} {_begun} {host}")
-                present = [r for r, key in enumerate(keys) if store.check([key])]
+                # asked one by one only until all have begun
+                unknown = {r for r, seen in enumerate(self._seen) if not seen.text}
+                absent = {r for r in unknown if not store.check([keys[r]])}
+                present = [r for r in range(self._world) if r not in absent]
                 values = store.multi_get([keys[rank] for rank in present])
                 for rank, value in zip(present, values, strict=True):
                     self._note(rank, value.decode())

@@ -29,7 +29,8 @@ LOST = "lost"
 """Key of an error that only says that another process is gone; the other's own comes first."""
 _OPEN_FILES = 1 << 16
 _SHUTDOWN_SECONDS = 10
-"""What a process gets between the request to end and SIGKILL, once another one has failed."""
+"""What a process gets between the request to end and SIGKILL; torch 2.13 takes 30 s where another
+process has failed."""
 
 
 def processes_here() -> int:

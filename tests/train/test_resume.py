@@ -265,8 +265,8 @@ def test_a_process_that_dies_or_hangs_ends_the_job_and_is_named(
     began = time.monotonic()
     os.kill(workers[1], how)
     _, errors = process.communicate(timeout=300)
-    # the wait, then ten seconds until the stopped process is killed
-    assert time.monotonic() - began < 60
+    # the wait, then thirty seconds until the stopped process is killed
+    assert time.monotonic() - began < 100
     assert process.returncode == 1, errors
     last = errors[errors.rindex("rank 0:") :] if how == signal.SIGSTOP else errors
     assert "rank 1" in last
