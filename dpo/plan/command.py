@@ -135,10 +135,10 @@ def _lengths(config: RunConfig, own: dict[str, Any], data: Path | None) -> Lengt
         raise ConfigError(f"{missing} is missing", fix=f"give all of {', '.join(_LENGTHS)}")
     if stated and min(stated.values()) <= 0:
         raise ConfigError("lengths must be above 0", fix=f"correct {', '.join(_LENGTHS)}")
+    if own.get("pairs", 1) < 1:
+        raise ConfigError(f"pairs={own['pairs']} must be at least 1")
     found = Lengths(**stated, source="as given") if stated else find_lengths(config, data)
     if "pairs" in own:
-        if own["pairs"] < 1:
-            raise ConfigError(f"pairs={own['pairs']} must be at least 1")
         found = replace(found, pairs=own["pairs"])
     return found
 
