@@ -60,9 +60,11 @@ def test_a_deployment_changes_nothing_that_kubeflow_makes_its_cache_key_of():
     spec = copy.deepcopy(documents[0])
     for name, executor in spec["deploymentSpec"]["executors"].items():
         executor["container"].pop("resources")
-        if name in ("exec-fingerprint", "exec-finish"):
-            # what is said to these two alone: they are never cached
-            executor["container"].pop("env", None)
+        variables = executor["container"].pop("env")
+        # what is said to these two alone: they are never cached
+        if name not in ("exec-fingerprint", "exec-finish"):
+            image = executor["container"]["image"]
+            assert variables == [{"name": "DPO_IMAGE", "value": image}]
     for component in [spec["root"], *spec["components"].values()]:
         for task in component.get("dag", {}).get("tasks", {}).values():
             task.pop("retryPolicy", None)
@@ -190,6 +192,7 @@ def test_secrets_variables_and_volumes():
         for own in ("DPO_IMAGES", "DPO_MACHINE", "DPO_EXPECTED_SOURCE"):
             assert (own in variables) == (name == "exec-fingerprint")
             variables.pop(own, None)
+        assert variables.pop("DPO_IMAGE") == containers[name]["image"]
         assert variables == {
             "AWS_ENDPOINT_URL": "http://minio:9000",
             "DPO_CACHE_DIR": "/cache/dpo",
