@@ -51,8 +51,7 @@ def run_rerun(case: Case) -> dict[str, Any]:
     seconds = []
     for beta in (0.1, 0.3):
         with tempfile.TemporaryDirectory() as folder:
-            trainer = make_trainer(case, Path(folder), [])
-            trainer.reference = reference
+            trainer = make_trainer(case, Path(folder), steps, reference)
             trainer.objective.loss = trainer.objective.loss.model_copy(update={"beta": beta})
             seconds.append(_epoch(trainer, steps))
             trainer.log.close()
