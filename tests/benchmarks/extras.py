@@ -26,6 +26,7 @@ from dpo.data.log_probs import PairLogProbs
 from dpo.data.tokenize import TokenizedExample
 from dpo.modeling.scoring import score
 from dpo.train.checkpoint import Checkpoints
+from dpo.train.place import Place
 from dpo.train.trainer import Trainer
 from tests.benchmarks.contenders import batches, make_trainer
 from tests.benchmarks.workload import Case, config_of, load, pairs
@@ -88,7 +89,7 @@ def run_overhead(case: Case) -> dict[str, Any]:
         )
         held_out = pairs(case.model, N_EVALUATION_PAIRS, case.seed)
         trainer.examples = replace(trainer.examples, held_out=held_out)
-        keeper = Checkpoints(folder / "checkpoints", {"case": case.name}, 2, "never")
+        keeper = Checkpoints(Place(folder / "checkpoints"), {"case": case.name}, 2, "never")
         keeper.find()
         trainer.checkpoints = keeper
         evaluations = _timed(trainer)
