@@ -342,6 +342,9 @@ class RunConfig(Section):
     """Share of prompts held out, by hash of the prompt, where a source has no split of its own."""
     max_rejected_share: float = Field(0.05, ge=0, le=1)
     """Ingest fails when a larger share of rows is rejected."""
+    bad_rows: Literal["fail", "drop"] = "fail"
+    """``fail`` stops above ``max_rejected_share``, ``drop`` leaves out any number of bad rows. They
+    are in the quarantine with their reasons either way."""
     prompt_format: Literal["raw", "chat"] = "raw"
     """Dialogue text as it is, or through the tokenizer's chat template."""
     chat_template: Annotated[str, AfterValidator(_template_text)] | None = None

@@ -141,12 +141,15 @@ def _part(raw: IO[bytes], size: int) -> Iterator[bytes]:
 
 def _container_by_content(path: Path, shown: str) -> Container:
     with path.open("rb") as file:
-        magic = file.read(6)
+        magic = file.read(64)
     if magic.startswith(b"PAR1"):
         return "parquet"
-    if magic == b"ARROW1":
+    if magic.startswith(b"ARROW1"):
         return "arrow"
     container = container_of(path)
+    if container is None and magic.lstrip().startswith((b"{", b"[")):
+        # an object of a store often has no suffix
+        return "json"
     if container is None:
         raise DataError(
             f"cannot tell what kind of file this is: {path.name}",

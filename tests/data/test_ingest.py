@@ -392,6 +392,8 @@ def test_too_many_bad_rows_stop_with_examples_and_keep_the_quarantine(
     kept = (tmp_path / "out.quarantine.jsonl").read_text().splitlines()
     assert [json.loads(line)["reason"] for line in kept] == ["empty"]
     assert len(ingest(rows, max_rejected_share=0.2).pairs) == 3
+    dropped = ingest(rows, max_rejected_share=0.1, bad_rows="drop")
+    assert (len(dropped.pairs), dropped.reasons) == (3, ["empty"])
 
 
 def test_sound_rows_that_are_not_needed_count_as_no_fault(ingest: Ingest) -> None:
