@@ -57,21 +57,26 @@ def batches(case: Case) -> list[list[TokenizedExample]]:
     return [found[first : first + case.batch] for first in range(0, len(found), case.batch)]
 
 
-def make_trainer(case: Case, folder: Path, steps: list[list[TokenizedExample]]) -> Trainer:
-    """Our trainer with the reference of every pair computed."""
+def make_trainer(
+    case: Case,
+    folder: Path,
+    steps: list[list[TokenizedExample]],
+    reference: dict[str, PairLogProbs] | None = None,
+) -> Trainer:
+    """Our trainer; the reference of every pair is computed where it is not given."""
     model = load(case.model, case.seed)
     config, dtype = config_of(case), getattr(torch, case.dtype)
     budget = config.micro_batch_tokens
-    reference = {}
-    for examples in steps:
+    known = reference or {}
+    for examples in [] if reference else steps:
         scored = score(model, examples, dtype=dtype, token_budget=budget)
         for example, row in zip(examples, scored, strict=True):
-            reference[example.pair_id] = PairLogProbs("", "", *row)
+            known[example.pair_id] = PairLogProbs("", "", *row)
     every = [example for examples in steps for example in examples]
     order = Order(len(every), case.batch, n_epochs=1, n_examples=None, seed=0)
     data = Examples(order, dict(enumerate(every)), [], "benchmark")
     objective = Objective(model, config.loss, dtype, budget)
-    return Trainer(config, "preference", objective, data, reference, MetricLog(folder))
+    return Trainer(config, "preference", objective, data, known, MetricLog(folder))
 
 
 def run_ours(case: Case) -> Result:

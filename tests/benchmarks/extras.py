@@ -26,6 +26,7 @@ from dpo.data.log_probs import PairLogProbs
 from dpo.data.tokenize import TokenizedExample
 from dpo.modeling.scoring import score
 from dpo.train.checkpoint import Checkpoints
+from dpo.train.place import Place
 from dpo.train.trainer import Trainer
 from tests.benchmarks.contenders import batches, make_trainer
 from tests.benchmarks.workload import Case, config_of, load, pairs
@@ -51,8 +52,7 @@ def run_rerun(case: Case) -> dict[str, Any]:
     seconds = []
     for beta in (0.1, 0.3):
         with tempfile.TemporaryDirectory() as folder:
-            trainer = make_trainer(case, Path(folder), [])
-            trainer.reference = reference
+            trainer = make_trainer(case, Path(folder), steps, reference)
             trainer.objective.loss = trainer.objective.loss.model_copy(update={"beta": beta})
             seconds.append(_epoch(trainer, steps))
             trainer.log.close()
@@ -89,7 +89,7 @@ def run_overhead(case: Case) -> dict[str, Any]:
         )
         held_out = pairs(case.model, N_EVALUATION_PAIRS, case.seed)
         trainer.examples = replace(trainer.examples, held_out=held_out)
-        keeper = Checkpoints(folder / "checkpoints", {"case": case.name}, 2, "never")
+        keeper = Checkpoints(Place(folder / "checkpoints"), {"case": case.name}, 2, "never")
         keeper.find()
         trainer.checkpoints = keeper
         evaluations = _timed(trainer)
