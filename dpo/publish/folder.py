@@ -72,7 +72,7 @@ def gathered(policy: Path, config: RunConfig) -> Iterator[tuple[Path, list[FileE
         _complete(folder)
         base = config.model.name_or_path
         name, license_ = config.publish.name, config.publish.license
-        text = card.model_card(policy, manifest, name, base, license_)
+        text = card.model_card(policy, manifest, name, base, license_, folder)
         card.check_card(text, str(policy))
         (folder / card.FILE).write_text(text, encoding="utf-8")
         check_folder(folder)

@@ -17,9 +17,10 @@ from dpo.publish.runs import record_verdict
 from dpo.publish.stage import run_publish
 from dpo.publish.verify import verify
 from dpo.storage import provenance
+from dpo.storage.adopt import adopt
 from dpo.storage.fingerprint import path_fingerprint
 from dpo.storage.manifest import read_manifest, staged, write_manifest
-from dpo.storage.runs import read_run_manifest, write_run_manifest
+from dpo.storage.runs import artifact_records, read_run_manifest, write_run_manifest
 from dpo.storage.store import open_store
 
 
@@ -223,6 +224,21 @@ def test_forgetting_may_remove_what_shows_its_text(pipeline, communities):
 def test_what_is_no_community_is_refused(pipeline, name):
     with pytest.raises(ArtifactError, match="not a community's name"):
         forget(pipeline.root, name)
+
+
+def test_a_model_that_began_from_a_published_one_depends_on_its_data_too(pipeline, communities):
+    place = pipeline.folder / "adopted"
+    adopt(communities["own"]["url"], place, "sft")
+    manifest = read_manifest(place, stage="sft")
+    steps = {entry["step"] for entry in manifest.lineage.values()}
+    assert steps == {"ingest", "sft", "preference"}
+    made = output(
+        pipeline.folder / "next", "preference", {"w": 1}, inputs={"base": manifest.content_hash}
+    )
+    write_run_manifest(open_store(pipeline.root), "adopting", artifacts=artifact_records(made))
+    runs = dependents(pipeline.root, "acme").runs
+    assert f"{pipeline.root}/runs/adopting" in runs
+    assert f"{pipeline.root}/runs/adopting" not in dependents(pipeline.root, "acme-2").runs
 
 
 # --- signatures ---
