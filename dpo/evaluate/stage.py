@@ -16,7 +16,8 @@ from dpo.data.loader import evaluation_indices
 from dpo.data.log_probs import PairLogProbs, read_log_probs, select_log_probs
 from dpo.data.parquet import read_pairs
 from dpo.data.schema import TEST, Pair
-from dpo.data.tokenize import Limits, TokenizedExample, load_tokenizer, tokenize_pair
+from dpo.data.tokenize import Limits, TokenizedExample, load_tokenizer
+from dpo.data.tokens import tokenize_rows
 from dpo.errors import ConfigError, DataError
 from dpo.evaluate.answers import answer_figures
 from dpo.evaluate.findings import findings
@@ -127,7 +128,10 @@ def _read(config: RunConfig, *, pairs: Path, sft: Path, policy: Path, reference:
         raise DataError("no pair is held out", where=str(pairs), fix="raise test_fraction")
     rows = _in_part(config, [held_out.rows[index] for index in chosen])
     tokenizer = load_tokenizer(policy)
-    examples = _tokenize(config, held_out.prompt_format, rows, tokenizer)
+    places = {row.pair_id: index for index, row in enumerate(held_out.rows)}
+    indices = [places[row.pair_id] for row in rows]
+    limits = Limits(config.max_length, config.max_prompt_length, config.truncation_mode)
+    examples = tokenize_rows(held_out, indices, tokenizer, limits)
     before = select_log_probs(read_log_probs(reference), examples, reference)
     return _Inputs(manifests, rows, examples, before, tokenizer)
 
@@ -165,23 +169,6 @@ def _in_part(config: RunConfig, rows: list[Pair]) -> list[Pair]:
             fix="raise n_eval_examples or test_fraction, or change evaluation.validation_fraction",
         )
     return found
-
-
-def _tokenize(
-    config: RunConfig, prompt_format: str, rows: list[Pair], tokenizer: Any
-) -> list[TokenizedExample]:
-    limits = Limits(config.max_length, config.max_prompt_length, config.truncation_mode)
-    return [
-        tokenize_pair(
-            row.prompt,
-            [row.chosen, row.rejected],
-            tokenizer,
-            limits,
-            prompt_format=prompt_format,
-            pair_id=row.pair_id,
-        )
-        for row in rows
-    ]
 
 
 def _result(

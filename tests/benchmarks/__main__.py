@@ -5,6 +5,7 @@
     make bench ARGS="training --model smollm2 --dtype bfloat16 --steps 5"
     make bench ARGS="rerun overhead"
     make bench ARGS="ingest --gigabytes 2"         see tests/benchmarks/ingest.py
+    make bench ARGS="tokenisation"                 beside datasets.map
 
 Run it on a machine that does nothing else: contenders run one after the other. SmolLM2 in TRL needs
 16 GiB of memory.
@@ -85,11 +86,11 @@ def extras(options: argparse.Namespace, name: str) -> Iterator[dict[str, Any]]:
 def main() -> None:
     """Run what was asked for."""
     words = sys.argv[1:]
-    if words[:1] == ["ingest"]:
-        from tests.benchmarks import ingest
+    if words[:1] in (["ingest"], ["tokenisation"]):
+        from importlib import import_module
 
-        sys.argv = ["ingest", *words[1:]]
-        ingest.main()
+        sys.argv = words
+        import_module(f"tests.benchmarks.{words[0]}").main()
         return
     options = options_of(words)
     peers = tuple(peer for peer in options.peer or PEERS if peer != "none")

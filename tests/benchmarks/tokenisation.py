@@ -120,7 +120,7 @@ def main() -> None:
 def _in_own_process(what: str, folder: Path, tokenizer: Path) -> dict[str, Any]:
     scratch = folder / what
     places = map(str, (folder / "data", scratch, tokenizer))
-    command = [sys.executable, "-m", __spec__.name, "--only", what, *places]
+    command = [sys.executable, "-m", "tests.benchmarks.tokenisation", "--only", what, *places]
     environment = {**os.environ, "HF_HOME": str(scratch), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -11,29 +11,31 @@ from dpo.config.schema import ModelConfig, RunConfig, SourceConfig
 from dpo.config.stages import stage_json
 from dpo.data.stage import run_ingest
 from dpo.storage.fingerprint import code_fingerprint
-from dpo.storage.manifest import sha256_file
-from pipelines.package import compile_pipeline, load_package, main
+from dpo.storage.manifest import read_manifest, sha256_file
+from pipelines.package import load_package, local_package, main
 from pipelines.sharded import ingest_shards, ingest_tasks
+from pipelines.sweep import NO_SWEEP
 from tests.data.conftest import good_row
 
 
-def test_the_package_has_a_loop_of_shards(tmp_path: Path) -> None:
-    target = tmp_path / "package.yaml"
-    compile_pipeline(target, ingest_shards=3)
-    spec = load_package(target)[0]
-    tasks = spec["root"]["dag"]["tasks"]
-    (loop,) = [task for name, task in tasks.items() if name.startswith("for-loop")]
+def test_the_package_has_a_loop_of_shards() -> None:
+    spec = local_package(NO_SWEEP, 3)[0]
+    (steps,) = [
+        component["dag"]["tasks"]
+        for component in spec["components"].values()
+        if "ingest" in component.get("dag", {}).get("tasks", {})
+    ]
+    (loop,) = [task for name, task in steps.items() if name.startswith("for-loop")]
     items = json.loads(loop["parameterIterator"]["items"]["raw"])
     assert items == ["1/3", "2/3", "3/3"]
     inner = spec["components"][loop["componentRef"]["name"]]["dag"]["tasks"]
     assert list(inner) == ["ingest-shard"]
     # the steps after it find what they know
-    assert tasks["sft"]["inputs"]["artifacts"]["pairs"]["taskOutputArtifact"] == {
+    assert steps["sft"]["inputs"]["artifacts"]["pairs"]["taskOutputArtifact"] == {
         "outputArtifactKey": "pairs",
         "producerTask": "ingest",
     }
-    compile_pipeline(tmp_path / "one.yaml")
-    assert "ingest-shard" not in (tmp_path / "one.yaml").read_text()
+    assert "ingest-shard" not in json.dumps(local_package(NO_SWEEP, 1)[0])
 
 
 def test_a_package_for_a_cluster_gives_shards_the_settings_of_ingest(tmp_path: Path) -> None:
@@ -74,7 +76,7 @@ def test_kfp_runs_the_shards_and_the_result_is_one_tasks(
 
         @dsl.pipeline(name="sharded-ingest")
         def pipeline() -> None:
-            ingest_tasks(settings=settings, fingerprint=fingerprint)
+            ingest_tasks(settings=settings, fingerprint=fingerprint, data_uri="")
 
     local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "root"))
     pipeline()
@@ -82,6 +84,8 @@ def test_kfp_runs_the_shards_and_the_result_is_one_tasks(
     (merged,) = (tmp_path / "root").glob("*/ingest/pairs")
 
     def hashes(folder: Path) -> dict[str, Any]:
-        return {path.name: sha256_file(path) for path in folder.iterdir()}
+        # the manifest also says which image and commit made it
+        found = {path.name: sha256_file(path) for path in folder.iterdir()}
+        return found | {"manifest.json": read_manifest(folder, stage="ingest").content_hash}
 
     assert hashes(merged) == hashes(tmp_path / "one")
