@@ -44,6 +44,8 @@ def _deploy_step(task: Any, step: str, deployment: Deployment) -> None:
     image = deployment.images.train if step in TRAIN_STEPS else deployment.images.data
     if image:
         task.set_container_image(image)
+        # for the provenance of what it writes; the image is part of the cache's key already
+        task.set_env_variable("DPO_IMAGE", image)
     _set_attempts(task, resources)
     if step in CHECKPOINTED_STEPS and deployment.nodes.count > 1:
         task.set_env_variable(NODES_VARIABLE, _nodes(deployment, resources).model_dump_json())

@@ -103,7 +103,7 @@ class _Follower:
         name = self.request.job_name
         while True:
             job = self.cluster.get(name)
-            if job is None:
+            if job is None or job["metadata"].get("deletionTimestamp"):
                 raise PipelineError(
                     f"the {self.cluster.kind} {name} was deleted while it ran",
                     where=f"namespace {self.cluster.namespace}",

@@ -50,7 +50,9 @@ _DATA = {
 }
 
 
-def model_card(policy: Path, manifest: Manifest, name: str, base: str, license_: str) -> str:
+def model_card(
+    policy: Path, manifest: Manifest, name: str, base: str, license_: str, model: Path | None = None
+) -> str:
     """Markdown with the metadata block that model hubs read.
 
     Args:
@@ -59,6 +61,7 @@ def model_card(policy: Path, manifest: Manifest, name: str, base: str, license_:
         name: Name under which it is published.
         base: Hub id of the base model, or what else names it.
         license_: Licence of the model; empty takes the base model's where it is known.
+        model: Folder of what is published, where that is another.
     """
     run = json.loads((policy / "run.json").read_text(encoding="utf-8"))
     config = run["config"]
@@ -100,7 +103,7 @@ then {_loss_name(loss)}.
 ## Training
 
 - Base model: {shown_base(base)}
-- Architecture: {", ".join(_architectures(policy))}
+- Architecture: {", ".join(_architectures(model or policy))}
 - Loss: {_options(loss)}
 - {run["examples"]} pairs in {run["steps"]} optimiser steps, {config["optimizer"]}, learning rate
   {config["lr"]}
@@ -208,9 +211,9 @@ def _data(manifest: Manifest) -> str:
     return "\n".join(lines) or "- Preference pairs whose origin was not recorded"
 
 
-def _architectures(policy: Path) -> list[str]:
+def _architectures(model: Path) -> list[str]:
     try:
-        config = json.loads((policy / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     except OSError:
         return ["LoRA adapter"]
     return list(config.get("architectures") or ["unknown"])

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from dpo.config.schema import RunConfig
-from dpo.errors import ArtifactError, ConfigError
+from dpo.errors import ArtifactError, ConfigError, ModelError
 from dpo.publish import adapter, card
 from dpo.publish.tensors import INDEX, SINGLE, model_tensors, read_tensors, write_model
+from dpo.storage.base_model import is_here, local_model
 from dpo.storage.manifest import MANIFEST, FileEntry, Manifest, read_manifest, sha256_file
 
 _LEFT_OUT = {
@@ -71,7 +72,7 @@ def gathered(policy: Path, config: RunConfig) -> Iterator[tuple[Path, list[FileE
         _complete(folder)
         base = config.model.name_or_path
         name, license_ = config.publish.name, config.publish.license
-        text = card.model_card(policy, manifest, name, base, license_)
+        text = card.model_card(policy, manifest, name, base, license_, folder)
         card.check_card(text, str(policy))
         (folder / card.FILE).write_text(text, encoding="utf-8")
         check_folder(folder)
@@ -112,7 +113,7 @@ def _choose_weights(policy: Path, folder: Path, config: RunConfig, manifest: Man
         return
     max_bytes = config.publish.max_shard_mib << 20
     if has_adapter and not has_model:
-        base = _base_of(folder)
+        base = _base_of(folder, config)
         read_manifest(policy, stage="preference")
         _add_from_base(folder, base)
         adapter.merge(folder, base, folder, max_bytes)
@@ -132,16 +133,22 @@ def _adapter_alone(folder: Path, config: RunConfig, manifest: Manifest) -> None:
     _replace(folder / adapter.CONFIG, adapter.alone(adapter.read_config(folder), base))
 
 
-def _base_of(folder: Path) -> Path:
+def _base_of(folder: Path, config: RunConfig) -> Path:
+    """The folder of the adapter's base: one that it names, or a base model that is known here."""
     name = adapter.read_config(folder).get("base_model_name_or_path") or ""
-    base = Path(name)
-    if not (base / "config.json").is_file():
-        raise ConfigError(
-            "the adapter cannot be merged: its base is not on this machine",
-            where=f"{adapter.CONFIG}: base_model_name_or_path={name!r}",
-            fix="publish where the base is a folder, or the adapter alone: publish.lora=adapter",
-        )
-    return base
+    if name and (Path(name) / "config.json").is_file():
+        return Path(name)
+    model = config.model.model_copy(update={"name_or_path": name})
+    try:
+        if is_here(model):
+            return local_model(model)
+    except ModelError:
+        pass
+    raise ConfigError(
+        "the adapter cannot be merged: its base is not on this machine",
+        where=f"{adapter.CONFIG}: base_model_name_or_path={name!r}",
+        fix="publish where the base is a folder, or the adapter alone: publish.lora=adapter",
+    )
 
 
 def _add_from_base(folder: Path, base: Path) -> None:

@@ -21,10 +21,12 @@ from dpo.storage.runs import upgrade_run
 from dpo.storage.store import Store, open_store
 
 _ORDER = ("ingest", "sft", "reference", "preference", "evaluate", "gate", "publish")
+_LEAVES = ("evaluate", "gate", "publish")
+"""Nothing is trained on these; two runs may well write equal ones, of different data."""
 _RUN_KEY = re.compile(rf"^(?:.*/)?runs/(?P<run>[^/]+)/{re.escape(MANIFEST)}$")
 _VERSION_KEY = re.compile(rf"^(?P<prefix>(?:.*/)?[0-9a-f]{{64}})/{re.escape(MANIFEST)}$")
 _COMMUNITY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_TEXT_OF_DATA = ("report.html", "report.md", "samples.json")
+_TEXT_OF_DATA = ("report.html", "report.md", "samples.json", "pairs.json")
 """Files of a run that show prompts and answers."""
 
 
@@ -137,7 +139,8 @@ def _spread(
             }
         made_of = set((entry.get("parents") or {}).values()) | _base_prints(entry)
         if own or made_of & tainted:
-            tainted.add(hash_)
+            if entry["step"] not in _LEAVES:
+                tainted.add(hash_)
             found.artifacts[hash_] = str(entry["step"])
 
 

@@ -107,10 +107,24 @@ def _manifest(values: Mapping[str, Any]) -> Manifest:
         files=files,
         content_hash=found,
         settings=dict(values.get("settings", {})),
-        inputs=dict(values.get("inputs", {})),
+        inputs=dict(values.get("inputs") or _policy(values)),
         code=str(values.get("code", "")),
         details=dict(values.get("details", {})),
+        made_by=dict(values.get("made_by", {})),
+        lineage=_lineage(values),
     )
+
+
+def _policy(values: Mapping[str, Any]) -> dict[str, str]:
+    """Of a published version: the policy that it was made of."""
+    return {"policy": str(values["policy"])} if values.get("policy") else {}
+
+
+def _lineage(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Where it comes from; of a published version its policy too."""
+    known = dict(values.get("lineage") or {})
+    own = values.get("provenance")
+    return {**known, own["content_hash"]: own} if own else known
 
 
 def adopt(
@@ -150,6 +164,7 @@ def adopt(
             inputs=manifest.inputs,
             code=manifest.code,
             details={**manifest.details, "adopted_from": uri},
+            lineage=manifest.lineage,
         )
 
 

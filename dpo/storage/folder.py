@@ -82,7 +82,7 @@ class FolderStore(Store):
     def scan(self, prefix: str = "") -> Iterator[tuple[str, ObjectStat]]:
         found = (p for p in self.folder.rglob("*") if p.is_file() and not _is_partial(p.name))
         for key, path in sorted((p.relative_to(self.folder).as_posix(), p) for p in found):
-            if key.startswith(prefix) and key != _LOCK:
+            if key.startswith(prefix) and path.name != _LOCK:
                 # another process may remove it meanwhile
                 with suppress(FileNotFoundError):
                     yield key, _stat(path)

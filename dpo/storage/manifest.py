@@ -118,8 +118,19 @@ def write_manifest(
     inputs: Mapping[str, str] | None = None,
     code: str = "",
     details: Mapping[str, Any] | None = None,
+    lineage: Mapping[str, dict[str, Any]] | None = None,
 ) -> Manifest:
-    """Hash every file in ``folder`` and write its manifest: temporary name, fsync, rename."""
+    """Hash every file in ``folder`` and write its manifest: temporary name, fsync, rename.
+
+    Args:
+        folder: The output.
+        stage: Which step wrote it.
+        settings: The settings that the step read.
+        inputs: Content hash of each input artifact, by name.
+        code: Fingerprint of the code.
+        details: Figures and facts.
+        lineage: Records of artifacts before this one that this process did not read itself.
+    """
     files = tuple(list_files(folder))
     manifest = Manifest(
         stage=stage,
@@ -130,7 +141,7 @@ def write_manifest(
         code=code,
         details=dict(details or {}),
         made_by=made_by(),
-        lineage=lineage_of(inputs or {}),
+        lineage={**(lineage or {}), **lineage_of(inputs or {})},
     )
     _read[manifest.content_hash] = manifest
     write_atomically(folder / MANIFEST, json.dumps(asdict(manifest), indent=1, sort_keys=True))

@@ -62,7 +62,7 @@ def _commit() -> str:
     if not (root / ".git").exists():
         return ""
     try:
-        done = subprocess.run(
+        done = subprocess.run(  # nosec B607
             ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
             cwd=root,
             capture_output=True,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import xml.etree.ElementTree as ElementTree
+import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from uuid import uuid4
 
 from dpo.errors import ArtifactError, ObjectMissing, StoreError, StoreUnavailable, WriteConflict
-from dpo.storage.s3_client import PAYLOAD_HASH, UNSIGNED, Body, Caller, make_client
+from dpo.storage.s3_client import PAYLOAD_HASH, UNSIGNED, Body, Caller, make_client, parsed
 from dpo.storage.s3_connection import GOOGLE_HOST, Connection, connection, google_connection
 from dpo.storage.store import ObjectStat, Progress, Store, safe_key
 
@@ -181,7 +181,7 @@ class S3Store(Store):
 
         count = 0
         now = datetime.now(UTC).timestamp()
-        for upload in ElementTree.fromstring(self._call(self.url(key), ask)).findall("{*}Upload"):
+        for upload in parsed(self._call(self.url(key), ask)).findall("{*}Upload"):
             begun = datetime.fromisoformat(upload.findtext("{*}Initiated", "")).timestamp()
             if upload.findtext("{*}Key") == name and now - begun >= older_seconds:
                 self._abort(key, upload.findtext("{*}UploadId", ""))
@@ -232,6 +232,12 @@ class S3Store(Store):
         """The next part, read when there is memory for it; an error of an earlier one is raised."""
         self._slots.acquire()
         try:
+            if self.deadline is not None and time.monotonic() > self.deadline:
+                raise StoreUnavailable(
+                    "the time for the upload is over",
+                    where=self.root,
+                    fix="try again: it goes on from there; or raise publish.deadline_seconds",
+                )
             for send in waiting:
                 if send.done():
                     send.result()
@@ -248,7 +254,7 @@ class S3Store(Store):
     def _begin(self, key: str, sha256: str) -> str:
         headers = {"Content-Type": _TYPE, _SHA256: sha256, **self._parts_checksum()}
         answer = self._send("POST", key, b"", headers, {"uploads": ""})
-        return ElementTree.fromstring(answer.data).findtext("{*}UploadId", "")
+        return parsed(answer.data).findtext("{*}UploadId", "")
 
     def _part(
         self, key: str, upload_id: str, number: int, data: bytes, progress: Progress | None
@@ -271,7 +277,7 @@ class S3Store(Store):
         body = f"<CompleteMultipartUpload>{''.join(lines)}</CompleteMultipartUpload>".encode()
         answer = self._send("POST", key, body, {}, {"uploadId": upload_id})
         # the service answers 200 before it knows, and says later what went wrong
-        if (root := ElementTree.fromstring(answer.data)).tag.endswith("Error"):
+        if (root := parsed(answer.data)).tag.endswith("Error"):
             raise StoreUnavailable(
                 f"the store could not join the parts: {root.findtext('Code')}", where=self.url(key)
             )
@@ -362,5 +368,5 @@ class S3Store(Store):
             response.release_conn()
 
 
-def _seconds(time: datetime | None) -> float:
-    return time.timestamp() if time else 0.0
+def _seconds(moment: datetime | None) -> float:
+    return moment.timestamp() if moment else 0.0

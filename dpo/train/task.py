@@ -63,7 +63,7 @@ def _on_nodes(
         )
     request = Request(
         stage=run.stage,
-        settings=stage_json(run.config, run.stage),
+        settings=stage_json(run.config, run.stage, key_only=False),
         code=run.code,
         inputs={name: artifact.uri for name, artifact in inputs.items() if artifact},
         output=output.uri,

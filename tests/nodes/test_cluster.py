@@ -53,6 +53,31 @@ def cluster(plane):
     return Cluster("TrainJob", "team", plane.client())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _kubelet(plane):
+    """Removes the pods that were deleted, as the kubelet of their node would."""
+    core, ended = k.CoreV1Api(plane.client()), threading.Event()
+
+    def remove():
+        while not ended.wait(0.3):
+            for pod in core.list_namespaced_pod("team").items:
+                if pod.metadata.deletion_timestamp:
+                    core.delete_namespaced_pod(pod.metadata.name, "team", grace_period_seconds=0)
+
+    thread = threading.Thread(target=remove, daemon=True)
+    thread.start()
+    yield
+    ended.set()
+    thread.join()
+
+
+@pytest.fixture(autouse=True)
+def _free_nodes(plane):
+    """No job of one test holds the GPUs that the next one asks for."""
+    yield
+    plane.kubectl("delete", "trainjobs,pytorchjobs,pods", "--all", "-n", "team", "--wait=false")
+
+
 @pytest.fixture
 def training(tmp_path):
     """A request whose output is in a store of its own, so that its job has a name of its own."""

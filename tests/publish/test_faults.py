@@ -26,6 +26,7 @@ from dpo.errors import (
     StoreUnavailable,
 )
 from dpo.publish.versions import list_versions, retain
+from dpo.storage import s3_client
 from dpo.storage.store import open_store
 from tests.publish.conftest import MIB, Model, check_store
 from tests.support.minio import NoServer, running_server
@@ -200,17 +201,27 @@ def test_a_missing_bucket_is_made_only_when_allowed(bucket_url, models):
     check_store(bucket_url, [models[0].publish(bucket_url, create=True)])
 
 
-def test_a_slow_connection_is_not_taken_for_a_dead_one(line, server, tmp_path):
-    """A part takes longer than the timeout of one connection: 17 MiB at 1.2 MiB/s."""
-    model = Model(tmp_path / "model", 4, sizes=(17 * MIB,))
-    model.publish(URL, create=True)
+def test_a_slow_connection_is_not_taken_for_a_dead_one(line, server, tmp_path, monkeypatch):
+    """A part of 16 MiB takes 4 s on this line, a connection's timeout is 2 s."""
+    monkeypatch.setattr(s3_client, "_CONNECT_SECONDS", 2.0)
+    Model(tmp_path / "model", 4, sizes=(MIB,)).publish(URL, create=True)
     other = Model(tmp_path / "other", 5, sizes=(17 * MIB,))
-    line.bytes_per_s = 1.2 * MIB
+    line.bytes_per_s = 4 * MIB
     begun = line.sent
     published = other.publish(URL, retry_seconds=5)
     line.bytes_per_s = None
     assert line.sent - begun < 18 * MIB, "a part was sent twice"
     check_store(URL, [published])
+
+
+def test_the_deadline_ends_an_upload_that_goes_on(line, server, models):
+    first = models[0].publish(URL, create=True)
+    line.bytes_per_s = 8 * MIB
+    with pytest.raises(StoreUnavailable, match="the time for the upload is over"):
+        # large enough that the parts do not all wait in memory
+        Model(models[1].folder, 6, sizes=(130 * MIB,)).publish(URL, deadline_seconds=3)
+    line.bytes_per_s = None
+    check_store(URL, [first])
 
 
 def test_a_connection_that_is_cut_again_and_again(line, server, models):

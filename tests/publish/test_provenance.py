@@ -1,0 +1,373 @@
+"""Where models come from, what was made of a community's data, signatures, runs' manifests."""
+
+import json
+import shutil
+import subprocess
+import threading
+
+import pytest
+
+from dpo.cli import main
+from dpo.config.compose import compose
+from dpo.config.places import builtin
+from dpo.config.stages import restrict
+from dpo.errors import ArtifactError, ConfigError
+from dpo.publish.lineage import chain, dependents, forget
+from dpo.publish.runs import record_verdict
+from dpo.publish.stage import run_publish
+from dpo.publish.verify import verify
+from dpo.storage import provenance
+from dpo.storage.adopt import adopt
+from dpo.storage.fingerprint import path_fingerprint
+from dpo.storage.manifest import read_manifest, staged, write_manifest
+from dpo.storage.runs import artifact_records, read_run_manifest, write_run_manifest
+from dpo.storage.store import open_store
+
+
+def output(folder, stage, files, **manifest):
+    with staged(folder) as partial:
+        for name, content in files.items():
+            (partial / name).write_text(json.dumps(content), encoding="utf-8")
+        write_manifest(partial, stage, **manifest)
+    return read_manifest(folder)
+
+
+def source(path=None, **values):
+    return {"format": "custom", "path": path, **values}
+
+
+class Pipeline:
+    """Runs of ingest, SFT, reference, preference, evaluate, gate and publish, with no training."""
+
+    def __init__(self, folder, root):
+        self.folder, self.root = folder, root
+
+    def run(self, run_id, data, *, store=None, weight=0, base=""):
+        """One run; ``base`` is the fingerprint of the model that SFT starts from."""
+        place, store = self.folder / run_id, store or self.root
+        settings = {"datasets": ["novalto"], "sources": {"novalto": data}}
+        prints = {"novalto": f"etag:{run_id}"}
+        pairs = output(
+            place / "pairs",
+            "ingest",
+            {"rows.json": run_id},
+            settings=settings,
+            details={"sources": prints},
+            code="c" * 64,
+        )
+        provenance.note({"model": base})
+        sft = output(
+            place / "sft", "sft", {"w.json": [run_id, 1]}, inputs={"pairs": pairs.content_hash}
+        )
+        provenance.note({})
+        policy = self._policy(place, pairs, sft, weight)
+        figures = {"evaluation.json": {"n_pairs": 1}, "report.html": "<p>", "samples.json": []}
+        judged = output(
+            place / "evaluation", "evaluate", figures, inputs={"policy": policy.content_hash}
+        )
+        output(
+            place / "verdict",
+            "gate",
+            {"verdict.json": {"approved": True}},
+            inputs={"evaluation": judged.content_hash},
+            details={"approved": True},
+        )
+        config = compose([f"publish.store='{store}'", "model=tiny"]).config
+        paths = {"evaluation": place / "evaluation", "verdict": place / "verdict"}
+        record_verdict(restrict(config, "gate").publish, run_id, **paths)
+        run_publish(
+            restrict(config, "publish"),
+            place / "out",
+            policy=place / "policy",
+            run_id=run_id,
+            **paths,
+        )
+        return json.loads((place / "out/published.json").read_text())
+
+    def _policy(self, place, pairs, sft, weight):
+        with staged(place / "policy") as partial:
+            shutil.copytree(builtin("builtin:tiny"), partial, dirs_exist_ok=True)
+            data = bytearray((partial / "model.safetensors").read_bytes())
+            data[-1] = weight
+            (partial / "model.safetensors").write_bytes(data)
+            loss = {"name": "dpo", "beta": 0.1}
+            record = {
+                "config": {"loss": loss, "optimizer": "AdamW", "lr": 1e-5},
+                **{"examples": 8, "steps": 2, "data_fingerprint": pairs.content_hash},
+            }
+            (partial / "run.json").write_text(json.dumps(record), encoding="utf-8")
+            inputs = {"pairs": pairs.content_hash, "base": sft.content_hash}
+            write_manifest(partial, "preference", inputs=inputs)
+        return read_manifest(place / "policy")
+
+
+@pytest.fixture
+def pipeline(tmp_path, monkeypatch):
+    monkeypatch.setenv("DPO_IMAGE", "registry/train@sha256:" + "9" * 64)
+    monkeypatch.setenv("DPO_COMMIT", "0123abc")
+    provenance._constant.cache_clear()
+    yield Pipeline(tmp_path, f"file://{tmp_path}/store")
+    provenance._constant.cache_clear()
+
+
+def test_the_chain_leads_from_the_model_to_the_data(pipeline):
+    published = pipeline.run("run-1", source("pairs.jsonl"))
+    manifest, records = chain(f"{pipeline.root}/policy")
+    assert manifest["content_hash"] == published["content_hash"]
+    assert [entry["step"] for entry in records] == ["ingest", "sft", "preference"]
+    ingest, sft, policy = records
+    assert ingest["sources"] == {"novalto": "etag:run-1"}
+    assert ingest["code"] == "c" * 64
+    assert sft["parents"] == {"pairs": ingest["content_hash"]}
+    assert policy["parents"]["base"] == sft["content_hash"]
+    for entry in records:
+        assert entry["made_by"]["image"] == "registry/train@sha256:" + "9" * 64
+        assert entry["made_by"]["commit"] == "0123abc"
+        assert entry["made_by"]["processes"] == 1
+        assert entry["made_by"]["processor"]
+
+
+def test_the_runs_manifest_links_every_artifact(pipeline):
+    published = pipeline.run("run-1", source("pairs.jsonl"))
+    run = read_run_manifest(pipeline.root, "run-1")
+    artifacts = run["artifacts"]
+    assert set(artifacts) == {"ingest", "sft", "preference", "evaluate", "gate"}
+    assert artifacts["evaluate"]["parents"] == {"policy": artifacts["preference"]["content_hash"]}
+    assert artifacts["gate"]["parents"] == {"evaluation": artifacts["evaluate"]["content_hash"]}
+    assert artifacts["ingest"]["configuration"]["datasets"] == ["novalto"]
+    assert run["published"]["url"] == published["url"]
+    keys = set(open_store(pipeline.root).list("runs/run-1/"))
+    assert {f"runs/run-1/{name}" for name in ("report.html", "configuration.json")} <= keys
+
+
+def test_steps_that_write_the_runs_manifest_at_once_lose_nothing(tmp_path):
+    store = open_store(f"file://{tmp_path}")
+    threads = [
+        threading.Thread(
+            target=write_run_manifest,
+            args=(store, "run-1"),
+            kwargs={f"step_{n}": n, "artifacts": {f"a{n}": {"content_hash": str(n)}}},
+        )
+        for n in range(5)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    run = read_run_manifest(store.root, "run-1")
+    assert [run[f"step_{n}"] for n in range(5)] == list(range(5))
+    assert set(run["artifacts"]) == {f"a{n}" for n in range(5)}
+
+
+@pytest.fixture
+def communities(pipeline):
+    """Three models of acme's data (one indirectly, one by name), one of another community's."""
+    store = open_store(pipeline.root)
+    for name in ("acme", "acme-2"):
+        store.write(f"communities/{name}/data/{name}.jsonl", b"{}")
+    of = lambda name: f"{pipeline.root}/communities/{name}"  # noqa: E731
+    own = pipeline.run(
+        "acme-run", source(f"{of('acme')}/data/acme.jsonl"), store=of("acme"), weight=1
+    )
+    other = pipeline.run(
+        "other-run", source(f"{of('acme-2')}/data/acme-2.jsonl"), store=of("acme-2"), weight=2
+    )
+    named = pipeline.run("named-run", source(community="acme"), weight=3)
+    # somebody pulls acme's model and trains it further, on other data
+    place = pipeline.folder / "pulled"
+    assert main(["pull", f"{of('acme')}/policy", f"output={place}"]) == 0
+    grown = pipeline.run("grown-run", source("more.jsonl"), weight=4, base=path_fingerprint(place))
+    return {"own": own, "other": other, "named": named, "grown": grown}
+
+
+def test_every_model_made_of_a_communitys_data_is_found(pipeline, communities):
+    found = dependents(pipeline.root, "acme")
+    assert {model.url for model in found.models} == {
+        communities[name]["url"] for name in ("own", "named", "grown")
+    }
+    assert found.fingerprints == {"etag:acme-run", "etag:named-run"}
+    assert {run.rpartition("/")[2] for run in found.runs} == {
+        "acme-run",
+        "named-run",
+        "grown-run",
+    }
+    assert found.data == [f"{pipeline.root}/communities/acme/data/acme.jsonl"]
+
+
+def test_a_community_without_data_has_no_models(pipeline, communities):
+    found = dependents(pipeline.root, "acm")
+    assert [found.data, found.models, found.runs, found.artifacts] == [[], [], {}, {}]
+
+
+def test_forgetting_removes_the_data_and_lists_what_is_left(pipeline, communities):
+    store = open_store(pipeline.root)
+    before = set(store.list())
+    found = forget(pipeline.root, "acme")
+    assert before - set(store.list()) == {"communities/acme/data/acme.jsonl"}
+    assert len(found.models) == 3
+    # what depends on it is still told afterwards
+    assert len(dependents(pipeline.root, "acme").models) == 3
+    assert dependents(pipeline.root, "acme").data == []
+
+
+def test_forgetting_may_remove_what_shows_its_text(pipeline, communities):
+    store = open_store(pipeline.root)
+    forget(pipeline.root, "acme", reports=True)
+    keys = set(store.list())
+    assert "communities/acme/runs/acme-run/report.html" not in keys
+    assert "communities/acme/runs/acme-run/manifest.json" in keys
+    assert "communities/acme-2/runs/other-run/report.html" in keys
+    verify(f"{pipeline.root}/communities/acme/policy")
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", "*"])
+def test_what_is_no_community_is_refused(pipeline, name):
+    with pytest.raises(ArtifactError, match="not a community's name"):
+        forget(pipeline.root, name)
+
+
+def test_a_model_that_began_from_a_published_one_depends_on_its_data_too(pipeline, communities):
+    place = pipeline.folder / "adopted"
+    adopt(communities["own"]["url"], place, "sft")
+    manifest = read_manifest(place, stage="sft")
+    steps = {entry["step"] for entry in manifest.lineage.values()}
+    assert steps == {"ingest", "sft", "preference"}
+    made = output(
+        pipeline.folder / "next", "preference", {"w": 1}, inputs={"base": manifest.content_hash}
+    )
+    write_run_manifest(open_store(pipeline.root), "adopting", artifacts=artifact_records(made))
+    runs = dependents(pipeline.root, "acme").runs
+    assert f"{pipeline.root}/runs/adopting" in runs
+    assert f"{pipeline.root}/runs/adopting" not in dependents(pipeline.root, "acme-2").runs
+
+
+# --- signatures ---
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    """Two key pairs made by openssl, as the documentation says: (private, public) each."""
+    folder = tmp_path_factory.mktemp("keys")
+    made = []
+    for number in range(2):
+        path = folder / f"{number}.pem"
+        openssl("genpkey", "-algorithm", "ed25519", "-out", str(path))
+        made.append((path.read_text(), openssl("pkey", "-in", str(path), "-pubout")))
+    return made
+
+
+def openssl(*arguments):
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is needed to make keys: apt-get install openssl")
+    done = subprocess.run(["openssl", *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_a_signed_model_is_verified_with_the_public_key(pipeline, keys, monkeypatch):
+    monkeypatch.setenv("DPO_SIGNING_KEY", keys[0][0])
+    pipeline.run("run-1", source("pairs.jsonl"))
+    monkeypatch.delenv("DPO_SIGNING_KEY")
+    assert "was not checked" in verify(f"{pipeline.root}/policy")["signed"]
+    monkeypatch.setenv("DPO_TRUSTED_KEYS", keys[1][1] + keys[0][1])
+    assert "which is trusted" in verify(f"{pipeline.root}/policy")["signed"]
+
+
+def test_another_key_no_signature_and_a_changed_manifest_are_refused(
+    pipeline, keys, monkeypatch, capsys
+):
+    published = pipeline.run("run-1", source("pairs.jsonl"))
+    url = f"{pipeline.root}/policy"
+    monkeypatch.setenv("DPO_TRUSTED_KEYS", keys[1][1])
+    with pytest.raises(ArtifactError, match="is not signed"):
+        verify(url)
+    monkeypatch.setenv("DPO_SIGNING_KEY", keys[0][0])
+    # publishing again signs what is there; no file moves
+    assert pipeline.run("run-1", source("pairs.jsonl"))["bytes_moved"] == 0
+    assert "which is trusted" in verify(url)["signed"]
+    monkeypatch.delenv("DPO_SIGNING_KEY")
+    with pytest.raises(ArtifactError, match="not trusted here"):
+        verify(url)
+    monkeypatch.setenv("DPO_TRUSTED_KEYS", keys[0][1])
+    store = open_store(pipeline.root)
+    key = f"policy/{published['content_hash']}/manifest.json"
+    manifest = json.loads(store.read(key))
+    store.write(key, json.dumps({**manifest, "run_id": "another"}).encode())
+    assert main(["verify", url]) == 1
+    assert "signature is wrong" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["planted-secret", "-----BEGIN PRIVATE KEY-----\nx\n-----END"])
+def test_a_key_that_is_none_is_refused(pipeline, monkeypatch, key):
+    monkeypatch.setenv("DPO_SIGNING_KEY", key)
+    with pytest.raises(ConfigError, match="DPO_SIGNING_KEY is not an Ed25519") as caught:
+        pipeline.run("run-1", source("pairs.jsonl"))
+    assert "planted" not in str(caught.value)
+
+
+def test_a_key_on_one_line_is_read(pipeline, keys, monkeypatch):
+    monkeypatch.setenv("DPO_SIGNING_KEY", keys[0][0].replace("\n", "\\n"))
+    pipeline.run("run-1", source("pairs.jsonl"))
+    assert "which is trusted" in verify(f"{pipeline.root}/policy")["signed"]
+
+
+# --- the commands ---
+
+
+def run_command(capsys, *arguments):
+    code = main(list(arguments))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_commands_on_published_models(pipeline, communities, capsys):
+    root, url = pipeline.root, f"{pipeline.root}/policy"
+    named, grown = communities["named"], communities["grown"]
+    code, out, _ = run_command(capsys, "list", root)
+    assert code == 0
+    assert [line.split()[:3] for line in out.splitlines() if " policy " in line] == [
+        ["latest", "policy", grown["content_hash"]],
+        ["policy", named["content_hash"], out.splitlines()[-1].split()[2]],
+    ]
+    code, out, _ = run_command(capsys, "list", url, "format=json")
+    assert [entry["run_id"] for entry in json.loads(out)] == ["grown-run", "named-run"]
+    code, out, _ = run_command(capsys, "lineage", url)
+    assert code == 0
+    assert "etag:grown-run" in out
+    assert "sha256:999" in out
+    code, out, _ = run_command(capsys, "lineage", root, "community=acme")
+    assert out.count("\nmodel ") == 3
+    code, out, _ = run_command(capsys, "publish", "--rollback", url)
+    assert (code, named["content_hash"] in out) == (0, True)
+    code, out, _ = run_command(capsys, "verify", url)
+    assert named["content_hash"] in out
+    code, out, _ = run_command(
+        capsys, "publish", "--rollback", url, f"version={grown['content_hash'][:12]}"
+    )
+    assert grown["content_hash"] in out
+    code, out, _ = run_command(capsys, "retain", url, "keep=1")
+    assert f"removed . {named['content_hash']}" in out
+    code, out, _ = run_command(capsys, "forget", root, "community=acme")
+    assert "removed 1 data sets of acme" in out
+    assert out.count("\nmodel ") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["list"], "takes one URL"),
+        (["list", "file:///a", "file:///b"], "takes one URL"),
+        (["list", "file:///a", "keep=1"], "knows no keep="),
+        (["list", "file:///a", "format=xml"], "choose text or json"),
+        (["retain", "file:///a"], "keep is missing"),
+        (["retain", "file:///a", "keep=0"], "from 1 on"),
+        (["retain", "file:///a", "keep=many"], "not a number"),
+        (["forget", "file:///a"], "needs community="),
+        (["forget", "file:///a", "community=x", "reports=yes"], "write true or false"),
+        (["pull", "file:///a"], "needs output="),
+        (["verify", "s3://b", "x=1"], "it takes none"),
+        (["retain", "nowhere", "keep=1"], "not the URL of a store"),
+    ],
+)
+def test_mistakes_in_commands_exit_with_2(capsys, arguments, words):
+    code, _, err = run_command(capsys, *arguments)
+    assert (code, words in err) == (2, True), err
