@@ -63,6 +63,10 @@ def test_a_deployment_changes_nothing_that_kubeflow_makes_its_cache_key_of():
         if name in ("exec-fingerprint", "exec-finish"):
             # what is said to these two alone: they are never cached
             executor["container"].pop("env", None)
+        else:
+            # each pod is told its image, which is part of the key as it is
+            image = {"name": "DPO_IMAGE", "value": executor["container"]["image"]}
+            assert executor["container"].pop("env") == [image]
     for component in [spec["root"], *spec["components"].values()]:
         for task in component.get("dag", {}).get("tasks", {}).values():
             task.pop("retryPolicy", None)
@@ -190,6 +194,7 @@ def test_secrets_variables_and_volumes():
         for own in ("DPO_IMAGES", "DPO_MACHINE", "DPO_EXPECTED_SOURCE"):
             assert (own in variables) == (name == "exec-fingerprint")
             variables.pop(own, None)
+        assert variables.pop("DPO_IMAGE") == containers[name]["image"]
         assert variables == {
             "AWS_ENDPOINT_URL": "http://minio:9000",
             "DPO_CACHE_DIR": "/cache/dpo",
