@@ -28,18 +28,9 @@ def preference(
         fingerprint: JSON with the fingerprint of the code that the run was planned with.
         overrides: JSON list of settings that a sweep changes, such as ["loss.beta=0.2"].
     """
-    from pathlib import Path
-
     from dpo.storage.step import log_metrics, step
-    from dpo.train.stage import run_train
+    from dpo.train.task import train_step
 
     with step("preference", settings, fingerprint, overrides) as run:
-        manifest = run_train(
-            run.config,
-            Path(policy.path),
-            pairs=Path(pairs.path),
-            base=Path(model.path),
-            reference=Path(log_probs.path),
-            code=run.code,
-        )
+        manifest = train_step(run, policy, pairs=pairs, base=model, reference=log_probs)
         log_metrics(metrics, manifest)

@@ -31,13 +31,12 @@ def sft(
     from dpo.storage.adopt import adopt
     from dpo.storage.base_model import model_fingerprint
     from dpo.storage.step import log_metrics, step
-    from dpo.train.stage import run_train
+    from dpo.train.task import train_step
 
-    target = Path(checkpoint.path)
     with step("sft", settings, fingerprint) as run:
         if model_uri:
-            manifest = adopt(model_uri, target, "sft", expected=run.artifact)
+            manifest = adopt(model_uri, Path(checkpoint.path), "sft", expected=run.artifact)
         else:
             run.expect("model", model_fingerprint(run.config.model))
-            manifest = run_train(run.config, target, pairs=Path(pairs.path), code=run.code)
+            manifest = train_step(run, checkpoint, pairs=pairs)
         log_metrics(metrics, manifest)

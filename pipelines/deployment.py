@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dpo.config.base import Section
 from dpo.config.describe import suggestion, validation_error
+from dpo.config.nodes import NodesOptions
 from dpo.config.places import config_dir
 from dpo.errors import ConfigError
 from dpo.storage.store import open_store
@@ -24,6 +25,7 @@ from dpo.storage.store import open_store
 DATA_STEPS = ("fingerprint", "ingest", "gate", "select", "publish", "finish")
 TRAIN_STEPS = ("sft", "reference", "preference", "evaluate")
 CHECKPOINTED_STEPS = ("sft", "preference")
+"""Steps that train: they keep checkpoints, and can spread over several nodes."""
 CHECKPOINTS_VARIABLE = "DPO_CHECKPOINTS"
 """Read by dpo.train.place."""
 
@@ -207,6 +209,9 @@ class Deployment(Section):
     """fingerprint, ingest, gate and publish."""
     train: Resources = Resources(cpu="2", memory="8Gi")
     """sft, reference, preference and evaluate."""
+    nodes: NodesOptions = NodesOptions()
+    """Training over several nodes: sft and preference then start a job on the cluster, and their
+    resources are those of each of its nodes."""
     steps: dict[Step, dict[str, Any]] = {}
     """Settings of single steps, over those of ``data`` or ``train``."""
 

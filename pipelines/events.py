@@ -228,7 +228,7 @@ def _connect() -> Any:
     try:
         # not load_config(), which prints where it looks
         if any(Path(file).is_file() for file in files.split(os.pathsep)):
-            kubernetes.config.load_kube_config(client_configuration=configuration)
+            kubernetes.config.load_kube_config(files, client_configuration=configuration)
         else:
             kubernetes.config.load_incluster_config(client_configuration=configuration)
     except (kubernetes.config.ConfigException, OSError):

@@ -38,11 +38,9 @@ def add_options(this: argparse.ArgumentParser) -> None:
 
 
 def needs_a_store(options: argparse.Namespace) -> bool:
-    """Whether the command starts a run or reads one's verdict; others publish nothing."""
-    if options.cancel:
+    """Whether the command starts a run of its own; a retried one knows its store."""
+    if options.cancel or options.retry:
         return False
-    if options.retry:
-        return bool(options.wait)
     return bool(not options.upload or options.run or options.wait)
 
 
@@ -63,7 +61,8 @@ def run_on_cluster(
         return Outcome("submitted", options.cancel, where=cluster.link(target, options.cancel))
     if options.retry:
         cluster.retry(client, target, options.retry)
-        return _follow(options, client, target, options.retry, values)
+        sent = cluster.parameters_of(cluster.get_run(client, target, options.retry))
+        return _follow(options, client, target, options.retry, {**values, **sent})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "package.yaml")
         package.save_package(documents, path)

@@ -276,6 +276,9 @@ def _parser() -> argparse.ArgumentParser:
         "--deploy", action="append", default=[], metavar="KEY=VALUE", help="train.gpus=0"
     )
     parser.add_argument(
+        "--nodes", type=int, metavar="N", help="train over N nodes; short for nodes.count=N"
+    )
+    parser.add_argument(
         "--images", type=Path, help="JSON with the names that `make images-push` wrote"
     )
     parser.add_argument(
@@ -318,8 +321,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _write_for_cluster(options: argparse.Namespace) -> int:
+    nodes = [] if options.nodes is None else [f"nodes.count={options.nodes}"]
     deployment = load_deployment(
-        options.deployment, [*options.deploy, *image_assignments(options.image)]
+        options.deployment, [*options.deploy, *image_assignments(options.image), *nodes]
     )
     if options.images:
         deployment = with_images(deployment, options.images)

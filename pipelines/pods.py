@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from dpo.config.nodes import VARIABLE as NODES_VARIABLE
+from dpo.config.nodes import NodeResources, NodesConfig
 from dpo.storage.fingerprint import source_fingerprint
 from pipelines.deployment import (
     CHECKPOINTED_STEPS,
@@ -17,6 +19,8 @@ from pipelines.deployment import (
     Resources,
 )
 
+_LAUNCHING_CPU, _LAUNCHING_MEMORY = "500m", "2Gi"
+"""What a step asks for that only starts a job and follows it."""
 _QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 _PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 
@@ -42,14 +46,48 @@ def _deploy_step(task: Any, step: str, deployment: Deployment) -> None:
         task.set_container_image(image)
         # for the provenance of what it writes; the image is part of the cache's key already
         task.set_env_variable("DPO_IMAGE", image)
-    _set_amounts(task, resources)
     _set_attempts(task, resources)
+    if step in CHECKPOINTED_STEPS and deployment.nodes.count > 1:
+        task.set_env_variable(NODES_VARIABLE, _nodes(deployment, resources).model_dump_json())
+        resources = _launching(resources)
+    _set_amounts(task, resources)
     _set_place(task, resources)
     _set_pod(task, deployment, resources)
     for name, value in _own_variables(step, deployment).items():
         task.set_env_variable(name, value)
     if step == "finish" and (told := deployment.notification) and told.secret:
         kubernetes.use_secret_as_env(task, told.secret, {told.secret_key: "DPO_NOTIFY_SECRET"})
+
+
+def _launching(resources: Resources) -> Resources:
+    """What the pod of a step needs that leaves the work to the pods of a job: no GPU, no queue."""
+    return Resources(
+        cpu=_LAUNCHING_CPU, memory=_LAUNCHING_MEMORY, timeout_seconds=resources.timeout_seconds
+    )
+
+
+def _nodes(deployment: Deployment, resources: Resources) -> NodesConfig:
+    """The job that a training step starts, with what its own pod would have got."""
+    secret = deployment.store_secret
+    tolerations = [
+        {key: value for key, value in given.model_dump().items() if value}
+        for given in resources.tolerations
+    ]
+    return NodesConfig(
+        options=deployment.nodes,
+        resources=NodeResources(
+            **resources.model_dump(include={*NodeResources.model_fields} - {"tolerations"}),
+            tolerations=tolerations,
+        ),
+        image=deployment.images.train,
+        image_pull_policy=deployment.image_pull_policy,
+        image_pull_secrets=deployment.image_pull_secrets,
+        environment=deployment.environment,
+        secret=secret.name if secret else None,
+        secret_keys=secret.keys if secret else {},
+        labels=_pod_labels(deployment, resources),
+        timeout_seconds=resources.timeout_seconds,
+    )
 
 
 def _own_variables(step: str, deployment: Deployment) -> dict[str, str]:

@@ -99,6 +99,12 @@ def parser() -> argparse.ArgumentParser:
         help=f"resources, nodes, secrets of the cluster: {', '.join(deployments())} or a YAML file",
     )
     where.add_argument(
+        "--nodes",
+        type=int,
+        metavar="N",
+        help="train over N nodes (sft and preference start a TrainJob); short for nodes.count=N",
+    )
+    where.add_argument(
         "--deploy",
         action="append",
         default=[],
@@ -214,13 +220,14 @@ def _for_place(
     options: argparse.Namespace, documents: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """The package for the place it will run in: with images and settings where those matter."""
-    asked = bool(options.deployment or options.deploy or options.images or options.image)
+    nodes = [] if options.nodes is None else [f"nodes.count={options.nodes}"]
+    asked = bool(options.deployment or options.deploy or options.images or options.image or nodes)
     names_no_package = options.cancel or options.retry or (options.dry_run and not asked)
     candidates = parse_sweep(options.sweep)
     if options.local == "processes" or names_no_package:
         # one after the other: two trainings at once would share this machine's processors
         return package.local_package(Sweep(candidates, 1)) if candidates else documents
-    assignments = [*options.deploy, *package.image_assignments(options.image)]
+    assignments = [*options.deploy, *package.image_assignments(options.image), *nodes]
     deployment = load_deployment(options.deployment, assignments)
     built = package.BUILT_IMAGES
     if names_file := options.images or (built if options.local and built.is_file() else None):

@@ -23,6 +23,14 @@ _STORE_VARIABLES = [
 ]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The token cache of the tests' own small data does not fill the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DPO_TOKENS_DIR", str(tmp_path_factory.mktemp("tokens")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
     """Values of the reference implementation; ``DPO_GOLDEN_DIR`` names another copy."""

@@ -14,6 +14,9 @@ MAY_IMPORT["evaluate"] -= {"train"}
 # torch-free like the data steps: the pipeline's preflight
 MAY_IMPORT["plan"] = {"errors", "config", "storage", "data", "plan"}
 MAY_IMPORT["train"] |= {"plan"}
+# the launching of jobs on a cluster, which needs no torch; training pods read its request
+MAY_IMPORT["nodes"] = {"errors", "config", "storage", "nodes"}
+MAY_IMPORT["train"] |= {"nodes"}
 MAY_IMPORT["publish"] = {"errors", "config", "storage", "publish"}
 # the command line calls every stage, inside its functions
 MAY_IMPORT["cli"] = {*ORDER, "plan", "publish", "cli"}
@@ -73,6 +76,7 @@ def test_pipelines_import_no_training_code(path):
         ("import dpo.data.stage, dpo.data.plan", {"torch", "transformers", "kfp"}),
         ("import dpo.plan.preflight, dpo.plan.command", {"torch", "transformers", "kfp"}),
         ("import dpo.evaluate.gate, dpo.publish.stage", {"torch", "transformers", "kfp"}),
+        ("import dpo.nodes.run", {"torch", "transformers", "kfp"}),
         ("import pipelines.local, pipelines.request, pipelines.history", {"torch", "transformers"}),
     ],
 )

@@ -55,6 +55,12 @@ class ModelConfig(Section):
     """``auto`` runs norms, gated layers and attention in our own few passes over memory where they
     fit the model; ``plain`` as transformers has them; ``liger`` with the package liger-kernel (on a
     GPU)."""
+    output_layer: Literal["tiled", "torch"] = "tiled"
+    """Log-probabilities from hidden states: by tiles of the vocabulary, or by torch's chunked
+    linear_cross_entropy. Neither keeps the logits of a row."""
+    compile: bool = False
+    """Compile each transformer block for rows of fixed lengths (torch.compile; needs a C++ compiler
+    on a CPU, and takes a minute at the start)."""
     fsdp_policy_mp: Dtype | None = None
     """Mixed precision of the FSDP trainer (overrides ``compute_dtype`` there)."""
     trust_remote_code: bool = False
@@ -336,6 +342,9 @@ class RunConfig(Section):
     """Share of prompts held out, by hash of the prompt, where a source has no split of its own."""
     max_rejected_share: float = Field(0.05, ge=0, le=1)
     """Ingest fails when a larger share of rows is rejected."""
+    bad_rows: Literal["fail", "drop"] = "fail"
+    """``fail`` stops above ``max_rejected_share``, ``drop`` leaves out any number of bad rows. They
+    are in the quarantine with their reasons either way."""
     prompt_format: Literal["raw", "chat"] = "raw"
     """Dialogue text as it is, or through the tokenizer's chat template."""
     chat_template: Annotated[str, AfterValidator(_template_text)] | None = None

@@ -52,7 +52,7 @@ OUT_OF_BAND_VARIABLE = "DPO_OUT_OF_BAND"
 STAGE_KEYS: Mapping[Stage, frozenset[str]] = {
     "ingest": frozenset(
         {"datasets", "sources", "test_fraction", "max_rejected_share", "prompt_format", "seed"}
-        | {"chat_template"}
+        | {"chat_template", "bad_rows"}
         | _TOKENS
         | {"model"}
     ),

@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,23 +39,19 @@ _SCALARS: Mapping[type, pa.DataType] = {
     bool: pa.bool_(),
     type(None): pa.string(),
 }
-_SPLITS = pa.array([TRAIN, TEST])
-_WORDS = pa.array(list(SPLIT_WORDS))
 _WORD_CODES = np.array([SPLIT_WORDS[word] == TEST for word in SPLIT_WORDS] + [False])
 
 Mask = npt.NDArray[np.bool_]
 
 
 class Sound(NamedTuple):
-    """The rows of a piece that are sound without doubt."""
+    """The rows of a piece, most of which are sound without doubt."""
 
-    rows: npt.NDArray[np.int64]
-    """Their numbers in the piece, from 0."""
+    flagged: list[int]
+    """Numbers of the rows that need a closer look, from 0; what ``batch`` has there is no pair."""
     batch: pa.RecordBatch
-    """Their pairs: ``spill.SPILL_SCHEMA``."""
+    """The pairs: ``spill.SPILL_SCHEMA``."""
     keys: repeats.Records
-    n_rows: int
-    """Rows of the piece; the others need a closer look."""
 
 
 class _Texts(NamedTuple):
@@ -117,14 +113,10 @@ class Columns:
         else:
             fits = _mask(pc.is_valid(texts.prompt))
         sound &= fits & self._sound_texts(texts)
-        n_rows = len(sound)
-        rows = np.flatnonzero(sound)
-        if len(rows) < (1 - _MAX_FLAGGED_SHARE) * n_rows:
+        flagged = np.flatnonzero(~sound).tolist()
+        if len(flagged) > _MAX_FLAGGED_SHARE * len(sound):
             return None
-        if len(rows) < n_rows:
-            chosen_rows = pa.array(rows)
-            texts = _Texts(*(column.take(chosen_rows) for column in texts))
-        return Sound(rows, *self._pairs(texts, lines[rows]), n_rows)
+        return Sound(flagged, *self._pairs(texts, lines))
 
     def _form(self, others: set[str], prompt_named: bool) -> str | None:
         """``hh`` or ``pairs``, as ``registry`` would say; None where it may say something else."""
@@ -156,7 +148,7 @@ class Columns:
         if (limit := self.validator.max_prompt_tokens) is not None:
             sound &= _mask(pc.less_equal(pc.binary_length(prompt), limit))
         if split.null_count < len(split):
-            sound &= _all(pc.or_(pc.is_null(split), pc.is_in(split, _WORDS)))
+            sound &= _all(pc.or_(pc.is_null(split), pc.is_in(split, _words())))
         return sound
 
     def _clean(self, texts: pa.Array) -> Mask:
@@ -194,14 +186,15 @@ class Columns:
         self, texts: _Texts, lines: npt.NDArray[np.int64]
     ) -> tuple[pa.RecordBatch, repeats.Records]:
         prompt, chosen, rejected, target, split = texts
-        lists = [column.to_pylist() for column in (prompt, chosen, rejected)]
+        # the nulls of rows that are flagged
+        lists = [column.fill_null("").to_pylist() for column in (prompt, chosen, rejected)]
         digests, near = _prompt_hashes(lists[0])
         in_test = self._in_test(split, digests)
         columns = [
             *(prompt, chosen, rejected),
             chosen if target.null_count == len(target) else pc.coalesce(target, chosen),
             pa.repeat(self.validator.dataset, len(prompt)),
-            _SPLITS.take(pa.array(in_test.astype(np.int8))),
+            _strings(TRAIN, TEST).take(pa.array(in_test.astype(np.int8))),
             _pair_ids(lists),
             pa.nulls(len(prompt), SPILL_SCHEMA.field("prompt_messages").type),
             pa.array(lines),
@@ -228,8 +221,8 @@ class Columns:
         if self.file_split is not None:
             in_test = np.full(len(digests), self.file_split == TEST)
         if split.null_count < len(split):
-            codes = pc.index_in(split, _WORDS).fill_null(len(_WORDS)).to_numpy()
-            in_test = np.where(codes < len(_WORDS), _WORD_CODES[codes], in_test)
+            codes = pc.index_in(split, _words()).fill_null(len(SPLIT_WORDS)).to_numpy()
+            in_test = np.where(codes < len(SPLIT_WORDS), _WORD_CODES[codes], in_test)
         return np.asarray(in_test)
 
 
@@ -240,8 +233,7 @@ def _prompt_hashes(
     sha256 = hashlib.sha256
     encoded = [prompt.encode() for prompt in prompts]
     digests = b"".join([sha256(b"split\0" + text).digest() for text in encoded])
-    near = [repeats.near_hash_of_bytes(text) for text in encoded]
-    return np.frombuffer(digests, dtype="<u8").reshape(-1, 4), np.array(near, dtype=np.uint64)
+    return np.frombuffer(digests, dtype="<u8").reshape(-1, 4), repeats.near_hashes(encoded)
 
 
 def _pair_ids(texts: Sequence[Sequence[str]]) -> pa.Array:
@@ -322,6 +314,16 @@ def _schema(data: bytes, ends: npt.NDArray[np.int64]) -> pa.Schema | None:
         # numbers to Arrow, an error in JSON
         return None
     return pa.schema(fields.items())
+
+
+@cache
+def _strings(*texts: str) -> pa.Array:
+    # not when the module is imported: it makes Arrow import pandas
+    return pa.array(texts)
+
+
+def _words() -> pa.Array:
+    return _strings(*SPLIT_WORDS)
 
 
 def _column(table: pa.Table, name: str) -> pa.Array:

@@ -1,4 +1,4 @@
-"""JSON Lines in pieces of about a megabyte, each of whole lines; and the rows of a piece."""
+"""JSON Lines in pieces of some megabytes, each of whole lines; and the rows of a piece."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dpo.data.json_stream import unique_keys
 
 MAX_ROW_BYTES = 8 * 2**20
 """A longer row is rejected without being held in memory."""
-_PIECE_BYTES = 2**20
+PIECE_BYTES = 4 * 2**20
 _SHOWN_BYTES = 4000
 
 
@@ -98,11 +98,11 @@ def pieces(stream: Iterable[bytes]) -> Iterator[Piece]:
 def _small(stream: Iterable[bytes]) -> Iterator[bytes]:
     """A compressed chunk may unpack to much more than a line may have."""
     for chunk in stream:
-        if len(chunk) <= 2 * _PIECE_BYTES:
+        if len(chunk) <= 2 * PIECE_BYTES:
             yield chunk
         else:
-            for start in range(0, len(chunk), _PIECE_BYTES):
-                yield chunk[start : start + _PIECE_BYTES]
+            for start in range(0, len(chunk), PIECE_BYTES):
+                yield chunk[start : start + PIECE_BYTES]
 
 
 def piece_rows(piece: Piece, shown: str) -> Iterator[RawRow]:

@@ -30,12 +30,12 @@ class Segment:
     prompt_end: int
     """One past its last token; response 0 begins here."""
     response_ends: tuple[int, ...]
-    """One past the last token of each response; the next one begins there."""
+    """One past the last token of each response; the next one begins there. Padding has none."""
 
     @property
     def response_spans(self) -> list[tuple[int, int]]:
         """First token and one past the last, of each response."""
-        starts = (self.prompt_end, *self.response_ends[:-1])
+        starts = (self.prompt_end, *self.response_ends)[: len(self.response_ends)]
         return list(zip(starts, self.response_ends, strict=True))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from dpo.config.parameters import STARTS, stage_configs
 from dpo.config.schema import RunConfig
 from dpo.config.stages import Stage, stage_json
+from dpo.data.rules import tokenizer_fingerprint
 from dpo.data.sources import data_fingerprint, source_fingerprints
 from dpo.errors import ConfigError
 from dpo.storage.adopt import read_artifact
@@ -74,7 +75,7 @@ def plan_run(
     sources = _sources(configs, parameters)
     plan = {
         f"{stage}_settings": stage_json(configs[stage], stage, key_only=key_only)
-        for stage in _NEVER_CACHED
+        for stage in (*_CACHED, *_NEVER_CACHED)
     }
     for stage in _CACHED:
         known = {"code": code_fingerprint(stage), **sources.get(stage, {})}
@@ -90,12 +91,11 @@ def _sources(
     for name, stage in STARTS.items():
         if uri := str(parameters.get(name) or ""):
             sources[stage] = {"artifact": read_artifact(uri, stage).content_hash}
-    chat = configs["ingest"].prompt_format == "chat"
-    base = configs["sft"].model
-    # the chat template comes with the base model's tokenizer
-    model = "" if "sft" in sources and not chat else model_fingerprint(base)
     if "ingest" not in sources:
         data = data_fingerprint(source_fingerprints(configs["ingest"]))
-        sources["ingest"] = {"data": data, **({"model": model} if chat else {})}
-    sources.setdefault("sft", {"model": model})
+        # texts are checked against the tokenizer, which may also bring the chat template
+        tokenizer = tokenizer_fingerprint(configs["ingest"])
+        sources["ingest"] = {"data": data, "tokenizer": tokenizer}
+    if "sft" not in sources:
+        sources["sft"] = {"model": model_fingerprint(configs["sft"].model)}
     return sources

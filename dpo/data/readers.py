@@ -18,10 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo.data.json_stream import JsonSyntax, iter_document
-from dpo.data.lines import MAX_ROW_BYTES, Piece, RawRow, piece_rows, pieces
+from dpo.data.lines import MAX_ROW_BYTES, PIECE_BYTES, Piece, RawRow, piece_rows, pieces
 from dpo.data.unpack import (
     BYTE_ORDER_MARK,
-    CHUNK_BYTES,
     COMPRESSED,
     GZIP_MAGIC,
     ZSTD_MAGIC,
@@ -135,19 +134,22 @@ def is_lines(path: Path, shown: str, *, plain: bool = False) -> bool:
 
 
 def _part(raw: IO[bytes], size: int) -> Iterator[bytes]:
-    while size > 0 and (chunk := raw.read(min(size, CHUNK_BYTES))):
+    while size > 0 and (chunk := raw.read(min(size, PIECE_BYTES))):
         size -= len(chunk)
         yield chunk
 
 
 def _container_by_content(path: Path, shown: str) -> Container:
     with path.open("rb") as file:
-        magic = file.read(6)
+        magic = file.read(64)
     if magic.startswith(b"PAR1"):
         return "parquet"
-    if magic == b"ARROW1":
+    if magic.startswith(b"ARROW1"):
         return "arrow"
     container = container_of(path)
+    if container is None and magic.lstrip().startswith((b"{", b"[")):
+        # an object of a store often has no suffix
+        return "json"
     if container is None:
         raise DataError(
             f"cannot tell what kind of file this is: {path.name}",
@@ -213,7 +215,8 @@ def _document(stream: Iterable[bytes], shown: str) -> Iterator[RawRow]:
 
 
 def _csv(stream: Iterable[bytes], shown: str) -> Iterator[RawRow]:
-    lines = _text_lines(stream)
+    too_long: set[int] = set()
+    lines = _text_lines(stream, too_long)
     header = next(lines, "")
     delimiter = max(",;\t|", key=header.count)
     csv.field_size_limit(MAX_ROW_BYTES)
@@ -228,7 +231,10 @@ def _csv(stream: Iterable[bytes], shown: str) -> Iterator[RawRow]:
         except csv.Error as error:
             yield RawRow(shown, first, None, f"CSV: {error}{_span(first, reader.line_num)}")
             continue
-        if fields and len(fields) != len(names):
+        if not too_long.isdisjoint(range(first, reader.line_num + 1)):
+            value = delimiter.join(fields)[:_SHOWN_CHARS]
+            yield RawRow(shown, first, value, f"a line is longer than {MAX_ROW_BYTES // 2**20} MiB")
+        elif fields and len(fields) != len(names):
             problem = f"CSV: {len(fields)} fields where the header has {len(names)}"
             value = delimiter.join(fields)[:_SHOWN_CHARS]
             yield RawRow(shown, first, value, problem + _span(first, reader.line_num))
@@ -254,8 +260,11 @@ def _span(first: int, last: int) -> str:
     return f" (lines {first} to {last}: a quote is missing or too many)" if last > first else ""
 
 
-def _text_lines(stream: Iterable[bytes]) -> Iterator[str]:
+def _text_lines(stream: Iterable[bytes], too_long: set[int]) -> Iterator[str]:
+    """Lines as text; the numbers of those that are cut short go into ``too_long``."""
     for piece in pieces(stream):
+        if piece.too_long:
+            too_long.add(piece.first)
         for line in piece.lines():
             # what is not UTF-8 becomes half a character, which the check of the texts refuses
             yield line.decode("utf-8", "surrogateescape") + "\n"

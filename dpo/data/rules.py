@@ -11,7 +11,8 @@ from dpo.data.check import Rules
 from dpo.data.text_tokenizer import load_text_tokenizer
 from dpo.data.tokenize import Limits
 from dpo.errors import ConfigError
-from dpo.storage.base_model import local_tokenizer
+from dpo.storage.base_model import TOKENIZER_FILES, local_tokenizer
+from dpo.storage.manifest import content_hash, sha256_file
 
 
 def rules_of(config: RunConfig) -> Rules:
@@ -28,6 +29,17 @@ def rules_of(config: RunConfig) -> Rules:
         _try(tokenizer, place)
     limits = Limits(config.max_length, config.max_prompt_length, config.truncation_mode)
     return Rules(place, limits, config.prompt_format, config.test_fraction, template)
+
+
+def tokenizer_fingerprint(config: RunConfig) -> str:
+    """sha256 over the tokenizer's files: ingest depends on it and on nothing else of the model.
+
+    Raises:
+        ModelError: it is nowhere.
+    """
+    place = local_tokenizer(config.model)
+    files = sorted({path for pattern in TOKENIZER_FILES for path in place.glob(pattern)})
+    return content_hash({path.name: sha256_file(path) for path in files if path.is_file()})
 
 
 def _template(config: RunConfig) -> str | None:

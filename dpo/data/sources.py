@@ -167,12 +167,19 @@ def _from_store(
 ) -> list[SourceFile]:
     store = open_store(url.rstrip("/").rpartition("/")[0])
     files = []
-    for number, key in enumerate(_objects(name, url)):
+    objects = _objects(name, url)
+    for number, key in enumerate(objects):
         target = folder / str(number) / key.rpartition("/")[2]
         if wanted(number):
             target.parent.mkdir()
             store.download(key, target)
         files.append(SourceFile(target, f"{name}: {key}", None, wanted(number)))
+    if _objects(name, url) != objects:
+        raise DataError(
+            "the objects changed while they were fetched",
+            where=f"sources.{name}.path={url}",
+            fix="wait until they are written, then run again",
+        )
     return files
 
 

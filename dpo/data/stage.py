@@ -89,7 +89,7 @@ def run_ingest(
             settings=stage_settings(config, "ingest"),
             inputs={},
             code=code,
-            details={"metrics": _scalars(figures), "sources": found},
+            details={"metrics": _scalars(figures), "sources": dict(found)},
         )
     _tell(figures)
     return manifest
@@ -169,7 +169,7 @@ def _refuse_bad_share(config: RunConfig, result: Assembled, folder: Path, output
     bad = {reason: n for reason, n in tally.reasons.items() if reason not in NOT_FAULTY}
     n_bad = sum(bad.values())
     share = n_bad / tally.rows
-    if share <= config.max_rejected_share:
+    if share <= config.max_rejected_share or config.bad_rows == "drop":
         return
     kept = output.absolute().with_name(f"{output.name}.{QUARANTINE}")
     shutil.move(folder / QUARANTINE, kept)
@@ -179,7 +179,7 @@ def _refuse_bad_share(config: RunConfig, result: Assembled, folder: Path, output
         f"{n_bad:,} of {tally.rows:,} rows are unusable ({share:.1%}; at most "
         f"{config.max_rejected_share:.1%} are allowed). For example:\n{first}",
         where=f"all of them with reasons: {kept}",
-        fix="mend these rows, or allow more with max_rejected_share (1 drops any number)",
+        fix="mend these rows, allow more with max_rejected_share, or leave them out: bad_rows=drop",
     )
 
 

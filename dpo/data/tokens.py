@@ -4,16 +4,18 @@ The cache holds whole texts, before any limit: ``max_length`` and its like are a
 are made of them (``tokenize.tokenize_pair``). So SFT, the reference, preference training and the
 evaluation share one entry, with whatever limits. Its name is a hash of the pairs and the tokenizer.
 
-    CACHE/tokens/KEY/tokens-00000.parquet     pair_id, split, prompt, chosen, rejected, sft_target
-    CACHE/tokens/KEY/manifest.json            written last
+    KEY/tokens-00000.parquet     pair_id, split, prompt, chosen, rejected, sft_target
+    KEY/manifest.json            written last
 
-``sft_target`` is null where it is the chosen response.
+``sft_target`` is null where it is the chosen response. The entries lie in ``DPO_TOKENS_DIR``, which
+may be a volume that several pods share, else in ``tokens`` of the user's cache.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +34,8 @@ from dpo.errors import ArtifactError
 from dpo.storage.manifest import Manifest, read_manifest, staged, write_manifest
 from dpo.storage.progress import track
 
+TOKENS_DIR = "DPO_TOKENS_DIR"
+"""Environment variable: folder of the cache."""
 _VERSION = 1
 _BATCH_ROWS = 1000
 _CACHED_SHARE = 0.25
@@ -168,7 +172,7 @@ def fill_cache(folder: Path, tokenizer: Any) -> Path | None:
 
 def _cached(folder: Path, tokenizer: Any, encode: Encoder) -> Path | None:
     content_hash = read_manifest(folder, stage="ingest", verify=False).content_hash
-    root = cache_dir() / _STAGE
+    root = _root()
     target = root / tokens_key(content_hash, tokenizer)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -180,6 +184,11 @@ def _cached(folder: Path, tokenizer: Any, encode: Encoder) -> Path | None:
         # a read-only home, or no room: the examples are made without it
         return None
     return target
+
+
+def _root() -> Path:
+    given = os.environ.get(TOKENS_DIR)
+    return Path(given).expanduser() if given else cache_dir() / _STAGE
 
 
 @contextmanager

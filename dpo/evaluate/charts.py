@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import escape
 
-_WIDTH, _HEIGHT = 420, 200
+_WIDTH, _HEIGHT = 340, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 36
 _SQUARE = 260
 _MAX_POINTS = 300
@@ -137,8 +137,10 @@ def interval_rows(
     finite = [bound for bound in bounds if math.isfinite(bound)] or [0.0, 1.0]
     low, high = min(finite), max(finite)
     pad = (high - low) * 0.08 or 0.5
-    low, high = low - pad, high + pad
-    width, height = 520, _ROW * len(rows) + 26
+    share = chance is not None
+    low, high = max(0.0, low - pad) if share else low - pad, high + pad
+    high = min(1.0, high) if share else high
+    width, height = 320, _ROW * len(rows) + 26
 
     def across(value: float) -> float:
         return 8 + (value - low) / (high - low) * (width - 16)
@@ -155,9 +157,11 @@ def interval_rows(
             f'x2="{across(figure["high"]):.1f}" y1="{y}" y2="{y}"/>'
             f'<circle class="dot" cx="{across(figure["value"]):.1f}" cy="{y}" r="5"/>'
         )
-    if chance is not None:
-        x = across(chance)
-        parts.append(f'<line class="chance" x1="{x:.1f}" x2="{x:.1f}" y1="14" y2="{height - 22}"/>')
+        if chance is not None:
+            x = across(chance)
+            parts.append(
+                f'<line class="chance" x1="{x:.1f}" x2="{x:.1f}" y1="{y - 5}" y2="{y + 5}"/>'
+            )
     scale = (
         f'<text x="8" y="{height - 4}">{low:.3g}</text>'
         f'<text x="{width - 8}" y="{height - 4}" text-anchor="end">{high:.3g}</text>'
@@ -168,7 +172,7 @@ def interval_rows(
     )
 
 
-def _short(name: str, longest: int = 60) -> str:
+def _short(name: str, longest: int = 40) -> str:
     return name if len(name) <= longest else name[: longest - 1] + "…"
 
 

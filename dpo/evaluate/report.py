@@ -217,7 +217,8 @@ def _charts(curves: Mapping[str, Path]) -> list[dict[str, Any]]:
             values = [line[key] for line in lines if isinstance(line.get(key), float)]
             if svg := charts.line_chart(f"{stage}: {name}", values):
                 # built from numbers and the names above
-                found.append({"title": f"{stage}: {name}", "svg": Markup(svg)})
+                title = f"{stage[0].upper()}{stage[1:]}: {name}"
+                found.append({"title": title, "svg": Markup(svg)})
     return found
 
 

@@ -4,6 +4,9 @@ Registered with transformers under ``NAME``; transformers builds no mask for a n
 know, which is what is wanted: the layout of the row, handed through the model's keyword arguments,
 says who attends to whom. Each example is attended to by itself, so no mask of a whole row exists.
 
+On a CPU by products of our own (``segments``), on a GPU by variable-length flash attention
+(``varlen``), else by torch's attention, one call for each sequence.
+
 Axes: B = 1 row, H heads, T tokens, D head size; G key/value heads.
 """
 
@@ -17,8 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo.data.packing import Segment
+from dpo.data.packing import PackedBatch, Segment
+from dpo.modeling.rows import RowTensors, row_tensors
 from dpo.modeling.segments import LONGEST, SegmentAttention, parts_of
+from dpo.modeling.varlen import takes_varlen, varlen_attention
 
 NAME = "dpo_prefix_shared"
 ARCHITECTURES = (
@@ -29,6 +34,7 @@ ARCHITECTURES = (
 GPT-J is one of them: it does not look into transformers' registry of attentions."""
 
 
+@torch.compiler.disable
 def prefix_shared_attention(
     module: torch.nn.Module,
     query_BHTD: Tensor,
@@ -38,51 +44,53 @@ def prefix_shared_attention(
     scaling: float | None = None,
     dropout: float = 0.0,  # models are loaded with all dropouts at 0
     *,
-    segments: Sequence[Segment],
+    row: PackedBatch,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each segment; output [B, T, H, D] as transformers wants it."""
-    if takes_own_products(query_BHTD.device, segments):
-        return _by_own_products(query_BHTD, key_BGTD, value_BGTD, scaling, segments), None
+    """Causal attention within each example; output [B, T, H, D] as transformers wants it."""
+    scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
+    if takes_own_products(query_BHTD.device, row.segments):
+        return _by_own_products(query_BHTD, key_BGTD, value_BGTD, scale, row.segments), None
+    sent = row_tensors(row, query_BHTD.device)
+    if takes_varlen(value_BGTD):
+        # rotation leaves queries and keys in float32 under autocast
+        query_BHTD, key_BGTD = query_BHTD.to(value_BGTD.dtype), key_BGTD.to(value_BGTD.dtype)
+        tensors = (sent.key_index_K, sent.query_ends_S, sent.key_ends_S)
+        out_BTHD = varlen_attention(query_BHTD, key_BGTD, value_BGTD, scale, sent.layout, *tensors)
+        return out_BTHD, None
+    return _by_sdpa(query_BHTD, key_BGTD, value_BGTD, scale, sent), None
+
+
+def _by_sdpa(
+    query_BHTD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, scale: float, sent: RowTensors
+) -> Tensor:
+    """One call for each sequence of ``varlen.VarlenLayout``."""
     groups = query_BHTD.shape[1] // key_BGTD.shape[1]
     if groups > 1:
         key_BGTD = key_BGTD.repeat_interleave(groups, dim=1)
         value_BGTD = value_BGTD.repeat_interleave(groups, dim=1)
     parts = []
-    for segment in segments:
-        start, prompt_end = segment.start, segment.prompt_end
-        for number, (first, last) in enumerate(segment.response_spans):
-            if number == 0:
-                # the prompt and its first response are one causal sequence
-                whole = slice(start, last)
-                parts.append(
-                    F.scaled_dot_product_attention(
-                        query_BHTD[:, :, whole],
-                        key_BGTD[:, :, whole],
-                        value_BGTD[:, :, whole],
-                        is_causal=True,
-                        scale=scaling,
-                    )
-                )
-                continue
-            own = slice(first, last)
-            key = torch.cat((key_BGTD[:, :, start:prompt_end], key_BGTD[:, :, own]), dim=2)
-            value = torch.cat((value_BGTD[:, :, start:prompt_end], value_BGTD[:, :, own]), dim=2)
-            parts.append(
-                F.scaled_dot_product_attention(
-                    query_BHTD[:, :, own],
-                    key,
-                    value,
-                    attn_mask=_bottom_right(last - first, key.shape[2], query_BHTD.device),
-                    scale=scaling,
-                )
+    for queries, keys, index in sent.layout.sequences():
+        n_queries, n_keys = queries[1] - queries[0], keys[1] - keys[0]
+        # a prompt with its first response stands together; a later response is gathered
+        own = sent.key_index_K[slice(*keys)] if index is None else slice(*index)
+        mask = None if n_queries == n_keys else _bottom_right(n_queries, n_keys, sent.slot_N.device)
+        parts.append(
+            F.scaled_dot_product_attention(
+                query_BHTD[:, :, slice(*queries)],
+                key_BGTD[:, :, own],
+                value_BGTD[:, :, own],
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scale,
             )
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+        )
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
 
 
 def takes_own_products(device: torch.device, segments: Sequence[Segment]) -> bool:
     """Whether a row is attended to by ``segments.SegmentAttention``."""
-    longest = max(segment.response_ends[-1] - segment.start for segment in segments)
+    longest = max(max((s.prompt_end, *s.response_ends)) - s.start for s in segments)
     return device.type == "cpu" and longest <= LONGEST
 
 
@@ -90,10 +98,9 @@ def _by_own_products(
     query_BHTD: Tensor,
     key_BGTD: Tensor,
     value_BGTD: Tensor,
-    scaling: float | None,
+    scale: float,
     segments: Sequence[Segment],
 ) -> Tensor:
-    scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
     tokens_first = (x_BHTD[0].transpose(0, 1) for x_BHTD in (query_BHTD, key_BGTD, value_BGTD))
     with torch.autocast(query_BHTD.device.type, enabled=False):
         out_THD: Tensor = SegmentAttention.apply(

@@ -10,7 +10,6 @@ Axes: T rows, D size, F size of the feed-forward layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo.data.packing import Segment
+from dpo.data.packing import PackedBatch
 from dpo.modeling.attention import takes_own_products
 from dpo.modeling.segments import SegmentAttention, parts_of
 
@@ -60,12 +59,12 @@ def _attention(
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     *args: Any,
-    segments: Sequence[Segment] | None = None,
+    row: PackedBatch | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Packed rows with the rotation inside; anything else as transformers has it."""
-    if segments is None or not takes_own_products(hidden_states.device, segments):
-        more = others if segments is None else {**others, "segments": segments}
+    if row is None or not takes_own_products(hidden_states.device, row.segments):
+        more = others if row is None else {**others, "row": row}
         result: tuple[Tensor, None] = type(module).forward(
             module, hidden_states, position_embeddings, *args, **more
         )
@@ -80,7 +79,7 @@ def _attention(
             cos_BTD[0],
             sin_BTD[0],
             module.scaling,
-            parts_of(segments),
+            parts_of(row.segments),
         )
     return module.o_proj(out_THD.flatten(1)[None]), None
 

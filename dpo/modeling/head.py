@@ -13,7 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dpo.modeling.vocab_parallel import vocab_parallel_log_probs
@@ -103,6 +104,8 @@ def token_log_probs_from_hidden(
     bias_V: Tensor | None,
     target_N: Tensor,
     dtype: torch.dtype,
+    *,
+    by_torch: bool = False,
 ) -> Tensor:
     """Log-probability of each target; shape [N], with gradients.
 
@@ -113,6 +116,7 @@ def token_log_probs_from_hidden(
         target_N: Token ids.
         dtype: Type of the products; sums, softmax and the result are float32 (float64 for float64
             weights).
+        by_torch: Let ``F.linear_cross_entropy`` do it, where this torch has it.
     """
     if isinstance(weight_VD, DTensor):
         # tensor parallel; no architecture that is split so has a bias here
@@ -120,7 +124,28 @@ def token_log_probs_from_hidden(
     if weight_VD.dtype == torch.float64:
         dtype = torch.float64
     with torch.autocast(hidden_ND.device.type, enabled=False):
+        if by_torch:
+            return _by_torch(hidden_ND.to(dtype), weight_VD.to(dtype), bias_V, target_N)
         result: Tensor = _TokenLogProbs.apply(
             hidden_ND.to(dtype), weight_VD.to(dtype), bias_V, target_N
         )
     return result
+
+
+def has_linear_cross_entropy() -> bool:
+    """Whether this torch has the chunked product with its loss (2.13 has)."""
+    return hasattr(F, "linear_cross_entropy") and hasattr(nn, "LinearCrossEntropyOptions")
+
+
+def _by_torch(
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N: Tensor
+) -> Tensor:
+    losses_N: Tensor = F.linear_cross_entropy(
+        hidden_ND,
+        weight_VD,
+        target_N,
+        linear_bias=None if bias_V is None else bias_V.to(weight_VD.dtype),
+        reduction="none",
+        options=nn.LinearCrossEntropyOptions(acc_policy="accurate"),
+    )
+    return -losses_N.to(torch.promote_types(losses_N.dtype, torch.float32))

@@ -4,27 +4,81 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from dpo.errors import ConfigError, MissingDependency
+from dpo.modeling.attention import ARCHITECTURES
 from dpo.modeling.fused import fuse
+from dpo.modeling.head import has_linear_cross_entropy
 from dpo.modeling.host_memory import keep_freed_memory
 
+ROW_MULTIPLE = 512
+"""Rows of a compiled model are padded to a multiple of so many tokens: few shapes are compiled."""
 
-def apply_kernels(model: Any, kernels: str) -> None:
+_COMPILED = "_dpo_compiled"
+_BY_TORCH = "_dpo_output_layer_by_torch"
+
+
+def apply_kernels(
+    model: Any, kernels: str, *, compiled: bool = False, output_layer: str = "tiled"
+) -> None:
     """Prepare ``model`` in place; its weights and their names stay.
 
     Args:
         model: A causal language model of transformers.
         kernels: ``auto``, ``plain`` or ``liger``.
+        compiled: As ``model.compile``.
+        output_layer: As ``model.output_layer``.
 
     Raises:
         MissingDependency: ``liger`` is asked for and not installed.
-        ConfigError: it does not know the architecture, or there is no GPU.
+        ConfigError: it does not know the architecture, there is no GPU, or this torch lacks what
+            is asked for.
     """
     keep_freed_memory()
+    if output_layer == "torch" and not has_linear_cross_entropy():
+        raise ConfigError(
+            f"torch {torch.__version__} has no chunked F.linear_cross_entropy",
+            where="model.output_layer",
+            fix="use model.output_layer=tiled, or torch 2.13",
+        )
+    setattr(model, _BY_TORCH, output_layer == "torch")
     if kernels == "liger":
         _liger(model)
-    elif kernels == "auto" and model.device.type == "cpu":
+    elif kernels == "auto" and model.device.type == "cpu" and not compiled:
         fuse(model)
+    if compiled:
+        compile_blocks(model)
+
+
+def compile_blocks(model: Any, backend: str = "inductor") -> None:
+    """Compile each transformer block for fixed shapes; attention over packed rows stays as it is.
+
+    Raises:
+        ConfigError: the architecture has no packed path, so shapes would differ in every batch.
+    """
+    if model.config.model_type not in ARCHITECTURES:
+        raise ConfigError(
+            f"{model.config.model_type} models run without shared prompts, in other shapes each "
+            "time: compiling them would take longer than it saves",
+            where="model.compile",
+            fix="set model.compile=false",
+        )
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    for module in model.modules():
+        if type(module).__name__ in names:
+            module.compile(backend=backend, dynamic=False)
+    setattr(model, _COMPILED, True)
+
+
+def is_compiled(model: Any) -> bool:
+    """Whether the blocks of ``model`` are compiled."""
+    return bool(getattr(model, _COMPILED, False))
+
+
+def is_by_torch(model: Any) -> bool:
+    """Whether torch computes the output layer of ``model``."""
+    return bool(getattr(model, _BY_TORCH, False))
 
 
 def _liger(model: Any) -> None:

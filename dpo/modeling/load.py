@@ -32,6 +32,8 @@ def load_model(
     device: str = "cpu",
     trust_remote_code: bool = False,
     kernels: str = "auto",
+    compiled: bool = False,
+    output_layer: str = "tiled",
 ) -> Any:
     """A model in evaluation mode (no dropout, as the paper trains), with gradients.
 
@@ -43,6 +45,8 @@ def load_model(
         device: Where to put it.
         trust_remote_code: Run code that comes with it.
         kernels: As ``model.kernels``.
+        compiled: As ``model.compile``.
+        output_layer: As ``model.output_layer``.
 
     Raises:
         ModelError: the folder holds no causal model that transformers can load.
@@ -80,7 +84,7 @@ def load_model(
         ) from None
     _refuse_unfilled(model, found, folder)
     model = model.eval().to(device)
-    apply_kernels(model, kernels)
+    apply_kernels(model, kernels, compiled=compiled, output_layer=output_layer)
     return model
 
 
@@ -134,6 +138,8 @@ def load_for_training(
         "device": device,
         "trust_remote_code": model.trust_remote_code,
         "kernels": model.kernels,
+        "compiled": model.compile,
+        "output_layer": model.output_layer,
     }
     archive = None if base is not None or model.archive is None else Path(model.archive)
     if archive is not None and archive.is_file():

@@ -20,8 +20,10 @@ from dpo.data.packing import PackedBatch, pack
 from dpo.data.tokenize import TokenizedExample
 from dpo.modeling.attention import packed_attention, supports_packing
 from dpo.modeling.head import token_log_probs_from_hidden
+from dpo.modeling.kernels import ROW_MULTIPLE, is_by_torch, is_compiled
 from dpo.modeling.plain import plain_log_probs, warn_once
 from dpo.modeling.precision import autocast
+from dpo.modeling.rows import padded, row_tensors
 from dpo.storage.progress import Bar
 
 NDArray = npt.NDArray[np.float32]
@@ -55,7 +57,7 @@ def token_log_probs(
 
 def response_sums(batch: PackedBatch, log_probs_N: Tensor) -> Tensor:
     """Sum over the tokens of each response; shape [E, R]."""
-    slot_N = torch.as_tensor(batch.slot_N, device=log_probs_N.device)
+    slot_N = row_tensors(batch, log_probs_N.device).slot_N
     sums = log_probs_N.new_zeros(len(batch.examples) * batch.n_responses)
     return sums.index_add(0, slot_N, log_probs_N).view(-1, batch.n_responses)
 
@@ -67,19 +69,23 @@ def response_lengths(batch: PackedBatch, device: torch.device | None = None) -> 
 
 
 def _packed(model: Any, batch: PackedBatch, dtype: torch.dtype) -> Tensor:
-    device = model.device
+    row = padded(batch, ROW_MULTIPLE) if is_compiled(model) else batch
+    sent = row_tensors(row, model.device)
     with packed_attention(model):
         hidden_TD = model.base_model(
-            input_ids=torch.as_tensor(batch.input_ids_T, device=device)[None],
-            position_ids=torch.as_tensor(batch.position_ids_T, device=device)[None],
+            input_ids=sent.input_ids_T[None],
+            position_ids=sent.position_ids_T[None],
             use_cache=False,
-            segments=batch.segments,
+            row=row,
         ).last_hidden_state[0]
     head = model.get_output_embeddings()
-    predictor_N = torch.as_tensor(batch.predictor_N, device=device)
-    target_N = torch.as_tensor(batch.target_N, device=device)
     return token_log_probs_from_hidden(
-        hidden_TD[predictor_N], head.weight, getattr(head, "bias", None), target_N, dtype
+        hidden_TD[sent.predictor_N],
+        head.weight,
+        getattr(head, "bias", None),
+        sent.target_N,
+        dtype,
+        by_torch=is_by_torch(model),
     )
 
 

@@ -77,8 +77,9 @@ def make_plan(config: RunConfig, own: dict[str, Any], data: Path | None) -> Plan
 
 
 def can_simulate(config: RunConfig) -> bool:
-    """Whether a step of this configuration can be passed under fake tensors."""
-    return config.trainer.name != "TensorParallelTrainer" and config.trainer.replicas == 1
+    """Whether a step of this configuration can be passed under fake tensors (peft's cannot)."""
+    spread = config.trainer.name == "TensorParallelTrainer" or config.trainer.replicas > 1
+    return not spread and not config.lora.enabled
 
 
 def simulated(config: RunConfig, plan: Plan) -> Plan:

@@ -21,7 +21,8 @@ from dpo.storage.manifest import MANIFEST, read_manifest, write_atomically
 PACKAGED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The model that a Python package holds as well."""
 _HUB_TIMEOUT_SECONDS = 10.0
-_TOKENIZER_PATTERNS = ["tokenizer*", "special_tokens_map.json", "*.jinja", "vocab*", "merges.txt"]
+TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "*.jinja", "vocab*", "merges.txt"]
+"""Patterns of the names that tokenizers' files have."""
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
@@ -66,7 +67,7 @@ def local_tokenizer(model: ModelConfig) -> Path:
     """
     other = model.tokenizer_name_or_path
     wanted = model if other is None else model.model_copy(update={"name_or_path": other})
-    return _without_network(wanted.name_or_path) or _from_hub(wanted, _TOKENIZER_PATTERNS)
+    return _without_network(wanted.name_or_path) or _from_hub(wanted, TOKENIZER_FILES)
 
 
 def model_fingerprint(model: ModelConfig) -> str:

@@ -46,6 +46,8 @@ _IDENTITY = "identity.json"
 _POSITION = "position.json"
 _TENSORS = "tensors"
 _SHOWN_DIFFERENCES = 5
+_FULL_BYTES = 1 << 20
+"""A disk with less than this left counts as full."""
 _AUTO_SHARE = 0.01
 """Share of the time that ``checkpoint_seconds=auto`` lets checkpoints take."""
 _AUTO_FIRST_SECONDS, _AUTO_SECONDS = 60.0, (30.0, 3600.0)
@@ -239,7 +241,7 @@ class Checkpoints:
         problem: DpoError | None = None
         try:
             work()
-        except Exception as error:
+        except (Exception, dcp.CheckpointException) as error:
             problem = _explain(error, partial.parent)
         problems = [found for found in gather(problem, saving_group()) if found]
         if not problems:
@@ -357,12 +359,14 @@ class Checkpoints:
         return self._mirror.store.root if self._mirror else str(self.folder)
 
 
-def _explain(error: Exception, folder: Path) -> DpoError:
+def _explain(error: BaseException, folder: Path) -> DpoError:
     """Why a checkpoint could not be written, in our words."""
     if isinstance(error, DpoError):
         return error
-    reason = " ".join(str(error).split())
-    full = "No space left" in reason or "disk is full" in reason or "quota" in reason.lower()
+    causes = [one[0] for one in getattr(error, "failures", {}).values()] or [error]
+    reason = " ".join(str(causes[0]).split())
+    # torch's writer does not say why it failed
+    full = "No space left" in reason or shutil.disk_usage(folder).free < _FULL_BYTES
     return ArtifactError(
         f"a checkpoint could not be written: {'the disk is full' if full else reason[-300:]}",
         where=str(folder),

@@ -203,6 +203,18 @@ def shard(scorer: Scorer, config: RunConfig, mesh: DeviceMesh) -> Scorer:
     return scorer
 
 
+def release(scorer: Any) -> None:
+    """Give back what a forward pass without a backward pass has left gathered.
+
+    Of the root FSDP keeps the whole weights after a forward pass. Whoever then asks for the model's
+    parameters, an optimiser for example, gets those and not the shards that are trained.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(scorer, FSDPModule):
+        scorer.reshard()
+
+
 def find_blocks(model: Any, block_name: str | None) -> list[Any]:
     """The transformer blocks: modules of class ``block_name``, or those that the model declares.
 
@@ -229,4 +241,6 @@ def whole_weights(model: Any) -> dict[str, Tensor] | None:
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights: dict[str, Tensor] = get_model_state_dict(model, options=options)
-    return weights
+    # a tied weight is gathered under each of its names, and saved under one
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name: weight for name, weight in weights.items() if tied.get(name) not in weights}

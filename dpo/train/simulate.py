@@ -28,7 +28,6 @@ from dpo.data.log_probs import PairLogProbs
 from dpo.data.packing import pack
 from dpo.data.tokenize import TokenizedExample
 from dpo.modeling import attention
-from dpo.modeling.lora import add_adapter
 from dpo.modeling.precision import DTYPES, autocast
 from dpo.plan.architecture import config_values
 from dpo.train.optimizer import build_optimizer
@@ -122,8 +121,6 @@ def peak_bytes(
         warnings.simplefilter("ignore")
         with fake:
             model = _model(config)
-            if config.lora.enabled:
-                add_adapter(model, config.lora, config.model.name_or_path)
             checkpoint_activations(model, config.activation_checkpointing)
         scorer = Scorer(model)
         if gpus > 1:

@@ -44,6 +44,7 @@ from dpo.train.parallel import (
     check_batch,
     check_examples,
     find_blocks,
+    release,
     shard,
     whole_weights,
 )
@@ -299,6 +300,7 @@ def score_pairs(
             bar=bar,
             forward=objective.scorer,
         )
+    release(objective.scorer)
     return [
         PairLogProbs(split, example.tokens_hash(), chosen, rejected)
         for example, (chosen, rejected) in zip(examples, scored, strict=True)

@@ -22,6 +22,7 @@ from dpo.errors import InvariantError, NonFiniteError
 from dpo.modeling.losses import PairLogps, as_used, preference_loss, sft_loss, starting_loss
 from dpo.modeling.metrics import Split, preference_metrics, sft_metrics
 from dpo.modeling.precision import autocast
+from dpo.modeling.rows import prefetch
 from dpo.modeling.scoring import response_lengths, response_sums
 from dpo.train.parallel import Ranks, Scorer
 
@@ -90,6 +91,7 @@ class Objective:
         the number of all examples. Gradients are ``loss_scale`` times too large.
         """
         rows = self._rows(examples, reference, n_micro_batches)
+        prefetch((row.batch for row in rows), self.device)
         # processes average their gradients
         scale = self.ranks.world / len(examples)
         collected = _Collected()

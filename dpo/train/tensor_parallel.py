@@ -42,12 +42,13 @@ def _with_local_weights(module: nn.Module, forward: Callable[..., Any], *inputs:
     weights = {name: weight for name, weight in module._parameters.items() if weight is not None}
     for name, weight in weights.items():
         del module._parameters[name]
-        setattr(module, name, weight.to_local())
+        # past __setattr__, which takes it for a parameter
+        module.__dict__[name] = weight.to_local()
     try:
         return forward(*inputs)
     finally:
         for name, weight in weights.items():
-            delattr(module, name)
+            del module.__dict__[name]
             module._parameters[name] = weight
 
 

@@ -4,7 +4,8 @@
 
 Prints one JSON object a line. ``pyarrow`` reads the file in blocks with its own JSON reader and
 writes zstd Parquet; ``ingest`` does all that ingest does. Both use the same cores. The file is made
-of the packaged pairs, each with a number in its prompt, so that rows differ.
+of the packaged pairs, each with a number in its prompt, so that rows differ. ``peak_all_mib`` is
+the memory of all processes together, looked at twice a second.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ import pyarrow.parquet as pq
 from dpo.config.places import builtin
 from dpo.config.schema import ModelConfig, RunConfig, SourceConfig
 from dpo.data.stage import run_ingest
+
+_LOOK_SECONDS = 0.5
 
 
 def make_rows(path: Path, n_bytes: int) -> int:
@@ -67,9 +70,35 @@ def with_ingest(source: Path, target: Path) -> None:
 
 def _in_own_process(what: str, source: Path, target: Path) -> dict[str, object]:
     command = [sys.executable, "-m", __spec__.name, "--only", what, str(source), str(target)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    peak_kib = 0
+    while process.poll() is None:
+        peak_kib = max(peak_kib, sum(map(_memory_kib, _family(process.pid))))
+        time.sleep(_LOOK_SECONDS)
+    assert process.stdout is not None
+    output = process.stdout.read()
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    found: dict[str, object] = json.loads(output.splitlines()[-1])
+    return {**found, "peak_all_mib": peak_kib // 1024}
+
+
+def _family(pid: int) -> list[int]:
+    """A process and all that it started."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [pid, *(one for child in children for one in _family(int(child)))]
+
+
+def _memory_kib(pid: int) -> int:
+    """Resident memory, what is shared divided among those who share it (PSS)."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
 
 
 def _measure(what: str, source: Path, target: Path) -> None:

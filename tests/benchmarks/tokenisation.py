@@ -33,7 +33,7 @@ def with_ours(data: Path, scratch: Path, tokenizer: Any) -> int:
     from dpo.data.tokens import fill_cache
     from dpo.storage.manifest import read_manifest
 
-    os.environ["DPO_CACHE_DIR"] = str(scratch)
+    os.environ["DPO_TOKENS_DIR"] = str(scratch)
     folder = fill_cache(data, tokenizer)
     assert folder is not None
     return int(read_manifest(folder).details["tokens"])

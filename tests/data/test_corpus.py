@@ -146,6 +146,16 @@ REJECTED: dict[str, tuple[str, bytes, dict[str, int]]] = {
     "a boolean for a text": ("a.jsonl", line(chosen=True), {"wrong_type": 1}),
     "null for a text": ("a.jsonl", line(chosen=None), {"missing_field": 1}),
     "a very long line": ("a.jsonl", LINE + line(chosen="x" * 9 * 2**20), {"unreadable": 1}),
+    "a very long line in CSV": (
+        "a.csv",
+        CSV + b"Why?," + b"x" * 9 * 2**20 + b",No.\nWhy?,So.,No.\n",
+        {"unreadable": 1},
+    ),
+    "a very long line in a CSV's quotes": (
+        "a.csv",
+        CSV + b'Why?,"So\n' + b"x" * 9 * 2**20 + b'\n",No.\n',
+        {"unreadable": 1},
+    ),
     "a long line without end": (
         "a.jsonl",
         LINE + b'{"prompt": "' + b"x" * 2**24,
@@ -266,6 +276,59 @@ def test_a_broken_row_has_its_reason(case: str, ingest: Ingest, tmp_path: Path) 
 
 def test_the_corpus_has_at_least_60_inputs() -> None:
     assert len(UNREADABLE) + len(REJECTED) >= 60
+
+
+def test_a_hundred_megabytes_on_one_line(tmp_path: Path) -> None:
+    """In a process of its own, whose memory is measured."""
+    with (tmp_path / "a.jsonl").open("wb") as file:
+        file.write(MORE + b'{"prompt": "')
+        for _ in range(100):
+            file.write(b"x" * 10**6)
+        file.write(b'", "chosen": "b", "rejected": "c"}\n' + LINE)
+    code = (
+        "import resource, sys; from dpo.cli import main; code = main(sys.argv[1:]); "
+        "print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "ingest", "--check", "a.jsonl", "--output", "json"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    *_, result, last = done.stdout.splitlines()
+    found = json.loads(result)
+    assert (found["rows"], found["accepted"]) == (52, 51)
+    (place,) = found["reasons"]["unreadable"]["places"]
+    assert (place["line"], place["advice"]) == (51, "the line is longer than 8 MiB")
+    assert last.split()[0] == "1"
+    assert int(last.split()[1]) < 400, "MiB of memory"
+
+
+@pytest.mark.parametrize("kind", ["gzip", "zstd"])
+def test_a_real_bomb_is_stopped_early(kind: str, ingest: Ingest, tmp_path: Path) -> None:
+    """A gibibyte in less than two megabytes, with the limits as they are."""
+    path = tmp_path / f"a.jsonl.{'gz' if kind == 'gzip' else 'zst'}"
+    if kind == "gzip":
+        with gzip.open(path, "wb", compresslevel=1) as file:
+            for _ in range(2**10):
+                file.write(b" " * 2**20)
+    else:
+        with path.open("wb") as raw, zstandard.ZstdCompressor().stream_writer(raw) as packed:
+            for _ in range(2**10):
+                packed.write(b" " * 2**20)
+    assert path.stat().st_size < 6 * 2**20
+    with pytest.raises(DataError, match="unpacks to more than 200 times its size"):
+        ingest([], {"path": str(path)})
+
+
+def test_a_folder_that_contains_itself_is_read_once(ingest: Ingest, tmp_path: Path) -> None:
+    folder = tmp_path / "loop"
+    folder.mkdir()
+    (folder / "again").symlink_to(folder)
+    (folder / "a.jsonl").write_bytes(MORE)
+    assert len(ingest([], {"path": str(folder)}).pairs) == 50
 
 
 def test_one_broken_file_among_good_ones_is_named(ingest: Ingest, tmp_path: Path) -> None:

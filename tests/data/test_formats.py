@@ -266,6 +266,8 @@ anything = st.recursive(
                         "reason",
                     ),
                     *("advice", "preferred_output", "non_preferred_output", "text", "pm_score"),
+                    *("fields", "data", "annotations", "result", "values", "winner", "ranking"),
+                    *("response_1", "response_2", "preference_strength", "system", "label"),
                 ]
             ),
             inner,

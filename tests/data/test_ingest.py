@@ -322,6 +322,62 @@ def test_chat_needs_a_template(ingest: Ingest) -> None:
         ingest([good_row(1)], prompt_format="chat")
 
 
+# --- golden cases, written by hand from the rules of the reference code ---------------------------
+
+
+def test_shp_from_file_to_pairs(ingest: Ingest) -> None:
+    """Ratios 5, 2 (kept), 1.9 (not), then 3 pairs of one post with at most 2 a prompt."""
+
+    def post(history: str, a: int, b: int, label: int) -> dict[str, Any]:
+        texts = {"human_ref_A": f"A {a}", "human_ref_B": f"B {b}"}
+        return {"history": history, **texts, "score_A": a, "score_B": b, "labels": label}
+
+    found = ingest(
+        [
+            post("one", 10, 2, 1),
+            post("two", 3, 6, 0),
+            post("three", 19, 10, 1),
+            post("four", 8, 1, 1),
+            post("four", 9, 2, 1),
+            post("four", 12, 3, 1),
+        ],
+        {"format": "shp", "max_pairs_per_prompt": 2},
+    )
+    assert [(p["prompt"], p["chosen"], p["rejected"], p["sft_target"]) for p in found.pairs] == [
+        ("\n\nHuman: one\n\nAssistant:", " A 10", " B 2", " A 10"),
+        ("\n\nHuman: two\n\nAssistant:", " B 6", " A 3", " B 6"),
+        ("\n\nHuman: four\n\nAssistant:", " A 8", " B 1", " A 8"),
+        ("\n\nHuman: four\n\nAssistant:", " A 9", " B 2", " A 9"),
+    ]
+    assert [(line["line"], line["reason"]) for line in found.quarantine] == [
+        (3, "score_ratio_too_low"),
+        (6, "over_prompt_limit"),
+    ]
+
+
+def test_se_from_file_to_pairs_with_the_reference_codes_split(ingest: Ingest) -> None:
+    """Of 200 rows ``datasets`` 5.2 shuffles 152 and 26 to the front with seed 42: 1 %, held out."""
+
+    def question(number: int) -> dict[str, Any]:
+        answers = [
+            {"text": f"<p>low {number}</p>", "pm_score": 0},
+            {"text": f"<p>high <b>{number}</b></p>", "pm_score": 3},
+            {"text": f"<p>same {number}</p>", "pm_score": 3},
+        ]
+        return {"qid": number, "question": f"<p>Why {number}?</p>", "answers": answers}
+
+    found = ingest(
+        [question(number) for number in range(200)], {"format": "se", "split": "reference"}
+    )
+    first = [pair for pair in found.pairs if "Why 0?" in pair["prompt"]]
+    assert [(p["prompt"], p["chosen"], p["rejected"], p["sft_target"]) for p in first] == [
+        ("\n\nHuman: Why 0?\n\nAssistant:", " high 0", " low 0", " high 0"),
+        ("\n\nHuman: Why 0?\n\nAssistant:", " same 0", " low 0", " high 0"),
+    ]
+    held_out = {pair["prompt"] for pair in found.pairs if pair["split"] == "test"}
+    assert held_out == {f"\n\nHuman: Why {n}?\n\nAssistant:" for n in (152, 26)}
+
+
 # --- the whole ------------------------------------------------------------------------------------
 
 
@@ -336,6 +392,8 @@ def test_too_many_bad_rows_stop_with_examples_and_keep_the_quarantine(
     kept = (tmp_path / "out.quarantine.jsonl").read_text().splitlines()
     assert [json.loads(line)["reason"] for line in kept] == ["empty"]
     assert len(ingest(rows, max_rejected_share=0.2).pairs) == 3
+    dropped = ingest(rows, max_rejected_share=0.1, bad_rows="drop")
+    assert (len(dropped.pairs), dropped.reasons) == (3, ["empty"])
 
 
 def test_sound_rows_that_are_not_needed_count_as_no_fault(ingest: Ingest) -> None:

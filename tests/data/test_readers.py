@@ -80,6 +80,11 @@ def test_tables(tmp_path: Path) -> None:
         assert [row.line for row in found] == [1, 2, 3, 4, 5]
 
 
+def test_json_without_a_suffix_is_known_by_its_bytes(tmp_path: Path) -> None:
+    assert values(read(tmp_path / "rows", LINES)) == ROWS
+    assert values(read(tmp_path / "part-0.txt", json.dumps(ROWS, indent=1).encode())) == ROWS
+
+
 def test_a_parquet_file_is_known_by_its_bytes(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "rows.json")
     assert values(read(tmp_path / "rows.json")) == ROWS

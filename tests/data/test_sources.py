@@ -4,9 +4,13 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from minio import MinioAdmin
+from minio.credentials import StaticProvider
 
+from dpo.cli import main
 from dpo.config.compose import compose
 from dpo.config.schema import SourceConfig
 from dpo.data.files import own_split
@@ -15,6 +19,7 @@ from dpo.errors import ConfigError, DataError, StoreError
 from dpo.storage.manifest import sha256_file
 from dpo.storage.store import open_store
 from tests.data.conftest import GOOD, Outcome, good_row
+from tests.support.minio import MinioServer
 
 LINES = "".join(json.dumps(row) + "\n" for row in GOOD)
 
@@ -158,6 +163,53 @@ def test_a_store_without_permission(bucket_url: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(StoreError):
         names(SourceConfig(path=f"{bucket_url}/x/y.jsonl"))
+
+
+@pytest.mark.minio
+def test_an_account_that_may_not_read(
+    bucket_url: str,
+    minio_environment: MinioServer,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A real account without any policy: its signature is right, and it may do nothing."""
+    store = open_store(f"{bucket_url}/sets")
+    store.check(create=True)
+    store.write("mine/a.jsonl", LINES.encode())
+    admin = MinioAdmin(
+        endpoint=minio_environment.endpoint.removeprefix("http://"),
+        credentials=StaticProvider(minio_environment.access_key, minio_environment.secret_key),
+        secure=False,
+    )
+    admin.user_add("nobody-at-all", "nobody-at-all-secret")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody-at-all")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nobody-at-all-secret")
+    for url in (f"{bucket_url}/sets/mine", f"{bucket_url}/sets/mine/a.jsonl"):
+        with pytest.raises(StoreError, match="may not"):
+            names(SourceConfig(path=url))
+        assert main(["ingest", "--check", url]) != 0
+        printed = capsys.readouterr()
+        assert "may not" in printed.err
+        assert "Traceback" not in printed.err + printed.out
+
+
+@pytest.mark.minio
+def test_an_object_that_changes_while_it_is_fetched(
+    bucket_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(f"{bucket_url}/sets")
+    store.check(create=True)
+    store.write("mine/a.jsonl", LINES.encode())
+    download = type(store).download
+
+    def then_write(self: Any, key: str, target: Path) -> None:
+        download(self, key, target)
+        store.write("mine/a.jsonl", LINES.encode() * 2)
+
+    monkeypatch.setattr(type(store), "download", then_write)
+    with pytest.raises(DataError, match="changed while they were fetched"):
+        names(SourceConfig(path=f"{bucket_url}/sets/mine"))
 
 
 def test_an_unknown_format_names_the_choices() -> None:

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from dpo.config.places import builtin
+from dpo.config.schema import ModelConfig, RunConfig
+from dpo.data.rules import tokenizer_fingerprint
 from dpo.data.text_tokenizer import load_text_tokenizer
 from dpo.data.tokenize import Limits, load_tokenizer, tokenize_pair
 from dpo.errors import DataError, ModelError
@@ -113,3 +115,16 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ModelError, match="no end-of-sequence token"):
         load_text_tokenizer(tmp_path)
+
+
+def test_the_tokenizers_fingerprint_follows_its_files_alone(tmp_path: Path) -> None:
+    for path in (GOLDEN / "model").iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = RunConfig(model=ModelConfig(name_or_path=str(tmp_path)))
+    before = tokenizer_fingerprint(config)
+    (tmp_path / "model.safetensors").write_bytes(b"other weights")
+    assert tokenizer_fingerprint(config) == before
+    with (tmp_path / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    assert tokenizer_fingerprint(config) != before

@@ -23,6 +23,7 @@ from tests.data.test_tokenize import GOLDEN
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("DPO_TOKENS_DIR")
     monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache" / "tokens"
 

@@ -6,7 +6,7 @@ Kubernetes part of the package.
 
 import pytest
 
-from pipelines import package
+from pipelines import events, package
 from pipelines.deployment import load_deployment
 from pipelines.events import advice
 from tests.manifests.conftest import applied, eventually, got
@@ -109,7 +109,33 @@ def test_more_gpus_than_there_are_waits_and_the_user_is_told_what_to_do(schedule
     message = scheduled(pod("sft", "train.gpus=4"))
     assert "Insufficient nvidia.com/gpu" in message
     (said,) = advice(message, "sft")
-    assert "no node has what the step asks for" in said
+    assert "no node has that many free GPUs" in said
+
+
+def test_who_waits_for_a_run_is_told_about_its_own_pods(plane, monkeypatch):
+    """As submit.py --wait asks, with a kubeconfig; the pod is labelled as Argo labels them."""
+    monkeypatch.setenv("KUBECONFIG", str(plane.kubeconfig))
+    monkeypatch.setattr(events, "_ASK_SECONDS", 0.0)
+    for run in ("mine", "other"):
+        metadata = {
+            "name": f"waiting-{run}",
+            "namespace": "kubeflow",
+            "labels": {"pipeline/runid": run},
+            "annotations": {"workflows.argoproj.io/node-name": f"{run}.root.sft.executor"},
+        }
+        applied(plane, {"kind": "Pod", "metadata": metadata, "spec": pod("sft", "train.gpus=4")})
+    watcher = events.Watcher("mine", "kubeflow")
+    try:
+        told = eventually(lambda: list(watcher.news()))
+        assert watcher.reasons()["sft"][0] in told[0]
+    finally:
+        for run in ("mine", "other"):
+            plane.kubectl("delete", "pod", f"waiting-{run}", "-n", "kubeflow", "--force")
+    (line,) = told
+    assert line.startswith("sft: waiting: ")
+    assert "Insufficient nvidia.com/gpu" in line
+    assert "--deploy train.gpus=" in line
+    assert list(watcher.news()) == [], "each once"
 
 
 def test_gpus_are_counted_over_pods(scheduled):

@@ -54,6 +54,17 @@ def test_the_user_may_do_all_that_a_store_does_under_the_prefix(limited, tmp_pat
     assert sorted(store.list("model/")) == ["model/latest.json"]
 
 
+def test_the_nightly_job_may_do_its_work(limited):
+    """What the CronJob runs, as the limited user, on an upload that nobody ended."""
+    open_store("s3://setup-test/preference").write(f"old/{'a' * 64}/weights", b"1")
+    command = ["retain", "s3://setup-test/preference", "keep=5", "grace_hours=0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "dpo", *command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list(open_store("s3://setup-test/preference").list("old/"))
+
+
 @pytest.mark.parametrize("url", ["s3://setup-test/other", "s3://setup-test/preference-2"])
 def test_nothing_elsewhere_in_the_bucket(limited, url):
     root = Minio(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo.errors import PipelineError
+from dpo.errors import PipelineError, StoreUnavailable
 from dpo.storage.runs import write_run_manifest
 from dpo.storage.store import open_store
 from pipelines import cluster, package, submit, watch
@@ -407,3 +407,95 @@ def test_a_parameter_that_the_endpoint_does_not_know(backend, tmp_path):
     with pytest.raises(PipelineError, match="parameter none is not defined") as caught:
         cluster.submit(client, target, path, {"none": 1}, "run")
     assert "another version" in str(caught.value)
+
+
+@pytest.mark.parametrize(("approved", "code"), [(True, 0), (False, 3)])
+def test_a_store_that_this_machine_does_not_reach(backend, command, monkeypatch, approved, code):
+    def unreachable(url, run_id):
+        raise StoreUnavailable("the store does not answer", where=url)
+
+    monkeypatch.setattr(watch, "read_run_manifest", unreachable)
+    rows = [r for s in STEPS if approved or s != "publish" for r in task(s, "SUCCEEDED")]
+    backend.scenario = Scenario(tasks=[rows])
+    found, outcome, _ = command("--wait")
+    assert found == code
+    assert "the verdict is read from the run's steps" in outcome["message"]
+    assert "the store does not answer" in outcome["message"]
+
+
+def plan(**changes):
+    """Of a run: settings and fingerprints by step."""
+    settings = {"beta": changes.get("beta", 0.1)}
+    known = {"code": changes.get("code", "c"), "data": changes.get("data", "d")}
+    made = {f"{step}_settings": "{}" for step in ("gate", "publish")}
+    for step in ("ingest", "sft", "reference", "preference", "evaluate"):
+        made[f"{step}_settings"] = json.dumps({"loss": settings} if step == "preference" else {})
+        made[f"{step}_fingerprint"] = json.dumps(known if step == "ingest" else {"code": "c"})
+    return made
+
+
+@pytest.mark.parametrize(
+    ("changes", "images", "step", "kind", "text"),
+    [
+        ({"beta": 0.2}, "1", "preference", "configuration", "loss.beta: 0.1 → 0.2"),
+        ({"data": "e"}, "1", "ingest", "data", "data changed"),
+        ({"code": "e"}, "1", "ingest", "code", "code changed"),
+        ({}, "2", "sft", "image", "train:1 → train:2"),
+    ],
+)
+def test_explain_names_the_input_that_changed(
+    backend, store, command, capsys, changes, images, step, kind, text
+):
+    rows = [r for s in STEPS for r in task(s, "SUCCEEDED")]
+    backend.scenario = Scenario(tasks=[rows])
+    _, outcome, _ = command()
+    run_id = outcome["run_id"]
+    backend.get_run(run_id)
+    for identity, began, made, tag in (
+        ("earlier", "2026-01-01", plan(), "1"),
+        ("other-name", "2026-01-03", plan(beta=9), "9"),
+        (run_id, "2026-01-04", plan(**changes), images),
+    ):
+        name = "other" if identity == "other-name" else "policy"
+        write_run_manifest(
+            open_store(store),
+            identity,
+            began=began,
+            plan=made,
+            parameters={"publish_name": name},
+            images={"data": "data:1", "train": f"train:{tag}"},
+        )
+    # the store's address comes from the run's own parameters
+    assert submit.main(["explain", run_id, "--output", "json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["before"] == "earlier"
+    assert told["steps"][step]["changed"] == {kind: [text]}
+    assert told["steps"][step]["state"] == "done"
+    assert told["steps"]["gate"]["reason"] == "never cached"
+
+
+def test_a_run_starts_from_one_in_the_store(backend, store, command):
+    sources = {step: f"s3://kfp/{step}" for step in ("ingest", "sft", "reference", "preference")}
+    write_run_manifest(
+        open_store(store),
+        "earlier",
+        sources=sources,
+        parameters={"preference_beta": 0.7, "publish_store": store, "gone_by_now": 1},
+    )
+    _, outcome, _ = command("--from", "earlier", "--rerun", "reference")
+    sent = backend.runs[outcome["run_id"]]["runtime_config"]["parameters"]
+    assert (sent["data_uri"], sent["sft_model_uri"]) == ("s3://kfp/ingest", "s3://kfp/sft")
+    assert sent["reference_uri"] == "", "named in --rerun"
+    assert sent["preference_beta"] == 0.7
+    _, outcome, _ = command("--from", "earlier", "--rerun", "sft", "--set", "preference_beta=0.2")
+    sent = backend.runs[outcome["run_id"]]["runtime_config"]["parameters"]
+    assert sent["data_uri"] == "s3://kfp/ingest"
+    assert sent["sft_model_uri"] == sent["reference_uri"] == "", "what follows runs as well"
+    assert sent["preference_beta"] == 0.2
+
+
+def test_a_run_that_left_no_artifacts_is_no_start(store, command, backend):
+    write_run_manifest(open_store(store), "failed", parameters={})
+    code, _, said = command("--from", "failed")
+    assert code == 1
+    assert "left no artifacts to start from" in said

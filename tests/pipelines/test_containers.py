@@ -103,7 +103,10 @@ def test_a_step_that_fails_at_once_fails_the_run(checkout, images, bucket, first
     other = tmp_path / "images.json"
     other.write_text(json.dumps({**names, "train": broken}))
     store, environment = bucket
-    outcome, done = in_containers(checkout, other, environment, *store)
+    try:
+        outcome, done = in_containers(checkout, other, environment, *store)
+    finally:
+        subprocess.run(["docker", "image", "rm", "-f", broken], check=True, capture_output=True)
     assert outcome["state"] == "failed", done.stderr
     assert done.returncode == 1
     assert not outcome["published"]

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -82,6 +83,73 @@ def test_another_beta_reruns_preference_and_what_follows(checkout, first):
     assert checkpoint(outcome, "SFT checkpoint") == checkpoint(first, "SFT checkpoint")
     settings = checkpoint(outcome).settings
     assert settings["loss"]["beta"] == 0.2
+
+
+def explained(checkout):
+    program = [sys.executable, str(checkout.folder / "pipelines/submit.py"), "explain"]
+    done = subprocess.run(
+        [*program, "--runs-dir", str(checkout.folder / "runs"), "--output", "json"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=checkout.folder,
+        env=checkout.environment(),
+    )
+    return json.loads(done.stdout)["steps"]
+
+
+def test_explain_says_which_input_made_a_step_run(checkout, first):
+    checkout.outcome("--set", "loss.beta=0.3")
+    steps = explained(checkout)
+    assert (steps["sft"]["state"], steps["sft"]["changed"]) == ("cached", {})
+    assert steps["preference"]["state"] == "done"
+    (change,) = steps["preference"]["changed"]["configuration"]
+    assert change.startswith("loss.beta: ")
+    assert change.endswith(" → 0.3")
+    assert steps["gate"]["reason"] == "never cached"
+
+
+def test_a_run_starts_from_the_artifacts_of_an_earlier_one(checkout, first):
+    outcome = checkout.outcome("--from", first["run_id"], "--set", "loss.beta=0.4")
+    assert outcome["state"] == "succeeded", outcome
+    taken = checkpoint(outcome, "SFT checkpoint")
+    assert taken.content_hash == checkpoint(first, "SFT checkpoint").content_hash
+    assert taken.details["adopted_from"] == first["places"]["SFT checkpoint"]
+    assert checkpoint(outcome).settings["loss"]["beta"] == 0.4
+    assert checkpoint(outcome).inputs["base"] == checkpoint(first).inputs["base"]
+
+
+def test_a_run_to_start_from_that_is_not_there(checkout, first):
+    done = checkout.run("--from", "none")
+    assert done.returncode == 1
+    assert "there is no local run none" in done.stderr
+
+
+def manifests(checkout):
+    """The run manifests in the store of this machine, the newest last."""
+    found = [json.loads(path.read_text()) for path in _manifest_files(checkout)]
+    return sorted(found, key=lambda manifest: (manifest["began"], manifest["ended"]))
+
+
+def _manifest_files(checkout):
+    return (checkout.folder / "runs/published/runs").glob("*/manifest.json")
+
+
+def test_every_run_ends_with_its_manifest_also_one_that_failed(checkout, first):
+    assert {manifest["state"] for manifest in manifests(checkout)} == {"succeeded"}
+    before = checkout.data.read_text(encoding="utf-8")
+    row = json.dumps({"prompt": "\n\nHuman: a\n\nAssistant:", "chosen": "", "rejected": " b"})
+    checkout.data.write_text(before + f"{row}\n" * 20, encoding="utf-8")
+    try:
+        outcome = checkout.outcome()
+    finally:
+        checkout.data.write_text(before, encoding="utf-8")
+    assert outcome["state"] == "failed"
+    assert outcome["steps"]["ingest"] == "failed"
+    assert outcome["steps"]["finish"] == "done"
+    last = manifests(checkout)[-1]
+    assert (last["state"], last["backend_state"]) == ("failed", "FAILED")
+    assert last["parameters"]["model"] == "tiny"
 
 
 def test_a_dry_run_says_what_would_run_and_why(checkout, first):
@@ -292,3 +360,35 @@ def test_a_time_limit_stops_the_run_with_its_own_exit_code(checkout, first):
     assert done.returncode == 5
     assert "0.5" in done.stderr or "stopped" in done.stderr
     assert _processes_of(checkout) == []
+
+
+@pytest.mark.long
+def test_a_sweep_shares_what_comes_before_and_gates_the_best_on_the_test_part(checkout, first):
+    outcome = checkout.outcome("--sweep", "loss.beta=0.1,5.0")
+    assert outcome["state"] == "succeeded", outcome
+    assert {step: outcome["steps"][step] for step in ("ingest", "sft", "reference")} == {
+        "ingest": "cached",
+        "sft": "cached",
+        "reference": "cached",
+    }
+    policies = [
+        read_manifest(path.parent, stage="preference")
+        for path in (checkout.folder / "runs/artifacts").glob("*/*-iteration-*/*/*/manifest.json")
+        if json.loads(path.read_text())["stage"] == "preference"
+    ]
+    betas = {manifest.settings["loss"]["beta"]: manifest.content_hash for manifest in policies}
+    assert set(betas) == {0.1, 5.0}
+    best = checkpoint(outcome)
+    assert best.content_hash == betas[best.settings["loss"]["beta"]]
+    evaluation = read_manifest(Path(outcome["places"]["report"]).parent, stage="evaluate")
+    assert evaluation.settings["evaluation"]["part"] == "test"
+    assert evaluation.inputs["policy"] == best.content_hash
+
+
+@pytest.mark.parametrize(
+    ("sweep", "words"), [("loss.bta=1,2", "loss.bta"), ("loss.beta=-1,2", "loss.beta")]
+)
+def test_a_sweep_that_cannot_work_starts_nothing(checkout, sweep, words):
+    done = checkout.run("--sweep", sweep)
+    assert done.returncode == 2
+    assert words in done.stderr

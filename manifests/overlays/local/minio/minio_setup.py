@@ -44,7 +44,12 @@ def user_policy(bucket: str, prefix: str) -> dict[str, Any]:
     return {
         "Version": "2012-10-17",
         "Statement": [
-            {"Effect": "Allow", "Action": ["s3:GetBucketLocation"], "Resource": here},
+            # MinIO knows no condition for the second: names of unfinished uploads, for `dpo retain`
+            {
+                "Effect": "Allow",
+                "Action": ["s3:GetBucketLocation", "s3:ListBucketMultipartUploads"],
+                "Resource": here,
+            },
             {
                 "Effect": "Allow",
                 "Action": ["s3:ListBucket"],

@@ -1,0 +1,206 @@
+"""The few calls to Kubernetes that a launching step makes, and what its refusals mean.
+
+Its account may create, read and delete jobs of one kind and read their pods and logs
+(manifests/base/launcher.yaml).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dpo.errors import ConfigError, PipelineError
+
+Kind = Literal["TrainJob", "PyTorchJob"]
+_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+
+
+@dataclass(frozen=True)
+class Api:
+    """Where a kind of job lives in the API, and how its pods are found."""
+
+    group: str
+    version: str
+    plural: str
+    pods: str
+    """Label of the pods with the job's name."""
+    operator: str
+    """What to install when the API is missing."""
+
+
+APIS: dict[Kind, Api] = {
+    "TrainJob": Api(
+        "trainer.kubeflow.org",
+        "v1alpha1",
+        "trainjobs",
+        "jobset.sigs.k8s.io/jobset-name",
+        "Kubeflow Trainer 2.2 or newer",
+    ),
+    "PyTorchJob": Api(
+        "kubeflow.org",
+        "v1",
+        "pytorchjobs",
+        "training.kubeflow.org/job-name",
+        "the Kubeflow training operator 1.8 or newer",
+    ),
+}
+
+
+class Cluster:
+    """Jobs of one kind in one namespace."""
+
+    def __init__(self, kind: Kind, namespace: str, client: Any = None) -> None:
+        from kubernetes import client as k
+
+        self.kind = kind
+        self.api = APIS[kind]
+        self.namespace = namespace
+        self._core = k.CoreV1Api(client)
+        self._objects = k.CustomObjectsApi(client)
+
+    @classmethod
+    def here(cls, kind: Kind) -> Cluster:
+        """From inside a pod, else as kubectl would.
+
+        Raises:
+            ConfigError: there is no cluster to talk to.
+        """
+        from kubernetes import config
+
+        try:
+            config.load_incluster_config()
+            namespace = (_ACCOUNT / "namespace").read_text(encoding="utf-8").strip()
+        except (config.ConfigException, OSError):
+            try:
+                config.load_kube_config()
+                _, active = config.list_kube_config_contexts()
+                namespace = active["context"].get("namespace", "default")
+            except (config.ConfigException, OSError):
+                raise ConfigError(
+                    "training over several nodes needs a Kubernetes cluster; none is configured",
+                    where="nodes.count",
+                    fix="submit to Kubeflow, or set nodes.count=1 to train in one process",
+                ) from None
+        return cls(kind, namespace)
+
+    def owner(self) -> Any:
+        """Owner reference of the pod that this runs in: its workflow; None outside of one."""
+        name = os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")
+        from kubernetes.client import ApiException
+
+        with suppress(ApiException, ValueError):
+            pod = self._core.read_namespaced_pod(name, self.namespace)
+            return next(iter(pod.metadata.owner_references or ()), None)
+        return None
+
+    def create(self, job: dict[str, Any]) -> bool:
+        """Make the job; False where one of that name is there already.
+
+        Raises:
+            PipelineError: Kubernetes refuses it.
+        """
+        with self._translated("create"):
+            self._objects.create_namespaced_custom_object(*self._place(), job)
+            return True
+        return False
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        """The job as it is now, or None: it was deleted."""
+        with self._translated("get"):
+            found: dict[str, Any] = self._objects.get_namespaced_custom_object(*self._place(), name)
+            return found
+        return None
+
+    def delete(self, name: str) -> None:
+        """Remove the job and its pods; nothing happens where there is none."""
+        with self._translated("delete"):
+            self._objects.delete_namespaced_custom_object(
+                *self._place(), name, propagation_policy="Foreground"
+            )
+
+    def pods(self, name: str) -> list[Any]:
+        """The pods of a job, in the order of their nodes."""
+        with self._translated("list pods of"):
+            found = self._core.list_namespaced_pod(
+                self.namespace, label_selector=f"{self.api.pods}={name}"
+            ).items
+            return sorted(found, key=lambda pod: str(pod.metadata.name))
+        return []
+
+    def log(self, pod: str, *, follow: bool = False, lines: int | None = None) -> Iterator[str]:
+        """Lines of a pod's log as they come; ends early where it cannot be read."""
+        from kubernetes.client import ApiException
+        from urllib3.exceptions import HTTPError
+
+        with suppress(ApiException, HTTPError):
+            answer = self._core.read_namespaced_pod_log(
+                pod, self.namespace, follow=follow, tail_lines=lines, _preload_content=False
+            )
+            for line in answer:
+                yield line.decode(errors="replace").rstrip("\n")
+
+    def events(self, name: str) -> list[str]:
+        """Warnings about objects whose names begin with the job's; empty without that right."""
+        from kubernetes.client import ApiException
+
+        with suppress(ApiException):
+            found = self._core.list_namespaced_event(self.namespace, field_selector="type=Warning")
+            return [
+                f"{event.reason}: {event.message}"
+                for event in found.items
+                if event.involved_object.name.startswith(name)
+            ]
+        return []
+
+    def _place(self) -> tuple[str, str, str, str]:
+        return self.api.group, self.api.version, self.namespace, self.api.plural
+
+    @contextmanager
+    def _translated(self, verb: str) -> Iterator[None]:
+        """Refusals as messages; 409 and, for objects that exist no more, 404 pass in silence."""
+        from kubernetes.client import ApiException
+        from urllib3.exceptions import HTTPError
+
+        try:
+            yield
+        except ApiException as error:
+            # a job that is about to be made cannot be missing: its kind is
+            missing_api = error.status == 404 and verb == "create"
+            if error.status == 409 or (error.status == 404 and not missing_api):
+                return
+            raise self._refused(verb, error, missing_api=missing_api) from None
+        except HTTPError as error:
+            raise PipelineError(
+                f"the Kubernetes API does not answer: {error}",
+                fix="look whether the cluster is up; the running job is taken up by the next try",
+            ) from None
+
+    def _refused(self, verb: str, error: Any, *, missing_api: bool) -> PipelineError:
+        what = f"Kubernetes refused to {verb} the {self.kind}"
+        where = f"namespace {self.namespace}"
+        if missing_api:
+            return PipelineError(
+                f"the cluster has no {self.kind}",
+                where=where,
+                fix=f"install {self.api.operator}, or compile the package without --nodes",
+            )
+        if error.status in (401, 403):
+            return PipelineError(
+                f"{what}: the account of the run may not ({error.status})",
+                where=where,
+                fix="bind the role dpo-launcher to it (manifests/base/launcher.yaml)",
+            )
+        return PipelineError(
+            f"{what}: {_reason(error)}", where=where, fix="correct the deployment, submit again"
+        )
+
+
+def _reason(error: Any) -> str:
+    with suppress(ValueError, TypeError, KeyError):
+        return str(json.loads(error.body)["message"])
+    return f"{error.status} {error.reason}"

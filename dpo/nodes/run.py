@@ -1,0 +1,191 @@
+"""Training over several nodes, by the step that starts it: make the job, follow it, answer for it.
+
+``train_on_nodes`` reads top to bottom. It can be killed at any moment: the next attempt finds the
+job by its name and goes on following it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from dpo.config.nodes import NodesConfig
+from dpo.errors import PipelineError, TrainingError, TrainingStopped
+from dpo.nodes import lease
+from dpo.nodes.cluster import Cluster
+from dpo.nodes.diagnosis import Finding, diagnose
+from dpo.nodes.job import build
+from dpo.nodes.request import Request
+from dpo.storage.manifest import Manifest
+from dpo.storage.progress import message
+from dpo.storage.remote import read_remote_manifest
+
+_POLL_SECONDS = 3.0
+_LAST_LINES = 40
+
+
+def train_on_nodes(
+    config: NodesConfig,
+    request: Request,
+    *,
+    cluster: Cluster | None = None,
+    poll_seconds: float = _POLL_SECONDS,
+) -> Manifest:
+    """Train ``request`` on ``config.options.count`` nodes; returns the manifest of the result.
+
+    Args:
+        config: What the package asks for.
+        request: The training; its output is written to the store by the job.
+        cluster: Where; None takes the one that this pod runs in.
+        poll_seconds: How often the job is looked at.
+
+    Raises:
+        ConfigError: a place that other nodes cannot reach, or no cluster.
+        PipelineError: Kubernetes refuses the job, or its pods never ran.
+        TrainingError: a pod ended before its work was done.
+    """
+    request.check()
+    cluster = cluster or Cluster.here(config.options.kind)
+    with lease.held(request.output, config.options.lease_seconds):
+        _create_or_adopt(cluster, config, request)
+        _Follower(cluster, config, request, poll_seconds).follow()
+    lease.remove(request.output)
+    return read_remote_manifest(request.output, stage=request.stage)
+
+
+def _create_or_adopt(cluster: Cluster, config: NodesConfig, request: Request) -> None:
+    name, shown = request.job_name, f"{cluster.kind} {request.job_name}"
+    job = build(config, request, cluster.namespace, cluster.owner())
+    deadline = time.monotonic() + config.options.start_timeout_seconds
+    while not cluster.create(job):
+        found = cluster.get(name)
+        if found is None or found["metadata"].get("deletionTimestamp"):
+            _wait_until(deadline, f"{shown} of an earlier attempt is not removed")
+        elif outcome_of(found) == "Failed":
+            message(request.stage, f"removing {shown}, which failed in an earlier attempt")
+            cluster.delete(name)
+        else:
+            message(request.stage, f"going on with {shown}, which an earlier attempt started")
+            return
+    message(request.stage, f"started {shown} on {config.options.count} nodes")
+
+
+def _wait_until(deadline: float, found: str) -> None:
+    if time.monotonic() > deadline:
+        raise PipelineError(found, fix="remove it with kubectl, then run again")
+    time.sleep(1)
+
+
+def outcome_of(job: dict[str, Any]) -> str:
+    """``Complete``, ``Failed`` or an empty text: it has not ended."""
+    names = {"Complete": "Complete", "Succeeded": "Complete", "Failed": "Failed"}
+    for condition in job.get("status", {}).get("conditions", ()):
+        if condition["status"] == "True" and condition["type"] in names:
+            return names[condition["type"]]
+    return ""
+
+
+class _Follower:
+    """Looks at a job until it ends; tells the user what changes, once."""
+
+    def __init__(
+        self, cluster: Cluster, config: NodesConfig, request: Request, poll_seconds: float
+    ) -> None:
+        self.cluster, self.config, self.request = cluster, config, request
+        self.poll_seconds = poll_seconds
+        self._told = ""
+        self._since: dict[str, float] = {}
+        self._log: threading.Thread | None = None
+
+    def follow(self) -> None:
+        """Return when the job is complete; raise with the cause when it is not going to be."""
+        name = self.request.job_name
+        while True:
+            job = self.cluster.get(name)
+            if job is None or job["metadata"].get("deletionTimestamp"):
+                raise PipelineError(
+                    f"the {self.cluster.kind} {name} was deleted while it ran",
+                    where=f"namespace {self.cluster.namespace}",
+                    fix="run again: training goes on from its last checkpoint",
+                )
+            outcome = outcome_of(job)
+            if outcome == "Complete":
+                self._finish_log()
+                return
+            pods = self.cluster.pods(name)
+            finding = diagnose(pods)
+            if outcome == "Failed" or (finding and finding.severity == "failed"):
+                self._fail(job, finding)
+            self._watch_start(pods, finding)
+            self._stream(pods)
+            time.sleep(self.poll_seconds)
+
+    def _watch_start(self, pods: list[Any], finding: Finding | None) -> None:
+        """Give up a job whose pods do not run in time, and free what it holds."""
+        options, count = self.config.options, self.config.options.count
+        running = sum(pod.status.phase in ("Running", "Succeeded") for pod in pods)
+        if running == count:
+            self._since.clear()
+            self._tell(f"all {count} nodes run")
+            return
+        severity = finding.severity if finding else "waiting"
+        since = self._since.setdefault(severity, time.monotonic())
+        self._tell(finding.found if finding else f"{len(pods)} of {count} pods made")
+        limit = options.image_timeout_seconds if severity == "image" else None
+        limit = limit or options.start_timeout_seconds
+        if time.monotonic() - since < limit:
+            return
+        events = self.cluster.events(self.request.job_name)
+        self.cluster.delete(self.request.job_name)
+        found = finding.found if finding else f"only {len(pods)} of {count} pods were made"
+        if events and not finding:
+            found += f": {events[-1]}"
+        raise PipelineError(
+            f"{found}; the job was given up after {limit} s",
+            where=f"{self.cluster.kind} {self.request.job_name}",
+            fix=finding.fix
+            if finding
+            else "look at its events (kubectl describe): a quota may be used up",
+        )
+
+    def _fail(self, job: dict[str, Any], finding: Finding | None) -> None:
+        self._finish_log()
+        if finding and finding.pod:
+            for line in self.cluster.log(finding.pod, lines=_LAST_LINES):
+                print(line, flush=True)
+        self.cluster.delete(self.request.job_name)
+        where = f"{self.cluster.kind} {self.request.job_name}"
+        if finding is None:
+            raise TrainingError(
+                f"the job failed: {_condition_message(job)}", where=where, fix="run again"
+            )
+        error = TrainingStopped if finding.stopped else TrainingError
+        raise error(finding.found, where=where, fix=finding.fix)
+
+    def _tell(self, text: str) -> None:
+        if text != self._told:
+            self._told = text
+            message(self.request.stage, text)
+
+    def _stream(self, pods: list[Any]) -> None:
+        """Pass on the first node's log from the moment it runs."""
+        if self._log or not pods or pods[0].status.phase not in ("Running", "Succeeded"):
+            return
+        first = pods[0].metadata.name
+
+        def copy() -> None:
+            for line in self.cluster.log(first, follow=True):
+                print(line, flush=True)
+
+        self._log = threading.Thread(target=copy, name="log", daemon=True)
+        self._log.start()
+
+    def _finish_log(self) -> None:
+        if self._log:
+            self._log.join(timeout=10)
+
+
+def _condition_message(job: dict[str, Any]) -> str:
+    failed = [c for c in job["status"]["conditions"] if c["type"] == "Failed"]
+    return failed[0].get("message") or failed[0].get("reason") or "no reason is given"

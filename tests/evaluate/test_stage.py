@@ -1,0 +1,150 @@
+"""The whole step on a small model: answers, divergence, parts, a published version, equal runs."""
+
+import json
+
+import pytest
+
+from dpo.config.compose import compose
+from dpo.config.stages import restrict
+from dpo.data.stage import run_ingest
+from dpo.errors import DataError
+from dpo.evaluate.stage import run_evaluate
+from dpo.train.reference import run_reference
+from dpo.train.stage import run_train
+
+SETTINGS = [
+    *("model=tiny", "max_length=64", "max_prompt_length=24", "do_first_eval=false"),
+    *("do_last_eval=false", "n_eval_examples=null", "batch_size=8", "n_examples=32"),
+    *("optimizer=AdamW", "lr=3e-3", "warmup_steps=1", "evaluation.max_new_tokens=8"),
+    *("evaluation.n_kl_samples=6", "evaluation.n_samples=3", "evaluation.n_bootstrap=100"),
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Data of two sources, an SFT model, its log-probabilities and a policy."""
+    folder = tmp_path_factory.mktemp("trained")
+    for name in ("one", "two"):
+        rows = [
+            {"prompt": f"Say {name} {i // 2}:", "chosen": f" yes {i}", "rejected": f" no no {i}"}
+            for i in range(60)
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    settings = [*SETTINGS, f"datasets=[{folder / 'one.jsonl'},{folder / 'two.jsonl'}]"]
+    settings += ["test_fraction=0.4"]
+    config, base = compose(settings).config, compose([*settings, "loss=sft"]).config
+    run_ingest(restrict(config, "ingest"), folder / "data")
+    run_train(restrict(base, "sft"), folder / "sft", pairs=folder / "data")
+    run_reference(
+        restrict(config, "reference"), folder / "ref", pairs=folder / "data", model=folder / "sft"
+    )
+    run_train(
+        restrict(config, "preference"),
+        folder / "policy",
+        pairs=folder / "data",
+        base=folder / "sft",
+        reference=folder / "ref",
+    )
+    return folder
+
+
+def evaluate(folder, output, *overrides, published=None):
+    config = compose([*SETTINGS, *overrides]).config
+    run_evaluate(
+        restrict(config, "evaluate"),
+        output,
+        pairs=folder / "data",
+        sft=folder / "sft",
+        policy=folder / "policy",
+        reference=folder / "ref",
+        published=published,
+    )
+    return json.loads((output / "evaluation.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def whole(trained, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole") / "evaluation"
+    return evaluate(trained, output, published=trained / "policy"), output
+
+
+def test_every_figure_is_there_and_finite(whole):
+    found, output = whole
+    assert {row["slice"] for row in found["slices"]["source"]} == {"one", "two"}
+    assert found["n_prompts"] < found["n_pairs"]
+    assert found["kl"]["per_answer"]["value"] > 0
+    assert found["answers"]["policy"]["tokens"]["value"] <= 8
+    text = (output / "evaluation.json").read_text(encoding="utf-8")
+    assert "NaN" not in text
+    assert "Infinity" not in text
+
+
+def test_samples_take_turns_between_the_sources(whole):
+    _, output = whole
+    samples = json.loads((output / "samples.json").read_text(encoding="utf-8"))
+    assert [sample["dataset"] for sample in samples] == ["one", "two", "one"]
+    assert all(isinstance(sample["reward_change"], float) for sample in samples)
+
+
+def test_a_published_version_that_is_the_policy_is_as_good(whole):
+    found, output = whole
+    improvement = found["published"]["improvement"]
+    assert improvement["reward_accuracy"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    for sample in json.loads((output / "samples.json").read_text(encoding="utf-8")):
+        assert sample["published"] == sample["policy"]
+
+
+def test_the_log_probabilities_before_are_those_of_the_sft_model(trained, whole, tmp_path):
+    """With the SFT model in the policy's place nothing changes, and nothing diverges."""
+    config = compose(SETTINGS).config
+    from dpo.storage.manifest import read_manifest, write_manifest
+
+    copy = tmp_path / "same"
+    import shutil
+
+    shutil.copytree(trained / "sft", copy)
+    (copy / "manifest.json").unlink()
+    write_manifest(copy, "preference", inputs=read_manifest(trained / "sft").inputs)
+    run_evaluate(
+        restrict(config, "evaluate"),
+        tmp_path / "evaluation",
+        pairs=trained / "data",
+        sft=trained / "sft",
+        policy=copy,
+        reference=trained / "ref",
+    )
+    found = json.loads((tmp_path / "evaluation/evaluation.json").read_text(encoding="utf-8"))
+    assert found["change"]["chosen_logp"]["value"] == pytest.approx(0, abs=1e-4)
+    assert found["change"]["perplexity_growth"]["value"] == pytest.approx(1, abs=1e-5)
+    assert found["kl"]["per_answer"]["value"] == 0
+    assert found["answers"]["length_growth"]["value"] == 1
+
+
+def test_equal_runs_write_equal_bytes(trained, tmp_path):
+    for name in ("a", "b"):
+        evaluate(trained, tmp_path / name, "evaluation.temperature=0.8")
+    hashes = [
+        json.loads((tmp_path / name / "manifest.json").read_text())["content_hash"]
+        for name in ("a", "b")
+    ]
+    assert hashes[0] == hashes[1]
+
+
+def test_the_parts_add_up_to_all(trained, whole, tmp_path):
+    found = [
+        evaluate(trained, tmp_path / part, f"evaluation.part={part}", "evaluation.n_samples=0")
+        for part in ("validation", "test")
+    ]
+    assert [part["part"] for part in found] == ["validation", "test"]
+    assert sum(part["n_pairs"] for part in found) == whole[0]["n_pairs"]
+    assert len({part["held_out"] for part in found}) == 2
+
+
+def test_an_empty_part_is_said(trained, tmp_path):
+    with pytest.raises(DataError, match="test part"):
+        evaluate(
+            trained,
+            tmp_path / "e",
+            *("evaluation.part=test", "evaluation.validation_fraction=0.999999"),
+        )

@@ -1,0 +1,126 @@
+"""Pods of a training job as real processes: inputs from a store, FSDP between them, result back."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dpo.config.compose import compose
+from dpo.config.stages import restrict, stage_json
+from dpo.data.stage import run_ingest
+from dpo.nodes import lease
+from dpo.nodes.request import VARIABLE, Request
+from dpo.storage.fingerprint import code_fingerprint
+from dpo.storage.remote import fetch_output, read_remote_manifest, send_output
+from tests.support.minio import free_port
+from tests.train.conftest import SETTINGS
+
+
+@pytest.fixture(scope="module")
+def settings():
+    overrides = [*SETTINGS, "loss=sft", "trainer=FSDPTrainer", "n_examples=16"]
+    return restrict(compose(overrides).config, "sft")
+
+
+@pytest.fixture(scope="module")
+def data(settings, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "pairs"
+    run_ingest(restrict(compose(SETTINGS).config, "ingest"), folder)
+    return folder
+
+
+def request_for(settings, store, *, seconds=60, code=None):
+    return Request(
+        stage="sft",
+        settings=stage_json(settings, "sft"),
+        code=code_fingerprint("sft") if code is None else code,
+        inputs={"pairs": f"{store}/pairs"},
+        output=f"{store}/checkpoint",
+        checkpoints="",
+        lease_seconds=seconds,
+    )
+
+
+def start(request, rank, count, port, log):
+    variables = {
+        VARIABLE: request.to_json(),
+        "PET_NNODES": str(count),
+        "PET_NODE_RANK": str(rank),
+        "PET_MASTER_ADDR": "127.0.0.1",
+        "PET_MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "dpo.train.node"],
+            env={**os.environ, **variables},
+            stdout=file,
+            stderr=file,
+        )
+
+
+@pytest.mark.long
+def test_two_nodes_train_from_store_to_store(settings, data, tmp_path):
+    store, port = (tmp_path / "store").as_uri(), free_port()
+    send_output(data, f"{store}/pairs")
+    request = request_for(settings, store)
+    logs = [tmp_path / f"{rank}.log" for rank in (0, 1)]
+    with lease.held(request.output, 60):
+        pods = [start(request, rank, 2, port, logs[rank]) for rank in (0, 1)]
+        codes = [pod.wait(timeout=300) for pod in pods]
+    assert codes == [0, 0], [log.read_text() for log in logs]
+    assert read_remote_manifest(request.output, stage="sft").details["examples"] == 16
+    assert fetch_output(request.output, tmp_path / "fetched").stage == "sft"
+
+
+def test_a_node_ends_when_nobody_asks_for_its_work(settings, data, tmp_path):
+    """Node 1 of 2 waits for a node 0 that never comes, as when the launcher was killed."""
+    store = (tmp_path / "store").as_uri()
+    send_output(data, f"{store}/pairs")
+    request, log = request_for(settings, store, seconds=5), tmp_path / "log"
+    pod = start(request, 1, 2, free_port(), log)
+    try:
+        assert pod.wait(timeout=120) == 75, log.read_text()
+    finally:
+        if pod.poll() is None:
+            pod.send_signal(signal.SIGKILL)
+    text = log.read_text()
+    assert "gave no sign for 5 s" in text
+    assert "Traceback" not in text, text
+
+
+def test_a_node_with_other_code_says_so(settings, data, tmp_path):
+    store, log = (tmp_path / "store").as_uri(), tmp_path / "log"
+    send_output(data, f"{store}/pairs")
+    pod = start(request_for(settings, store, code="f" * 64), 0, 1, free_port(), log)
+    assert pod.wait(timeout=120) == 2
+    text = log.read_text()
+    assert "build images and package from one commit" in text
+    assert "Traceback" not in text
+
+
+def test_an_interrupted_upload_leaves_no_manifest(data, tmp_path, monkeypatch):
+    from dpo.storage.folder import FolderStore
+
+    url = (tmp_path / "store").as_uri()
+    send_output(data, url)
+
+    def broken(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FolderStore, "upload", broken)
+    with pytest.raises(KeyboardInterrupt):
+        send_output(data, url)
+    assert not (tmp_path / "store" / "manifest.json").exists()
+
+
+def test_time_is_not_lost_on_a_missing_input(settings, tmp_path):
+    began, log = time.monotonic(), tmp_path / "log"
+    request = request_for(settings, (tmp_path / "store").as_uri())
+    pod = start(request, 0, 1, free_port(), log)
+    assert pod.wait(timeout=120) == 1
+    assert "no complete output" in log.read_text()
+    assert time.monotonic() - began < 100

