@@ -19,6 +19,7 @@ from dpo.publish.version import rollback
 from dpo.storage.store import open_store
 
 _SHOWN = 12
+_ROLLBACK = "publish --rollback"
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,9 @@ def run(name: str, arguments: Sequence[str], example: str) -> int:
     if unknown := sorted(set(settings) - set(known)):
         takes = f"it takes {', '.join(f'{key}=' for key in known)}" if known else "it takes none"
         raise ConfigError(f"dpo {name} knows no {unknown[0]}=", fix=takes)
+    if name == _ROLLBACK and not urls and "publish.store" in settings:
+        # as `dpo publish` itself is told
+        urls = [f"{settings['publish.store']}/{settings.get('publish.name', 'policy')}"]
     if len(urls) != 1:
         raise ConfigError(f"dpo {name} takes one URL", fix=example)
     return command(Given(urls[0], settings))
@@ -197,7 +201,7 @@ _COMMANDS: dict[str, tuple[tuple[str, ...], Callable[[Given], int]]] = {
     "pull": (("output",), _pull),
     "list": (("format",), _list),
     "retain": (("keep", "grace_hours"), _retain),
-    "publish --rollback": (("version",), _rollback),
+    _ROLLBACK: (("version", "publish.store", "publish.name"), _rollback),
     "lineage": (("community", "format"), _lineage),
     "forget": (("community", "reports", "format"), _forget),
 }

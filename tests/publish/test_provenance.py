@@ -340,6 +340,9 @@ def test_the_commands_on_published_models(pipeline, communities, capsys):
     assert (code, named["content_hash"] in out) == (0, True)
     code, out, _ = run_command(capsys, "verify", url)
     assert named["content_hash"] in out
+    store = f"publish.store={root}"
+    code, _, err = run_command(capsys, "publish", "--rollback", store, "publish.name=policy")
+    assert (code, "no earlier version" in err) == (1, True)
     code, out, _ = run_command(
         capsys, "publish", "--rollback", url, f"version={grown['content_hash'][:12]}"
     )
