@@ -90,10 +90,9 @@ def test_make_commands_reach_the_pipeline(words):
     assert submitted(command[start + 1 :])
 
 
-@pytest.mark.parametrize(
-    "words", commands(README, ["python", "pipelines/submit.py"]), ids=lambda words: words[3]
-)
-def test_commands_for_ci_are_valid(words):
+def test_the_command_for_ci_is_valid():
+    every = commands(README, ["python", "pipelines/submit.py"])
+    (words,) = [words for words in every if "--deployment" in words]
     values = submitted(words[2:])
     assert values["preference_beta"] == 0.2
     assert values["publish_store"] == "s3://models/team"
