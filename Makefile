@@ -87,8 +87,9 @@ test-containers: setup ## The tests that run the pipeline in containers (builds 
 	@$(BIN)/python -m pytest -m containers --timeout 3600 $(PYTEST)
 
 .PHONY: test-kubernetes
-test-kubernetes: setup ## The tests on a real Kubernetes API server (built once, five minutes)
+test-kubernetes: setup ## The tests on a real Kubernetes API server (built once, eight minutes)
 	@$(BIN)/python -m tests.support.kubernetes --ensure
+	@$(BIN)/python -m tests.support.trainer --ensure
 	@$(BIN)/python -m pytest -m kubernetes $(PYTEST)
 
 .PHONY: manifests-check

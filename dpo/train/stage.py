@@ -164,7 +164,9 @@ def _trainer(
     check_length(model, config.max_length)
     if config.lora.enabled:
         _refuse_lora_with(config)
-        add_adapter(model, config.lora, str(base or config.model.archive or model.name_or_path))
+        add_adapter(
+            model, config.lora, str(base or config.model.archive or config.model.name_or_path)
+        )
     checkpoint_activations(model, config.activation_checkpointing)
     examples = load_examples(
         config,
