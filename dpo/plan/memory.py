@@ -28,7 +28,10 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 Mode = Literal["float32", "autocast", "half"]
 """float32 products; 16-bit products of float32 weights; 16-bit weights and products (FSDP)."""
 
-PACKED_TYPES = ("gpt_neox", "llama", "gpt2", "mistral")
+PACKED_TYPES = (
+    *("gpt_neox", "llama", "gpt2", "mistral"),
+    *("qwen2", "qwen3", "gemma", "olmo2", "phi", "phi3", "opt"),
+)
 """``model_type`` of the models whose rows share prompts (dpo.modeling.attention.ARCHITECTURES)."""
 
 # bytes a token and block keep for backward: a for each of D, b for each of F, and (where attention
@@ -39,7 +42,11 @@ _SAVED: dict[str, dict[Mode, tuple[float, float, float]]] = {
     "gpt2": {"float32": (42.5, 20, 0), "autocast": (25.3, 10, 0), "half": (21.3, 10, 0)},
     "gptj": {"float32": (24, 20, 4), "autocast": (20, 10, 6), "half": (12, 10, 2)},
 }
-_LIKE = {"mistral": "llama"}
+_LIKE = {
+    **dict.fromkeys(("mistral", "qwen2", "qwen3", "gemma", "olmo2", "phi3"), "llama"),
+    **{"phi": "gpt_neox", "opt": "gpt2"},
+}
+"""Blocks of the same make; of these only mistral's was compared with a simulated step."""
 _CHUNK_TOKENS = 128
 _GPU_CONTEXT = 0.75 * 2**30
 """What the driver and its libraries keep, and NCCL's buffers; an allowance, not measured."""

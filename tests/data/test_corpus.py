@@ -285,9 +285,11 @@ def test_a_hundred_megabytes_on_one_line(tmp_path: Path) -> None:
         for _ in range(100):
             file.write(b"x" * 10**6)
         file.write(b'", "chosen": "b", "rejected": "c"}\n' + LINE)
+    # not getrusage: a child of fork begins with its parent's peak
     code = (
-        "import resource, sys; from dpo.cli import main; code = main(sys.argv[1:]); "
-        "print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+        "import re, sys; from dpo.cli import main; code = main(sys.argv[1:]); "
+        "status = open('/proc/self/status').read(); "
+        "print(code, int(re.search(r'VmHWM:\\s+(\\d+)', status)[1]) // 1024)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "ingest", "--check", "a.jsonl", "--output", "json"],
