@@ -117,10 +117,14 @@ class Cluster:
         return None
 
     def delete(self, name: str) -> None:
-        """Remove the job and its pods; nothing happens where there is none."""
+        """Remove the job, and its pods after it; nothing happens where there is none.
+
+        Not in the foreground: Kubeflow Trainer 2.3 makes the JobSet of a job that is being deleted
+        again and again, and the job never goes.
+        """
         with self._translated("delete"):
             self._objects.delete_namespaced_custom_object(
-                *self._place(), name, propagation_policy="Foreground"
+                *self._place(), name, propagation_policy="Background"
             )
 
     def pods(self, name: str) -> list[Any]:

@@ -58,9 +58,13 @@ def _create_or_adopt(cluster: Cluster, config: NodesConfig, request: Request) ->
     name, shown = request.job_name, f"{cluster.kind} {request.job_name}"
     job = build(config, request, cluster.namespace, cluster.owner())
     deadline = time.monotonic() + config.options.start_timeout_seconds
-    while not cluster.create(job):
+    while True:
         found = cluster.get(name)
-        if found is None or found["metadata"].get("deletionTimestamp"):
+        if found is None and not cluster.pods(name):
+            if cluster.create(job):
+                message(request.stage, f"started {shown} on {config.options.count} nodes")
+                return
+        elif found is None or found["metadata"].get("deletionTimestamp"):
             _wait_until(deadline, f"{shown} of an earlier attempt is not removed")
         elif outcome_of(found) == "Failed":
             message(request.stage, f"removing {shown}, which failed in an earlier attempt")
@@ -68,7 +72,6 @@ def _create_or_adopt(cluster: Cluster, config: NodesConfig, request: Request) ->
         else:
             message(request.stage, f"going on with {shown}, which an earlier attempt started")
             return
-    message(request.stage, f"started {shown} on {config.options.count} nodes")
 
 
 def _wait_until(deadline: float, found: str) -> None:

@@ -165,8 +165,9 @@ def test_the_launcher_makes_a_training_reads_its_pods_and_removes_it(launcher):
     assert (
         jobs.get_namespaced_custom_object(**place, name="one")["spec"]["trainer"]["numNodes"] == 2
     )
-    lease = {"metadata": {"annotations": {"dpo/lease": "1"}}}
-    jobs.patch_namespaced_custom_object(**place, name="one", body=lease)
+    # what was asked for stays as it was: the lease is an object in the store
+    suspend = {"spec": {"suspend": True}}
+    refused(jobs.patch_namespaced_custom_object, **place, name="one", body=suspend)
     core.list_namespaced_pod("kubeflow")
     core.list_namespaced_event("kubeflow")
     with pytest.raises(ApiException) as caught:

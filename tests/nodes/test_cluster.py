@@ -5,6 +5,7 @@ scheduler and GPU nodes that are objects only. The test plays the kubelet: it se
 import json
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 from kubernetes import client as k
@@ -62,7 +63,11 @@ def _kubelet(plane):
         while not ended.wait(0.3):
             for pod in core.list_namespaced_pod("team").items:
                 if pod.metadata.deletion_timestamp:
-                    core.delete_namespaced_pod(pod.metadata.name, "team", grace_period_seconds=0)
+                    # one that was bound to no node is removed by the API server itself
+                    with suppress(k.ApiException):
+                        core.delete_namespaced_pod(
+                            pod.metadata.name, "team", grace_period_seconds=0
+                        )
 
     thread = threading.Thread(target=remove, daemon=True)
     thread.start()
@@ -128,6 +133,8 @@ def pods_of(plane, request, count=2):
 
     def ask():
         found = core.list_namespaced_pod("team", label_selector=label).items
+        # those of an earlier attempt's job are on their way out
+        found = [pod for pod in found if not pod.metadata.deletion_timestamp]
         return found if len(found) == count else None
 
     return sorted(eventually(ask), key=lambda pod: pod.metadata.name)
@@ -264,10 +271,13 @@ def test_a_restarted_launcher_adopts_the_running_job(plane, cluster, training, t
 
 def test_a_retry_after_a_failure_makes_a_new_job(plane, cluster, training, tmp_path):
     launched = Launched(cluster, config(), training)
-    play(plane, bound(plane, training)[0], "Failed", ended(1))
+    first = bound(plane, training)
+    play(plane, first[0], "Failed", ended(1))
     assert isinstance(launched.result(), TrainingError)
     expected = written(tmp_path, training)
     again = Launched(cluster, config(), training)
+    old = {pod.metadata.uid for pod in first}
+    eventually(lambda: not old & {pod.metadata.uid for pod in cluster.pods(training.job_name)})
     finish(plane, training)
     assert again.result() == expected
 
