@@ -178,6 +178,50 @@ def submit(
     return str(run.run_id)
 
 
+def submit_once(
+    client: Any, target: Endpoint, package: Path, parameters: Mapping[str, Any], run_name: str
+) -> str:
+    """Start a run under a name that no other run has, unless it was started before; its id.
+
+    The backend takes no id and no key from its caller, so the name tells: whoever stopped between
+    the start and noting the id, or had no answer, finds the run by it.
+
+    Raises:
+        PipelineError: the endpoint refused it, or does not say whether it has it.
+    """
+    known = find_run(client, target, run_name)
+    if known is not None:
+        return known
+    try:
+        return submit(client, target, package, parameters, run_name)
+    except PipelineError:
+        # the answer may be what was lost, not the request
+        if (started := find_run(client, target, run_name)) is None:
+            raise
+        return started
+
+
+def find_run(client: Any, target: Endpoint, run_name: str) -> str | None:
+    """Id of the oldest run of the experiment with this name.
+
+    Raises:
+        PipelineError: the endpoint does not answer.
+    """
+    predicate = {"operation": "EQUALS", "key": "display_name", "stringValue": run_name}
+    try:
+        with _quiet():
+            found = client.list_runs(
+                experiment_id=_experiment(client, target),
+                page_size=10,
+                sort_by="created_at asc",
+                filter=json.dumps({"predicates": [predicate]}),
+            )
+    except Exception as error:
+        raise problem("the endpoint does not list its runs", target, error) from None
+    named = [run for run in found.runs or [] if run.display_name == run_name]
+    return str(named[0].run_id) if named else None
+
+
 def schedule(
     client: Any,
     target: Endpoint,

@@ -155,15 +155,13 @@ def _sources_of(entry: Mapping[str, Any], community: str) -> list[str]:
     if entry["step"] != "ingest":
         return []
     sources = (entry.get("configuration") or {}).get("sources") or {}
-    marks = (f"/communities/{community}/", f"/communities/{community}.")
+    # its folder, or a file of its name: communities/acme.jsonl, but not communities/acme.eu/...
+    own = re.compile(rf"(?:^|/)communities/{re.escape(community)}(?:/|$|\.[^/]*$)")
     return [
         name
         for name, source in sources.items()
         if source
-        and (
-            source.get("community") == community
-            or any(mark in f"{source.get('path') or ''}/" for mark in marks)
-        )
+        and (source.get("community") == community or own.search(str(source.get("path") or "")))
     ]
 
 
@@ -210,11 +208,19 @@ def forget(url: str, community: str, *, reports: bool = False) -> Dependents:
     store = open_store(url)
     removed = list(found.data)
     if reports:
-        removed += [text for texts in found.runs.values() for text in texts]
-        found.runs = {run: [] for run in found.runs}
+        # a run of another community may have read equal data: its files are not this one's to end
+        own = {run for run in found.runs if _owner(run) in (None, community)}
+        removed += [text for run in own for text in found.runs[run]]
+        found.runs = {run: [] if run in own else texts for run, texts in found.runs.items()}
     for object_url in removed:
         store.delete(object_url.removeprefix(f"{store.root}/"))
     return found
+
+
+def _owner(url: str) -> str | None:
+    """The community whose folder a URL lies in; None for what belongs to none."""
+    match = re.match(r".*/communities/([^/]+)/", url)
+    return match[1] if match else None
 
 
 def is_latest(store: Store, model: Model) -> bool:

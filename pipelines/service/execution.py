@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ _STOP_SECONDS = 45.0
 _STATES: dict[str, State] = {"succeeded": "succeeded", "refused": "refused"}
 _FIGURES = ("reward_accuracy", "accuracy_sum", "accuracy_per_token", "reward_margin", "loss")
 _MOST_MESSAGE_CHARS = 4000
+_BACKEND_WORDS = {"pending": "waiting", "runtime_state_unspecified": "waiting"}
 
 
 def carry_out(run: Run, settings: Settings, database: Database) -> None:
@@ -211,12 +212,13 @@ def _on_cluster(
     client = cluster.connect(target)
     backend_run = run.backend_run or _submit(client, target, parameters, run.id, settings)
     database.update(run.id, backend_run=backend_run)
-    states: dict[str, str] = {}
+    states = dict.fromkeys(STEPS, "waiting")
 
     def say(text: str) -> None:
-        name, _, state = text.partition(": ")
-        states[name] = state
-        database.update(run.id, steps=[{"name": n, "state": s} for n, s in states.items()])
+        # "STEP: STATE", or "STEP: waiting: REASON" and advice for the operator
+        name, state, *_ = text.split(": ")
+        states[name] = _BACKEND_WORDS.get(state, state)
+        database.update(run.id, steps=_named(states))
 
     with _cancelling(run, database, lambda: cluster.cancel(client, target, backend_run)):
         outcome = wait(
@@ -228,7 +230,13 @@ def _on_cluster(
             say=say,
         )
     report_key = f"{run_prefix(backend_run)}/report.html" if outcome.verdict else None
+    left_out = {name: "skipped" for name, state in states.items() if state == "waiting"}
+    database.update(run.id, steps=_named(states | left_out))
     _end(run, outcome, report_key, settings, database)
+
+
+def _named(states: Mapping[str, str]) -> list[dict[str, Any]]:
+    return [{"name": name, "state": state} for name, state in states.items()]
 
 
 def _submit(
@@ -243,7 +251,7 @@ def _submit(
         documents = package.deployed_package(deployment)
         package.keep_checkpoints(documents, parameters["publish_store"])
         package.save_package(documents, path)
-        return cluster.submit(client, target, path, parameters, name)
+        return cluster.submit_once(client, target, path, parameters, name)
 
 
 @contextmanager

@@ -220,6 +220,45 @@ def test_forgetting_may_remove_what_shows_its_text(pipeline, communities):
     verify(f"{pipeline.root}/communities/acme/policy")
 
 
+def test_forgetting_leaves_the_reports_of_another_community_with_equal_data(pipeline):
+    store = open_store(pipeline.root)
+    for name in ("acme", "other"):
+        record = {
+            **{"step": "ingest", "content_hash": "a" * 64},
+            "configuration": {"sources": {"s": {"path": f"s3://b/communities/{name}/data/x"}}},
+        }
+        place = open_store(f"{pipeline.root}/communities/{name}")
+        write_run_manifest(place, f"{name}-run", artifacts={"ingest": record})
+        store.write(f"communities/{name}/runs/{name}-run/report.html", b"<p>")
+    found = forget(pipeline.root, "acme", reports=True)
+    left = set(store.list())
+    assert "communities/acme/runs/acme-run/report.html" not in left
+    assert "communities/other/runs/other-run/report.html" in left
+    # and it is said that it is there
+    (told,) = [texts for run, texts in found.runs.items() if run.endswith("other-run")]
+    assert [text.rpartition("/")[2] for text in told] == ["report.html"]
+
+
+def test_a_name_is_not_the_beginning_of_another(pipeline):
+    entry = {"step": "ingest", "content_hash": "a" * 64}
+    for number, path in enumerate(
+        ("/communities/acme.eu/data/x.jsonl", "/communities/acmex/x", "/communities/acme.jsonl")
+    ):
+        sources = {"s": {"path": f"s3://b{path}"}}
+        write_run_manifest(
+            open_store(pipeline.root),
+            f"run-{number}",
+            artifacts={
+                "ingest": {
+                    **entry,
+                    "content_hash": str(number) * 64,
+                    "configuration": {"sources": sources},
+                }
+            },
+        )
+    assert [run[-5:] for run in dependents(pipeline.root, "acme").runs] == ["run-2"]
+
+
 @pytest.mark.parametrize("name", ["", "../x", "a/b", "*"])
 def test_what_is_no_community_is_refused(pipeline, name):
     with pytest.raises(ArtifactError, match="not a community's name"):

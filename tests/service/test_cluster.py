@@ -2,11 +2,20 @@
 
 import pytest
 
+from dpo.storage.runs import write_run_manifest
+from dpo.storage.store import open_store
+from pipelines import cluster, watch
 from pipelines.service import execution
 from pipelines.service.database import Database, NewRun
 from pipelines.service.settings import Settings
 from tests.service.support import TINY, served
+from tests.support.kfp_backend import STEPS, Fault, Scenario, running_backend, task
 
+DEPLOYMENT = """
+images:
+  data: registry.example/data@sha256:{0}
+  train: registry.example/train@sha256:{0}
+""".format("1" * 64)
 NOBODY = "http://127.0.0.1:9"
 
 pytestmark = pytest.mark.slow
@@ -37,3 +46,115 @@ def test_ready_names_the_endpoint_that_does_not_answer(tmp_path, no_endpoint_ans
     found = {error["field"]: error["message"] for error in errors}
     assert set(found) == {"pipeline", "worker"}
     assert "does not answer" in found["pipeline"] or "refused" in found["pipeline"]
+
+
+class Killed(BaseException):
+    """The process ended here; no ``except Exception`` sees it."""
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    monkeypatch.setattr(watch, "_FIRST_POLL_SECONDS", 0.02, raising=False)
+    with running_backend() as running:
+        monkeypatch.setenv("KF_PIPELINES_ENDPOINT", running.url)
+        yield running
+
+
+@pytest.fixture
+def accepted(tmp_path, backend):
+    """A run that waits for its worker, and how a worker takes it up."""
+    deployment = tmp_path / "deployment.yaml"
+    deployment.write_text(DEPLOYMENT)
+    settings = Settings(**TINY, data_dir=tmp_path, deployment=str(deployment))
+    database = Database(settings)
+    new = NewRun("acme", "c", "b", "s3://bucket/data.jsonl", {"rows": 1}, "request")
+    run, _ = database.accept(new)
+
+    def approve(backend_run):
+        write_run_manifest(
+            open_store(settings.community_store("acme")),
+            backend_run,
+            verdict={"approved": True, "rules": []},
+            published={"name": "policy", "content_hash": "ab" * 32, "url": "s3://bucket/policy/ab"},
+        )
+
+    rows = [row for step in STEPS for row in task(step, "SUCCEEDED")]
+    backend.scenario = Scenario(tasks=[[], rows[:3], rows], on_end=approve)
+
+    def work():
+        execution.carry_out(database.begin(run.id), settings, database)
+        return database.get(run.id, None)
+
+    yield database, run, work
+    database.close()
+
+
+def test_a_run_is_followed_to_its_report_and_model(accepted, backend):
+    _, run, work = accepted
+    ended = work()
+    assert ended.state == "succeeded", ended.message
+    (submitted,) = backend.runs.values()
+    assert submitted["display_name"] == run.id
+    assert {step["name"]: step["state"] for step in ended.steps} == dict.fromkeys(STEPS, "done")
+    assert ended.model_url == "s3://bucket/policy/ab"
+    assert ended.report_key == f"runs/{submitted['run_id']}/report.html"
+
+
+def test_a_worker_killed_before_it_noted_the_backends_run_submits_once(
+    accepted, backend, monkeypatch
+):
+    database, run, work = accepted
+    update = database.update
+
+    def killed(run_id, **values):
+        if "backend_run" in values:
+            raise Killed
+        update(run_id, **values)
+
+    monkeypatch.setattr(database, "update", killed)
+    with pytest.raises(Killed):
+        work()
+    assert (len(backend.runs), database.get(run.id, None).backend_run) == (1, None)
+    monkeypatch.undo()
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", backend.url)
+    ended = work()
+    assert ended.state == "succeeded", ended.message
+    assert list(backend.runs) == [ended.backend_run]
+
+
+def test_a_lost_answer_does_not_lose_the_run(accepted, backend):
+    _, _, work = accepted
+    backend.faults = [Fault(r"/runs$", method="POST", after=True, cut=True)]
+    ended = work()
+    assert ended.state == "succeeded", ended.message
+    assert list(backend.runs) == [ended.backend_run]
+
+
+def test_a_refused_submission_is_a_failed_run_and_another_name_is_not_taken_for_it(
+    accepted, backend
+):
+    _, run, work = accepted
+    backend.faults = [Fault(r"/runs$", method="POST", status=400, times=9)]
+    target = cluster.endpoint()
+    assert cluster.find_run(cluster.connect(target), target, f"{run.id}x") is None
+    ended = work()
+    assert ended.state == "failed"
+    assert "refused" in ended.message
+    assert backend.runs == {}
+
+
+def test_what_kubernetes_says_of_a_pod_is_no_state_of_a_step(accepted, monkeypatch):
+    _, _, work = accepted
+    news = "sft: waiting: 0/3 nodes are available: 3 Insufficient memory.\n  fix:   x: y"
+    monkeypatch.setattr("pipelines.events.Watcher.news", lambda _: iter([news]))
+    seen = []
+    real = Database.update
+
+    def noted(self, run_id, **values):
+        seen.extend(step["state"] for step in values.get("steps", []))
+        real(self, run_id, **values)
+
+    monkeypatch.setattr(Database, "update", noted)
+    ended = work()
+    assert ended.state == "succeeded", ended.message
+    assert set(seen) <= {"waiting", "running", "done", "cached", "failed", "skipped"}

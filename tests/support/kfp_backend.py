@@ -59,6 +59,9 @@ class Fault:
     message: str = "Internal Server Error"
     cut: bool = False
     """Close the connection instead of answering."""
+    method: str | None = None
+    after: bool = False
+    """Do what was asked for first: the answer is lost, not the request."""
 
 
 class Refused(Exception):
@@ -136,6 +139,10 @@ class Backend:
         run["state_history"].append({"state": state, "update_time": _now()})
         if state in ("SUCCEEDED", "FAILED") and self.scenario.on_end:
             self.scenario.on_end(run["run_id"])
+
+    def list_runs(self, query: dict[str, str]) -> dict[str, Any]:
+        runs = [r for r in self.runs.values() if r["experiment_id"] == query["experiment_id"]]
+        return {"runs": _matching(runs, query)}
 
     def terminate(self, run_id: str) -> dict[str, Any]:
         run = self._run(run_id)
@@ -250,6 +257,7 @@ def _checked(values: dict[str, Any], model: str) -> dict[str, Any]:
 
 _ROUTES: list[tuple[str, str, str | None, Callable[..., Any]]] = [
     ("GET", r"/healthz", "V2beta1GetHealthzResponse", lambda b, r: {"multi_user": False}),
+    ("GET", r"/runs", "V2beta1ListRunsResponse", lambda b, r: b.list_runs(r.query)),
     ("POST", r"/runs", "V2beta1Run", lambda b, r: b.create_run(r.json())),
     ("GET", r"/runs/([^/:]+)", "V2beta1Run", lambda b, r, i: b.get_run(i)),
     ("POST", r"/runs/([^/:]+):terminate", None, lambda b, r, i: b.terminate(i)),
@@ -327,8 +335,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _fail_when_asked(self, path: str) -> None:
         for fault in self.backend.faults:
-            if fault.times and re.search(fault.path, path):
+            method = fault.method in (None, self.command)
+            if fault.times and method and re.search(fault.path, path):
                 fault.times -= 1
+                if fault.after:
+                    self._dispatch(path)
                 if fault.cut:
                     raise ConnectionAbortedError
                 raise Refused(fault.status, fault.message, 13)
