@@ -11,6 +11,8 @@ KUBECTL ?= kubectl
 # browser tests; container engine and what its networks need; base images; a registry; a cluster's store
 SYSTEM_PACKAGES := chromium docker.io iptables mmdebstrap docker-registry etcd-server openssl
 UV_LOCK := --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet
+# a worker for each of two processors, a file's tests in one of them; SPREAD= runs them in a row
+SPREAD ?= --numprocesses 2 --dist loadfile
 FAST := not long and not gpu and not containers and not cluster and not kubernetes
 
 .DEFAULT_GOAL := help
@@ -65,7 +67,7 @@ validate-structure: setup ## Check folders, configuration, compiled pipeline and
 .PHONY: test
 test: setup ## Every test that needs no system package and no container engine
 	@$(BIN)/python -m tests.support.minio --ensure
-	@$(BIN)/python -m pytest -m "$(FAST)" $(PYTEST)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(FAST)" $(SPREAD) $(PYTEST)
 
 .PHONY: test-long
 test-long: setup ## The tests that take minutes

@@ -231,7 +231,9 @@ def test_folder_and_bucket_hold_the_same_content(checkout, first, minio_server):
 
 
 def test_a_refused_gate_publishes_nothing_and_has_its_own_exit_code(checkout, first):
-    done = checkout.run("--set", "gate.min_reward_accuracy=1", "--output", "json")
+    # under a name of its own: what is published already would pass as unchanged
+    rule = ("--set", "gate.min_reward_accuracy=1", "--set", "publish.name=strict")
+    done = checkout.run(*rule, "--output", "json")
     outcome = json.loads(done.stdout.splitlines()[-1])
     assert (outcome["state"], done.returncode) == ("refused", 3)
     assert not outcome["verdict"]["approved"]

@@ -103,8 +103,9 @@ def test_the_published_runs_of_four_a100():
     """The DPO reference code: Pythia-2.8B, HH, 160,800 pairs in 2 h 45 min (4.1 pairs/s a GPU).
 
     It pads both sequences of a batch (400 to 450 tokens each: half of the 800 to 900 token slots a
-    pair in padded batches) and passes them through policy (forward, backward) and reference (forward). At the default
-    utilisation of 25 % the formula gives 2.6 to 3.0 hours, within 10 % of the published time.
+    pair in padded batches) and passes them through policy (forward, backward) and reference
+    (forward). At the default utilisation of 25 % the formula gives 2.6 to 3.0 hours, within 10 % of
+    the published time.
     """
     shape = architecture_of(config("model=pythia28").model)
     lengths = Lengths(128, 42, 53, padded=425)

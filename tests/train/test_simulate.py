@@ -115,9 +115,7 @@ def measured(config_words, dtype, row):
     return int(done.stdout.split()[-1])
 
 
-@pytest.mark.xfail(
-    strict=False, reason="a real step's resident memory is 1.2 to 1.4 times what is simulated"
-)
+@pytest.mark.xfail(strict=False, reason="a step takes 1.2 to 1.4 times what is simulated")
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_peak_of_a_real_step(settings, tmp_path, dtype):
@@ -128,9 +126,7 @@ def test_the_peak_of_a_real_step(settings, tmp_path, dtype):
     assert measured(words, dtype, ROW) == pytest.approx(simulated, rel=0.2)
 
 
-@pytest.mark.xfail(
-    strict=False, reason="a real step's resident memory is 1.2 to 1.4 times what is simulated"
-)
+@pytest.mark.xfail(strict=False, reason="a step takes 1.2 to 1.4 times what is simulated")
 @pytest.mark.long
 def test_the_peak_of_a_real_step_of_smollm2():
     words = ["model=smollm2", "micro_batch_tokens=512"]
