@@ -10,12 +10,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from kfp import dsl
-
-from components.ingest import ingest
-from components.ingest_merge import ingest as merge
-from components.ingest_shard import ingest_shard
-
 SHARD_STEP = "ingest-shard"
 _N_SHARDS = ContextVar("n_shards", default=1)
 
@@ -38,6 +32,12 @@ def ingest_tasks(*, settings: Any, fingerprint: Any, data_uri: Any) -> Any:
         fingerprint: Of ingest.
         data_uri: An earlier output of ingest to use instead; there is nothing to share then.
     """
+    from kfp import dsl
+
+    from components.ingest import ingest
+    from components.ingest_merge import ingest as merge
+    from components.ingest_shard import ingest_shard
+
     number = _N_SHARDS.get()
     if number < 2:
         return ingest(settings=settings, fingerprint=fingerprint, data_uri=data_uri)

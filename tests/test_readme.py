@@ -43,8 +43,8 @@ def submitted(words):
 def test_the_single_steps_work_one_after_the_other(tmp_path):
     """With the tiny model in place of the real one, everything else as written."""
     steps = commands(README, ["dpo"])
-    assert [words[1] for words in steps[:7]] == [
-        *("ingest", "train", "reference", "train", "evaluate", "gate", "config")
+    assert [words[1] for words in steps[:9]] == [
+        *("ingest", "train", "reference", "train", "evaluate", "gate", "plan", "export", "config")
     ]
     for words in steps:
         if words[1] in ("verify", "pull"):

@@ -80,7 +80,11 @@ class FolderStore(Store):
                 partial.unlink(missing_ok=True)
 
     def scan(self, prefix: str = "") -> Iterator[tuple[str, ObjectStat]]:
-        found = (p for p in self.folder.rglob("*") if p.is_file() and not _is_partial(p.name))
+        # not rglob: a folder that another process removes meanwhile would end it
+        walked = (
+            (Path(place, name), name) for place, _, names in os.walk(self.folder) for name in names
+        )
+        found = (path for path, name in walked if not _is_partial(name) and path.is_file())
         for key, path in sorted((p.relative_to(self.folder).as_posix(), p) for p in found):
             if key.startswith(prefix) and path.name != _LOCK:
                 # another process may remove it meanwhile

@@ -94,9 +94,9 @@ def made_evaluation(shift=0.2, n=60, beta=0.1, seed=0):
     return result, samples, pairs
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser():
-    """The system's Chromium, driven by Playwright."""
+    """The system's Chromium, driven by Playwright: closed before another package starts its own."""
     path = shutil.which("chromium") or shutil.which("chromium-browser")
     playwright = pytest.importorskip("playwright.sync_api", reason="install the extra dev")
     if path is None:
