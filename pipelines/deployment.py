@@ -22,6 +22,8 @@ from dpo.config.places import config_dir
 from dpo.errors import ConfigError
 from dpo.storage.store import open_store
 
+_FIX = "config/schemas/deployment.json describes every key"
+
 DATA_STEPS = ("fingerprint", "ingest", "gate", "select", "publish", "finish")
 TRAIN_STEPS = ("sft", "reference", "preference", "evaluate")
 CHECKPOINTED_STEPS = ("sft", "preference")
@@ -258,7 +260,7 @@ class Deployment(Section):
         try:
             return Resources.model_validate({**group.model_dump(), **own})
         except ValidationError as error:
-            raise validation_error(error, Resources, where=f"steps.{step}") from None
+            raise validation_error(error, Resources, where=f"steps.{step}", fix=_FIX) from None
 
 
 def names() -> list[str]:
@@ -282,7 +284,8 @@ def load_deployment(name_or_file: str, assignments: Iterable[str] = ()) -> Deplo
     try:
         return Deployment.model_validate(values)
     except ValidationError as error:
-        raise validation_error(error, Deployment, where=name_or_file or "deployment") from None
+        where = name_or_file or "deployment"
+        raise validation_error(error, Deployment, where=where, fix=_FIX) from None
 
 
 def _read(name_or_file: str) -> dict[str, Any]:

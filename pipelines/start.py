@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo.config.parameters import STARTS
-from dpo.errors import PipelineError
+from dpo.errors import ConfigError, PipelineError
 from dpo.storage.runs import read_run_manifest
 from pipelines import cluster
 from pipelines.history import INPUTS
@@ -19,7 +19,8 @@ def earlier_run(options: argparse.Namespace, runs: Path) -> dict[str, Any]:
     """``parameters`` and ``sources`` (URI of each step's output) of the run to start from.
 
     Raises:
-        PipelineError: there is no such run, or it left no complete artifacts.
+        ConfigError: there is no such run on this machine.
+        PipelineError: the store knows no such run, or it left no complete artifacts.
     """
     run_id = options.start_from
     record = runs / "history" / run_id / "run.json"
@@ -27,7 +28,7 @@ def earlier_run(options: argparse.Namespace, runs: Path) -> dict[str, Any]:
         known = json.loads(record.read_text(encoding="utf-8"))
         found = {"parameters": known["parameters"], "sources": known["artifacts"]}
     elif options.local and not options.store:
-        raise PipelineError(
+        raise ConfigError(
             f"there is no local run {run_id}",
             where=str(record.parent.parent),
             fix="name a folder of it, or pass the --store of a run on Kubeflow",

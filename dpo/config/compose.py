@@ -29,7 +29,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from dpo.config.describe import suggestion, validation_error
+from dpo.config.describe import nearest, suggestion, validation_error
 from dpo.config.places import config_dir
 from dpo.config.schema import RunConfig
 from dpo.errors import ConfigError
@@ -97,7 +97,7 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
     renamed = []
     for text in overrides:
         key, separator, value = text.partition("=")
-        if not separator:
+        if not separator or not key.strip("+~ "):
             raise ConfigError(
                 f"{text!r} is not key=value", fix="write for example loss.beta=0.1 or model=tiny"
             )
@@ -230,7 +230,7 @@ def _hydra_error(
             choice, known = str(override.value()), choices(group, directories)
             if choice not in known:
                 return ConfigError(
-                    f"{group}={choice}: there is no such choice{suggestion(choice, known)}",
+                    f"{group}={choice}: there is no such choice{nearest(choice, known)}",
                     fix=f"the choices are {', '.join(known)}",
                 )
     for directory in directories:

@@ -11,9 +11,15 @@ from pydantic import BaseModel, ValidationError
 
 from dpo.errors import ConfigError
 
+_NO_BOOLEAN = ("bool_parsing", "bool_type")
+
 
 def validation_error(
-    error: ValidationError, schema: type[BaseModel], *, where: str | None = None
+    error: ValidationError,
+    schema: type[BaseModel],
+    *,
+    where: str | None = None,
+    fix: str = "`dpo config` prints every key with its value",
 ) -> ConfigError:
     """One ConfigError for all that ``error`` found.
 
@@ -21,10 +27,11 @@ def validation_error(
         error: pydantic's findings.
         schema: The class that was validated, to suggest keys from.
         where: File or command that the values came from.
+        fix: Where the keys are listed.
     """
     lines = [_finding(item, schema) for item in error.errors(include_url=False)]
     found = lines[0] if len(lines) == 1 else "\n  ".join(["settings that cannot work:", *lines])
-    return ConfigError(found, where=where, fix="`dpo config` prints every key with its value")
+    return ConfigError(found, where=where, fix=fix)
 
 
 def _finding(item: Any, schema: type[BaseModel]) -> str:
@@ -33,7 +40,7 @@ def _finding(item: Any, schema: type[BaseModel]) -> str:
     if kind == "extra_forbidden":
         loss = path[1] if path[0] == "loss" and len(path) > 2 else None
         section, path = _section_at(schema, path)
-        if loss:
+        if loss and path[-1] in _options_of_losses(schema):
             options = ", ".join(name for name in section if name != "name") or "none"
             return f"{'.'.join(path)}: the loss {loss} ignores it (its options: {options})"
         key = ".".join(path)
@@ -45,23 +52,34 @@ def _finding(item: Any, schema: type[BaseModel]) -> str:
     if kind == "union_tag_not_found":
         return "loss.name is missing: choose a loss, such as loss=dpo"
     key = ".".join(_without_tags(path))
-    problem = item["msg"]
+    problem = "write true or false" if kind in _NO_BOOLEAN else item["msg"]
     return f"{key}={item['input']!r}: {problem[:1].lower()}{problem[1:]}"
 
 
 def suggestion(key: str, choices: Iterable[str]) -> str:
     """`` (did you mean X?)``, or the choices when nothing is near."""
     known = sorted(choices)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if near:
-        return f" (did you mean {near[0]}?)"
+    if near := nearest(key, known):
+        return near
     return f": the choices are {', '.join(known)}" if known else ""
+
+
+def nearest(key: str, choices: Iterable[str]) -> str:
+    """`` (did you mean X?)``, or nothing."""
+    near = difflib.get_close_matches(key, sorted(choices), n=1, cutoff=0.6)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in typing.get_args(annotation) for model in _models_in(part)]
+
+
+def _options_of_losses(schema: type[BaseModel]) -> set[str]:
+    """What some loss takes: for another loss such a key is no typo, but it would do nothing."""
+    losses = _models_in(schema.model_fields["loss"].annotation)
+    return {name for loss in losses for name in loss.model_fields}
 
 
 def _without_tags(path: list[str]) -> list[str]:

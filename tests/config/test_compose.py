@@ -129,7 +129,9 @@ def test_own_models_from_any_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("loss.bta=0.1", ["loss.bta", "beta"]),
+        ("loss.bta=0.1", ["unknown key loss.bta", "did you mean beta"]),
+        ("lora.enabled=maybe", ["lora.enabled='maybe'", "true or false"]),
+        ("=3", ["'=3' is not key=value"]),
         ("batch_sise=3", ["batch_sise", "batch_size"]),
         ("model=pythia29", ["pythia29", "pythia28"]),
         ("loss=dpoo", ["dpoo", "dpo"]),

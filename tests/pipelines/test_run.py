@@ -121,7 +121,7 @@ def test_a_run_starts_from_the_artifacts_of_an_earlier_one(checkout, first):
 
 def test_a_run_to_start_from_that_is_not_there(checkout, first):
     done = checkout.run("--from", "none")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "there is no local run none" in done.stderr
 
 
