@@ -51,6 +51,9 @@ stop() {
         done
     fi
     ! answers "$socket" || { echo "the engine in $folder did not end" >&2; return 1; }
+    # the engine leaves its network namespace mounted
+    awk -v folder="$folder/" 'index($2, folder) == 1 {print $2}' /proc/mounts | sort -r \
+        | while read -r mount; do umount "$mount"; done
     rm -rf "$folder"
 }
 
