@@ -27,10 +27,44 @@ no traceback, and exits with ``exit_code``: 2 for a mistake in the command or it
 from __future__ import annotations
 
 import errno
+import re
+
+_PASSWORD = re.compile(r"(://)[^/?#\s'\"\[]*@")
+# a password that should have been percent-encoded; a port and a path are none
+_UGLY_PASSWORD = re.compile(r"(://[^/?#\s@:'\"]+:)(?!\d+[/?#])[^\s'\"]*@")
+_KEY_IN_QUERY = re.compile(
+    r"([?&][^=&\s]*(?:token|key|secret|signature|password|credential|sig)[^=&\s]*=)[^&\s'\"]+",
+    re.IGNORECASE,
+)
+_UNPRINTED = re.compile(
+    # C0 and C1 but newline and tab, marks of direction, separators that some take for a line's end
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]"
+)
+
+
+def masked(text: str) -> str:
+    """``text`` with ``***`` for user and password in URLs, and for keys in their queries."""
+    if "://" not in text:
+        return text
+    text = _UGLY_PASSWORD.sub(r"://***@", _PASSWORD.sub(r"\1***@", text))
+    return _KEY_IN_QUERY.sub(r"\1***", text)
+
+
+def holds_password(text: str) -> bool:
+    """Whether ``text`` is a URL with a user or a password in it."""
+    return bool(_PASSWORD.search(text) or _UGLY_PASSWORD.search(text))
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters and marks of direction as escapes, so that it stays text.
+
+    Newlines and tabs are left. A terminal would obey the others, or show another text.
+    """
+    return _UNPRINTED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 class DpoError(Exception):
-    """What was found, where, and what to do about it.
+    """What was found, where, and what to do about it; without passwords and terminal escapes.
 
     Args:
         found: What was found, one sentence.
@@ -41,10 +75,11 @@ class DpoError(Exception):
     exit_code = 1
 
     def __init__(self, found: str, *, where: str | None = None, fix: str | None = None) -> None:
-        super().__init__(found, where, fix)
-        self.found = found
-        self.where = where
-        self.fix = fix
+        # texts of users, of stores and of models reach terminals, logs and manifests this way
+        self.found = printable(masked(found))
+        self.where = printable(masked(where)) if where is not None else None
+        self.fix = printable(masked(fix)) if fix is not None else None
+        super().__init__(self.found, self.where, self.fix)
 
     def __str__(self) -> str:
         lines = [self.found]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo.errors import ConfigError, PipelineError
+from dpo.errors import ConfigError, PipelineError, holds_password
 
 _ANSWER_SECONDS = 20.0
 _CRON_FIELDS = 6
@@ -44,6 +44,7 @@ def endpoint(
 
     Raises:
         PipelineError: neither names one.
+        ConfigError: it has credentials in it.
     """
     host = host or os.environ.get("KF_PIPELINES_ENDPOINT")
     if not host:
@@ -51,9 +52,15 @@ def endpoint(
             "no Kubeflow Pipelines endpoint is given",
             fix="set KF_PIPELINES_ENDPOINT or pass --endpoint URL; to run here, pass --local",
         )
+    ui = os.environ.get("KF_PIPELINES_UI_ENDPOINT") or host
+    if holds_password(host) or holds_password(ui):
+        raise ConfigError(
+            "the URL of the endpoint has credentials in it, and links to it are shown and logged",
+            fix="leave them out and set KF_PIPELINES_TOKEN or KF_PIPELINES_SA_TOKEN_PATH",
+        )
     return Endpoint(
         host=host.rstrip("/"),
-        ui=(os.environ.get("KF_PIPELINES_UI_ENDPOINT") or host).rstrip("/"),
+        ui=ui.rstrip("/"),
         namespace=namespace,
         experiment=experiment
         or os.environ.get("KF_PIPELINES_DEFAULT_EXPERIMENT_NAME")

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from dpo.config.base import Section
+from dpo.config.base import Section, refuse_passwords
 from dpo.config.describe import suggestion, validation_error
 from dpo.config.nodes import NodesOptions
 from dpo.config.places import config_dir
@@ -216,6 +216,12 @@ class Deployment(Section):
     resources are those of each of its nodes."""
     steps: dict[Step, dict[str, Any]] = {}
     """Settings of single steps, over those of ``data`` or ``train``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_passwords(cls, values: Any) -> Any:
+        refuse_passwords(values)
+        return values
 
     @field_validator("environment")
     @classmethod

@@ -11,7 +11,7 @@ import yaml
 from dpo.config.describe import suggestion
 from dpo.config.parameters import OVERRIDES, check_names, route, stage_configs, typed
 from dpo.config.places import config_dir
-from dpo.errors import ConfigError
+from dpo.errors import ConfigError, holds_password
 
 
 def presets() -> list[str]:
@@ -53,6 +53,12 @@ def parameters(
     values = {**defaults, **(preset(preset_name) if preset_name else {})}
     check_names(values)
     for assignment in assignments:
+        if holds_password(assignment):
+            raise ConfigError(
+                f"{assignment.partition('=')[0]}: the URL has credentials in it, and parameters "
+                "are recorded in every run",
+                fix="leave them out; they are read from their own variables",
+            )
         name, value = route(assignment)
         if name == "both_overrides":
             for list_name in OVERRIDES:

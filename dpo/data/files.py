@@ -12,6 +12,7 @@ from dpo.config.places import BUILTIN_PREFIX, builtin, builtins
 from dpo.config.schema import SourceConfig
 from dpo.data.readers import READABLE, container_of
 from dpo.errors import DataError
+from dpo.storage.allowed import check_allowed
 from dpo.storage.store import is_store_url
 
 COMMUNITY_DATA = "DPO_COMMUNITY_DATA"
@@ -42,10 +43,14 @@ def located(name: str, source: SourceConfig) -> SourceConfig:
 
     Raises:
         DataError: it is nowhere.
+        ConfigError: the operator allows no such place.
     """
     path = source.path
+    if path is None and not source.hub:
+        return _community(name, source)
+    check_allowed(path or f"{_HUB_SCHEME}{source.hub}", f"sources.{name}")
     if path is None:
-        return source if source.hub else _community(name, source)
+        return source
     if path.startswith(_HUB_SCHEME):
         owner, _, rest = path.removeprefix(_HUB_SCHEME).removeprefix("datasets/").partition("/")
         repository, _, subset = rest.partition("/")
@@ -95,6 +100,9 @@ def source_files(name: str, source: SourceConfig) -> list[Path]:
     path = Path(source.path).expanduser()
     try:
         files = sorted(item for item in _found(path) if _is_file(item, where))
+        for file in files:
+            # a link may lead elsewhere, and what DPO_COMMUNITY_DATA finds is checked here too
+            check_allowed(file, where)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"the path cannot be followed: {reason}", where=where) from None

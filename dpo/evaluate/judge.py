@@ -22,19 +22,28 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from dpo.config.schema import JudgeConfig
-from dpo.errors import DpoError, EvaluationError
+from dpo.errors import ConfigError, DpoError, EvaluationError
 from dpo.evaluate.bootstrap import Array, Bootstrap, interval
+from dpo.storage import outbound
 from dpo.storage.progress import Bar
 
 Winner = Literal["A", "B", "tie"]
 
 KEY_VARIABLES = ("DPO_JUDGE_API_KEY", "OPENAI_API_KEY")
+HOSTS_VARIABLE = "DPO_JUDGE_HOSTS"
+"""Environment variable: ``host`` or ``host:port`` of the judges that may be asked, with commas."""
+_WHAT = "evaluation.judge.url"
+_FIX = (
+    f"name the host in {HOSTS_VARIABLE} (host or host:port, commas between): a setting of whoever "
+    "operates the pipeline. Without it public addresses are asked and no private ones"
+)
 _MAX_BYTES = 1_000_000
 _MAX_WAIT_SECONDS = 30.0
 _BUSY = {408, 409, 425, 429, 500, 502, 503, 504}
@@ -176,8 +185,8 @@ class Service:
         self.config = config
         self.problem: EvaluationError | None = None
         self._ended = threading.Event()
-        self._opener = urllib.request.build_opener(_NoRedirect)
-        key = next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), "")
+        self._opener = outbound.opener(_WHAT, private=check_service(config))
+        key = _key()
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if key:
             self._headers["Authorization"] = f"Bearer {key}"
@@ -228,7 +237,9 @@ class Service:
         except urllib.error.HTTPError as error:
             with error:
                 raise self._refused(error) from None
-        except (OSError, urllib.error.URLError) as error:
+        except outbound.AddressRefused as error:
+            raise ConfigError(error.found, where=self.config.url, fix=_FIX) from None
+        except (OSError, urllib.error.URLError, outbound.NameUnknown) as error:
             raise _Try(f"no answer ({getattr(error, 'reason', None) or error})") from None
         except (ValueError, KeyError, IndexError, TypeError):
             raise _Try("its reply is no chat completion") from None
@@ -262,11 +273,45 @@ class _Try(Exception):
         self.wait_seconds = wait_seconds
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key and the texts to another host."""
+def check_service(config: JudgeConfig) -> bool:
+    """Whether the judge's host is one that ``DPO_JUDGE_HOSTS`` names, and may be a private one.
 
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
+    Without that list every host with public addresses may be asked. Whoever fills in a pipeline's
+    form names the judge, and the operator's key goes there.
+
+    Raises:
+        ConfigError: the host may not be asked.
+    """
+    hosts = [item.strip() for item in os.environ.get(HOSTS_VARIABLE, "").split(",")]
+    try:
+        parts = outbound.web_url(config.url or "", _WHAT)
+        listed = outbound.is_listed(parts, hosts)
+        if not listed and any(hosts):
+            raise outbound.AddressRefused(f"{HOSTS_VARIABLE} does not name the judge's host")
+        if not listed:
+            with suppress(outbound.NameUnknown):
+                port = outbound.port_of(parts)
+                outbound.address_of(parts.hostname or "", port, _WHAT, private=False)
+    except outbound.AddressRefused as error:
+        raise ConfigError(error.found, where=config.url, fix=_FIX) from None
+    return listed
+
+
+def _key() -> str:
+    """The service's key, from the first variable that is set.
+
+    Raises:
+        ConfigError: it cannot be one; without the key itself, which http.client would print.
+    """
+    name = next((name for name in KEY_VARIABLES if os.environ.get(name)), "")
+    key = os.environ.get(name, "").strip()
+    if not re.fullmatch(r"[\x21-\x7e]*", key):
+        raise ConfigError(
+            f"{name} holds a character that no key has",
+            where=name,
+            fix="set it to the key alone, without spaces and newlines in it",
+        )
+    return key
 
 
 def _seconds(text: str | None) -> float | None:

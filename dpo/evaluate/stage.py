@@ -22,7 +22,7 @@ from dpo.errors import ConfigError, DataError
 from dpo.evaluate.answers import answer_figures
 from dpo.evaluate.findings import findings
 from dpo.evaluate.heldout import HeldOut, figures, pair_values
-from dpo.evaluate.judge import Match, judge
+from dpo.evaluate.judge import Match, check_service, judge
 from dpo.evaluate.measure import Measured, Measurement, Models
 from dpo.evaluate.parts import in_part
 from dpo.evaluate.report import write_reports
@@ -75,6 +75,9 @@ def run_evaluate(
         raise ConfigError(
             "loss=sft: the evaluation compares preferences", fix="use loss=dpo or ipo"
         )
+    if config.evaluation.judge.url:
+        # before hours of measuring
+        check_service(config.evaluation.judge)
     given = _read(config, pairs=pairs, sft=sft, policy=policy, reference=reference)
     measurement = Measurement(config, given.rows, given.examples, given.tokenizer)
     measured = measurement.run(Models(sft, policy, published))

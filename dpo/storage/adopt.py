@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo.errors import ArtifactError, ConfigError, ObjectMissing
+from dpo.storage.allowed import check_allowed
 from dpo.storage.manifest import (
     LOGS,
     MANIFEST,
@@ -42,8 +43,9 @@ def artifact_store(uri: str) -> Store:
     """The store whose root is the artifact.
 
     Raises:
-        ConfigError: neither a store's URL nor an absolute folder.
+        ConfigError: neither a store's URL nor an absolute folder, or one that may not be read.
     """
+    check_allowed(uri, f"the artifact {uri}")
     if uri.startswith("/"):
         return open_store(Path(uri).as_uri())
     if not is_store_url(uri):

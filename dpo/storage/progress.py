@@ -25,7 +25,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from dpo.errors import DpoError, system_problem
+from dpo.errors import DpoError, masked, printable, system_problem
 from dpo.storage.notebook import NotebookBar, in_notebook
 from dpo.storage.processes import END_WITH, end_with
 
@@ -71,7 +71,8 @@ def _parsed(lines: list[bytes]) -> Iterator[dict[str, Any]]:
 
 
 def message(step: str, text: str) -> None:
-    """One line that a person should see now."""
+    """One line that a person should see now, without passwords and terminal escapes."""
+    text = printable(masked(text))
     emit("message", step, text=text)
     if not os.environ.get(FILE_VARIABLE):
         print(text, file=sys.stderr, flush=True)

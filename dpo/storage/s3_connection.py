@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -33,12 +34,19 @@ def connection(environment: Mapping[str, str] | None = None) -> Connection:
     and ``MINIO_SECRET_KEY``, or ``MINIO_ROOT_USER`` and ``MINIO_ROOT_PASSWORD``.
 
     Raises:
-        ConfigError: an endpoint that is no address.
+        ConfigError: an endpoint that is no address, or has credentials in it; a credential that
+            cannot be one.
     """
     env = os.environ if environment is None else environment
     names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "S3_ENDPOINT", "MINIO_ENDPOINT")
     name, given = next(((n, env[n]) for n in names if env.get(n)), ("", "https://s3.amazonaws.com"))
     parts = urlsplit(given if "://" in given else f"//{given}")
+    if "@" in parts.netloc:
+        raise ConfigError(
+            "the endpoint of the store has credentials in it",
+            where=name,
+            fix="leave them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        )
     if not parts.hostname or parts.path.strip("/"):
         raise ConfigError(
             "the endpoint of the store is no address", where=name, fix="write http://host:port"
@@ -52,17 +60,27 @@ def connection(environment: Mapping[str, str] | None = None) -> Connection:
         ("MINIO_ACCESS_KEY", "MINIO_SECRET_KEY"),
         ("MINIO_ROOT_USER", "MINIO_ROOT_PASSWORD"),
     )
-    access, secret = next(
-        ((env[a], env[s]) for a, s in keys if env.get(a) and env.get(s)), (None, None)
-    )
+    access_name, secret_name = next(((a, s) for a, s in keys if env.get(a) and env.get(s)), keys[0])
     return Connection(
         endpoint=parts.netloc,
         secure=secure,
-        access_key=access,
-        secret_key=secret,
-        session_token=env.get("AWS_SESSION_TOKEN"),
+        access_key=_credential(env, access_name),
+        secret_key=_credential(env, secret_name),
+        session_token=_credential(env, "AWS_SESSION_TOKEN"),
         region=env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION"),
     )
+
+
+def _credential(env: Mapping[str, str], name: str) -> str | None:
+    """A variable without the newline that files end with; http.client would print any other."""
+    text = env.get(name, "").strip()
+    if not re.fullmatch(r"[\x21-\x7e]*", text):
+        raise ConfigError(
+            f"{name} holds a character that no credential has",
+            where=name,
+            fix="set it to the credential alone, without spaces and newlines in it",
+        )
+    return text or None
 
 
 def google_connection(environment: Mapping[str, str] | None = None) -> Connection:

@@ -15,6 +15,7 @@ from uuid import uuid4
 import sqlalchemy as sa
 from dbos import DBOS, DBOSClient, DBOSPortableJSONSerializer, WorkflowSerializationFormat
 
+from dpo.errors import DpoError, masked
 from pipelines.service.settings import Settings
 
 QUEUE = "runs"
@@ -122,8 +123,17 @@ class Database:
     def __init__(self, settings: Settings) -> None:
         self.url = _url(settings)
         self.engine = _engine(self.url)
-        DBOS.migrate(self.url)
-        _metadata.create_all(self.engine)
+        try:
+            DBOS.migrate(self.url)
+            _metadata.create_all(self.engine)
+        except sa.exc.SQLAlchemyError as error:
+            # its text may repeat what it was given, which holds a password
+            reason = type(getattr(error, "orig", None) or error).__name__
+            raise DpoError(
+                f"the database cannot be used: {reason}",
+                where=masked(self.url),
+                fix="check that it runs, and DPO_SERVICE_DATABASE or DPO_SERVICE_DATA_DIR",
+            ) from None
         self._queue = DBOSClient(
             system_database_engine=self.engine, serializer=DBOSPortableJSONSerializer()
         )

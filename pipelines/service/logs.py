@@ -9,6 +9,8 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
 
+from dpo.errors import masked
+
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """Id of the request that is being answered."""
 
@@ -29,7 +31,7 @@ class _JsonFormatter(logging.Formatter):
         if record.exc_info:
             values["traceback"] = self.formatException(record.exc_info)
         # ASCII: control characters and terminal escapes are written as \\u001b
-        return json.dumps(values, ensure_ascii=True, default=str)
+        return masked(json.dumps(values, ensure_ascii=True, default=str))
 
 
 def start_logging() -> None:

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
+from dpo.config.base import refuse_passwords
 from dpo.config.describe import suggestion, validation_error
 from dpo.config.parameters import stage_configs
 from dpo.config.schema import RunConfig
@@ -134,10 +135,15 @@ class Settings(BaseModel):
             raise ConfigError(
                 "callbacks are signed, and no key is set", fix=f"set {PREFIX}CALLBACK_SECRET"
             )
-        if self.database and urlsplit(self.database).scheme not in ("postgresql", "postgres"):
+        if self.database and not _is_postgres(self.database):
             raise ConfigError(
                 "the database is not a postgresql:// URL", fix=f"mend or remove {PREFIX}DATABASE"
             )
+        for name in ("store", "oidc_issuer", "settings"):
+            try:
+                refuse_passwords(getattr(self, name), name)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
         _ = self.ingest_config
 
     @property
@@ -187,6 +193,15 @@ class Settings(BaseModel):
             preset_name=self.preset,
             assignments=[f"{name}={json.dumps(value)}" for name, value in assigned.items()],
         )
+
+
+def _is_postgres(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        # asking for it reads it
+        return parts.scheme in ("postgresql", "postgres") and (parts.port or 1) > 0
+    except ValueError:
+        return False
 
 
 def _nearest(name: str, schema: type[BaseModel]) -> str:

@@ -50,6 +50,7 @@ def requests_of(url):
 def _no_key(monkeypatch):
     for name in ("DPO_JUDGE_API_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DPO_JUDGE_HOSTS", "127.0.0.1")
 
 
 @pytest.mark.parametrize("rule", ["longer", "words", "busy"])

@@ -4,8 +4,9 @@ import socket
 
 import pytest
 
+from dpo.storage.outbound import AddressRefused, address_of
 from pipelines.service import callbacks
-from pipelines.service.callbacks import CallbackFailed, CallbackRefused, address_of, check_url, sign
+from pipelines.service.callbacks import CallbackFailed, CallbackRefused, check_url, sign
 from pipelines.service.settings import Settings
 from tests.service.support import TINY, body, served
 
@@ -58,11 +59,15 @@ def test_urls_that_are_not_called(settings, url, reason):
 )
 def test_private_addresses_are_refused_although_listed(settings, host):
     with pytest.raises(CallbackRefused, match="private address"):
-        address_of(check_url(f"http://{host}/", settings), settings)
+        callbacks.call(f"http://{host}/", {"a": 1}, settings)
+    parts = check_url(f"http://{host}/", settings)
+    with pytest.raises(AddressRefused, match="private address"):
+        address_of(parts.hostname, 80, "callbackUrl", private=False)
 
 
 def test_a_public_address_is_called_as_it_was_checked(settings):
-    assert address_of(check_url("https://8.8.8.8/x", settings), settings) == ("8.8.8.8", 443)
+    assert check_url("https://8.8.8.8/x", settings).hostname == "8.8.8.8"
+    assert address_of("8.8.8.8", 443, "callbackUrl", private=False) == "8.8.8.8"
     assert check_url("https://a.example:8443/x", settings).port == 8443
     assert check_url("https://HOOKS.example/", settings).hostname == "hooks.example"
 

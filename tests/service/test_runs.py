@@ -16,17 +16,28 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from Crypto.PublicKey import ECC
 
 from dpo.data.toy import toy_rows
 from dpo.publish.verify import verify
 from tests.service.support import ServiceProcess, body
 
+SIGNING_KEY = ECC.generate(curve="ed25519").export_key(format="PEM")
 SECRETS = {
     "DPO_SERVICE_CALLBACK_SECRET": "planted-secret-of-callbacks",
     "DPO_SERVICE_TOKEN": "planted-token",
+    "AWS_ACCESS_KEY_ID": "planted-store-id",
     "AWS_SECRET_ACCESS_KEY": "planted-store-key",
     "AWS_SESSION_TOKEN": "planted-session-token",
+    "MINIO_ROOT_PASSWORD": "planted-root-password",
+    "GOOGLE_SECRET_ACCESS_KEY": "planted-google-key",
     "HF_TOKEN": "planted-hub-token",
+    "WANDB_API_KEY": "planted-wandb-key",
+    "KF_PIPELINES_TOKEN": "planted-kubeflow-token",
+    "DPO_NOTIFY_SECRET": "planted-notification-key",
+    "DPO_JUDGE_API_KEY": "planted-judge-key",
+    # its only line between the marks
+    "DPO_SIGNING_KEY": SIGNING_KEY.splitlines()[1],
 }
 SECRET = SECRETS["DPO_SERVICE_CALLBACK_SECRET"]
 
@@ -73,6 +84,23 @@ def planted(folder):
         if path.is_file()
         and any(secret.encode() in path.read_bytes() for secret in SECRETS.values())
     ]
+
+
+class Commands(threading.Thread):
+    """Looks at the command line of every process, again and again, for a planted secret."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.found, self.seen, self.over = [], set(), threading.Event()
+
+    def run(self):
+        words = [secret.encode() for secret in SECRETS.values()]
+        while not self.over.wait(0.05):
+            for command in Path("/proc").glob("[0-9]*/cmdline"):
+                with contextlib.suppress(OSError):
+                    text = command.read_bytes()
+                    self.seen.add(text)
+                    self.found += [text for word in words if word in text]
 
 
 def hostile(mark):
@@ -126,12 +154,22 @@ def story(tmp_path_factory):
     found = SimpleNamespace()
     found.data = tmp_path_factory.mktemp("runs") / "data"
     receiver = Receiver()
+    settings = {
+        "evaluation.judge.url": f"http://{receiver.host}/judge",
+        "evaluation.judge.model": "m",
+        "evaluation.judge.n_tries": 1,
+    }
     service = ServiceProcess(
         found.data,
         DPO_SERVICE_CALLBACK_HOSTS=receiver.host,
         DPO_SERVICE_CALLBACK_PRIVATE="true",
-        **SECRETS,
+        DPO_SERVICE_SETTINGS=json.dumps(settings),
+        DPO_JUDGE_HOSTS=receiver.host,
+        DPO_NOTIFY_URL=f"http://{receiver.host}/notified",
+        **{**SECRETS, "DPO_SIGNING_KEY": SIGNING_KEY},
     )
+    commands = Commands()
+    commands.start()
     headers = {"Authorization": f"Bearer {SECRETS['DPO_SERVICE_TOKEN']}"}
     found.mark = tmp_path_factory.getbasetemp() / "owned"
     client = service.start(headers)
@@ -144,7 +182,6 @@ def story(tmp_path_factory):
         path.unlink()
     # the first run is training when everything is killed at once
     client.wait(first, until="sft")
-    found.in_commands = [secret for secret in SECRETS.values() if alive(secret)]
     service.end(signal.SIGKILL)
     found.all_gone = gone(str(found.data / "work"))
     found.planted = planted(found.data)
@@ -172,8 +209,12 @@ def story(tmp_path_factory):
     while client.run(first)["callback"] != "delivered" and time.monotonic() < deadline:
         time.sleep(0.2)
     found.callback = client.run(first)["callback"]
-    found.calls = receiver.calls
+    found.all_calls = receiver.calls
+    found.calls = [call for call in receiver.calls if call[0].startswith("/acme")]
     found.exit_code = service.end(signal.SIGTERM)
+    commands.over.set()
+    commands.join()
+    found.in_commands, found.commands = commands.found, commands.seen
     found.log = service.log.read_text()
     found.planted += planted(found.data)
     receiver.server.shutdown()
@@ -223,8 +264,21 @@ def test_hostile_text_runs_no_command(story):
 
 def test_secrets_are_in_no_output_of_a_run(story):
     assert story.in_commands == []
+    # the steps' processes were among those that were looked at
+    assert any(b"one_run" in command for command in story.commands)
     assert story.planted == []
     assert not any(secret in story.log for secret in SECRETS.values())
+
+
+def test_each_secret_was_used_where_it_belongs(story):
+    """Else the search above would have nothing to find."""
+    judged = [headers for path, headers, _ in story.all_calls if path.startswith("/judge")]
+    assert judged[0]["Authorization"] == f"Bearer {SECRETS['DPO_JUDGE_API_KEY']}"
+    (sent, headers), *_ = [(b, h) for path, h, b in story.all_calls if path == "/notified"]
+    expected = hmac.new(SECRETS["DPO_NOTIFY_SECRET"].encode(), sent, hashlib.sha256).hexdigest()
+    assert headers["X-DPO-Signature"] == f"sha256={expected}"
+    (manifest,) = (story.data / "store/communities/acme/policy").glob("*/manifest.json")
+    assert json.loads(manifest.read_text())["signature"]["algorithm"] == "ed25519"
 
 
 def test_the_page_shows_the_runs(story):
