@@ -57,17 +57,16 @@ def near_hashes(prompts: Sequence[bytes]) -> npt.NDArray[np.uint64]:
     """``near_hash`` of many prompts in UTF-8, as little-endian numbers."""
     # one call for all: with bytes to delete each call first makes a table
     cores = _APART.join(prompts).translate(_LOWER, _NO_LETTERS).split(_APART)
-    return np.array([xxh3_64_intdigest(core) for core in cores], dtype="<u8")
+    return np.fromiter(map(xxh3_64_intdigest, cores), dtype="<u8", count=len(cores))
 
 
 _APART = b"\xff"
 """In no text of UTF-8."""
 
 
-def text_hashes(texts: Sequence[str]) -> npt.NDArray[np.uint64]:
-    """8 bytes of each text, as numbers."""
-    hashes = [xxh3_64_intdigest(text.encode()) for text in texts]
-    return np.array(hashes, dtype=np.uint64)
+def text_hashes(texts: Sequence[bytes]) -> npt.NDArray[np.uint64]:
+    """8 bytes of each text in UTF-8, as numbers."""
+    return np.fromiter(map(xxh3_64_intdigest, texts), dtype=np.uint64, count=len(texts))
 
 
 _LOWER = bytes(range(256)).lower()

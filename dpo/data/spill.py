@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dpo.data import repeats
 from dpo.data.formats import Message, Rating
@@ -36,6 +37,8 @@ PAIRS, KEYS, REJECTED = "pairs.arrow", "keys.bin", "rejected.jsonl"
 RATINGS = "ratings.jsonl"
 KEY_AND_LINE = np.dtype([("key", repeats.KEY), ("line", "<u8")])
 SPILL_SCHEMA = pa.schema([*pair_fields(), pa.field("line", pa.int64())])
+"""On disk a missing ``sft_target`` stands for the chosen response."""
+_TARGET = SPILL_SCHEMA.get_field_index("sft_target")
 
 
 @dataclass
@@ -141,9 +144,18 @@ class PartWriter:
 
 
 def read_pairs(folder: Path) -> Iterator[pa.RecordBatch]:
-    """The batches of a block, in order."""
+    """The batches of a block, in order, with the targets that were left out."""
     with pa.memory_map(str(folder / PAIRS)) as source:
-        yield from pa.ipc.open_stream(source)
+        yield from map(_with_targets, pa.ipc.open_stream(source))
+
+
+def _with_targets(batch: pa.RecordBatch) -> pa.RecordBatch:
+    target, chosen = batch["sft_target"], batch["chosen"]
+    if not target.null_count:
+        return batch
+    if target.null_count < len(target):
+        chosen = pc.coalesce(target, chosen)
+    return batch.set_column(_TARGET, SPILL_SCHEMA.field(_TARGET), chosen)
 
 
 def pack_rating(rating: Rating) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Keeps a training process from giving memory back to the system between steps."""
+"""Keeps a process from giving memory back to the system that it needs again at once."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 def keep_freed_memory() -> bool:
     """Let glibc keep freed memory; once per process, False where there is no glibc.
 
-    A step allocates and frees gigabytes of activations. glibc gives them back at the end of each
-    step, and the kernel then clears every page again: 8 to 12 % of a step's time, measured. Kept,
-    memory is as large as the largest step needed, which the system would have had to give anyway.
+    A training step allocates and frees gigabytes of activations. glibc gives them back at the end
+    of each step, and the kernel then clears every page again: 8 to 12 % of a step's time, measured.
+    Kept, memory is as large as the largest step needed, which the system would have had to give
+    anyway. The same holds for the megabytes of each piece that ingest checks.
     """
     if not sys.platform.startswith("linux"):
         return False
