@@ -289,6 +289,7 @@ def _accept(
         one(json_row(line, shown, piece.first + row))
         start = row + 1
     part.accept_many(sound.batch.slice(start), sound.keys[start:])
+    part.write_many()
 
 
 def _check_row(

@@ -81,6 +81,8 @@ class PartWriter:
         self._columns: list[list[object]] = [[] for _ in SPILL_SCHEMA.names]
         self._chars = 0
         self._keys: list[bytes] = []
+        self._batches: list[pa.RecordBatch] = []
+        self._records: list[repeats.Records] = []
         folder.mkdir(parents=True)
         with ExitStack() as stack:
             sink = stack.enter_context(pa.OSFile(str(folder / PAIRS), "wb"))
@@ -95,11 +97,13 @@ class PartWriter:
 
     def __exit__(self, *error: object) -> None:
         if error[0] is None:
+            self.write_many()
             self._flush()
         self._open.close()
 
     def accept(self, checked: Checked, line: int) -> None:
         """A pair of the row at ``line``."""
+        self.write_many()
         for column, value in zip(self._columns, (*checked.values, line), strict=True):
             column.append(value)
         self._chars += checked.chars
@@ -109,15 +113,26 @@ class PartWriter:
             self._flush()
 
     def accept_many(self, batch: pa.RecordBatch, keys: repeats.Records) -> None:
-        """Pairs in the columns of ``SPILL_SCHEMA``, and their keys."""
+        """Pairs in the columns of ``SPILL_SCHEMA``, and their keys; see ``write_many``."""
         if not batch.num_rows:
             return
         self._flush()
-        self._pairs.write_batch(batch)
         records = np.empty(len(keys), dtype=KEY_AND_LINE)
         records["key"], records["line"] = keys, batch["line"].to_numpy()
-        self._keys_file.write(records.tobytes())
+        self._batches.append(batch)
+        self._records.append(records)
         self.tally.pairs += len(keys)
+
+    def write_many(self) -> None:
+        """Write what ``accept_many`` took: one batch, for what a batch costs does not shrink."""
+        if self._batches:
+            table = pa.Table.from_batches(self._batches).combine_chunks()
+            for batch in table.to_batches():
+                self._pairs.write_batch(batch)
+            for records in self._records:
+                self._keys_file.write(records.tobytes())
+        self._batches.clear()
+        self._records.clear()
 
     def rate(self, rating: Rating, line: int) -> None:
         """An answer of the row at ``line``."""
