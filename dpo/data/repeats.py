@@ -111,10 +111,11 @@ class Repeats:
         self._n_rows += len(keys)
         records["line"] = lines
         for name in ("prompt_a", "near"):
-            partition = records[name] % self._n_partitions
-            order = np.argsort(partition, kind="stable")
-            indices, starts = np.unique(partition[order], return_index=True)
-            for index, part in zip(indices, np.split(records[order], starts[1:]), strict=True):
+            # bytes are sorted by counting
+            partition = (records[name] % self._n_partitions).astype(np.uint8)
+            ordered = records[np.argsort(partition, kind="stable")]
+            ends = np.cumsum(np.bincount(partition))
+            for index, part in enumerate(np.split(ordered, ends[:-1])):
                 with (self._folder / f"{name}-{index:02d}").open("ab") as file:
                     part.tofile(file)
 
