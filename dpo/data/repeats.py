@@ -9,9 +9,10 @@ the hash of their letters and digits.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -91,13 +92,14 @@ _END = struct.Struct("<HHI")
 
 
 class Repeats:
-    """The records of ``n_rows`` rows, in files under ``folder``.
+    """The records of ``n_rows`` rows, in files under ``folder``: equal ones lie in one file.
 
     What is decided does not depend on the number of files.
     """
 
-    def __init__(self, folder: Path, n_rows: int) -> None:
+    def __init__(self, folder: Path, n_rows: int, by: Literal["prompt_a", "near"]) -> None:
         self._folder = folder
+        self._by = by
         self._n_partitions = np.uint64(max(1, min(_MAX_PARTITIONS, n_rows // _PARTITION_ROWS)))
         self._n_rows = 0
         folder.mkdir(parents=True)
@@ -110,30 +112,27 @@ class Repeats:
         records["ordinal"] = np.arange(self._n_rows, self._n_rows + len(keys))
         self._n_rows += len(keys)
         records["line"] = lines
-        for name in ("prompt_a", "near"):
-            # bytes are sorted by counting
-            partition = (records[name] % self._n_partitions).astype(np.uint8)
-            ordered = records[np.argsort(partition, kind="stable")]
-            ends = np.cumsum(np.bincount(partition))
-            for index, part in enumerate(np.split(ordered, ends[:-1])):
-                with (self._folder / f"{name}-{index:02d}").open("ab") as file:
-                    part.tofile(file)
+        # bytes are sorted by counting
+        partition = (records[self._by] % self._n_partitions).astype(np.uint8)
+        ordered = records[np.argsort(partition, kind="stable")]
+        ends = np.cumsum(np.bincount(partition))
+        for index, part in enumerate(np.split(ordered, ends[:-1])):
+            with (self._folder / f"{index:02d}").open("ab") as file:
+                part.tofile(file)
 
     def decide(self) -> Records:
-        """``DECISION`` records of all rows to reject, by ordinal."""
-        return self._each("prompt_a", judge)
+        """``DECISION`` records by ordinal, of files that are removed.
 
-    def near_duplicates(self) -> Records:
-        """``DECISION`` records, without a reason, of training pairs whose prompt is nearly one of
-        the test split; by ordinal. They are reported, not rejected."""
-        return self._each("near", _near_duplicates)
-
-    def _each(self, name: str, judge: Callable[[Records], Records]) -> Records:
+        By ``prompt_a``: of all rows to reject. By ``near``, without a reason: of training pairs
+        whose prompt is nearly one of the test split; they are reported, not rejected.
+        """
+        of_records = judge if self._by == "prompt_a" else _near_duplicates
         found = [np.zeros(0, dtype=DECISION)]
-        for path in sorted(self._folder.glob(f"{name}-*")):
+        for path in sorted(self._folder.iterdir()):
             records = np.fromfile(path, dtype=_RECORD)
-            found.append(judge(records[_not_alone(records[name])]))
+            found.append(of_records(records[_not_alone(records[self._by])]))
             path.unlink()
+        self._folder.rmdir()
         return np.sort(np.concatenate(found), order="ordinal")
 
 
