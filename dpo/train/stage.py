@@ -175,6 +175,9 @@ def _trainer(
         batch_size=config.batch_size,
         responses="sft_target" if stage == "sft" else "pair",
     )
+    if examples.chat_template is not None:
+        # who uses the model must prompt it as it was trained
+        tokenizer.chat_template = examples.chat_template
     check_examples(examples.order.total_examples, ranks)
     _say_what_is_missing(config, stage, examples)
     scorer, dtype = Scorer(model), compute_dtype(config.model, device)
