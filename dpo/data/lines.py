@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from dpo.data.encodings import not_utf8
 from dpo.data.json_stream import unique_keys
 
 MAX_ROW_BYTES = 8 * 2**20
@@ -148,9 +149,8 @@ def json_row(line: bytes, shown: str, number: int) -> RawRow:
 def _json_problem(line: bytes, error: orjson.JSONDecodeError) -> str:
     try:
         line.decode("utf-8")
-    except UnicodeDecodeError as broken:
-        byte = line[broken.start]
-        return f"broken encoding: byte {byte:#04x} at position {broken.start + 1} is not UTF-8"
+    except UnicodeDecodeError:
+        return f"broken encoding: {not_utf8(line)}"
     if b"\0" in line:
         return "not JSON: the line holds NUL bytes"
     return f"not JSON: {error.msg} (column {error.colno})"
