@@ -1,5 +1,6 @@
 """Text in other encodings is refused, with the byte, what it looks like and how to convert it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def test_what_bytes_look_like(data: bytes, first: str, looks: str) -> None:
     assert looks in found
 
 
-def test_a_csv_of_windows(tmp_path: Path, ingest_sources: "object") -> None:
+def test_a_csv_of_windows(tmp_path: Path, ingest_sources: Callable[..., Outcome]) -> None:
     text = "prompt,chosen,rejected\nCaf\u00e9?,Yes,No\nPlain?,Yes,No\nPlain 2?,Yes,No\n"
     path = tmp_path / "win.csv"
     path.write_bytes(text.encode("cp1252"))
@@ -45,7 +46,7 @@ def test_a_csv_of_windows(tmp_path: Path, ingest_sources: "object") -> None:
         '{"prompt": "d", "chosen": "b", "rejected": "c", "split": "train"}\n'
     )
     sources = {"win": {"path": str(path)}, "good": {"path": str(good)}}
-    found: Outcome = ingest_sources(sources)  # type: ignore[operator]
+    found = ingest_sources(sources)
     assert len(found.quarantine) == 1
     line = found.quarantine[0]
     assert (line["line"], line["reason"], line["field"]) == (2, "broken_encoding", "prompt")
