@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dpo.config.arguments import Arguments
 from dpo.config.stages import STAGES
 from dpo.errors import PipelineError
 from dpo.storage.runs import MANIFEST_NAME, read_run_manifest
@@ -50,9 +51,9 @@ class Line:
     reason: str
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Arguments:
     """The command line of ``submit.py explain``."""
-    this = argparse.ArgumentParser(
+    this = Arguments(
         prog="python pipelines/submit.py explain",
         description="Say for each step of a run whether it was executed or came from the cache, "
         "and which of its inputs differ from the run before.",

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ if __package__ in (None, ""):
 from rich.console import Console
 from rich.table import Table
 
+from dpo.config.arguments import Arguments
 from dpo.errors import DpoError, PipelineError, system_problem
 from dpo.plan.booked import check_booked
 from pipelines import explain, history, package, start
@@ -36,9 +38,9 @@ from pipelines.sweep import Sweep, assignments_of, parse_sweep
 INTERRUPTED = 130
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Arguments:
     """The command line."""
-    this = argparse.ArgumentParser(
+    this = Arguments(
         prog="python pipelines/submit.py",
         description="Run the preference fine-tuning pipeline here or on Kubeflow Pipelines.",
         epilog=__doc__.partition("\n\n")[2] + "\n`--list` prints the parameters.",
@@ -154,16 +156,16 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     given = sys.argv[1:] if arguments is None else arguments
-    explaining = given[:1] == ["explain"]
-    options = explain.parser().parse_args(given[1:]) if explaining else parser().parse_args(given)
+    as_json = "--output=json" in given or ("--output", "json") in pairwise(given)
     try:
-        if explaining:
+        if given[:1] == ["explain"]:
+            options = explain.parser().parse_args(given[1:])
             return explain.main(options, runs_folder(options.runs_dir))
-        return _run(options)
+        return _run(parser().parse_args(given))
     except (DpoError, OSError) as problem:
         error = system_problem(problem) if isinstance(problem, OSError) else problem
         print(error, file=sys.stderr)
-        if options.output == "json":
+        if as_json:
             failed = {"state": "failed", "message": str(error), "exit_code": error.exit_code}
             print(json.dumps(failed))
         return error.exit_code
