@@ -17,7 +17,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from dpo.config.overrides import model_overrides
-from dpo.errors import PipelineError
+from dpo.errors import PipelineError, RequestError
 from dpo.plan.booked import check_booked
 from pipelines import history, package
 from pipelines.deployment import load_deployment
@@ -117,7 +117,7 @@ def require_endpoint(host: str | None) -> None:
     """Refuse a run on a cluster that nobody named, before anything is compiled for it.
 
     Raises:
-        PipelineError: neither ``host`` nor the environment names an endpoint.
+        RequestError: neither ``host`` nor the environment names an endpoint.
     """
     from pipelines import cluster
 
@@ -128,10 +128,10 @@ def require_store(values: Mapping[str, Any]) -> None:
     """Refuse a run that has nowhere to publish to.
 
     Raises:
-        PipelineError: no store is set.
+        RequestError: no store is set.
     """
     if not values["publish_store"]:
-        raise PipelineError(
+        raise RequestError(
             "no store to publish to is given",
             fix="pass --store s3://bucket/prefix; credentials come from the environment",
         )

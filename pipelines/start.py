@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo.config.parameters import STARTS
-from dpo.errors import ConfigError, PipelineError
+from dpo.errors import PipelineError, RequestError
 from dpo.storage.runs import read_run_manifest
 from pipelines import cluster
 from pipelines.history import INPUTS
@@ -19,8 +19,7 @@ def earlier_run(options: argparse.Namespace, runs: Path) -> dict[str, Any]:
     """``parameters`` and ``sources`` (URI of each step's output) of the run to start from.
 
     Raises:
-        ConfigError: there is no such run on this machine.
-        PipelineError: the store knows no such run, or it left no complete artifacts.
+        RequestError: neither this machine nor the store knows the run, or it left no artifacts.
     """
     run_id = options.start_from
     record = runs / "history" / run_id / "run.json"
@@ -28,19 +27,32 @@ def earlier_run(options: argparse.Namespace, runs: Path) -> dict[str, Any]:
         known = json.loads(record.read_text(encoding="utf-8"))
         found = {"parameters": known["parameters"], "sources": known["artifacts"]}
     elif options.local and not options.store:
-        raise ConfigError(
+        raise RequestError(
             f"there is no local run {run_id}",
             where=str(record.parent.parent),
             fix="name a folder of it, or pass the --store of a run on Kubeflow",
         )
     else:
-        found = read_run_manifest(options.store or _store_of(options), run_id)
+        found = known_run(options.store or _store_of(options), run_id)
     if not found.get("sources"):
-        raise PipelineError(
+        raise RequestError(
             f"run {run_id} left no artifacts to start from: it did not come to its gate",
             fix="run it again as it was: finished steps come from the cache",
         )
     return found
+
+
+def known_run(store: str, run_id: str) -> dict[str, Any]:
+    """The manifest of a run that somebody asked for.
+
+    Raises:
+        RequestError: the store has none of that run.
+        StoreError: the store does not answer.
+    """
+    try:
+        return read_run_manifest(store, run_id)
+    except PipelineError as missing:
+        raise RequestError(missing.found, where=missing.where, fix=missing.fix) from None
 
 
 def _store_of(options: argparse.Namespace) -> str:
@@ -48,7 +60,7 @@ def _store_of(options: argparse.Namespace) -> str:
     run = cluster.get_run(cluster.connect(target), target, options.start_from)
     url = str(cluster.parameters_of(run).get("publish_store") or "")
     if not url:
-        raise PipelineError(
+        raise RequestError(
             f"run {options.start_from} names no store", fix="pass the store's URL with --store"
         )
     return url

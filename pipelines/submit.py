@@ -20,10 +20,10 @@ if __package__ in (None, ""):
 from rich.console import Console
 from rich.table import Table
 
-from dpo.errors import DpoError, PipelineError, system_problem
+from dpo.errors import ConfigError, DpoError, PipelineError, system_problem
 from dpo.plan.booked import check_booked
 from pipelines import explain, history, package, start
-from pipelines.deployment import load_deployment
+from pipelines.deployment import image_assignments, load_deployment, with_images, with_store
 from pipelines.deployment import names as deployments
 from pipelines.local import Job
 from pipelines.on_cluster import add_options, needs_a_store, run_on_cluster
@@ -174,6 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    _check_place(options)
     documents = package.load_package()
     if options.list:
         return _list_parameters(documents)
@@ -216,6 +217,28 @@ def _run(options: argparse.Namespace) -> int:
     return outcome.exit_code
 
 
+_ENDPOINT_ONLY = ("nodes", "endpoint", "namespace", "upload", "run", "schedule", "retry", "cancel")
+
+
+def _check_place(options: argparse.Namespace) -> None:
+    """Refuse what would be passed over in silence.
+
+    Raises:
+        ConfigError: an option that means nothing where the run is to be.
+    """
+    for name in _ENDPOINT_ONLY if options.local else ():
+        if getattr(options, name) is not None and getattr(options, name) is not False:
+            raise ConfigError(
+                f"--{name} is for Kubeflow, and --local runs on this machine",
+                fix="leave out one of the two",
+            )
+    if options.package and not options.dry_run:
+        raise ConfigError(
+            "--package is written with --dry-run alone",
+            fix="add --dry-run; `python -m pipelines.package --output FILE` writes one to upload",
+        )
+
+
 def _for_place(
     options: argparse.Namespace, documents: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
@@ -227,13 +250,13 @@ def _for_place(
     if options.local == "processes" or names_no_package:
         # one after the other: two trainings at once would share this machine's processors
         return package.local_package(Sweep(candidates, 1)) if candidates else documents
-    assignments = [*options.deploy, *package.image_assignments(options.image), *nodes]
+    assignments = [*options.deploy, *image_assignments(options.image), *nodes]
     deployment = load_deployment(options.deployment, assignments)
     built = package.BUILT_IMAGES
     if names_file := options.images or (built if options.local and built.is_file() else None):
-        deployment = package.with_images(deployment, names_file)
+        deployment = with_images(deployment, names_file)
     if options.store and not options.local:
-        deployment = package.with_store(deployment, options.store)
+        deployment = with_store(deployment, options.store)
     return package.deployed_package(deployment, Sweep(candidates, 1 if options.local else 0))
 
 
