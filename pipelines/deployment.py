@@ -334,7 +334,7 @@ def image_assignments(images: Iterable[str]) -> list[str]:
     Raises:
         ConfigError: not a kind of image and a name.
     """
-    kinds = list(Images.model_fields)
+    kinds, images = list(Images.model_fields), list(images)
     for image in images:
         kind, equals, name = image.partition("=")
         if kind not in kinds or not equals or not name:
