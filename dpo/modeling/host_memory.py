@@ -6,7 +6,7 @@ import ctypes
 import sys
 from functools import cache
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 @cache
@@ -24,4 +24,6 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError):
         return False
     # no mapping of its own for a large block, and no trimming of the heap
-    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
+    kept = mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1)
+    # one heap for all threads: those of other threads are given back whatever is asked for
+    return bool(kept and mallopt(_M_ARENA_MAX, 1))
