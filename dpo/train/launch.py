@@ -81,7 +81,8 @@ def launch(job: Mapping[str, Any], *, port: int = 0, timeout_seconds: int = 600)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         file = folder / "job.json"
-        file.write_text(json.dumps({**job, "timeout_seconds": timeout_seconds}), encoding="utf-8")
+        job = {**job, "timeout_seconds": timeout_seconds, "launcher": os.getpid()}
+        file.write_text(json.dumps(job), encoding="utf-8")
         with _pass_on_sigterm(folder) as asked:
             try:
                 elastic_launch(config, sys.executable)("-m", "dpo.train.worker", str(file))
