@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import tempfile
 from itertools import pairwise
@@ -338,6 +339,9 @@ def _next_command(options: argparse.Namespace, outcome: Outcome) -> str:
         return ""
     if options.preset == "full" or outcome.state == "refused":
         return "python pipelines/submit.py --local --set loss.beta=0.2 --dry-run"
+    if options.assignments:
+        given = " ".join(f"--set {shlex.quote(word)}" for word in options.assignments)
+        return f"python pipelines/submit.py --local --preset full {given}"
     return "make run PRESET=full"
 
 
