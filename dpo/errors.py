@@ -17,6 +17,7 @@
     │   ├── ObjectMissing        no such object or bucket
     │   └── WriteConflict        a conditional write lost against another writer
     ├── PipelineError            a run that failed, or a backend that refuses it
+    │   └── RequestError         what was asked for is not there (run, endpoint, store)
     └── MissingDependency        an optional package that this command needs is not installed
 
 Each message says what was found, where, and what to do. A command prints that message alone, with
@@ -156,6 +157,12 @@ class WriteConflict(StoreError):
 
 class PipelineError(DpoError):
     """A run that failed, or a backend that refuses it."""
+
+
+class RequestError(PipelineError):
+    """A run, an endpoint or a store that was asked for is not there; nothing was started."""
+
+    exit_code = 2
 
 
 class MissingDependency(DpoError):

@@ -167,7 +167,7 @@ def _build_one(command: str, base: str, name: str, context: Path) -> None:
 
 
 def _version() -> dict[str, str]:
-    """Revision and date of the checkout, the same for each build of one commit.
+    """Revision (``-dirty`` where files differ from it) and date of the checkout.
 
     Files carry SOURCE_DATE_EPOCH, by default 0: a date that moved with each commit would make the
     layer of packages anew.
@@ -176,7 +176,9 @@ def _version() -> dict[str, str]:
     epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
     revision, seconds = "unknown", epoch
     if silent([*git, "rev-parse", "HEAD"]):
-        revision = output([*git, "rev-parse", "HEAD"], "git")
+        # as dpo/storage/provenance.py notes it of a checkout
+        describe = ["describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+        revision = output([*git, *describe], "git")
         seconds = epoch or output([*git, "log", "-1", "--format=%ct"], "git")
     sys.path.insert(0, str(ROOT))
     from dpo import __version__

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -101,7 +102,18 @@ def apply(kubectl: str, folder: Path) -> None:
     done = _kubectl(kubectl, "apply", "--server-side", "-k", str(folder))
     print(done.stdout, end="")
     if done.returncode:
-        raise PipelineError("the cluster refused the manifests", where=done.stderr.strip())
+        raise _refused("the cluster refused the manifests", done.stderr.strip())
+
+
+def _refused(what: str, said: str) -> PipelineError:
+    """What kubectl said, as one message; a cluster that is not there has refused nothing."""
+    if re.search(r"connection refused|no such host|i/o timeout|[Uu]nable to connect", said):
+        return PipelineError(
+            "the cluster does not answer",
+            where=said.splitlines()[-1],
+            fix='check `kubectl cluster-info`; for another one: KUBECTL="kubectl --context NAME"',
+        )
+    return PipelineError(what, where=said)
 
 
 def missing_secrets(kubectl: str, overlay: str) -> list[str]:
@@ -124,7 +136,7 @@ def remove(kubectl: str, overlay: str) -> None:
     done = _kubectl(kubectl, "delete", "--ignore-not-found", "--wait=false", "-k", folder)
     print(done.stdout, end="")
     if done.returncode:
-        raise PipelineError("not all could be removed", where=done.stderr.strip())
+        raise _refused("not all could be removed", done.stderr.strip())
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo.errors import ConfigError, PipelineError, holds_password
+from dpo.errors import ConfigError, PipelineError, RequestError, holds_password
 
 _ANSWER_SECONDS = 20.0
 _CRON_FIELDS = 6
@@ -43,12 +43,12 @@ def endpoint(
     """An endpoint from arguments or the conventional environment variables.
 
     Raises:
-        PipelineError: neither names one.
+        RequestError: neither names one.
         ConfigError: it has credentials in it.
     """
     host = host or os.environ.get("KF_PIPELINES_ENDPOINT")
     if not host:
-        raise PipelineError(
+        raise RequestError(
             "no Kubeflow Pipelines endpoint is given",
             fix="set KF_PIPELINES_ENDPOINT or pass --endpoint URL; to run here, pass --local",
         )
@@ -277,12 +277,13 @@ def get_run(client: Any, target: Endpoint, run_id: str) -> Any:
     """A run as the API tells of it.
 
     Raises:
-        PipelineError: there is no such run, or the endpoint does not answer.
+        RequestError: there is no such run.
+        PipelineError: the endpoint does not answer.
     """
     try:
         return client.get_run(run_id)
     except Exception as error:
-        raise problem(f"run {run_id} cannot be read", target, error) from None
+        raise _of_run(f"run {run_id} cannot be read", target, error) from None
 
 
 def parameters_of(run: Any) -> dict[str, Any]:
@@ -294,25 +295,27 @@ def retry(client: Any, target: Endpoint, run_id: str) -> None:
     """Let a failed run go on where it failed.
 
     Raises:
-        PipelineError: there is no such run, or it did not fail.
+        RequestError: there is no such run, or it did not fail.
+        PipelineError: the endpoint does not answer.
     """
     try:
         # the SDK has no public method for it (kubeflow/pipelines#9771)
         client._run_api.run_service_retry_run(run_id)
     except Exception as error:
-        raise problem(f"run {run_id} cannot be retried", target, error) from None
+        raise _of_run(f"run {run_id} cannot be retried", target, error) from None
 
 
 def cancel(client: Any, target: Endpoint, run_id: str) -> None:
     """Ask the backend to terminate the run.
 
     Raises:
-        PipelineError: there is no such run, or it has ended.
+        RequestError: there is no such run.
+        PipelineError: it has ended, or the endpoint does not answer.
     """
     try:
         client.terminate_run(run_id)
     except Exception as error:
-        raise problem(f"run {run_id} cannot be cancelled", target, error) from None
+        raise _of_run(f"run {run_id} cannot be cancelled", target, error) from None
 
 
 def link(target: Endpoint, run_id: str) -> str:
@@ -349,6 +352,14 @@ def problem(what: str, target: Endpoint, error: Exception) -> PipelineError:
         fix = "correct what the endpoint names; a package of another version has other parameters"
     code = f" (HTTP {status})" if status else ""
     return PipelineError(f"{what}: {reason}{code}", where=target.host, fix=fix)
+
+
+def _of_run(what: str, target: Endpoint, error: Exception) -> PipelineError:
+    """The same for a request about one run: that it is not there is a mistake of who asks."""
+    found = problem(what, target, error)
+    if getattr(error, "status", None) not in (404, 409):
+        return found
+    return RequestError(found.found, where=found.where, fix=found.fix)
 
 
 def _reason(error: Exception) -> str:

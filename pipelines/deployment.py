@@ -7,6 +7,7 @@ submitted, leaves finished steps finished (but the image: other code is another 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -331,3 +332,55 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
         place[last] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"the value of {key} is not YAML: {text}", fix="quote it") from None
+
+
+def image_assignments(images: Iterable[str]) -> list[str]:
+    """``data=NAME`` as a setting of the deployment.
+
+    Raises:
+        ConfigError: not a kind of image and a name.
+    """
+    kinds, images = list(Images.model_fields), list(images)
+    for image in images:
+        kind, equals, name = image.partition("=")
+        if kind not in kinds or not equals or not name:
+            raise ConfigError(
+                f"--image {image} is not KIND=NAME",
+                fix=f"the kinds are {' and '.join(kinds)}: --image data=registry/dpo-data:1.2",
+            )
+    # quoted, because a tag such as x:1.2 must stay a text
+    return [
+        f"images.{kind}={json.dumps(name)}" for kind, _, name in (i.partition("=") for i in images)
+    ]
+
+
+def with_store(deployment: Deployment, store: str) -> Deployment:
+    """The deployment with another store.
+
+    Raises:
+        ConfigError: not the URL of a store.
+    """
+    open_store(store)
+    return deployment.model_copy(update={"store": store})
+
+
+def with_images(deployment: Deployment, names_file: Path) -> Deployment:
+    """The deployment with the images of a JSON file, where it names none itself.
+
+    Raises:
+        ConfigError: the file is not there or names no images.
+    """
+    try:
+        found = json.loads(names_file.read_text(encoding="utf-8"))
+        images = Images(data=found["data"], train=found["train"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(
+            "the names of the images cannot be read",
+            where=str(names_file),
+            fix="run `make images-push REGISTRY=...`, which writes them",
+        ) from None
+    chosen = {
+        kind: getattr(deployment.images, kind) or getattr(images, kind)
+        for kind in ("data", "train")
+    }
+    return deployment.model_copy(update={"images": Images(**chosen)})

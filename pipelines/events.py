@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.package import STEPS
+from pipelines.steps import SELECT, STEPS
+from pipelines.steps import step_of as task_step
 
 _ASK_SECONDS = 15.0
 _ANSWER_SECONDS = 10.0
@@ -84,8 +85,8 @@ def step_of(node_name: str) -> str:
     Such as ``run-x.root.exit-handler-1.sft(0).executor`` or ``...sft-driver``.
     """
     for part in reversed(node_name.split(".")):
-        name = re.sub(r"\(.*\)$", "", part).removesuffix("-driver")
-        if name in STEPS:
+        name = task_step(re.sub(r"\(.*\)$", "", part).removesuffix("-driver"))
+        if name in (*STEPS, SELECT):
             return name
     return ""
 

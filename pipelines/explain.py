@@ -16,13 +16,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dpo.config.arguments import Arguments
 from dpo.config.stages import STAGES
-from dpo.errors import PipelineError
-from dpo.storage.runs import MANIFEST_NAME, read_run_manifest
+from dpo.errors import RequestError
+from dpo.storage.runs import MANIFEST_NAME
 from dpo.storage.store import Store, open_store
 from pipelines import cluster
 from pipelines.history import INPUTS, changes
-from pipelines.package import STEPS
+from pipelines.start import known_run
+from pipelines.steps import STEPS
 from pipelines.watch import step_states
 
 _DATA_IMAGE_STEPS = {"ingest", "gate", "publish"}
@@ -50,9 +52,9 @@ class Line:
     reason: str
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Arguments:
     """The command line of ``submit.py explain``."""
-    this = argparse.ArgumentParser(
+    this = Arguments(
         prog="python pipelines/submit.py explain",
         description="Say for each step of a run whether it was executed or came from the cache, "
         "and which of its inputs differ from the run before.",
@@ -141,7 +143,7 @@ def _local(history: Path, run_id: str | None) -> tuple[Told, Told | None]:
     known = sorted(path.parent.name for path in history.glob("*/plan.json"))
     run_id = run_id or (known[-1] if known else None)
     if run_id is None or run_id not in known:
-        raise PipelineError(
+        raise RequestError(
             f"no plan of run {run_id} was kept" if run_id else "there is no local run yet",
             where=str(history),
             fix="name a run of this folder, or pass --store URL for a run on Kubeflow",
@@ -166,18 +168,18 @@ def _remote(options: argparse.Namespace) -> tuple[Told, Told | None]:
         states = step_states(run)
         url = url or cluster.parameters_of(run).get("publish_store")
     if not url:
-        raise PipelineError(
+        raise RequestError(
             f"nothing is known of run {options.run_id}",
             fix="pass --store URL of the store it published to, or set KF_PIPELINES_ENDPOINT",
         )
-    manifest = read_run_manifest(url, options.run_id)
+    manifest = known_run(url, options.run_id)
     before = _run_before(open_store(url), manifest)
     return _told(manifest, states), _told(before, {}) if before else None
 
 
 def _told(manifest: Mapping[str, Any], states: Mapping[str, str]) -> Told:
     if "plan" not in manifest:
-        raise PipelineError(
+        raise RequestError(
             f"the manifest of run {manifest['run_id']} holds no plan",
             fix="it was made by an older version of the pipeline; start a run with this one",
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.package import STEPS
+from pipelines.steps import STEPS
 
 INPUTS: Mapping[str, tuple[str, ...]] = {
     "ingest": (),

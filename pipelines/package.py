@@ -6,7 +6,6 @@ import argparse
 import functools
 import importlib
 import json
-import re
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -17,48 +16,32 @@ import yaml
 
 from dpo.config.places import config_dir
 from dpo.errors import ConfigError, DpoError, PipelineError
-from dpo.storage.store import open_store
 from pipelines import sharded
 from pipelines.deployment import (
     CHECKPOINTED_STEPS,
     CHECKPOINTS_VARIABLE,
     Deployment,
     Images,
+    image_assignments,
     load_deployment,
     names,
+    with_images,
+    with_store,
 )
 from pipelines.pods import deploy
 from pipelines.request import preset, presets
+from pipelines.steps import SELECT, STEPS, step_of
 from pipelines.sweep import NO_SWEEP, Sweep, compiled_with, parse_sweep
 
 PACKAGE = Path(__file__).resolve().parent / "preference_pipeline.yaml"
 BUILT_IMAGES = Path(__file__).resolve().parent.parent / "build" / "images.json"
 """Names of the images that were built here last, as `make images` wrote them."""
-STEPS = (
-    "fingerprint",
-    "ingest",
-    "sft",
-    "reference",
-    "preference",
-    "evaluate",
-    "gate",
-    "publish",
-    "finish",
-)
-"""Task names, in the order in which they run."""
-SELECT = "select"
-"""The task that a sweep has besides."""
 
 
 _HEADER = """\
 # Made by `make pipeline`; do not edit. The images are placeholders: no pod can start. A package for
 # a cluster is made by `make pipeline DEPLOYMENT=...` or `submit.py --deployment ...`.
 """
-
-
-def step_of(task: str) -> str:
-    """The step behind a task's name: of a sweep's second evaluation, ``evaluate-2``, evaluate."""
-    return re.sub(r"-\d+$", "", task)
 
 
 def steps_of(documents: list[dict[str, Any]]) -> tuple[str, ...]:
@@ -107,7 +90,8 @@ def deployed_package(
             raise ConfigError(
                 f"the deployment names no {kind} image",
                 where=f"images.{kind}",
-                fix=f"build and push it with `make images-push`, then set images.{kind}",
+                fix="build and push it with `make images-push`, then pass --images "
+                f"build/images.json; or name one that the cluster has: --image {kind}=NAME:TAG",
             )
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -340,58 +324,6 @@ def _write_for_cluster(options: argparse.Namespace) -> int:
     write_components(folder, placeholders(deployment.images))
     print(f"wrote {folder}/*.yaml: each step alone, for pipelines of your own")
     return 0
-
-
-def image_assignments(images: Iterable[str]) -> list[str]:
-    """``data=NAME`` as a setting of the deployment.
-
-    Raises:
-        ConfigError: not a kind of image and a name.
-    """
-    kinds = list(Images.model_fields)
-    for image in images:
-        kind, equals, name = image.partition("=")
-        if kind not in kinds or not equals or not name:
-            raise ConfigError(
-                f"--image {image} is not KIND=NAME",
-                fix=f"the kinds are {' and '.join(kinds)}: --image data=registry/dpo-data:1.2",
-            )
-    # quoted, because a tag such as x:1.2 must stay a text
-    return [
-        f"images.{kind}={json.dumps(name)}" for kind, _, name in (i.partition("=") for i in images)
-    ]
-
-
-def with_store(deployment: Deployment, store: str) -> Deployment:
-    """The deployment with another store.
-
-    Raises:
-        ConfigError: not the URL of a store.
-    """
-    open_store(store)
-    return deployment.model_copy(update={"store": store})
-
-
-def with_images(deployment: Deployment, names_file: Path) -> Deployment:
-    """The deployment with the images of a JSON file, where it names none itself.
-
-    Raises:
-        ConfigError: the file is not there or names no images.
-    """
-    try:
-        found = json.loads(names_file.read_text(encoding="utf-8"))
-        images = Images(data=found["data"], train=found["train"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(
-            "the names of the images cannot be read",
-            where=str(names_file),
-            fix="run `make images-push REGISTRY=...`, which writes them",
-        ) from None
-    chosen = {
-        kind: getattr(deployment.images, kind) or getattr(images, kind)
-        for kind in ("data", "train")
-    }
-    return deployment.model_copy(update={"images": Images(**chosen)})
 
 
 def _check() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from pipelines.deployment import (
     Deployment,
     Resources,
 )
+from pipelines.steps import step_of
 
 _LAUNCHING_CPU, _LAUNCHING_MEMORY = "500m", "2Gi"
 """What a step asks for that only starts a job and follows it."""
@@ -32,7 +32,7 @@ def deploy(tasks: Mapping[str, Any], deployment: Deployment) -> None:
     """
     for name, task in tasks.items():
         # a sweep evaluates twice: evaluate-2; ingest may be shared: ingest-shard
-        step = re.sub(r"-(\d+|shard)$", "", name)
+        step = step_of(name)
         if step in (*DATA_STEPS, *TRAIN_STEPS):
             _deploy_step(task, step, deployment)
 
@@ -98,6 +98,7 @@ def _own_variables(step: str, deployment: Deployment) -> dict[str, str]:
     if step == "fingerprint":
         machine = {
             name: {
+                "nodes": deployment.nodes.count,
                 "gpus": deployment.resources(name).gpus,
                 "gpu_memory_gib": deployment.resources(name).gpu_memory_gib,
             }

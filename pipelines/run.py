@@ -17,26 +17,36 @@ from typing import Any, Literal
 from rich.console import Console
 
 from dpo.config.overrides import model_overrides
-from dpo.errors import PipelineError
+from dpo.config.parameters import STARTS
+from dpo.errors import ConfigError, PipelineError, RequestError
 from dpo.plan.booked import check_booked
-from pipelines import history, package
-from pipelines.deployment import load_deployment
+from pipelines import history, package, start
+from pipelines.deployment import image_assignments, load_deployment, with_images, with_store
 from pipelines.local import Job, run_local
 from pipelines.outcome import Outcome, read_outputs
 from pipelines.pods import booked
 from pipelines.request import local_store, parameters
+from pipelines.sweep import Sweep, assignments_of, parse_sweep
 
 Where = Literal["processes", "docker", "cluster"]
 
 
 def run_pipeline(
-    preset: str | None = "quick",
+    preset: str | None = None,
     settings: Mapping[str, Any] | None = None,
     *,
     where: Where = "processes",
     store: str | None = None,
     rerun: Sequence[str] = (),
+    start_from: str | None = None,
+    data_uri: str = "",
+    sft_model_uri: str = "",
+    reference_uri: str = "",
+    sweep: Mapping[str, Sequence[Any]] | None = None,
     deployment: str = "",
+    deploy: Mapping[str, Any] | None = None,
+    images: Mapping[str, str] | None = None,
+    nodes: int | None = None,
     runs_dir: str | PathLike[str] | None = None,
     endpoint: str | None = None,
     namespace: str | None = None,
@@ -49,13 +59,25 @@ def run_pipeline(
     """Run the whole pipeline on this machine, or submit it to Kubeflow Pipelines.
 
     Args:
-        preset: A shipped set of parameters; None takes the pipeline's defaults.
+        preset: A shipped set of parameters; None takes the pipeline's defaults, which are those
+            of ``quick``, or those of ``start_from``.
         settings: Pipeline parameters (``preference_beta``) or configuration keys (``loss.beta``,
             ``sft.lr``) and their values.
         where: ``processes`` or ``docker`` on this machine, or ``cluster``.
         store: Where to publish; ``published`` in the runs folder for ``processes``.
         rerun: Steps to run although they are cached, and what follows.
-        deployment: On a cluster: name or file of the deployment with images and resources.
+        start_from: Id of an earlier run: its parameters, and its pairs, SFT model and
+            log-probabilities, but for steps in ``rerun`` and what follows them.
+        data_uri: An earlier output of ingest to use instead of ``datasets``, verified.
+        sft_model_uri: A model to use instead of SFT, verified.
+        reference_uri: Log-probabilities to use instead of scoring, verified.
+        sweep: Settings of preference training and the values to try of each, such as
+            ``{"loss.beta": [0.1, 0.5]}``; the best goes through the gate.
+        deployment: On a cluster or in containers: name or file of the deployment.
+        deploy: Settings of the deployment and their values, such as ``{"train.gpus": 2}``.
+        images: Names by fixed tag or digest, by kind (``data``, ``train``); in containers those
+            that were built here last when left out.
+        nodes: On a cluster: nodes that train together.
         runs_dir: Folder of local runs; ``DPO_RUNS_DIR`` or ``runs`` when left out.
         endpoint: Kubeflow Pipelines; ``KF_PIPELINES_ENDPOINT`` when left out.
         namespace: Profile namespace, where the backend has several users.
@@ -76,18 +98,34 @@ def run_pipeline(
     on_cluster = where == "cluster"
     if on_cluster:
         require_endpoint(endpoint)
-    documents = (
-        package.deployed_package(load_deployment(deployment))
-        if on_cluster
-        else package.load_package()
+    varied = [f"{key}={','.join(map(str, found))}" for key, found in (sweep or {}).items()]
+    documents = package_for(
+        where,
+        deployment=deployment,
+        assignments=_assignments(deploy, images, nodes, where),
+        store=store,
+        sweep=varied,
     )
     runs = runs_folder(runs_dir)
-    values = parameters(
+    begin = start.beginning(
         package.defaults(documents),
+        runs,
+        run_id=start_from,
+        rerun=rerun,
+        local=not on_cluster,
+        store=store,
+        endpoint=(endpoint, namespace),
+    )
+    uris = zip(STARTS, (data_uri, sft_model_uri, reference_uri), strict=True)
+    begin |= {name: uri for name, uri in uris if uri}
+    values = parameters(
+        begin,
         preset_name=preset,
         assignments=[f"{key}={_assigned(value)}" for key, value in (settings or {}).items()],
         store=store or (local_store(runs) if where == "processes" else None),
     )
+    for candidate in parse_sweep(varied):
+        parameters(values, assignments=assignments_of(candidate))
     require_store(values)
     check_booked(values, booked(documents))
     package.set_uncached(documents, list(rerun))
@@ -108,6 +146,65 @@ def run_pipeline(
     )
 
 
+def package_for(
+    where: Where,
+    *,
+    deployment: str = "",
+    assignments: Sequence[str] = (),
+    images: Path | None = None,
+    store: str | None = None,
+    sweep: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """The documents of a package for a place: with images and settings where those matter.
+
+    Args:
+        where: Where it will run.
+        deployment: Name or file of the cluster's settings.
+        assignments: ``KEY=VALUE`` over the deployment.
+        images: JSON with names of images; in containers those built here last when left out.
+        store: Default of the form's field, on a cluster.
+        sweep: ``KEY=VALUE,VALUE`` to vary.
+
+    Raises:
+        ConfigError: a setting that cannot work, or an image is not named.
+    """
+    candidates = parse_sweep(sweep)
+    if where == "processes":
+        # one after the other: two trainings at once would share this machine's processors
+        sweep_here = Sweep(candidates, parallelism=1)
+        return package.local_package(sweep_here) if candidates else package.load_package()
+    settings = load_deployment(deployment, assignments)
+    built, local = package.BUILT_IMAGES, where == "docker"
+    if names_file := images or (built if local and built.is_file() else None):
+        settings = with_images(settings, names_file)
+    if store and not local:
+        settings = with_store(settings, store)
+    return package.deployed_package(settings, Sweep(candidates, 1 if local else 0))
+
+
+def _assignments(
+    deploy: Mapping[str, Any] | None,
+    images: Mapping[str, str] | None,
+    nodes: int | None,
+    where: Where,
+) -> list[str]:
+    """What the arguments change in the deployment.
+
+    Raises:
+        ConfigError: several nodes on this machine, or no kind of image.
+    """
+    if nodes is not None and where != "cluster":
+        raise ConfigError(
+            f"nodes={nodes} is for Kubeflow, and where={where!r} runs on this machine",
+            fix='leave out one of the two, or pass where="cluster"',
+        )
+    return [
+        *(f"{key}={_assigned(value)}" for key, value in (deploy or {}).items()),
+        *image_assignments(f"{kind}={name}" for kind, name in (images or {}).items()),
+        *([] if nodes is None else [f"nodes.count={nodes}"]),
+    ]
+
+
 def runs_folder(chosen: str | PathLike[str] | None = None) -> Path:
     """The folder of local runs: ``chosen``, else ``DPO_RUNS_DIR``, else ``runs``."""
     return Path(chosen or os.environ.get("DPO_RUNS_DIR") or "runs").absolute()
@@ -117,7 +214,7 @@ def require_endpoint(host: str | None) -> None:
     """Refuse a run on a cluster that nobody named, before anything is compiled for it.
 
     Raises:
-        PipelineError: neither ``host`` nor the environment names an endpoint.
+        RequestError: neither ``host`` nor the environment names an endpoint.
     """
     from pipelines import cluster
 
@@ -128,10 +225,10 @@ def require_store(values: Mapping[str, Any]) -> None:
     """Refuse a run that has nowhere to publish to.
 
     Raises:
-        PipelineError: no store is set.
+        RequestError: no store is set.
     """
     if not values["publish_store"]:
-        raise PipelineError(
+        raise RequestError(
             "no store to publish to is given",
             fix="pass --store s3://bucket/prefix; credentials come from the environment",
         )

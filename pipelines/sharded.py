@@ -42,7 +42,8 @@ def ingest_tasks(*, settings: Any, fingerprint: Any, data_uri: Any) -> Any:
     if number < 2:
         return ingest(settings=settings, fingerprint=fingerprint, data_uri=data_uri)
     names = [f"{index}/{number}" for index in range(1, number + 1)]
-    with dsl.ParallelFor(items=names, name=f"{SHARD_STEP}s") as name:
+    # no name: dsl.Collected finds the loop by its key (kubeflow/pipelines#13239)
+    with dsl.ParallelFor(items=names) as name:
         shard = ingest_shard(
             shard=name, settings=settings, fingerprint=fingerprint, data_uri=data_uri
         )

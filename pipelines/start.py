@@ -2,55 +2,110 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dpo.config.parameters import STARTS
-from dpo.errors import ConfigError, PipelineError
+from dpo.errors import PipelineError, RequestError
 from dpo.storage.runs import read_run_manifest
 from pipelines import cluster
 from pipelines.history import INPUTS
 
 
-def earlier_run(options: argparse.Namespace, runs: Path) -> dict[str, Any]:
-    """``parameters`` and ``sources`` (URI of each step's output) of the run to start from.
+def beginning(
+    defaults: Mapping[str, Any],
+    runs: Path,
+    *,
+    run_id: str | None,
+    rerun: Iterable[str],
+    local: bool,
+    store: str | None,
+    endpoint: tuple[str | None, str | None],
+) -> dict[str, Any]:
+    """Parameters to begin with: the package's, and over them those of an earlier run.
+
+    Args:
+        defaults: The parameters that this version of the pipeline has.
+        runs: Folder of local runs.
+        run_id: The earlier run; None for none.
+        rerun: Steps to run again; what follows them runs as well.
+        local: The new run is to be on this machine.
+        store: Where to publish, and where the earlier run did if it was no local run.
+        endpoint: Kubeflow's URL and namespace, to ask for the earlier run's store.
 
     Raises:
-        ConfigError: there is no such run on this machine.
-        PipelineError: the store knows no such run, or it left no complete artifacts.
+        RequestError: the earlier run is not known, or left no artifacts.
     """
-    run_id = options.start_from
+    begin = dict(defaults)
+    if run_id:
+        earlier = earlier_run(run_id, runs, local=local, store=store, endpoint=endpoint)
+        begin |= base(earlier, defaults, rerun)
+    if store:
+        begin["publish_store"] = ""
+    return begin
+
+
+def earlier_run(
+    run_id: str,
+    runs: Path,
+    *,
+    local: bool,
+    store: str | None = None,
+    endpoint: tuple[str | None, str | None] = (None, None),
+) -> dict[str, Any]:
+    """``parameters`` and ``sources`` (URI of each step's output) of the run to start from.
+
+    Args:
+        run_id: The run.
+        runs: Folder of local runs.
+        local: The new run is to be on this machine.
+        store: Where the earlier run published to, if it was no local run.
+        endpoint: Kubeflow's URL and namespace, to ask for the store.
+
+    Raises:
+        RequestError: neither this machine nor the store knows the run, or it left no artifacts.
+    """
     record = runs / "history" / run_id / "run.json"
     if record.is_file():
         known = json.loads(record.read_text(encoding="utf-8"))
         found = {"parameters": known["parameters"], "sources": known["artifacts"]}
-    elif options.local and not options.store:
-        raise ConfigError(
+    elif local and not store:
+        raise RequestError(
             f"there is no local run {run_id}",
             where=str(record.parent.parent),
             fix="name a folder of it, or pass the --store of a run on Kubeflow",
         )
     else:
-        found = read_run_manifest(options.store or _store_of(options), run_id)
+        found = known_run(store or _store_of(run_id, *endpoint), run_id)
     if not found.get("sources"):
-        raise PipelineError(
+        raise RequestError(
             f"run {run_id} left no artifacts to start from: it did not come to its gate",
             fix="run it again as it was: finished steps come from the cache",
         )
     return found
 
 
-def _store_of(options: argparse.Namespace) -> str:
-    target = cluster.endpoint(options.endpoint, options.namespace)
-    run = cluster.get_run(cluster.connect(target), target, options.start_from)
+def known_run(store: str, run_id: str) -> dict[str, Any]:
+    """The manifest of a run that somebody asked for.
+
+    Raises:
+        RequestError: the store has none of that run.
+        StoreError: the store does not answer.
+    """
+    try:
+        return read_run_manifest(store, run_id)
+    except PipelineError as missing:
+        raise RequestError(missing.found, where=missing.where, fix=missing.fix) from None
+
+
+def _store_of(run_id: str, host: str | None, namespace: str | None) -> str:
+    target = cluster.endpoint(host, namespace)
+    run = cluster.get_run(cluster.connect(target), target, run_id)
     url = str(cluster.parameters_of(run).get("publish_store") or "")
     if not url:
-        raise PipelineError(
-            f"run {options.start_from} names no store", fix="pass the store's URL with --store"
-        )
+        raise RequestError(f"run {run_id} names no store", fix="pass the store's URL with --store")
     return url
 
 

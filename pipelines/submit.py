@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +22,33 @@ if __package__ in (None, ""):
 from rich.console import Console
 from rich.table import Table
 
-from dpo.errors import DpoError, PipelineError, system_problem
+from dpo.config.arguments import Arguments
+from dpo.errors import ConfigError, DpoError, PipelineError, system_problem
 from dpo.plan.booked import check_booked
 from pipelines import explain, history, package, start
-from pipelines.deployment import load_deployment
+from pipelines.deployment import image_assignments
 from pipelines.deployment import names as deployments
 from pipelines.local import Job
 from pipelines.on_cluster import add_options, needs_a_store, run_on_cluster
 from pipelines.outcome import Outcome, show
 from pipelines.pods import booked
 from pipelines.request import local_store, parameters, presets
-from pipelines.run import obtain_model, require_store, run_here, runs_folder
-from pipelines.sweep import Sweep, assignments_of, parse_sweep
+from pipelines.run import (
+    Where,
+    obtain_model,
+    package_for,
+    require_store,
+    run_here,
+    runs_folder,
+)
+from pipelines.sweep import assignments_of, parse_sweep
 
 INTERRUPTED = 130
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Arguments:
     """The command line."""
-    this = argparse.ArgumentParser(
+    this = Arguments(
         prog="python pipelines/submit.py",
         description="Run the preference fine-tuning pipeline here or on Kubeflow Pipelines.",
         epilog=__doc__.partition("\n\n")[2] + "\n`--list` prints the parameters.",
@@ -154,16 +164,16 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     given = sys.argv[1:] if arguments is None else arguments
-    explaining = given[:1] == ["explain"]
-    options = explain.parser().parse_args(given[1:]) if explaining else parser().parse_args(given)
+    as_json = "--output=json" in given or ("--output", "json") in pairwise(given)
     try:
-        if explaining:
+        if given[:1] == ["explain"]:
+            options = explain.parser().parse_args(given[1:])
             return explain.main(options, runs_folder(options.runs_dir))
-        return _run(options)
+        return _run(parser().parse_args(given))
     except (DpoError, OSError) as problem:
         error = system_problem(problem) if isinstance(problem, OSError) else problem
         print(error, file=sys.stderr)
-        if options.output == "json":
+        if as_json:
             failed = {"state": "failed", "message": str(error), "exit_code": error.exit_code}
             print(json.dumps(failed))
         return error.exit_code
@@ -174,20 +184,25 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    _check_place(options)
     documents = package.load_package()
     if options.list:
         return _list_parameters(documents)
     _check_package_is_current()
-    documents = _for_place(options, documents)
+    documents = _for_place(options)
     runs = runs_folder(options.runs_dir)
     store = options.store or (local_store(runs) if options.local else None)
     rerun = [step for step in options.rerun.split(",") if step]
     package.set_uncached(documents, rerun)
-    defaults = package.defaults(documents)
-    earlier = start.earlier_run(options, runs) if options.start_from else {}
-    begin = {**defaults, **start.base(earlier, defaults, rerun)}
-    if options.store:
-        begin["publish_store"] = ""
+    begin = start.beginning(
+        package.defaults(documents),
+        runs,
+        run_id=options.start_from,
+        rerun=rerun,
+        local=bool(options.local),
+        store=options.store,
+        endpoint=(options.endpoint, options.namespace),
+    )
     values = parameters(
         begin,
         preset_name=options.preset,
@@ -216,25 +231,42 @@ def _run(options: argparse.Namespace) -> int:
     return outcome.exit_code
 
 
-def _for_place(
-    options: argparse.Namespace, documents: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+_ENDPOINT_ONLY = ("nodes", "endpoint", "namespace", "upload", "run", "schedule", "retry", "cancel")
+
+
+def _check_place(options: argparse.Namespace) -> None:
+    """Refuse what would be passed over in silence.
+
+    Raises:
+        ConfigError: an option that means nothing where the run is to be.
+    """
+    for name in _ENDPOINT_ONLY if options.local else ():
+        if getattr(options, name) is not None and getattr(options, name) is not False:
+            raise ConfigError(
+                f"--{name} is for Kubeflow, and --local runs on this machine",
+                fix="leave out one of the two",
+            )
+    if options.package and not options.dry_run:
+        raise ConfigError(
+            "--package is written with --dry-run alone",
+            fix="add --dry-run; `python -m pipelines.package --output FILE` writes one to upload",
+        )
+
+
+def _for_place(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The package for the place it will run in: with images and settings where those matter."""
     nodes = [] if options.nodes is None else [f"nodes.count={options.nodes}"]
     asked = bool(options.deployment or options.deploy or options.images or options.image or nodes)
     names_no_package = options.cancel or options.retry or (options.dry_run and not asked)
-    candidates = parse_sweep(options.sweep)
-    if options.local == "processes" or names_no_package:
-        # one after the other: two trainings at once would share this machine's processors
-        return package.local_package(Sweep(candidates, 1)) if candidates else documents
-    assignments = [*options.deploy, *package.image_assignments(options.image), *nodes]
-    deployment = load_deployment(options.deployment, assignments)
-    built = package.BUILT_IMAGES
-    if names_file := options.images or (built if options.local and built.is_file() else None):
-        deployment = package.with_images(deployment, names_file)
-    if options.store and not options.local:
-        deployment = package.with_store(deployment, options.store)
-    return package.deployed_package(deployment, Sweep(candidates, 1 if options.local else 0))
+    where: Where = options.local or "cluster"
+    return package_for(
+        "processes" if names_no_package else where,
+        deployment=options.deployment,
+        assignments=[*options.deploy, *image_assignments(options.image), *nodes],
+        images=options.images,
+        store=options.store,
+        sweep=options.sweep,
+    )
 
 
 def _check_package_is_current() -> None:
@@ -307,6 +339,9 @@ def _next_command(options: argparse.Namespace, outcome: Outcome) -> str:
         return ""
     if options.preset == "full" or outcome.state == "refused":
         return "python pipelines/submit.py --local --set loss.beta=0.2 --dry-run"
+    if options.assignments:
+        given = " ".join(f"--set {shlex.quote(word)}" for word in options.assignments)
+        return f"python pipelines/submit.py --local --preset full {given}"
     return "make run PRESET=full"
 
 

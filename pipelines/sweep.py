@@ -142,9 +142,8 @@ def train_and_judge(
         policy = train()
         return policy, judge(policy)
     candidates = list(sweep.candidates)
-    with dsl.ParallelFor(
-        candidates, name="candidates", parallelism=sweep.parallelism or None
-    ) as one:
+    # no name: dsl.Collected finds the loop by its key (kubeflow/pipelines#13239)
+    with dsl.ParallelFor(candidates, parallelism=sweep.parallelism or None) as one:
         policies = train(one)
         judged = judge(policies, one, "validation")
     best = select(

@@ -17,7 +17,7 @@ from dpo.storage.runs import read_run_manifest
 from pipelines.cluster import Endpoint, link, problem
 from pipelines.events import Watcher, advice
 from pipelines.outcome import Outcome
-from pipelines.package import SELECT, STEPS, step_of
+from pipelines.steps import SELECT, STEPS, step_of
 
 _FIRST_POLL_SECONDS = 0.2
 _POLL_SECONDS = 5.0
@@ -85,16 +85,25 @@ def _tries(error: Exception) -> int:
 
 
 def step_states(run: Any) -> dict[str, str]:
-    """State of each step that the run API tells of: done, cached, running, failed and so on."""
-    states = {}
+    """State of each step that the run API tells of: done, cached, running, failed and so on.
+
+    A step of several tasks (the candidates of a sweep) has failed when one has, and goes on while
+    one does.
+    """
+    words: dict[str, list[str]] = {}
     for name, task in _steps(run):
         if not task.state:
             continue
         word = _WORDS.get(task.state, task.state.lower())
         if word == "done" and any(child.state == "SKIPPED" for child in _children(run, task)):
             word = "cached"
-        states[name] = word
-    return states
+        words.setdefault(name, []).append(word)
+    return {name: min(found, key=_weight) for name, found in words.items()}
+
+
+def _weight(word: str) -> int:
+    """Which of several tasks' states is their step's: the lowest."""
+    return {"failed": 0, "done": 2, "cached": 3, "skipped": 4}.get(word, 1)
 
 
 def _report_steps(run: Any, outcome: Outcome, say: Callable[[str], None]) -> None:

@@ -104,3 +104,41 @@ def test_a_file_that_cannot_be_written_whole_ends_in_one_message(stage, tmp_path
     assert "Traceback" not in done.stderr
     left = {path.name for path in tmp_path.iterdir()}
     assert left == (set() if stage == "ingest" else {"data"})
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "words"),
+    [
+        (["-m", "dpo"], ["plan", "--output", "yaml"], ["'yaml'", "see `dpo plan --help`"]),
+        (["-m", "dpo"], ["train", "--config-dri=x"], ["did you mean --config-dir?", "dpo train"]),
+        (["-m", "dpo"], ["verify", "--json"], ["--json", "see `dpo verify --help`"]),
+        (["pipelines/submit.py"], ["--preset", "huge"], ["'huge'", "full", "--help"]),
+        (["pipelines/submit.py"], ["--locl"], ["did you mean --local?"]),
+        (["pipelines/submit.py"], ["full"], ["'full' is no option"]),
+        (["pipelines/submit.py"], ["explain", "--wait"], ["--wait", "explain --help"]),
+        (["pipelines/submit.py"], ["--nodes", "two"], ["--nodes", "'two'"]),
+    ],
+)
+def test_a_mistake_in_an_option_is_one_line(command, arguments, words):
+    done = subprocess.run(
+        [sys.executable, *command, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    for word in words:
+        assert word in done.stderr
+
+
+def test_a_mistake_in_an_option_is_json_for_ci():
+    command = [sys.executable, "pipelines/submit.py", "--output", "json", "--preset", "huge"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    told = json.loads(done.stdout)
+    assert (done.returncode, told["exit_code"], told["state"]) == (2, 2, "failed")
+    assert "huge" in told["message"]
+
+
+def test_all_paths_that_are_missing_are_named_at_once():
+    done = dpo("evaluate", "data=x")
+    assert done.returncode == 2
+    for word in ("sft=", "policy=", "reference=", "output="):
+        assert word in done.stderr.splitlines()[0]

@@ -19,7 +19,9 @@ MAY_IMPORT["nodes"] = {"errors", "config", "storage", "nodes"}
 MAY_IMPORT["train"] |= {"nodes"}
 MAY_IMPORT["publish"] = {"errors", "config", "storage", "publish"}
 # the command line calls every stage, inside its functions
-MAY_IMPORT["cli"] = {*ORDER, "plan", "publish", "cli"}
+MAY_IMPORT["handlers"] = {*ORDER, "plan", "publish", "handlers"}
+MAY_IMPORT["commands"] = {"commands"}
+MAY_IMPORT["cli"] = {*ORDER, "publish", "handlers", "commands", "cli"}
 MAY_IMPORT["__main__"] = {"cli"}
 # the programmatic interface, imported when it is first used
 MAY_IMPORT["__init__"] = {"errors", "api"}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -123,26 +125,24 @@ def _choose(
     parts: Sequence[Part], caps: Mapping[str, Cap], folder: Path
 ) -> tuple[npt.NDArray[np.bool_], Records, Records]:
     """By ordinal: whether a pair is used; why those that collide are not; what is nearly equal."""
-    repeats = Repeats(folder, sum(part.tally.pairs for part in parts))
-    by_source: dict[str, list[npt.NDArray[np.uint64]]] = {name: [] for name in caps}
-    starts: dict[str, int] = {}
-    total = 0
-    for part in parts:
-        name = part.block.place.source
-        starts.setdefault(name, total)
-        for records in read_keys(part.block.folder):
-            repeats.add(records["key"], records["line"])
-            total += len(records)
-            if name in caps:
-                by_source[name].append(_ranks(records["key"], caps[name].seed))
-    decisions, near = repeats.decide(), repeats.near_duplicates()
+    with ThreadPoolExecutor(2) as pool:
+        # numpy leaves the interpreter's lock for most of it
+        decisions, near = pool.map(partial(_collisions, parts, folder), ("prompt_a", "near"))
     folder.rmdir()
-    keep = np.ones(total, dtype=bool)
+    keep = np.ones(sum(part.tally.pairs for part in parts), dtype=bool)
     keep[decisions["ordinal"]] = False
     near = near[keep[near["ordinal"]]]
-    for name, ranks in by_source.items():
-        _apply_cap(keep, starts[name], np.concatenate([*ranks, _NO_RANKS]), caps[name].n_pairs)
+    for name, cap in caps.items():
+        _apply_cap(keep, parts, name, cap)
     return keep, decisions, near
+
+
+def _collisions(parts: Sequence[Part], folder: Path, by: Literal["prompt_a", "near"]) -> Records:
+    repeats = Repeats(folder / by, sum(part.tally.pairs for part in parts), by)
+    for part in parts:
+        for records in read_keys(part.block.folder):
+            repeats.add(records["key"], records["line"])
+    return repeats.decide()
 
 
 _NO_RANKS = np.zeros(0, dtype=np.uint64)
@@ -161,13 +161,19 @@ def _ranks(keys: Records, seed: int) -> npt.NDArray[np.uint64]:
     return ranks
 
 
-def _apply_cap(
-    keep: npt.NDArray[np.bool_], start: int, ranks: npt.NDArray[np.uint64], n_pairs: int
-) -> None:
+def _apply_cap(keep: npt.NDArray[np.bool_], parts: Sequence[Part], source: str, cap: Cap) -> None:
+    start, found = 0, [_NO_RANKS]
+    for part in parts:
+        if part.block.place.source == source:
+            keys = read_keys(part.block.folder)
+            found += [_ranks(records["key"], cap.seed) for records in keys]
+        elif len(found) == 1:
+            start += part.tally.pairs
+    ranks = np.concatenate(found)
     sound = np.flatnonzero(keep[start : start + len(ranks)])
-    if len(sound) > n_pairs:
+    if len(sound) > cap.n_pairs:
         order = np.argsort(ranks[sound], kind="stable")
-        keep[start + sound[order[n_pairs:]]] = False
+        keep[start + sound[order[cap.n_pairs :]]] = False
 
 
 def _sample(n_pairs: int, wanted: int, seed: int) -> npt.NDArray[np.int64]:

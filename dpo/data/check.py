@@ -36,12 +36,15 @@ from dpo.data.spill import PartWriter, Tally
 from dpo.data.text_tokenizer import load_text_tokenizer
 from dpo.data.tokenize import Limits
 from dpo.data.validate import Validator
+from dpo.storage.host_memory import keep_freed_memory
 from dpo.storage.processes import die_with_parent
 
 BLOCK_BYTES = 32 * 2**20
 _SMALL_BYTES = 64 * 2**20
 """Less is read in this process: starting others takes a second."""
 _STEP_ROWS = 500
+_COLLECT_EVERY = 50_000
+"""Objects of Python that are made before the collector looks for circles among them."""
 _REFERENCE_SEED = 42
 _REFERENCE_TEST_SHARE = 0.01
 
@@ -200,6 +203,10 @@ def _start_worker() -> None:
     die_with_parent()
     # the collector need not look through what was imported, again and again
     gc.freeze()
+    gc.set_threshold(_COLLECT_EVERY)
+    # the megabytes of a piece are needed again for the next one
+    if keep_freed_memory():
+        pa.set_memory_pool(pa.system_memory_pool())
     _spare_pandas()
 
 
@@ -282,6 +289,7 @@ def _accept(
         one(json_row(line, shown, piece.first + row))
         start = row + 1
     part.accept_many(sound.batch.slice(start), sound.keys[start:])
+    part.write_many()
 
 
 def _check_row(
@@ -296,9 +304,10 @@ def _check_row(
             try:
                 _keep(item, place.split, row.line, validator, part)
             except RowError as error:
-                problem = problem or error
+                problem = problem or error.with_traceback(None)
     except RowError as error:
-        problem = error
+        # its traceback would hold this frame, and with it the whole piece, in a circle
+        problem = error.with_traceback(None)
     if problem is not None:
         part.reject(Rejected.of(problem, place, row.line, row.value))
 

@@ -44,17 +44,35 @@ class JsonSyntax(Exception):
         self.problem, self.line = problem, line
 
 
+class BrokenText(Exception):
+    """A line that is not UTF-8, or what is left of it in a piece of the file, and its number."""
+
+    def __init__(self, data: bytes, line: int) -> None:
+        super().__init__(data, line)
+        self.data, self.line = data, line
+
+
 class _Text:
     """Text that arrives in chunks, with a position and the number of the line it is in."""
 
     def __init__(self, stream: Iterable[bytes]) -> None:
         decode = codecs.getincrementaldecoder("utf-8")()
-        self._chunks = (decode.decode(chunk) for chunk in stream)
+        self._chunks = map(self._decoded, stream)
         self._decode = decode
         self._buffer = ""
         self._at = 0
         self._ended = False
         self.line = 1
+
+    def _decoded(self, chunk: bytes) -> str:
+        try:
+            return self._decode.decode(chunk)
+        except UnicodeDecodeError as error:
+            before, after = error.object[: error.start], error.object[error.start :]
+            start = before.rpartition(b"\n")[2]
+            line = start + after.partition(b"\n")[0]
+            number = self.line + self._buffer.count("\n", self._at) + before.count(b"\n")
+            raise BrokenText(line, number) from None
 
     def peek(self) -> str:
         """The next character that is not white space; empty at the end."""
@@ -126,7 +144,8 @@ def iter_document(stream: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
 
     Raises:
         JsonSyntax: the text is not JSON, or no list of rows.
-        UnicodeDecodeError: the bytes are not UTF-8.
+        BrokenText: the bytes are not UTF-8.
+        UnicodeDecodeError: the text ends within a character.
     """
     text = _Text(stream)
     if text.peek() == "[":

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 
+from dpo.data.encodings import not_utf8
 from dpo.data.json_stream import unique_keys
 
 MAX_ROW_BYTES = 8 * 2**20
@@ -32,7 +35,8 @@ class RawRow:
     """Why ``value`` is not a row."""
 
 
-class Piece(NamedTuple):
+@dataclass(frozen=True)
+class Piece:
     """Whole lines of a file."""
 
     first: int
@@ -41,18 +45,19 @@ class Piece(NamedTuple):
     """The lines with their ends; the start of a line where it is too long to be held."""
     too_long: bool = False
 
+    @cached_property
+    def newlines(self) -> npt.NDArray[np.int64]:
+        """Where the line ends are, in bytes."""
+        return newlines(self.data)
+
     @property
     def n_ends(self) -> int:
         """Line ends in the piece."""
-        if self.too_long:
-            return 1
-        # a quarter of the time of bytes.count, which stops at each
-        return int(np.count_nonzero(np.frombuffer(self.data, dtype=np.uint8) == ord("\n")))
+        return 1 if self.too_long else len(self.newlines)
 
     def ends(self) -> list[int]:
         """0, and the byte after each line and its end."""
-        codes = np.frombuffer(self.data, dtype=np.uint8)
-        found = (np.flatnonzero(codes == ord("\n")) + 1).tolist()
+        found = (self.newlines + 1).tolist()
         last = [] if self.data.endswith(b"\n") else [len(self.data) + 1]
         return [0, *found, *last]
 
@@ -62,6 +67,11 @@ class Piece(NamedTuple):
         if not found[-1]:
             found.pop()
         return found
+
+
+def newlines(data: bytes) -> npt.NDArray[np.int64]:
+    """Where the line ends of a text are, in bytes."""
+    return np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == ord("\n"))
 
 
 def pieces(stream: Iterable[bytes]) -> Iterator[Piece]:
@@ -139,9 +149,8 @@ def json_row(line: bytes, shown: str, number: int) -> RawRow:
 def _json_problem(line: bytes, error: orjson.JSONDecodeError) -> str:
     try:
         line.decode("utf-8")
-    except UnicodeDecodeError as broken:
-        byte = line[broken.start]
-        return f"broken encoding: byte {byte:#04x} at position {broken.start + 1} is not UTF-8"
+    except UnicodeDecodeError:
+        return f"broken encoding: {not_utf8(line)}"
     if b"\0" in line:
         return "not JSON: the line holds NUL bytes"
     return f"not JSON: {error.msg} (column {error.colno})"

@@ -86,7 +86,8 @@ def select_log_probs(
             raise ArtifactError(
                 f"the reference has no log-probabilities of pair {example.pair_id}",
                 where=str(where),
-                fix="run the step reference again with these pairs, seed and n_examples",
+                fix="run the step reference again with these pairs and the same seed, "
+                "n_examples and n_eval_examples",
             )
         if row.tokens_hash != example.tokens_hash():
             raise ArtifactError(

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo.data.schema import (
+    CHAT_TEMPLATE_KEY,
     COLUMNS,
     PROMPT_FORMAT_KEY,
     SCHEMA_VERSION,
@@ -38,6 +39,8 @@ class Pairs:
     folder: Path
     """Where they were read."""
     split: str
+    chat_template: str | None = None
+    """Text of the template that made the prompts, where it is not the tokenizer's own."""
 
 
 def read_pairs(folder: Path, split: str) -> Pairs:
@@ -52,6 +55,7 @@ def read_pairs(folder: Path, split: str) -> Pairs:
         raise ArtifactError(f"no {PATTERN} in the output of ingest", where=str(folder))
     tables = [_read(path) for path in files]
     metadata = tables[0].schema.metadata
+    template = metadata.get(CHAT_TEMPLATE_KEY)
     table = pa.concat_tables(tables)
     table = table.filter(pa.compute.equal(table["split"], split))
     columns = [table[name].to_pylist() for name in COLUMNS]
@@ -62,6 +66,7 @@ def read_pairs(folder: Path, split: str) -> Pairs:
         weights=orjson.loads(metadata.get(WEIGHTS_KEY, b"{}")),
         folder=folder,
         split=split,
+        chat_template=None if template is None else template.decode(),
     )
 
 

@@ -17,7 +17,8 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo.data.json_stream import JsonSyntax, iter_document
+from dpo.data.encodings import not_utf8
+from dpo.data.json_stream import BrokenText, JsonSyntax, iter_document
 from dpo.data.lines import MAX_ROW_BYTES, PIECE_BYTES, Piece, RawRow, piece_rows, pieces
 from dpo.data.unpack import (
     BYTE_ORDER_MARK,
@@ -204,10 +205,15 @@ def _document(stream: Iterable[bytes], shown: str) -> Iterator[RawRow]:
             where=f"{shown}, line {error.line}",
             fix="mend the file there; a list of rows, or one row a line, is expected",
         ) from None
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
+    except (BrokenText, UnicodeDecodeError) as error:
+        # an error of the decoder: the file ends within a character
+        data, line = (
+            (error.data, error.line) if isinstance(error, BrokenText) else (error.object, 0)
+        )
         raise DataError(
-            f"broken encoding: byte {byte:#04x} is not UTF-8", where=shown, fix="save it as UTF-8"
+            f"broken encoding: {not_utf8(data)}",
+            where=f"{shown}, line {line}" if line else f"{shown}, at its end",
+            fix="save it as UTF-8",
         ) from None
 
 

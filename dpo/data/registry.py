@@ -60,6 +60,9 @@ def _parse(
     found = detect(row) if format_name == "auto" else _by_values(format_name, row)
     if found is None:
         keys = ", ".join(map(str, list(row)[:8])) or "no fields"
+        if row.keys() & {"messages", "conversations"}:
+            # what a model is tuned with before it learns preferences
+            keys += " (a dialogue without a second answer says nothing about what is preferred)"
         raise RowError(
             "unknown_format",
             f"no known format has these fields: {keys}; use prompt, chosen and rejected, or set "
@@ -120,11 +123,13 @@ def detect(row: Mapping[str, Any]) -> str | None:
     ):
         if keys >= needed:
             return name
+    if isinstance(row.get("messages"), list) and keys & _SCORED:
+        return "rated"
     return _by_answers(keys) if keys & {"prompt", "instruction"} else None
 
 
 def _by_answers(keys: set[str]) -> str | None:
-    if keys & {"responses", "completions", "answers", "candidates"}:
+    if keys & {"responses", "completions", "answers", "candidates", "generations"}:
         return "ranked"
     if keys & {"chosen", "rejected"}:
         # one of the three is missing: the parser names it

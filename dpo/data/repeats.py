@@ -9,9 +9,10 @@ the hash of their letters and digits.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -57,17 +58,16 @@ def near_hashes(prompts: Sequence[bytes]) -> npt.NDArray[np.uint64]:
     """``near_hash`` of many prompts in UTF-8, as little-endian numbers."""
     # one call for all: with bytes to delete each call first makes a table
     cores = _APART.join(prompts).translate(_LOWER, _NO_LETTERS).split(_APART)
-    return np.array([xxh3_64_intdigest(core) for core in cores], dtype="<u8")
+    return np.fromiter(map(xxh3_64_intdigest, cores), dtype="<u8", count=len(cores))
 
 
 _APART = b"\xff"
 """In no text of UTF-8."""
 
 
-def text_hashes(texts: Sequence[str]) -> npt.NDArray[np.uint64]:
-    """8 bytes of each text, as numbers."""
-    hashes = [xxh3_64_intdigest(text.encode()) for text in texts]
-    return np.array(hashes, dtype=np.uint64)
+def text_hashes(texts: Sequence[bytes]) -> npt.NDArray[np.uint64]:
+    """8 bytes of each text in UTF-8, as numbers."""
+    return np.fromiter(map(xxh3_64_intdigest, texts), dtype=np.uint64, count=len(texts))
 
 
 _LOWER = bytes(range(256)).lower()
@@ -92,13 +92,14 @@ _END = struct.Struct("<HHI")
 
 
 class Repeats:
-    """The records of ``n_rows`` rows, in files under ``folder``.
+    """The records of ``n_rows`` rows, in files under ``folder``: equal ones lie in one file.
 
     What is decided does not depend on the number of files.
     """
 
-    def __init__(self, folder: Path, n_rows: int) -> None:
+    def __init__(self, folder: Path, n_rows: int, by: Literal["prompt_a", "near"]) -> None:
         self._folder = folder
+        self._by = by
         self._n_partitions = np.uint64(max(1, min(_MAX_PARTITIONS, n_rows // _PARTITION_ROWS)))
         self._n_rows = 0
         folder.mkdir(parents=True)
@@ -111,29 +112,27 @@ class Repeats:
         records["ordinal"] = np.arange(self._n_rows, self._n_rows + len(keys))
         self._n_rows += len(keys)
         records["line"] = lines
-        for name in ("prompt_a", "near"):
-            partition = records[name] % self._n_partitions
-            order = np.argsort(partition, kind="stable")
-            indices, starts = np.unique(partition[order], return_index=True)
-            for index, part in zip(indices, np.split(records[order], starts[1:]), strict=True):
-                with (self._folder / f"{name}-{index:02d}").open("ab") as file:
-                    part.tofile(file)
+        # bytes are sorted by counting
+        partition = (records[self._by] % self._n_partitions).astype(np.uint8)
+        ordered = records[np.argsort(partition, kind="stable")]
+        ends = np.cumsum(np.bincount(partition))
+        for index, part in enumerate(np.split(ordered, ends[:-1])):
+            with (self._folder / f"{index:02d}").open("ab") as file:
+                part.tofile(file)
 
     def decide(self) -> Records:
-        """``DECISION`` records of all rows to reject, by ordinal."""
-        return self._each("prompt_a", judge)
+        """``DECISION`` records by ordinal, of files that are removed.
 
-    def near_duplicates(self) -> Records:
-        """``DECISION`` records, without a reason, of training pairs whose prompt is nearly one of
-        the test split; by ordinal. They are reported, not rejected."""
-        return self._each("near", _near_duplicates)
-
-    def _each(self, name: str, judge: Callable[[Records], Records]) -> Records:
+        By ``prompt_a``: of all rows to reject. By ``near``, without a reason: of training pairs
+        whose prompt is nearly one of the test split; they are reported, not rejected.
+        """
+        of_records = judge if self._by == "prompt_a" else _near_duplicates
         found = [np.zeros(0, dtype=DECISION)]
-        for path in sorted(self._folder.glob(f"{name}-*")):
+        for path in sorted(self._folder.iterdir()):
             records = np.fromfile(path, dtype=_RECORD)
-            found.append(judge(records[_not_alone(records[name])]))
+            found.append(of_records(records[_not_alone(records[self._by])]))
             path.unlink()
+        self._folder.rmdir()
         return np.sort(np.concatenate(found), order="ordinal")
 
 

@@ -14,6 +14,10 @@ VERSION_KEY = b"dpo.schema_version"
 PROMPT_FORMAT_KEY = b"dpo.prompt_format"
 WEIGHTS_KEY = b"dpo.weights"
 """JSON: weight by source, where any differs from 1."""
+CHAT_TEMPLATE_KEY = b"dpo.chat_template"
+"""Text of the template that made the prompts, where it was chosen for them: the model that learns
+from them needs it as well. Missing where prompts are raw or the tokenizer's own template made them.
+"""
 
 TRAIN, TEST = "train", "test"
 SPLIT_WORDS = {"train": TRAIN, "test": TEST, "validation": TEST, "valid": TEST}
@@ -49,7 +53,11 @@ def pair_fields() -> list[pa.Field]:
     return [*texts, pa.field(MESSAGES_COLUMN, pa.list_(_TURN))]
 
 
-def arrow_schema(prompt_format: str, weights: Mapping[str, float] | None = None) -> pa.Schema:
+def arrow_schema(
+    prompt_format: str,
+    weights: Mapping[str, float] | None = None,
+    chat_template: str | None = None,
+) -> pa.Schema:
     """Columns of the Parquet files, with the schema version in their metadata."""
     metadata = {
         VERSION_KEY: str(SCHEMA_VERSION).encode(),
@@ -57,6 +65,8 @@ def arrow_schema(prompt_format: str, weights: Mapping[str, float] | None = None)
     }
     if weights and set(weights.values()) != {1.0}:
         metadata[WEIGHTS_KEY] = orjson.dumps(dict(weights), option=orjson.OPT_SORT_KEYS)
+    if chat_template is not None:
+        metadata[CHAT_TEMPLATE_KEY] = chat_template.encode()
     return pa.schema(pair_fields(), metadata=metadata)
 
 

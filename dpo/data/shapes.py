@@ -39,7 +39,7 @@ from dpo.data.messages import (
 )
 
 _PROMPT_LISTS = ("prompt", "messages", "conversations", "conversation")
-_ANSWER_LISTS = ("responses", "completions", "answers", "candidates")
+_ANSWER_LISTS = ("responses", "completions", "answers", "candidates", "generations")
 _ANSWER_TEXTS = ("text", "response", "completion", "content", "answer")
 _SCORES = ("fine-grained_score", "overall_score", "score", "rating", "helpfulness")
 MAX_ANSWERS = 64
@@ -189,6 +189,10 @@ def _plain_text(html: str) -> str:
 
 def rated(row: Mapping[str, Any]) -> list[Rating]:
     """One answer to a prompt with its score, or a label: true is good, false is bad."""
+    turns = row.get("messages")
+    if row.get("prompt") is None and isinstance(turns, list) and turns:
+        # the whole dialogue in one list; its last turn is judged
+        row = {**row, "prompt": turns[:-1], "completion": turns[-1:]}
     score_name = next((key for key in ("label", *_SCORES) if row.get(key) is not None), "score")
     if row.get(score_name) is None:
         raise RowError("missing_field", "a score or a label is missing", score_name)
@@ -222,7 +226,7 @@ def _answer_text(answer: Any, field: str) -> str:
 
 def _scores(row: Mapping[str, Any], answers: Sequence[Any], field: str) -> list[float]:
     """One number an answer, higher is better."""
-    for key, sign in (("scores", 1.0), ("ranks", -1.0), ("ranking", -1.0)):
+    for key, sign in (("scores", 1.0), ("ratings", 1.0), ("ranks", -1.0), ("ranking", -1.0)):
         values = row.get(key)
         if values is None:
             continue

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dpo.data import repeats
 from dpo.data.formats import Message, Rating
@@ -36,6 +37,8 @@ PAIRS, KEYS, REJECTED = "pairs.arrow", "keys.bin", "rejected.jsonl"
 RATINGS = "ratings.jsonl"
 KEY_AND_LINE = np.dtype([("key", repeats.KEY), ("line", "<u8")])
 SPILL_SCHEMA = pa.schema([*pair_fields(), pa.field("line", pa.int64())])
+"""On disk a missing ``sft_target`` stands for the chosen response."""
+_TARGET = SPILL_SCHEMA.get_field_index("sft_target")
 
 
 @dataclass
@@ -78,6 +81,8 @@ class PartWriter:
         self._columns: list[list[object]] = [[] for _ in SPILL_SCHEMA.names]
         self._chars = 0
         self._keys: list[bytes] = []
+        self._batches: list[pa.RecordBatch] = []
+        self._records: list[repeats.Records] = []
         folder.mkdir(parents=True)
         with ExitStack() as stack:
             sink = stack.enter_context(pa.OSFile(str(folder / PAIRS), "wb"))
@@ -92,11 +97,13 @@ class PartWriter:
 
     def __exit__(self, *error: object) -> None:
         if error[0] is None:
+            self.write_many()
             self._flush()
         self._open.close()
 
     def accept(self, checked: Checked, line: int) -> None:
         """A pair of the row at ``line``."""
+        self.write_many()
         for column, value in zip(self._columns, (*checked.values, line), strict=True):
             column.append(value)
         self._chars += checked.chars
@@ -106,15 +113,26 @@ class PartWriter:
             self._flush()
 
     def accept_many(self, batch: pa.RecordBatch, keys: repeats.Records) -> None:
-        """Pairs in the columns of ``SPILL_SCHEMA``, and their keys."""
+        """Pairs in the columns of ``SPILL_SCHEMA``, and their keys; see ``write_many``."""
         if not batch.num_rows:
             return
         self._flush()
-        self._pairs.write_batch(batch)
         records = np.empty(len(keys), dtype=KEY_AND_LINE)
         records["key"], records["line"] = keys, batch["line"].to_numpy()
-        self._keys_file.write(records.tobytes())
+        self._batches.append(batch)
+        self._records.append(records)
         self.tally.pairs += len(keys)
+
+    def write_many(self) -> None:
+        """Write what ``accept_many`` took: one batch, for what a batch costs does not shrink."""
+        if self._batches:
+            table = pa.Table.from_batches(self._batches).combine_chunks()
+            for batch in table.to_batches():
+                self._pairs.write_batch(batch)
+            for records in self._records:
+                self._keys_file.write(records.tobytes())
+        self._batches.clear()
+        self._records.clear()
 
     def rate(self, rating: Rating, line: int) -> None:
         """An answer of the row at ``line``."""
@@ -141,9 +159,18 @@ class PartWriter:
 
 
 def read_pairs(folder: Path) -> Iterator[pa.RecordBatch]:
-    """The batches of a block, in order."""
+    """The batches of a block, in order, with the targets that were left out."""
     with pa.memory_map(str(folder / PAIRS)) as source:
-        yield from pa.ipc.open_stream(source)
+        yield from map(_with_targets, pa.ipc.open_stream(source))
+
+
+def _with_targets(batch: pa.RecordBatch) -> pa.RecordBatch:
+    target, chosen = batch["sft_target"], batch["chosen"]
+    if not target.null_count:
+        return batch
+    if target.null_count < len(target):
+        chosen = pc.coalesce(target, chosen)
+    return batch.set_column(_TARGET, SPILL_SCHEMA.field(_TARGET), chosen)
 
 
 def pack_rating(rating: Rating) -> list[Any]:

@@ -133,7 +133,7 @@ def _assembled(
         in_order(checked, rules, spill),
         _caps(config),
         folder,
-        schema=arrow_schema(config.prompt_format, weights),
+        schema=arrow_schema(config.prompt_format, weights, rules.chat_template),
         sample_rows=SAMPLE_ROWS,
         seed=config.seed,
     )

@@ -14,6 +14,7 @@ import numpy as np
 
 from dpo.data import repeats
 from dpo.data.chat import to_chat
+from dpo.data.encodings import not_utf8
 from dpo.data.formats import Candidate, RowError
 from dpo.data.schema import TEST, TRAIN, pair_id, prompt_digest, split_of
 from dpo.data.tokenize import Limits, tokenize_pair
@@ -22,6 +23,14 @@ CONTROLS = bytes(code for code in range(32) if code not in b"\n\r\t") + b"\x7f"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MARK = re.compile(r"<\|\w+\|>")
 _ADVICE_ON_ENCODING = "read the original with its true encoding and save it as UTF-8"
+
+
+def _half_characters(name: str, text: str) -> str:
+    try:
+        # bytes of a CSV file that are no UTF-8 are kept in such characters
+        return f"{name}: {not_utf8(text.encode('utf-8', 'surrogateescape'))}"
+    except UnicodeEncodeError:
+        return f"{name} has half a character in it: {_ADVICE_ON_ENCODING}"
 
 
 class Checked(NamedTuple):
@@ -110,11 +119,7 @@ class Validator:
         try:
             data = text.encode("utf-8")
         except UnicodeEncodeError:
-            raise RowError(
-                "broken_encoding",
-                f"{name} has half a character in it: {_ADVICE_ON_ENCODING}",
-                name,
-            ) from None
+            raise RowError("broken_encoding", _half_characters(name, text), name) from None
         if REPLACEMENT in text:
             raise RowError(
                 "broken_encoding",

@@ -62,6 +62,11 @@ class Plan:
         """Where pairs stand."""
         return Places(self.parts)
 
+    @cached_property
+    def colliding(self) -> npt.NDArray[np.uint64]:
+        """The ordinals of ``decisions``, side by side in memory: they are searched often."""
+        return np.ascontiguousarray(self.decisions["ordinal"])
+
 
 @dataclass
 class Written:
@@ -163,7 +168,9 @@ class _Collisions:
     def note(self, part: Part, ordinal: int, batch: pa.RecordBatch, quarantine: IO[bytes]) -> None:
         """Write the rejects of a batch whose first pair is ``ordinal``."""
         decisions = self._plan.decisions
-        start, end = np.searchsorted(decisions["ordinal"], [ordinal, ordinal + batch.num_rows])
+        # numbers of another type would have all ordinals converted, each time
+        span = np.array([ordinal, ordinal + batch.num_rows], dtype=np.uint64)
+        start, end = np.searchsorted(self._plan.colliding, span)
         for decision in decisions[start:end]:
             row = batch.slice(int(decision["ordinal"]) - ordinal, 1).to_pylist()[0]
             item = self._rejected(part, decision, row)

@@ -19,13 +19,16 @@ from markupsafe import Markup
 from dpo.errors import DpoError, EvaluationError, ObjectMissing
 from dpo.evaluate import charts
 from dpo.evaluate.bootstrap import Bootstrap
-from dpo.evaluate.markdown import cell
+from dpo.evaluate.compared_samples import shared_samples
+from dpo.evaluate.markdown import cell, fenced
 from dpo.evaluate.report import environment, interval_text
+from dpo.evaluate.samples import CHANGES
 from dpo.storage.store import is_store_url, open_store
 
-_FILES = ("evaluation.json", "pairs.json")
+_FILES = ("evaluation.json", "pairs.json", "samples.json")
 _N_BOOTSTRAP = 1000
 _MAX_RUNS = 100
+_MARKDOWN_SAMPLES = 20
 COLUMNS = (
     ("Reward accuracy", ("after", "reward_accuracy")),
     ("Reward margin", ("after", "reward_margin")),
@@ -48,6 +51,8 @@ class Run:
     evaluation: dict[str, Any]
     pairs: dict[str, Any] | None
     """Figures of each pair; None where the run did not keep them."""
+    samples: list[dict[str, Any]] | None = None
+    """Its answers; None where the run did not keep them."""
     label: str = ""
     difference: Mapping[str, float] | None = field(default=None)
     """Reward accuracy minus that of the first run, on the same pairs."""
@@ -90,20 +95,29 @@ def compare(names: Sequence[str], output: Path) -> list[Run]:
         run.difference = _difference(runs[0], run)
     same = len({run.evaluation.get("held_out") for run in runs}) == 1
     output.mkdir(parents=True, exist_ok=True)
-    html = (
-        environment()
-        .get_template("compare.html.j2")
-        .render(
-            runs=runs,
-            columns=COLUMNS,
-            same_pairs=same,
-            best=ranked(runs)[0],
-            chart=Markup(_chart(runs)),
-        )
-    )
+    samples, n_left_out = shared_samples([run.samples for run in runs])
+    html = _page(runs, same, samples, n_left_out)
     (output / "compare.html").write_text(html, encoding="utf-8", errors="replace")
-    (output / "compare.md").write_text(_markdown(runs, same), encoding="utf-8", errors="replace")
+    text = _markdown(runs, same, samples)
+    (output / "compare.md").write_text(text, encoding="utf-8", errors="replace")
     return ranked(runs)
+
+
+def _page(
+    runs: Sequence[Run], same: bool, samples: Sequence[dict[str, Any]], n_left_out: int
+) -> str:
+    template = environment().get_template("compare.html.j2")
+    return template.render(
+        runs=runs,
+        columns=COLUMNS,
+        same_pairs=same,
+        best=ranked(runs)[0],
+        chart=Markup(_chart(runs)),
+        samples=samples,
+        n_left_out=n_left_out,
+        sources=sorted({sample["dataset"] for sample in samples}),
+        changes=CHANGES,
+    )
 
 
 def ranked(runs: Sequence[Run]) -> list[Run]:
@@ -147,7 +161,7 @@ def _no_evaluation(name: str) -> EvaluationError:
 
 def _from_folder(folder: Path) -> Run:
     texts = [(folder / name).read_bytes() if (folder / name).is_file() else None for name in _FILES]
-    return _parsed(str(folder), texts[0], texts[1])
+    return _parsed(str(folder), *texts)
 
 
 def _from_store(url: str) -> Run:
@@ -158,17 +172,23 @@ def _from_store(url: str) -> Run:
             texts.append(store.read(name))
         except ObjectMissing:
             texts.append(None)
-    return _parsed(url, texts[0], texts[1])
+    return _parsed(url, *texts)
 
 
-def _parsed(where: str, evaluation: bytes | None, pairs: bytes | None) -> Run:
+def _parsed(
+    where: str, evaluation: bytes | None, pairs: bytes | None, samples: bytes | None
+) -> Run:
     if evaluation is None:
         raise _no_evaluation(where)
     try:
         values = json.loads(evaluation)
         accuracy = values["after"]["reward_accuracy"]
         _ = float(accuracy["value"]), float(accuracy["low"]), float(accuracy["high"])
-        return Run(where, values, json.loads(pairs) if pairs else None)
+        answers = json.loads(samples) if samples else None
+        for sample in answers or ():
+            _ = [sample[key] for key in ("prompt", "dataset", "chosen", "sft", "policy")]
+            _ = float(sample.get("reward_change") or 0.0)
+        return Run(where, values, json.loads(pairs) if pairs else None, answers)
     except (ValueError, KeyError, TypeError) as error:
         raise EvaluationError(
             f"the evaluation cannot be read: {error!r}", where=where, fix="run evaluate again"
@@ -232,7 +252,7 @@ def _chart(runs: Sequence[Run]) -> str:
     return charts.interval_rows(rows, title=title, chance=runs[0].evaluation.get("chance", 0.5))
 
 
-def _markdown(runs: Sequence[Run], same: bool) -> str:
+def _markdown(runs: Sequence[Run], same: bool, samples: Sequence[Mapping[str, Any]]) -> str:
     best = ranked(runs)[0]
     accuracy = interval_text(best.figure("after", "reward_accuracy"))
     lines = ["# Comparison", "", f"**Highest reward accuracy: {cell(best.label)}, {accuracy}.**"]
@@ -246,7 +266,21 @@ def _markdown(runs: Sequence[Run], same: bool) -> str:
         cells += [str(run.evaluation.get("part", "all"))]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", *(f"- {cell(run.label)}: {cell(run.where)}" for run in runs)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_markdown_answers(runs, samples)]) + "\n"
+
+
+def _markdown_answers(runs: Sequence[Run], samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The answers to the first prompts, without marks."""
+    lines = ["", "## Answers to the same prompts"] if samples else []
+    for number, shown in enumerate(samples[:_MARKDOWN_SAMPLES], 1):
+        prompt = shown["prompt"]
+        lines += ["", f"### Prompt {number} ({cell(shown['dataset'])})", "", fenced(prompt)]
+        for run, answer in zip(runs, shown["answers"], strict=True):
+            if answer:
+                lines += ["", f"{cell(run.label)}:", "", fenced(answer["plain"])]
+    if len(samples) > _MARKDOWN_SAMPLES:
+        lines += ["", "More are in compare.html."]
+    return lines
 
 
 def run_compare(arguments: Sequence[str]) -> int:

@@ -73,11 +73,12 @@ def _improvement(limit: float, evaluation: Mapping[str, Any], published: Standin
         )
     passed = value + _ROUNDING >= limit
     word = "at least" if passed else "less than"
+    own, other = _apart(value, limit, sign="+")
     return rule(
         value,
         passed,
-        f"reward accuracy changed by {value:+.3f} over the published version "
-        f"{published.content_hash[:12]}, {word} {limit:+.3f} ({how})",
+        f"reward accuracy changed by {own} over the published version "
+        f"{published.content_hash[:12]}, {word} {other} ({how})",
     )
 
 
@@ -141,9 +142,16 @@ def _maximum(name: str, limit: float, value: float | None, what: str, source: st
     if value is None:
         text = f"{what}: the evaluation has no such figure; it comes from {source}"
         return Rule(name, None, limit, False, text)
-    passed = value <= limit
+    passed = value <= limit + _ROUNDING
     word = "is within" if passed else "exceeds"
-    return Rule(name, value, limit, passed, f"{what}: {value:.3f} {word} {limit:.3f}")
+    own, other = _apart(value, limit)
+    return Rule(name, value, limit, passed, f"{what}: {own} {word} {other}")
+
+
+def _apart(value: float, limit: float, sign: str = "") -> tuple[str, str]:
+    """Both with as many decimals, at least three, as it takes to see that they differ."""
+    digits = next((n for n in range(3, 9) if f"{value:.{n}f}" != f"{limit:.{n}f}"), 3)
+    return f"{value:{sign}.{digits}f}", f"{limit:{sign}.{digits}f}"
 
 
 def _figure(values: Mapping[str, Any], *keys: str) -> float | None:

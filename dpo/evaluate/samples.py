@@ -13,10 +13,10 @@ from typing import Any
 from markupsafe import Markup, escape
 
 _LONGEST_CHARACTERS = 6000
-_MARKED_WORDS = 3000
+MARKED_WORDS = 3000
 """Longer answers are shown without marks: the comparison takes time that grows with the square."""
-_BUDGET_BYTES = 600_000
-"""Of all samples of a report; the others are in samples.json alone."""
+BUDGET_BYTES = 600_000
+"""Of all samples of a page; the others are in samples.json alone."""
 
 CHANGES = {
     "rose": "reward rose",
@@ -32,7 +32,7 @@ def shown_samples(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for sample in samples:
         item = _marked(sample)
         used += sum(len(str(value).encode(errors="replace")) for value in item.values())
-        if found and used > _BUDGET_BYTES:
+        if found and used > BUDGET_BYTES:
             break
         found.append(item)
     return found
@@ -53,12 +53,17 @@ def clipped(text: str, longest: int = _LONGEST_CHARACTERS) -> str:
     return f"{text[:longest]} … ({len(text) - longest:,} more characters in samples.json)"
 
 
+def words_of(text: str) -> list[str]:
+    """The words of a text and the spaces between them."""
+    return re.findall(r"\s+|\S+", text)
+
+
 def _marked(sample: Mapping[str, Any]) -> dict[str, Any]:
     """The sample with the words that only one of the models wrote marked."""
     texts = {name: clipped(str(sample[name])) for name in ("prompt", "chosen", "sft", "policy")}
-    left, right = (re.findall(r"\s+|\S+", texts[name]) for name in ("sft", "policy"))
+    left, right = words_of(texts["sft"]), words_of(texts["policy"])
     marked = {"sft": escape(texts["sft"]), "policy": escape(texts["policy"])}
-    if len(left) + len(right) <= _MARKED_WORDS:
+    if len(left) + len(right) <= MARKED_WORDS:
         pieces = list(_pieces(left, right))
         join = Markup("").join
         marked = {"sft": join(a for a, _ in pieces), "policy": join(b for _, b in pieces)}

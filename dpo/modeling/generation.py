@@ -110,23 +110,48 @@ def answer(
         temperature: 0 is greedy.
         top_p: Nucleus sampling, for temperatures above 0.
         seed: Of the sampling; the global random state is neither used nor changed.
-        batch_size: Prompts answered at a time.
+        batch_size: Prompts answered at a time; fewer when a GPU's memory does not hold so many.
         advance: Called with the number of prompts just answered.
     """
     root, model = model, model if hasattr(model, "config") else model.model
     forward = _forward(model, root)
     # prompts of like length together: little padding
     order = sorted(range(len(prompts)), key=lambda number: (len(prompts[number]), number))
-    found: list[Answer | None] = [None] * len(prompts)
-    for numbers in _batches(order, prompts, batch_size, mixed=_takes_cache(model)):
+
+    def run(numbers: list[int]) -> list[Answer]:
         batch = [list(prompts[number]) for number in numbers]
         sampler = Sampler(temperature, top_p, [_stream(seed, number) for number in numbers])
-        rows = _answer_batch(model, forward, tokenizer.eos_token_id, batch, max_new_tokens, sampler)
-        for number, row in zip(numbers, rows, strict=True):
-            found[number] = row
+        return _answer_batch(model, forward, tokenizer.eos_token_id, batch, max_new_tokens, sampler)
+
+    found: dict[int, Answer] = {}
+    batches = _batches(order, prompts, batch_size, mixed=_takes_cache(model))
+    for numbers, rows in _as_memory_allows(run, list(batches)):
+        found.update(zip(numbers, rows, strict=True))
         if advance:
             advance(len(numbers))
-    return [row for row in found if row is not None]
+    return [found[number] for number in range(len(prompts))]
+
+
+def _as_memory_allows(
+    run: Callable[[list[int]], list[Answer]], batches: list[list[int]]
+) -> Iterator[tuple[list[int], list[Answer]]]:
+    """Each batch with its answers; when memory is short, this one and the later ones in halves."""
+    while batches:
+        numbers = batches[0]
+        rows: list[Answer] | None = None
+        try:
+            rows = run(numbers)
+        except torch.OutOfMemoryError:
+            # one process alone must not take other steps than those that hold the same model
+            if len(numbers) == 1 or _processes() > 1:
+                raise
+        # not in the except clause: its traceback would hold the tensors that filled the memory
+        if rows is None:
+            half = (len(numbers) + 1) // 2
+            batches = [batch[i : i + half] for batch in batches for i in range(0, len(batch), half)]
+            continue
+        batches = batches[1:]
+        yield numbers, rows
 
 
 def _batches(
@@ -321,8 +346,12 @@ def _forward(model: Any, root: Any) -> Forward:
 
 def _any_process(flag: bool, device: torch.device) -> bool:
     """Whether any process has rows that go on; every process must ask."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if _processes() == 1:
         return flag
     flags = torch.tensor([int(flag)], device=device)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return bool(flags.item())
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1

@@ -10,7 +10,7 @@ from dpo.errors import ConfigError, MissingDependency
 from dpo.modeling.attention import ARCHITECTURES
 from dpo.modeling.fused import fuse
 from dpo.modeling.head import has_linear_cross_entropy
-from dpo.modeling.host_memory import keep_freed_memory
+from dpo.storage.host_memory import keep_freed_memory
 
 ROW_MULTIPLE = 512
 """Rows of a compiled model are padded to a multiple of so many tokens: few shapes are compiled."""

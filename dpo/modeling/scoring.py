@@ -8,6 +8,7 @@ Axes: T tokens of a row, N response tokens, E examples, R responses.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from dpo.data.tokenize import TokenizedExample
 from dpo.modeling.attention import packed_attention, supports_packing
 from dpo.modeling.head import token_log_probs_from_hidden
 from dpo.modeling.kernels import ROW_MULTIPLE, is_by_torch, is_compiled
+from dpo.modeling.lanes import balanced, lanes_for, replica_of, side_by_side
 from dpo.modeling.plain import plain_log_probs, warn_once
 from dpo.modeling.precision import autocast
 from dpo.modeling.rows import padded, row_tensors
@@ -89,7 +91,6 @@ def _packed(model: Any, batch: PackedBatch, dtype: torch.dtype) -> Tensor:
     )
 
 
-@torch.no_grad()
 def score(
     model: Any,
     examples: Sequence[TokenizedExample],
@@ -111,17 +112,30 @@ def score(
             gathers weights from other processes, which then all have to score the same examples.
     """
     scored: list[tuple[NDArray, ...]] = [()] * len(examples)
-    with autocast(dtype, model.device.type):
-        for batch in pack(examples, token_budget):
-            found_N = (
-                forward(batch, dtype) if forward else token_log_probs(model, batch, dtype=dtype)
-            )
-            log_probs_N = found_N.cpu().numpy()
-            for local, index in enumerate(batch.examples):
-                scored[index] = tuple(
-                    log_probs_N[batch.slot_N == local * batch.n_responses + number]
-                    for number in range(batch.n_responses)
+    n_lanes = lanes_for(model) if forward is None else 1
+    rows = pack(examples, token_budget // n_lanes)
+    shares = [share for share in balanced([row.n_tokens for row in rows], n_lanes) if share]
+    # a replica each: a forward pass sets the attention of its model
+    models = [model, *(replica_of(model) for _ in shares[1:])]
+    one_at_a_time = threading.Lock()
+
+    def lane(work: tuple[Any, list[int]]) -> None:
+        own, share = work
+        with torch.no_grad(), autocast(dtype, model.device.type):
+            for batch in (rows[number] for number in share):
+                found_N = (
+                    forward(batch, dtype) if forward else token_log_probs(own, batch, dtype=dtype)
                 )
-            if bar is not None:
-                bar.advance(len(batch.examples))
+                log_probs_N = found_N.cpu().numpy()
+                for local, index in enumerate(batch.examples):
+                    scored[index] = tuple(
+                        log_probs_N[batch.slot_N == local * batch.n_responses + number]
+                        for number in range(batch.n_responses)
+                    )
+                if bar is not None:
+                    with one_at_a_time:
+                        bar.advance(len(batch.examples))
+
+    if shares:
+        side_by_side(lane, list(zip(models, shares, strict=True)))
     return scored

@@ -1,10 +1,11 @@
-"""Signatures of manifests with an Ed25519 key from the environment.
+"""Signatures of manifests and of ``latest.json`` with an Ed25519 key from the environment.
 
     DPO_SIGNING_KEY     private key (PEM, PKCS 8): ``openssl genpkey -algorithm ed25519``
     DPO_TRUSTED_KEYS    public keys (PEM, one after the other): ``openssl pkey -in key.pem -pubout``
 
 Whoever signs needs the first; whoever verifies the second, which is no secret. A signature covers
-the canonical JSON of everything else in the manifest, and that has the sha256 of every file.
+the canonical JSON of everything else in it: of a manifest the sha256 of every file, of
+``latest.json`` the model's name and the version that readers get.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def sign(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_trusted(manifest: Mapping[str, Any]) -> bool:
-    """Whether a key that is trusted here signed the manifest; True where no key is set.
+    """Whether a key that is trusted here signed these values; True where no key is set.
 
     Raises:
         ConfigError: a key that is set cannot be read.
@@ -60,8 +61,8 @@ def is_trusted(manifest: Mapping[str, Any]) -> bool:
     return not keys or _signer(manifest, keys) is not None
 
 
-def check(manifest: Mapping[str, Any], where: str) -> str:
-    """What there is to say of the manifest's signature.
+def check(manifest: Mapping[str, Any], where: str, what: str = "the manifest") -> str:
+    """What there is to say of the signature of a manifest, or of ``what``.
 
     Raises:
         ArtifactError: keys are set and none of them signed it.
@@ -76,16 +77,21 @@ def check(manifest: Mapping[str, Any], where: str) -> str:
     if _signer(manifest, keys):
         return f"signed by key {key_id}, which is trusted"
     raise ArtifactError(
-        "the manifest's signature is wrong" if key_id in keys else _untrusted(key_id),
+        f"{what}'s signature is wrong" if key_id in keys else _untrusted(key_id, what),
         where=where,
-        fix=f"do not use this model, or add the key of whoever signed it to {TRUSTED_KEYS}",
+        fix="do not use this model, or "
+        + (
+            f"add the key of whoever signed it to {TRUSTED_KEYS}"
+            if key_id
+            else f"publish it again with {SIGNING_KEY} set (no file moves)"
+        ),
     )
 
 
-def _untrusted(key_id: str) -> str:
+def _untrusted(key_id: str, what: str) -> str:
     if not key_id:
-        return "the manifest is not signed"
-    return f"the manifest is signed by key {key_id}, which is not trusted here"
+        return f"{what} is not signed"
+    return f"{what} is signed by key {key_id}, which is not trusted here"
 
 
 def _signer(manifest: Mapping[str, Any], keys: Mapping[str, Any]) -> str | None:

@@ -12,7 +12,7 @@ from dpo.errors import ArtifactError, ObjectMissing
 from dpo.publish.signing import check
 from dpo.storage.manifest import content_hash, sha256_file
 from dpo.storage.progress import Bar, track
-from dpo.storage.published import LATEST, read_latest, read_version
+from dpo.storage.published import LATEST, Latest, read_latest, read_version
 from dpo.storage.store import Store, open_store, safe_key
 
 _FILES_AT_ONCE = 3
@@ -23,7 +23,8 @@ def find_version(url: str) -> tuple[Store, str, dict[str, Any]]:
     """Store, prefix and manifest behind the URL of a published name or of one version.
 
     Raises:
-        ArtifactError: nothing complete is published there.
+        ArtifactError: nothing complete is published there, or what says so is not signed by a key
+            that is trusted here.
     """
     store = open_store(url)
     if manifest := read_version(store):
@@ -35,6 +36,7 @@ def find_version(url: str) -> tuple[Store, str, dict[str, Any]]:
             where=url,
             fix=f"give the folder that holds {LATEST}, or that of one version",
         )
+    _check_latest(store, latest)
     manifest = read_version(store, latest.content_hash)
     if manifest is None:
         raise ArtifactError(
@@ -43,6 +45,20 @@ def find_version(url: str) -> tuple[Store, str, dict[str, Any]]:
             fix="publish the model again, or go back with `dpo publish --rollback`",
         )
     return store, f"{latest.content_hash}/", manifest
+
+
+def _check_latest(store: Store, latest: Latest) -> None:
+    """Where keys are set: a trusted key signed ``latest.json``, and for this very name."""
+    where = store.url(LATEST)
+    if "which is trusted" not in check(latest.values, where, LATEST):
+        return
+    name = str(latest.values.get("name"))
+    if not f"/{store.root.rstrip('/')}".endswith(f"/{name}"):
+        raise ArtifactError(
+            f"{LATEST} is that of another model, {name}",
+            where=where,
+            fix="do not use this model: somebody copied it here; pull it under its own name",
+        )
 
 
 def verify(url: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from dpo.errors import ArtifactError, StoreError, StoreUnavailable, WriteConflict
 from dpo.publish.lease import being_written
-from dpo.publish.signing import is_trusted, sign
+from dpo.publish.signing import SIGNATURE, SIGNING_KEY, is_trusted, sign
 from dpo.storage.manifest import MANIFEST, FileEntry, content_hash
 from dpo.storage.progress import message, track
 from dpo.storage.published import (
@@ -78,7 +78,7 @@ def publish_files(
     prefix = f"{name}/{version}"
     url = store.url(prefix)
     latest = read_latest(store, name)
-    if latest and latest.content_hash == version and _is_whole(store, files, prefix):
+    if latest and _names(latest, name, version) and _is_whole(store, files, prefix):
         message("publish", f"{name} {version[:12]} is published already: no bytes moved")
         return Published(name, version, url, unchanged=True, bytes_moved=0, files=len(files))
     paths = [entry.path for entry in files]
@@ -199,17 +199,20 @@ def point_latest(store: Store, name: str, version: str, *, back: bool = False) -
     key = f"{name}/{LATEST}"
     for _ in range(_CONFLICT_TRIES):
         now = read_latest(store, name)
-        if now and now.content_hash == version:
+        if now and _names(now, name, version):
             return now
-        text = json.dumps(
+        values = sign(
             {
                 "format_version": LATEST_FORMAT,
+                "name": name,
                 "content_hash": version,
                 "previous": _previous(now, version, back=back),
             }
         )
+        if now and SIGNATURE in now.values and SIGNATURE not in values:
+            message("publish", f"{LATEST} was signed and is no more: {SIGNING_KEY} is not set")
         try:
-            store.write(key, text.encode(), expected=now.etag if now else "")
+            store.write(key, json.dumps(values).encode(), expected=now.etag if now else "")
         except WriteConflict:
             continue
         return now or Latest("")
@@ -218,6 +221,13 @@ def point_latest(store: Store, name: str, version: str, *, back: bool = False) -
         where=store.url(key),
         fix="publish again when they are done, or under another name",
     )
+
+
+def _names(latest: Latest, name: str, version: str) -> bool:
+    """Whether it names this version, signed by a trusted key where there are keys."""
+    if latest.content_hash != version:
+        return False
+    return is_trusted(latest.values) and latest.values.get("name", name) == name
 
 
 def _previous(now: Latest | None, version: str, *, back: bool) -> list[str]:

@@ -14,11 +14,16 @@ END_WITH = "DPO_END_WITH"
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
-    """Ask Linux to end this process when its parent ends, even by SIGKILL; elsewhere nothing."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Ask Linux to end this process when its parent ends, even by SIGKILL; elsewhere nothing.
+
+    Args:
+        parent: The process that started this one, where that is known: it may have ended while
+            this one was still importing.
+    """
     if not sys.platform.startswith("linux"):
         return
-    parent = os.getppid()
+    parent = parent or os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         # the parent ended before the request was made

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from dpo.errors import ArtifactError, ObjectMissing
@@ -18,8 +19,8 @@ from dpo.storage.manifest import MANIFEST
 from dpo.storage.store import Store
 
 LATEST = "latest.json"
-LATEST_FORMAT = 2
-"""1 had no ``previous``."""
+LATEST_FORMAT = 3
+"""1 had no ``previous``, 2 no ``name`` and no ``signature``."""
 VERSION_FORMAT = 2
 """1 had no ``run_id``, no ``lineage`` and no ``signature``."""
 HASH = re.compile(r"[0-9a-f]{64}")
@@ -35,6 +36,8 @@ class Latest:
     """What it named before, newest first; a rollback goes back to the first."""
     etag: str = ""
     """Of the object, for a conditional write."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """All that it says, with its signature."""
 
 
 def read_latest(store: Store, name: str = "") -> Latest | None:
@@ -58,7 +61,7 @@ def read_latest(store: Store, name: str = "") -> Latest | None:
             "latest.json names no version", where=store.url(key), fix="publish the model again"
         )
     previous = tuple(hash_ for hash_ in values.get("previous", []) if HASH.fullmatch(str(hash_)))
-    return Latest(content_hash, previous, found.etag)
+    return Latest(content_hash, previous, found.etag, values)
 
 
 def read_version(store: Store, prefix: str = "") -> dict[str, Any] | None:

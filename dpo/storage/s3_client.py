@@ -198,7 +198,8 @@ class Caller:
             return ObjectMissing(f"there is {what}", where=where, fix="check the URL")
         if code in _DENIED:
             return self._denied(code, error, where)
-        if code in _FULL or status == 507:
+        # MinIO says InternalError when the disk fills while it writes
+        if code in _FULL or status == 507 or "no space left" in (error.message or "").lower():
             return self._full(url)
         if status in (409, 412):
             return WriteConflict("another writer was first", where=url, fix="try again")

@@ -26,6 +26,8 @@ class Examples:
     held_out: list[TokenizedExample]
     fingerprint: str
     """Content hash of the pairs."""
+    chat_template: str | None = None
+    """See ``Pairs.chat_template``."""
 
 
 def load_examples(
@@ -64,6 +66,7 @@ def load_examples(
         train={index: tokenized[row] for index, row in wanted.items()},
         held_out=_tokenize(config, test, held_out, tokenizer, responses),
         fingerprint=train.content_hash,
+        chat_template=train.chat_template,
     )
 
 

@@ -57,16 +57,22 @@ class Heartbeat:
         now = time.monotonic()
         self._seen = [_Seen(changed=now) for _ in range(world)]
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        # apart, for a store that has become unreachable can hold the one that asks it for minutes
+        self._threads = [
+            threading.Thread(target=part, name=f"heartbeat {part.__name__}", daemon=True)
+            for part in (self._beat, self._watch)
+        ]
 
     def start(self) -> None:
-        """Begin, in a thread of its own."""
-        self._thread.start()
+        """Begin, in threads of its own."""
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         """No more; the others are expected to end as well."""
         self._ended.set()
-        self._thread.join(timeout=2 * self._interval)
+        for thread in self._threads:
+            thread.join(timeout=2 * self._interval)
 
     def behind(self) -> str:
         """Who has begun fewer collective operations than the others; empty where nobody has."""
@@ -92,7 +98,12 @@ class Heartbeat:
         more = f" and {len(named) - 4} more" if len(named) > 4 else ""
         return ", ".join(named[:4]) + more
 
-    def _run(self) -> None:
+    def _watch(self) -> None:
+        while not self._ended.wait(self._interval):
+            if found := self.silent(self._timeout):
+                self._lost(found)
+
+    def _beat(self) -> None:
         beat, host, store = 0, socket.gethostname(), None
         keys = [f"{_PREFIX}/{rank}" for rank in range(self._world)]
         while not self._ended.wait(self._interval):
@@ -110,8 +121,6 @@ class Heartbeat:
             except Exception:
                 # the store is the first host's: that it is gone shows as silence of all
                 store = None
-            if found := self.silent(self._timeout):
-                self._lost(found)
 
     def _note(self, rank: int, text: str) -> None:
         seen = self._seen[rank]

@@ -28,6 +28,8 @@ PROCESSES_VARIABLE = "DPO_PROCESSES"
 LOST = "lost"
 """Key of an error that only says that another process is gone; the other's own comes first."""
 _OPEN_FILES = 1 << 16
+_PORT = 29500
+"""Of the first host, where none is named; torchrun's own."""
 _SHUTDOWN_SECONDS = 10
 """What a process gets between the request to end and SIGKILL; torch 2.13 takes 30 s where another
 process has failed."""
@@ -68,6 +70,7 @@ def launch(job: Mapping[str, Any], *, port: int = 0, timeout_seconds: int = 600)
     Raises:
         DpoError: that of the first process that failed; the others are ended.
     """
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
@@ -78,13 +81,14 @@ def launch(job: Mapping[str, Any], *, port: int = 0, timeout_seconds: int = 600)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         file = folder / "job.json"
-        file.write_text(json.dumps({**job, "timeout_seconds": timeout_seconds}), encoding="utf-8")
+        job = {**job, "timeout_seconds": timeout_seconds, "launcher": os.getpid()}
+        file.write_text(json.dumps(job), encoding="utf-8")
         with _pass_on_sigterm(folder) as asked:
             try:
                 elastic_launch(config, sys.executable)("-m", "dpo.train.worker", str(file))
             except ChildFailedError as error:
                 raise _first_error(folder, error, bool(asked)) from None
-            except RendezvousError as error:
+            except (RendezvousError, DistError) as error:
                 raise _no_rendezvous(config, error, timeout_seconds) from None
             except SignalException as error:
                 raise KeyboardInterrupt(f"ended by {error.sigval.name}") from None
@@ -97,18 +101,22 @@ def _launch_config(port: int, timeout_seconds: int) -> Any:
     n_hosts = int(os.environ.get("PET_NNODES") or 1)
     endpoint = os.environ.get("PET_RDZV_ENDPOINT")
     if not endpoint and n_hosts > 1 and (first := os.environ.get("PET_MASTER_ADDR")):
-        endpoint = f"{first}:{os.environ.get('PET_MASTER_PORT') or 29500}"
+        endpoint = f"{first}:{os.environ.get('PET_MASTER_PORT') or _PORT}"
     rendezvous: dict[str, Any] = {"timeout": timeout_seconds, "join_timeout": timeout_seconds}
     rendezvous["read_timeout"] = timeout_seconds
-    if n_hosts > 1 and (number := os.environ.get("PET_NODE_RANK", "")).isdigit():
-        # by name or address alone a host may not know itself
-        rendezvous["is_host"] = "true" if number == "0" else "false"
+    number = os.environ.get("PET_NODE_RANK", "")
+    static = n_hosts > 1 and number.isdigit() and endpoint is not None
+    if static:
+        # torch's "c10d" writes to the store when it ends: where the first host has become
+        # unreachable, this host then waits for the system to give the connection up, for minutes
+        rendezvous["rank"] = int(number)
+        endpoint = endpoint if ":" in str(endpoint) else f"{endpoint}:{_PORT}"
     return LaunchConfig(
         min_nodes=n_hosts,
         max_nodes=n_hosts,
         nproc_per_node=processes_here(),
         run_id=os.environ.get("PET_RDZV_ID") or "dpo",
-        rdzv_backend="c10d",
+        rdzv_backend="static" if static else "c10d",
         rdzv_endpoint=endpoint or f"127.0.0.1:{port}",
         rdzv_configs=rendezvous,
         max_restarts=0,

@@ -19,6 +19,7 @@ from dpo.config.stages import OUT_OF_BAND, Stage, stage_json, stage_settings
 from dpo.data.log_probs import PairLogProbs, read_log_probs, select_log_probs
 from dpo.data.tokenize import TokenizedExample
 from dpo.errors import ConfigError
+from dpo.modeling.lanes import lanes_for
 from dpo.modeling.load import check_length, load_for_training, save_model
 from dpo.modeling.lora import (
     adapter_off,
@@ -175,6 +176,9 @@ def _trainer(
         batch_size=config.batch_size,
         responses="sft_target" if stage == "sft" else "pair",
     )
+    if examples.chat_template is not None:
+        # who uses the model must prompt it as it was trained
+        tokenizer.chat_template = examples.chat_template
     check_examples(examples.order.total_examples, ranks)
     _say_what_is_missing(config, stage, examples)
     scorer, dtype = Scorer(model), compute_dtype(config.model, device)
@@ -185,7 +189,14 @@ def _trainer(
         # FSDP casts by itself where it is asked to
         dtype = DTYPES[config.model.fsdp_policy_mp] if config.model.fsdp_policy_mp else dtype
     objective = Objective(
-        model, config.loss, dtype, config.micro_batch_tokens, scorer=scorer, ranks=ranks
+        model,
+        config.loss,
+        dtype,
+        config.micro_batch_tokens,
+        scorer=scorer,
+        ranks=ranks,
+        # what is computed again for a block takes random states that all threads share
+        lanes=1 if config.activation_checkpointing != "none" else lanes_for(model),
     )
     needed = config.loss.needs_reference
     log_probs = _reference(objective, examples, reference) if needed else None

@@ -19,6 +19,13 @@ from dpo.data.log_probs import PairLogProbs
 from dpo.data.packing import PackedBatch, pack
 from dpo.data.tokenize import TokenizedExample
 from dpo.errors import InvariantError, NonFiniteError
+from dpo.modeling.lanes import (
+    balanced,
+    has_weights_of,
+    replica_of,
+    side_by_side,
+    take_gradients,
+)
 from dpo.modeling.losses import PairLogps, as_used, preference_loss, sft_loss, starting_loss
 from dpo.modeling.metrics import Split, preference_metrics, sft_metrics
 from dpo.modeling.precision import autocast
@@ -44,9 +51,12 @@ class Objective:
     scorer: Any = None
     """``Scorer`` around the model, sharded where there are several processes."""
     ranks: Ranks = field(default_factory=Ranks)
+    lanes: int = 1
+    """Rows that are worked on at once; see ``dpo.modeling.lanes``."""
 
     def __post_init__(self) -> None:
         self.scorer = self.scorer or Scorer(self.model)
+        self._others: list[Objective] = []
 
     def figures(
         self,
@@ -91,29 +101,53 @@ class Objective:
         the number of all examples. Gradients are ``loss_scale`` times too large.
         """
         rows = self._rows(examples, reference, n_micro_batches)
-        prefetch((row.batch for row in rows), self.device)
+        prefetch((row.batch for lane in rows for row in lane), self.device)
         # processes average their gradients
         scale = self.ranks.world / len(examples)
-        collected = _Collected()
-        with autocast(self.dtype, self.device.type):
-            for row in rows:
-                losses_E, figures = self.figures(row.batch, row.reference, "train")
-                (losses_E.sum() * (scale * row.weight * loss_scale)).backward()
-                collected.add(row, figures)
-        return collected.gathered(self.ranks)
 
-    @torch.no_grad()
+        def backward(lane: tuple[Objective, list[_Row]]) -> _Collected:
+            objective, own = lane
+            collected = _Collected()
+            with autocast(self.dtype, self.device.type):
+                for row in own:
+                    losses_E, figures = objective.figures(row.batch, row.reference, "train")
+                    (losses_E.sum() * (scale * row.weight * loss_scale)).backward()
+                    collected.add(row, figures)
+            return collected
+
+        collected = side_by_side(backward, self._busy(rows))
+        for other in self._others:
+            take_gradients(self.model, other.model)
+        return _Collected.of(collected).gathered(self.ranks)
+
     def evaluate(
         self, examples: Sequence[TokenizedExample], reference: Sequence[PairLogProbs] | None
     ) -> dict[str, float]:
         """Mean of every figure over ``examples``, however few they are."""
-        collected = _Collected()
-        with autocast(self.dtype, self.device.type):
-            for row in self._rows(examples, reference, 1):
-                _, figures = self.figures(row.batch, row.reference, "eval")
-                collected.add(row, figures)
-        figures = collected.gathered(self.ranks)
+
+        def forward(lane: tuple[Objective, list[_Row]]) -> _Collected:
+            objective, own = lane
+            collected = _Collected()
+            with torch.no_grad(), autocast(self.dtype, self.device.type):
+                for row in own:
+                    _, figures = objective.figures(row.batch, row.reference, "eval")
+                    collected.add(row, figures)
+            return collected
+
+        collected = side_by_side(forward, self._busy(self._rows(examples, reference, 1)))
+        figures = _Collected.of(collected).gathered(self.ranks)
         return {name: float(values_E.double().mean()) for name, values_E in figures.items()}
+
+    def _busy(self, rows: list[list[_Row]]) -> list[tuple[Objective, list[_Row]]]:
+        """Who works on which rows: this objective on the first lane's, a replica on each other's.
+
+        No replica is made before it is needed, nor one kept whose model has got other weights.
+        """
+        self._others = [o for o in self._others if has_weights_of(o.model, self.model)]
+        busy = [lane for lane in rows if lane] or rows[:1]
+        while len(self._others) < len(busy) - 1:
+            self._others.append(replace(self, model=replica_of(self.model), scorer=None))
+        return list(zip([self, *self._others], busy, strict=False))
 
     @property
     def device(self) -> torch.device:
@@ -125,24 +159,31 @@ class Objective:
         examples: Sequence[TokenizedExample],
         reference: Sequence[PairLogProbs] | None,
         n_micro_batches: int,
-    ) -> list[_Row]:
-        """The rows of this process.
+    ) -> list[list[_Row]]:
+        """The rows of this process, of each lane.
 
         Every process makes the same number of passes, for each pass gathers weights from all: one
-        that has fewer rows repeats a row with weight 0.
+        that has fewer rows repeats a row with weight 0. (Several processes have one lane each.)
         """
         own = self.ranks.share(examples)
-        rows = []
+        rows: list[list[_Row]] = [[] for _ in range(self.lanes)]
+        # all lanes together hold what one would
+        budget = self.token_budget // self.lanes
         size = -(-max(len(own), 1) // n_micro_batches)
         for first in range(0, len(own), size):
             part = own[first : first + size]
-            for batch in pack([examples[i] for i in part], self.token_budget):
-                rows.append(_row(batch, [part[local] for local in batch.examples], reference))
-        most = max(self.ranks.gather(len(rows)))
-        if len(rows) < most:
+            shares = balanced([examples[i].n_tokens for i in part], self.lanes)
+            for lane, share in zip(rows, shares, strict=True):
+                indices = [part[k] for k in share]
+                for batch in pack([examples[i] for i in indices], budget):
+                    lane.append(
+                        _row(batch, [indices[local] for local in batch.examples], reference)
+                    )
+        most = max(self.ranks.gather(len(rows[0])))
+        if self.ranks.world > 1 and len(rows[0]) < most:
             (batch, *_) = pack([examples[0]], self.token_budget)
             idle = replace(_row(batch, [0], reference), weight=0.0)
-            rows += [idle] * (most - len(rows))
+            rows[0] += [idle] * (most - len(rows[0]))
         return rows
 
 
@@ -174,6 +215,16 @@ class _Collected:
         self._indices += row.indices
         for name, values_E in figures.items():
             self._parts[name].append(values_E)
+
+    @classmethod
+    def of(cls, lanes: Sequence[_Collected]) -> _Collected:
+        """Those of all lanes."""
+        found = cls()
+        for lane in lanes:
+            found._indices += lane._indices
+            for name, parts in lane._parts.items():
+                found._parts[name] += parts
+        return found
 
     def gathered(self, ranks: Ranks) -> dict[str, Tensor]:
         """Every figure of all examples [E], in their order."""

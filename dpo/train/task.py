@@ -8,7 +8,7 @@ from typing import Protocol
 
 from dpo.config.nodes import NodesConfig, wanted_nodes
 from dpo.config.stages import stage_json
-from dpo.errors import ConfigError
+from dpo.plan.booked import one_process
 from dpo.storage.manifest import Manifest
 from dpo.storage.step import Step
 from dpo.train.place import ROOT_VARIABLE
@@ -55,12 +55,7 @@ def _on_nodes(
     from dpo.nodes.run import train_on_nodes
 
     if run.config.trainer.name == "BasicTrainer":
-        raise ConfigError(
-            "trainer=BasicTrainer is one process; the package trains over "
-            f"{nodes.options.count} nodes",
-            where="trainer",
-            fix=f'add "trainer=FSDPTrainer" to {run.stage}_overrides, or compile without --nodes',
-        )
+        raise one_process(nodes.options.count, run.stage)
     request = Request(
         stage=run.stage,
         settings=stage_json(run.config, run.stage, key_only=False),

@@ -28,8 +28,12 @@ _BROKEN = ("connection", "timed out", "timeout", "peer", "socket", "gloo", "nccl
 
 def main(job_file: Path) -> int:
     """Train as ``job_file`` says; returns the exit code."""
-    die_with_parent()
-    job = json.loads(job_file.read_text(encoding="utf-8"))
+    try:
+        job = json.loads(job_file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        # the launcher ended meanwhile, and took its folder with it
+        return 1
+    die_with_parent(int(job["launcher"]))
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     announce(job_file, rank)
     only_first_reports_progress(rank)

@@ -24,10 +24,10 @@ from dpo.storage.store import open_store
 from pipelines import package
 from pipelines.display import RunView
 from pipelines.outcome import Outcome
-from pipelines.package import STEPS
 from pipelines.service.database import Database, Run, State
 from pipelines.service.one_run import JOB, OUTCOME, RUNS
 from pipelines.service.settings import Settings
+from pipelines.steps import STEPS
 
 _POLL_SECONDS = 0.5
 _STOP_SECONDS = 45.0

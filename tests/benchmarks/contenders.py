@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from dpo.data.loader import Order
 from dpo.data.log_probs import PairLogProbs
 from dpo.data.tokenize import TokenizedExample
+from dpo.modeling.lanes import lanes_for
 from dpo.modeling.precision import autocast
 from dpo.modeling.scoring import score
 from dpo.train.data import Examples
@@ -75,7 +76,7 @@ def make_trainer(
     every = [example for examples in steps for example in examples]
     order = Order(len(every), case.batch, n_epochs=1, n_examples=None, seed=0)
     data = Examples(order, dict(enumerate(every)), [], "benchmark")
-    objective = Objective(model, config.loss, dtype, budget)
+    objective = Objective(model, config.loss, dtype, budget, lanes=lanes_for(model))
     return Trainer(config, "preference", objective, data, known, MetricLog(folder))
 
 

@@ -8,6 +8,7 @@ import pytest
 from dpo.config.compose import compose
 from dpo.config.places import chat_templates
 from dpo.config.stages import load_stage, stage_json
+from dpo.data.parquet import read_pairs
 from dpo.errors import ConfigError
 from tests.data.conftest import Outcome, good_row
 
@@ -51,6 +52,14 @@ def test_named_templates(ingest: Ingest, name: str, expected: str) -> None:
     assert [(p["prompt"], p["chosen"], p["rejected"]) for p in found.pairs] == [
         (expected, "Four.", "Five.")
     ]
+
+
+def test_the_pairs_carry_the_template_that_was_chosen_for_them(ingest: Ingest) -> None:
+    chosen = ingest([good_row(1)], prompt_format="chat", chat_template="zephyr").folder
+    for split in ("train", "test"):
+        template = read_pairs(chosen, split).chat_template
+        assert template == chat_templates()["zephyr"].read_text(encoding="utf-8")
+    assert read_pairs(ingest([good_row(1)]).folder, "train").chat_template is None
 
 
 def test_every_packaged_template_is_tested_here() -> None:

@@ -1,5 +1,6 @@
 """Each shape of row becomes the pairs that one writes down by hand."""
 
+from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from dpo.config.schema import Format, SourceConfig
 from dpo.data.formats import Candidate, Message, Rating, RowError
 from dpo.data.registry import parser_of
+from tests.data.conftest import Outcome
 
 
 def parse(row: Any, **source: Any) -> list[Candidate]:
@@ -326,3 +328,26 @@ def test_any_row_gives_pairs_or_a_reason(row: Any, name: str) -> None:
         return
     assert found
     assert all(isinstance(item.prompt, str) for item in found)
+
+
+def test_distilabels_generations_with_ratings(ingest: Callable[..., Outcome]) -> None:
+    row = {"instruction": "Why?", "generations": ["So.", "No."], "ratings": [2.0, 4.0]}
+    assert [(p["chosen"], p["rejected"]) for p in ingest([row]).pairs] == [(" No.", " So.")]
+
+
+def test_whole_dialogues_with_a_label(ingest: Callable[..., Outcome]) -> None:
+    """LLaMA-Factory's form for KTO: the last turn is judged."""
+    user = {"role": "user", "content": "Why?"}
+    rows = [
+        {"messages": [user, {"role": "assistant", "content": text}], "label": label}
+        for text, label in (("So.", False), ("No.", True))
+    ]
+    found = ingest(rows)
+    assert [(p["chosen"], p["rejected"]) for p in found.pairs] == [(" No.", " So.")]
+    assert found.pairs[0]["prompt"] == "\n\nHuman: Why?\n\nAssistant:"
+
+
+def test_a_dialogue_with_one_answer_is_no_preference(ingest: Callable[..., Outcome]) -> None:
+    row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a"}]}
+    advice = ingest([row]).quarantine[0]["advice"]
+    assert "a dialogue without a second answer says nothing about what is preferred" in advice

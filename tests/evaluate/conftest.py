@@ -19,6 +19,28 @@ HOSTILE = (
     "<img src=x onerror=\"document.title='owned'\"> </pre></textarea><!-- verdict --> ```\n# x"
 )
 UNBROKEN = "W" * 900
+CUT_OFF = """() => [...document.querySelectorAll("body *")].filter(e =>
+    !e.closest("svg, .skip") && !["TABLE", "THEAD"].includes(e.tagName)
+    && !e.closest("thead") && e.clientWidth > 0
+    && e.scrollWidth > e.clientWidth + 1
+    && getComputedStyle(e).display !== "inline").map(e => e.outerHTML.slice(0, 120))"""
+"""Finds what is wider than its place."""
+CONTRAST = """() => {
+  const rgb = text => text.match(/[\\d.]+/g).map(Number);
+  const light = ([r, g, b]) => [r, g, b].map(v => (v /= 255) <= .04045 ? v / 12.92
+    : ((v + .055) / 1.055) ** 2.4).reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+  const behind = e => { for (; e; e = e.parentElement) {
+    const colour = rgb(getComputedStyle(e).backgroundColor);
+    if (colour.length < 4 || colour[3] > 0) return colour; } return [255, 255, 255]; };
+  let worst = [99, ""];
+  const texts = "h1,h2,h3,p,a,li,th,td,pre,ins,del,label,summary,span";
+  for (const e of document.querySelectorAll(texts)) {
+    const [a, b] = [light(rgb(getComputedStyle(e).color)), light(behind(e))];
+    const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+    if (ratio < worst[0]) worst = [ratio, e.outerHTML.slice(0, 80)];
+  }
+  return worst; }"""
+"""The lowest contrast of a text with what is behind it, and where."""
 
 
 def log_probs(generator, n, shift):

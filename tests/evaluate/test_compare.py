@@ -1,21 +1,25 @@
 """``dpo compare``: names of runs, differences pair by pair, table and chart."""
 
 import json
+import shutil
 
 import pytest
+from markupsafe import Markup
 
 from dpo.cli import main
 from dpo.errors import EvaluationError
 from dpo.evaluate.compare import compare, read_runs
+from dpo.evaluate.compared_samples import marked_against, shared_samples
 from dpo.storage.store import open_store
-from tests.evaluate.conftest import made_evaluation
+from tests.evaluate.conftest import CONTRAST, CUT_OFF, HOSTILE, made_evaluation
 
 
 def write(folder, **settings):
-    evaluation, _, pairs = made_evaluation(**settings)
+    evaluation, samples, pairs = made_evaluation(**settings)
     folder.mkdir(parents=True)
     (folder / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
     (folder / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
+    (folder / "samples.json").write_text(json.dumps(samples), encoding="utf-8")
     (folder / "manifest.json").write_text("{}", encoding="utf-8")
     return folder
 
@@ -103,15 +107,139 @@ def test_one_run_is_no_comparison(three, tmp_path, capsys):
     assert "no evaluation" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("width", [320, 768, 1440])
-def test_the_page_in_a_browser(browser, three, tmp_path, width):
+def sample(prompt="p", sft="a b c", policy="a x c", change=0.5, **others):
+    return {
+        "pair_id": "0",
+        "dataset": "hh",
+        "prompt": prompt,
+        "chosen": "good",
+        "sft": sft,
+        "policy": policy,
+        "reward_change": change,
+        **others,
+    }
+
+
+def test_marks_by_hand():
+    """The first keeps a and c, the second b and c: no word of the SFT model's is in neither."""
+    before, (first, second) = marked_against("a b c", ["a x c", "b c <d>"])
+    assert before == Markup("a b c")
+    assert first == Markup("a <ins>x</ins> c")
+    assert second == Markup("b c<ins> &lt;d&gt;</ins>")
+    before, _ = marked_against("a b c", ["a x c", "a y c"])
+    assert before == Markup("a <del>b</del> c")
+
+
+def test_only_prompts_that_two_runs_answered_are_shown():
+    runs = [[sample("p"), sample("q")], None, [sample("q", policy="a b c", change=0), sample("r")]]
+    shown, left_out = shared_samples(runs)
+    assert [item["prompt"] for item in shown] == ["q"]
+    assert shown[0]["changes"] == "rose none same"
+    assert shown[0]["answers"][1] is None
+    assert left_out == 0
+
+
+def test_sft_models_that_answer_differently_are_told_apart():
+    (shown,), _ = shared_samples([[sample()], [sample(sft="other")], [sample()]])
+    assert [part["runs"] for part in shown["before"]] == [[0, 2], [1]]
+    assert "<ins>" in shown["answers"][1]["text"]
+
+
+def test_many_runs_with_long_hostile_answers_stay_below_a_megabyte(tmp_path):
+    long = [sample(f"{i} {HOSTILE * 20}", HOSTILE * 40, '<&" ' * 3000) for i in range(50)]
+    folder = write(tmp_path / "run/evaluation", n=20)
+    (folder / "samples.json").write_text(json.dumps(long), encoding="utf-8")
+    for number in range(99):
+        shutil.copytree(folder, tmp_path / f"run-{number}/evaluation")
+    names = [str(tmp_path)]
+    compare(names, tmp_path / "out")
+    page = tmp_path / "out/compare.html"
+    assert page.stat().st_size < 1_000_000
+    assert "more are in the runs" in page.read_text(encoding="utf-8")
+
+
+def test_samples_that_cannot_be_read_are_named(three, tmp_path, capsys):
+    for text in ("[1]", "{", '[{"prompt": "p"}]'):
+        (three[1] / "samples.json").write_text(text, encoding="utf-8")
+        names = [str(path) for path in three]
+        assert main(["compare", *names, f"output={tmp_path / 'out'}"]) == 1
+        assert str(three[1]) in capsys.readouterr().err
+
+
+def test_runs_without_samples_say_so(three, tmp_path):
+    for folder in three:
+        (folder / "samples.json").unlink()
     compare([str(path) for path in three], tmp_path / "out")
-    page = browser.new_page(viewport={"width": width, "height": 900})
-    noise = []
-    page.on("console", lambda message: noise.append(message.text))
-    page.goto((tmp_path / "out/compare.html").as_uri())
+    page = (tmp_path / "out/compare.html").read_text(encoding="utf-8")
+    assert "kept answers to the same prompts" in page
+
+
+@pytest.fixture
+def opened(browser, three, tmp_path):
+    """Opens the page; what it says or asks for is an error at the end."""
+    compare([str(path) for path in three], tmp_path / "out")
+    contexts, noise = [], []
+
+    def opening(**settings):
+        contexts.append(browser.new_context(**settings))
+        page = contexts[-1].new_page()
+        page.on("console", lambda message: noise.append(message.text))
+        page.on("pageerror", lambda error: noise.append(str(error)))
+        page.on(
+            "request",
+            lambda request: (
+                None if request.url.startswith(("file:", "data:")) else noise.append(request.url)
+            ),
+        )
+        page.goto((tmp_path / "out/compare.html").as_uri())
+        return page
+
+    yield opening
+    for context in contexts:
+        context.close()
+    assert noise == []
+
+
+@pytest.mark.parametrize("width", [320, 768, 1440])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_in_a_browser(opened, width, scheme):
+    page = opened(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate(CUT_OFF) == []
     assert page.locator("svg g").count() == 3
     assert page.locator("tbody tr").count() == 3
-    assert noise == []
-    page.close()
+    assert page.title() == "Preference fine-tuning: comparison"
+    ratio, where = page.evaluate(CONTRAST)
+    assert ratio >= 4.5, where
+
+
+def test_answers_are_side_by_side_and_can_be_filtered(opened):
+    page = opened(viewport={"width": 1440, "height": 900})
+    first = page.locator("article").first
+    titles = first.locator("h4").all_inner_texts()
+    assert [title.split(" (")[0] for title in titles] == [
+        "SFT",
+        "1. dpo β 0.3 · +0.500",
+        "2. dpo β 0.1",
+        "3. dpo β 0.1",
+    ]
+    assert [text.strip() for text in first.locator("ins").all_inner_texts()] == ["other"] * 3
+    page.select_option("#by-source", "hh")
+    page.select_option("#by-change", "rose")
+    # of the hh samples (numbers 0, 2 and 4) the rewards rose in 0 and 4
+    assert page.locator("article:visible").count() == 2
+    page.select_option("#by-run", "1")
+    assert page.locator("#shown").inner_text() == "2 of 6 shown"
+    page.select_option("#by-change", "same")
+    assert page.locator("article:visible").count() == 1
+
+
+def test_everything_is_printed(opened):
+    page = opened()
+    page.select_option("#by-change", "same")
+    page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("#filters").is_hidden()
+    assert page.locator("article:visible").count() == 6
+    assert page.locator("details pre").first.is_visible()

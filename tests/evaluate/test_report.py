@@ -7,7 +7,7 @@ import pytest
 
 from dpo.evaluate.report import write_reports
 from dpo.evaluate.samples import change_of, shown_samples
-from tests.evaluate.conftest import HOSTILE, made_evaluation
+from tests.evaluate.conftest import CONTRAST, CUT_OFF, HOSTILE, made_evaluation
 
 WIDTHS = [320, 768, 1440]
 DATA = {
@@ -73,13 +73,6 @@ def opened(browser, report):
     for context in contexts:
         context.close()
     assert noise == []
-
-
-CUT_OFF = """() => [...document.querySelectorAll("body *")].filter(e =>
-    !e.closest("svg, .skip") && !["TABLE", "THEAD"].includes(e.tagName)
-    && !e.closest("thead") && e.clientWidth > 0
-    && e.scrollWidth > e.clientWidth + 1
-    && getComputedStyle(e).display !== "inline").map(e => e.outerHTML.slice(0, 120))"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -174,23 +167,6 @@ def test_screen_readers_find_names(opened):
     for name in ("Source", "Reward change"):
         assert page.get_by_role("combobox", name=name).count() == 1
     assert page.locator("#shown").get_attribute("aria-live") == "polite"
-
-
-CONTRAST = """() => {
-  const rgb = text => text.match(/[\\d.]+/g).map(Number);
-  const light = ([r, g, b]) => [r, g, b].map(v => (v /= 255) <= .04045 ? v / 12.92
-    : ((v + .055) / 1.055) ** 2.4).reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
-  const behind = e => { for (; e; e = e.parentElement) {
-    const colour = rgb(getComputedStyle(e).backgroundColor);
-    if (colour.length < 4 || colour[3] > 0) return colour; } return [255, 255, 255]; };
-  let worst = [99, ""];
-  const texts = "h1,h2,h3,p,a,li,th,td,pre,ins,del,label,summary,span";
-  for (const e of document.querySelectorAll(texts)) {
-    const [a, b] = [light(rgb(getComputedStyle(e).color)), light(behind(e))];
-    const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
-    if (ratio < worst[0]) worst = [ratio, e.outerHTML.slice(0, 80)];
-  }
-  return worst; }"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -54,6 +54,21 @@ def test_the_lower_bound_must_exceed_the_limit(tmp_path, low, approved):
     assert gate(tmp_path / "v", judged, "gate.min_reward_accuracy=0.55").approved is approved
 
 
+@pytest.mark.parametrize(
+    ("kl", "approved", "said"),
+    [
+        # 0.1 + 0.2 is 0.30000000000000004
+        (0.1 + 0.2, True, "0.300 is within 0.300"),
+        (0.3001, False, "0.3001 exceeds 0.3000"),
+    ],
+)
+def test_a_figure_just_over_its_limit_can_be_told_from_it(tmp_path, kl, approved, said):
+    judged = evaluation(tmp_path / "e", kl={"per_answer": figure(kl)})
+    verdict = gate(tmp_path / "v", judged, "gate.max_kl=0.3")
+    assert rule(verdict, "max_kl").passed is approved
+    assert said in rule(verdict, "max_kl").explanation
+
+
 def test_force_is_recorded(tmp_path):
     judged = evaluation(tmp_path / "e", 0.1)
     verdict = gate(tmp_path / "v", judged, "gate.force=true")

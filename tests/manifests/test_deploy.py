@@ -47,3 +47,15 @@ def test_another_overlay_is_named_with_the_choices(name, tmp_path):
 def test_without_kubectl_there_is_a_message(capsys):
     assert deploy.main(["dev", "--kubectl", "no-such-kubectl"]) != 0
     assert "no-such-kubectl was not found" in capsys.readouterr().err
+
+
+def test_a_cluster_that_is_down_has_refused_nothing(tmp_path, capsys):
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(
+        "#!/bin/sh\necho 'dial tcp 127.0.0.1:1: connect: connection refused' >&2\nexit 1\n"
+    )
+    kubectl.chmod(0o755)
+    assert deploy.main(["dev", "--kubectl", str(kubectl)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("the cluster does not answer")
+    assert "KUBECTL=" in said

@@ -170,6 +170,37 @@ def test_rows_that_have_ended_leave_the_batch():
     assert model.sizes == [3, 3, 2, 1, 1, 1, 1]
 
 
+class Crowded(Ending):
+    """Has memory for two rows."""
+
+    def forward(self, input_ids, attention_mask):
+        if len(input_ids) > 2:
+            self.sizes.append(-len(input_ids))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(input_ids, attention_mask)
+
+
+def test_batches_become_smaller_where_memory_is_short():
+    """Five rows do not fit, nor three; the later batches are not tried at the old size again."""
+    prompts = [[11], [12], [11], [13], [11], [12], [11], [11], [11]]
+    told = []
+    model = Crowded()
+    found = answer(model, Tokenizer, prompts, max_new_tokens=9, batch_size=5, advance=told.append)
+    assert [len(item.ids) for item in found] == [prompt[0] - 9 for prompt in prompts]
+    assert [size for size in model.sizes if size < 0] == [-5, -3]
+    assert sum(told) == 9
+    assert max(told) == 2
+
+
+def test_one_row_that_does_not_fit_is_an_error():
+    class Full(Ending):
+        def forward(self, input_ids, attention_mask):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        answer(Full(), Tokenizer, [[11], [12], [13]], max_new_tokens=2)
+
+
 def test_an_answer_stops_where_the_context_ends():
     model = model_of("gpt2")
     (found,) = answer(model, Tokenizer, prompts_of(60), max_new_tokens=50)

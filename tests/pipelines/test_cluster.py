@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dpo.errors import PipelineError, StoreUnavailable
 from dpo.storage.runs import write_run_manifest
@@ -213,7 +215,7 @@ def test_a_succeeded_run_is_not_retried(backend, store, command):
     backend.scenario = Scenario(on_end=verdict(store, True))
     _, outcome, _ = command("--wait")
     code, outcome, said = command("--retry", outcome["run_id"])
-    assert code == 1
+    assert code == 2
     assert "the run has succeeded (HTTP 409)" in said
 
 
@@ -222,7 +224,7 @@ def test_cancel_ends_a_run_and_needs_neither_images_nor_a_store(backend, command
     _, outcome, _ = command()
     assert submit.main(["--cancel", outcome["run_id"]]) == 0
     assert backend.runs[outcome["run_id"]]["state"] == "CANCELING"
-    assert submit.main(["--cancel", "none"]) == 1
+    assert submit.main(["--cancel", "none"]) == 2
     assert "run none not found (HTTP 404)" in capsys.readouterr().err
 
 
@@ -336,7 +338,7 @@ def test_an_endpoint_that_is_down(command, monkeypatch, backend):
 def test_no_endpoint_is_a_message(command, monkeypatch, backend):
     monkeypatch.delenv("KF_PIPELINES_ENDPOINT")
     code, _, said = command()
-    assert code == 1
+    assert code == 2
     assert "set KF_PIPELINES_ENDPOINT" in said
 
 
@@ -497,5 +499,63 @@ def test_a_run_starts_from_one_in_the_store(backend, store, command):
 def test_a_run_that_left_no_artifacts_is_no_start(store, command, backend):
     write_run_manifest(open_store(store), "failed", parameters={})
     code, _, said = command("--from", "failed")
-    assert code == 1
+    assert code == 2
     assert "left no artifacts to start from" in said
+    code, _, said = command("--from", "never")
+    assert code == 2
+    assert "run never left no manifest in the store" in said
+    assert backend.runs == {}
+
+
+def test_explain_of_a_run_that_nobody_knows(backend, capsys, tmp_path):
+    place = ["--runs-dir", str(tmp_path)]
+    assert submit.main(["explain", "foo", *place]) == 2
+    assert "run foo not found (HTTP 404)" in capsys.readouterr().err
+    assert submit.main(["explain", *place]) == 2
+    assert "there is no local run yet" in capsys.readouterr().err
+
+
+def test_explain_without_an_endpoint_says_what_is_missing(capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("KF_PIPELINES_ENDPOINT", raising=False)
+    assert submit.main(["explain", "foo", "--runs-dir", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "nothing is known of run foo" in said
+    assert "--store" in said
+
+
+def test_another_version_of_the_pipeline_that_is_there_stays_and_ours_is_added(backend, command):
+    theirs = package.load_package()
+    theirs[0]["root"]["inputDefinitions"]["parameters"].pop("seed")
+    name = theirs[0]["pipelineInfo"]["name"]
+    there = backend.upload(name, yaml.safe_dump_all(theirs), "an older one")["pipeline_id"]
+    before = [version["pipeline_version_id"] for version in backend.versions[there]]
+    code, outcome, said = command("--upload", "--run")
+    assert (code, outcome["state"]) == (0, "submitted")
+    assert re.search(rf"pipeline {name}, version [0-9a-f]{{12}}: registered", said)
+    after = [version["pipeline_version_id"] for version in backend.versions[there]]
+    assert after[: len(before)] == before
+    assert len(after) == len(before) + 1
+    run = backend.runs[outcome["run_id"]]
+    assert run["pipeline_version_reference"]["pipeline_version_id"] == after[-1]
+
+
+def test_the_candidates_of_a_sweep_are_one_step_each_with_the_worst_state(backend, store, command):
+    def two(first, second):
+        return [
+            {"display_name": "preference", "state": first},
+            {"display_name": "preference", "state": second},
+            {"display_name": "evaluate-2", "state": "SUCCEEDED"},
+        ]
+
+    backend.scenario = Scenario(
+        tasks=[two("SUCCEEDED", "RUNNING"), two("SUCCEEDED", "SUCCEEDED")],
+        on_end=verdict(store, True),
+    )
+    _, outcome, said = command("--wait")
+    assert outcome["steps"] == {"preference": "done", "evaluate": "done"}
+    told = [line for line in said.splitlines() if line.startswith("preference")]
+    assert told == ["preference: running", "preference: done"]
+    backend.scenario = Scenario(states=["FAILED"], tasks=[two("FAILED", "SUCCEEDED")])
+    _, outcome, _ = command("--wait")
+    assert outcome["steps"]["preference"] == "failed"
+    assert outcome["message"] == "step preference failed"

@@ -17,6 +17,7 @@ from pipelines.deployment import (
     load_deployment,
     names,
 )
+from pipelines.pods import booked
 from pipelines.submit import main
 from pipelines.sweep import Sweep, parse_sweep
 
@@ -292,11 +293,86 @@ def test_the_command_says_what_is_missing(tmp_path, capsys):
 def test_submitting_without_images_fails_before_anything_is_sent(monkeypatch, capsys):
     monkeypatch.setenv("KF_PIPELINES_ENDPOINT", "http://127.0.0.1:1")
     assert main(["--deployment", "cpu", "--store", "s3://bucket"]) == 2
-    assert "names no data image" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "names no data image" in said
+    assert "--image data=" in said
+    assert "--images build/images.json" in said
 
 
 def variables(containers, step):
     return {item["name"]: item["value"] for item in containers[f"exec-{step}"].get("env", [])}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--local", "--nodes", "2"], "--nodes is for Kubeflow, and --local runs on this machine"),
+        (["--local", "docker", "--nodes", "2"], "--nodes is for Kubeflow"),
+        (["--local", "--nodes", "0"], "--nodes is for Kubeflow"),
+        (["--local", "--upload"], "--upload is for Kubeflow"),
+        (["--local", "--schedule", "0 0 3 * * *"], "--schedule is for Kubeflow"),
+        (["--local", "--retry", "x"], "--retry is for Kubeflow"),
+        (["--local", "--package", "p.yaml"], "--package is written with --dry-run alone"),
+        (["--nodes", "0"], "nodes.count=0: input should be greater than or equal to 1"),
+        (["--nodes", "2"], "trainer=BasicTrainer is one process; the package trains over 2 nodes"),
+        (
+            ["--nodes", "2", "--set", "sft.trainer=FSDPTrainer"],
+            "where: preference.trainer",
+        ),
+        (["--rerun", "sfft"], "no step is called sfft"),
+        (["--set", "preferense_lr=1"], "preferense_lr"),
+        (["--set", "preference_lr=fast"], "preference_lr"),
+        (["--set", "preference_label_smoothing=0.7"], "label_smoothing"),
+        (["--set", "sft_batch_size=0"], "batch_size"),
+        (["--set", "test_fraction=1.5"], "test_fraction"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_sent(
+    arguments, words, monkeypatch, capsys, tmp_path
+):
+    # nothing listens there: whoever asked it would say that it does not answer
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.chdir(tmp_path)
+    known = [] if "--local" in arguments else ["--image", "data=r/d:1", "--image", "train=r/t:1"]
+    assert main([*known, "--store", "s3://bucket", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert "does not answer" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_nodes_with_a_trainer_for_them_pass_the_check():
+    documents = package.deployed_package(
+        Deployment.model_validate({"images": IMAGES, "nodes": {"count": 2}})
+    )
+    known = booked(documents)
+    fsdp = ["trainer=FSDPTrainer"]
+    values = {
+        **package.defaults(documents),
+        "sft_overrides": fsdp,
+        "preference_overrides": fsdp,
+    }
+    check_booked(values, known)
+    # an SFT model that is given is not trained
+    check_booked({**values, "sft_overrides": [], "sft_model_uri": "s3://b/m"}, known)
+    with pytest.raises(ConfigError, match="one process"):
+        check_booked({**values, "sft_overrides": []}, known)
+
+
+def test_gpus_of_all_nodes_count():
+    """llama7b, sharded: refused for one node with one GPU, taken for eight such nodes."""
+    fsdp = ["trainer=FSDPTrainer"]
+    values = {
+        "model": "llama7b",
+        "sft_batch_size": 8,
+        "sft_overrides": fsdp,
+        "preference_overrides": fsdp,
+    }
+    machine = {"gpus": 1, "gpu_memory_gib": 80}
+    one, many = ({"sft": {**machine, "nodes": nodes}} for nodes in (1, 8))
+    with pytest.raises(ConfigError, match="is predicted to need"):
+        check_booked(values, one)
+    check_booked(values, many)
 
 
 def test_the_store_is_the_forms_default_and_the_checkpoints_lie_under_it():

@@ -136,7 +136,7 @@ def test_a_run_that_succeeded_is_not_retried(place):
     place.approve()
     _, outcome, _ = place.command(*WAIT)
     code, _, said = place.command("--retry", outcome["run_id"])
-    assert code == 1
+    assert code == 2
     assert "cannot be retried" in said
     assert "Traceback" not in said
 
@@ -144,7 +144,7 @@ def test_a_run_that_succeeded_is_not_retried(place):
 def test_a_run_that_is_not_there_is_one_message(place):
     code = submit.main(["--cancel", str(uuid4())])
     said = place.capsys.readouterr().err
-    assert code == 1
+    assert code == 2
     assert "cannot be cancelled" in said
     assert "Traceback" not in said
 

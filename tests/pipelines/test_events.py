@@ -24,6 +24,14 @@ from pipelines.events import Watcher, advice, step_of
         ("run-x.root.exit-handler-1(0).preference(0).executor(1)", "preference"),
         ("run-x.root.condition-2.publish.executor", "publish"),
         ("run-x.root.finish-driver", "finish"),
+        (
+            "run-x.root.exit-handler-1.for-loop-5.iteration-iterations(0:0).iteration-item"
+            ".preference.executor",
+            "preference",
+        ),
+        ("run-x.root.exit-handler-1.evaluate-2-driver", "evaluate"),
+        ("run-x.root.exit-handler-1.for-loop-3.iteration-item.ingest-shard.executor(0)", "ingest"),
+        ("run-x.root.exit-handler-1.select.executor", "select"),
         ("run-x.root.somebody-elses", ""),
         ("", ""),
     ],

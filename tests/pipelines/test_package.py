@@ -12,6 +12,7 @@ from dpo.config.parameters import OVERRIDES, PARAMETERS, STARTS
 from dpo.errors import ConfigError, PipelineError
 from pipelines import package
 from pipelines.preference import preference_pipeline
+from pipelines.sweep import Sweep
 
 ROOT = Path(package.__file__).resolve().parent.parent
 
@@ -55,6 +56,18 @@ def test_the_end_of_a_run_comes_after_failures_too_and_is_never_cached(documents
     assert not end.get("cachingOptions", {}).get("enableCache")
     # kfp.local takes a task for an exit task only when it asks for the final status
     assert "taskFinalStatus" in end["inputs"]["parameters"]["status"]
+
+
+@pytest.mark.parametrize("sweep", [(), ('["loss.beta=0.1"]', '["loss.beta=0.2"]')])
+def test_what_is_looked_up_bears_the_name_of_its_key(sweep):
+    """Drivers found producers by the name shown: kubeflow/pipelines#11173, #13239 (loops)."""
+    found = tasks(package.local_package(Sweep(sweep), n_shards=2))
+    names = {key: task["taskInfo"]["name"] for key, task in found.items()}
+    # nothing reads an output of the condition
+    (condition,) = [key for key in names if key.startswith("condition")]
+    assert names.pop(condition) == "approved"
+    assert names == {key: key for key in names}
+    assert sum(key.startswith("for-loop") for key in names) == (2 if sweep else 1)
 
 
 def test_no_setting_of_a_pod_is_a_parameter(documents):

@@ -118,7 +118,7 @@ def test_a_server_that_is_killed_for_good(server, line, models):
     line.bytes_per_s = None
     server.start()
     check_store(URL, [first])
-    second = models[1].publish(URL, deadline_seconds=1)
+    second = models[1].publish(URL)
     check_store(URL, [second])
     # the mark of the publisher that failed counts until its deadline
     wait_until(lambda: not retain(URL, 2, 0).busy and not marks(URL), 30)
@@ -147,7 +147,7 @@ def test_a_disk_that_is_full(tmp_path, no_store_variables, monkeypatch, models):
             assert mounted(disk, "remount,size=400m")
             # the server looks at its disk about once a second
             time.sleep(2.5)
-            second = large.publish(URL, deadline_seconds=1)
+            second = large.publish(URL)
             check_store(URL, [second])
             wait_until(lambda: not retain(URL, 2, 0).busy and not marks(URL), 30)
             check_clean(server, URL, [first, second])
@@ -340,7 +340,7 @@ def kill_publishers(server, tmp_path, count, seed):
         hashes = [version.content_hash for version in list_versions(URL) if version.latest]
         assert len(hashes) == 1
         check_store(URL, [*allowed, _as_published(model)])
-        published = model.publish(URL, deadline_seconds=1.0)
+        published = model.publish(URL)
         check_store(URL, [published])
         allowed.append(published)
     wait_until(lambda: not retain(URL, len(allowed), 0).busy and not marks(URL), 30)

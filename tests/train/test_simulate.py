@@ -1,6 +1,7 @@
 """The simulated step and the account, against each other and against measured peaks."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -108,14 +109,19 @@ print(int(status.split("VmHWM:")[1].split()[0]) * 1024 - before)
 
 
 def measured(config_words, dtype, row):
+    """Bytes, with every tensor in a mapping of its own: a heap with holes is 1.2 to 1.4 times that,
+    as a GPU's allocator has an allowance of its own in the account."""
     given = json.dumps([config_words, dtype, list(row)])
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, given], capture_output=True, text=True, check=True
+        [sys.executable, "-c", MEASURE, given],
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return int(done.stdout.split()[-1])
 
 
-@pytest.mark.xfail(strict=False, reason="a step takes 1.2 to 1.4 times what is simulated")
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_peak_of_a_real_step(settings, tmp_path, dtype):
@@ -123,13 +129,14 @@ def test_the_peak_of_a_real_step(settings, tmp_path, dtype):
     config = settings(NEOX)
     words = ["model=blank_model", f"model.name_or_path={tmp_path}"]
     simulated = peak_bytes(config, gpus=1, dtype=dtype, row=ROW)
-    assert measured(words, dtype, ROW) == pytest.approx(simulated, rel=0.2)
+    # products in bfloat16 hold rearranged copies of what they multiply
+    tolerance = 0.1 if dtype == "float32" else 0.15
+    assert measured(words, dtype, ROW) == pytest.approx(simulated, rel=tolerance)
 
 
-@pytest.mark.xfail(strict=False, reason="a step takes 1.2 to 1.4 times what is simulated")
 @pytest.mark.long
 def test_the_peak_of_a_real_step_of_smollm2():
     words = ["model=smollm2", "micro_batch_tokens=512"]
     row = (292, 97, 123)
     simulated = peak_bytes(compose(words).config, gpus=1, dtype="float32", row=row)
-    assert measured(words, "float32", row) == pytest.approx(simulated, rel=0.15)
+    assert measured(words, "float32", row) == pytest.approx(simulated, rel=0.1)

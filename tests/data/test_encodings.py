@@ -1,0 +1,63 @@
+"""Text in other encodings is refused, with the byte, what it looks like and how to convert it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dpo.data.encodings import not_utf8
+from dpo.data.readers import rows
+from dpo.errors import DataError
+from tests.data.conftest import Outcome
+
+WINDOWS = "iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW"
+
+
+@pytest.mark.parametrize(
+    ("data", "first", "looks"),
+    [
+        (
+            "a caf\u00e9".encode("latin-1"),
+            "byte 0xe9 at position 6",
+            "like Latin-1 or Windows-1252",
+        ),
+        ("it\u2019s".encode("cp1252"), "byte 0x92 at position 3", "like Windows-1252, where that"),
+        (
+            "\u65e5\u672c\u306e\u9996\u90fd".encode("shift_jis"),
+            "byte 0x93 at position 1",
+            "no encoding of",
+        ),
+        (b"cut \xe2\x82", "byte 0xe2 at position 5", "Windows-1252"),
+    ],
+)
+def test_what_bytes_look_like(data: bytes, first: str, looks: str) -> None:
+    found = not_utf8(data)
+    assert found.startswith(first)
+    assert looks in found
+
+
+def test_a_csv_of_windows(tmp_path: Path, ingest_sources: Callable[..., Outcome]) -> None:
+    text = "prompt,chosen,rejected\nCaf\u00e9?,Yes,No\nPlain?,Yes,No\nPlain 2?,Yes,No\n"
+    path = tmp_path / "win.csv"
+    path.write_bytes(text.encode("cp1252"))
+    good = tmp_path / "good.jsonl"
+    good.write_text(
+        '{"prompt": "a", "chosen": "b", "rejected": "c", "split": "test"}\n'
+        '{"prompt": "d", "chosen": "b", "rejected": "c", "split": "train"}\n'
+    )
+    sources = {"win": {"path": str(path)}, "good": {"path": str(good)}}
+    found = ingest_sources(sources)
+    assert len(found.quarantine) == 1
+    line = found.quarantine[0]
+    assert (line["line"], line["reason"], line["field"]) == (2, "broken_encoding", "prompt")
+    assert line["advice"].startswith("prompt: byte 0xe9 at position 4 is not UTF-8")
+    assert WINDOWS in line["advice"]
+
+
+def test_a_document_names_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes('[{"a": 1},\n {"a": "caf\u00e9"}]'.encode("latin-1"))
+    with pytest.raises(DataError, match="byte 0xe9 at position 12 is not UTF-8") as caught:
+        list(rows(path, "x.json"))
+    assert "x.json, line 2" in str(caught.value)
+    assert WINDOWS in str(caught.value)
