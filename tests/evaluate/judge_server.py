@@ -9,7 +9,7 @@ It prints its port, answers by RULE, and tells ``GET /count`` how many requests 
     nonsense    no verdict in the text
     html        no JSON at all
     empty       a reply without choices
-    busy        429 with Retry-After: 0 for every first request of two
+    busy        429 with Retry-After: 0 when a request comes for the first time
     always-busy 429 always
     unauthorized 401, with the sent key in the body
     key         401 unless the key is "sesame"
