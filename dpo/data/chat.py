@@ -8,7 +8,36 @@ from typing import Any
 from dpo.data.formats import Candidate, Message, RowError
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
+_MARK = re.compile(r"<\|\w+\|>")
+_WRITTEN_MARK = re.compile(r"</?[^<>\s]{1,60}>|<</?\w+>>|\[/?[A-Z_]{3,}\]")
+_HEADING = re.compile(r"^\s*[^\s:][^:]{0,30}:\s*$")
+_PROBE = "probe of the template"
 _ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def marks_of(tokenizer: Any) -> set[str]:
+    """What a chat template writes around texts that could be taken for a turn's mark inside one.
+
+    Words in brackets of its source and of a dialogue that it made (``<|im_start|>``, ``[INST]``,
+    ``<start_of_turn>``), and headings at the start of a line (``### Assistant:``). A template that
+    takes no such dialogue is left to those that are made of the data.
+    """
+    template = tokenizer.chat_template
+    marks = set(_MARK.findall(template)) if isinstance(template, str) else set()
+    for first in ([{"role": "system", "content": _PROBE}], []):
+        messages = [*first]
+        for role in ("user", "assistant", "user"):
+            messages.append({"role": role, "content": _PROBE})
+        try:
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception:  # nosec B112 - many templates take no system message
+            continue
+        for part in str(text).split(_PROBE):
+            marks |= set(_WRITTEN_MARK.findall(part))
+            marks |= {f"\n{line.strip()}" for line in part.split("\n") if _HEADING.search(line)}
+    return marks
 
 
 def turns(prompt: str) -> tuple[Message, ...]:

@@ -25,6 +25,7 @@ TITLES: Mapping[str, str] = {
     "control_character": "The text has invisible control characters",
     "eos_in_text": "The text has the model's end mark in it",
     "special_token_in_text": "The text has a mark in it that steers the model",
+    "turn_mark_in_text": "A message has the mark of another turn in it",
     "chosen_equals_rejected": "Both answers are the same",
     "identical_after_truncation": "Both answers are the same as far as the model reads",
     "prompt_too_long": "The prompt is too long",

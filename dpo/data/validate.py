@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo.data import repeats
-from dpo.data.chat import to_chat
+from dpo.data.chat import marks_of, to_chat
 from dpo.data.encodings import not_utf8
 from dpo.data.formats import Candidate, RowError
 from dpo.data.schema import TEST, TRAIN, pair_id, prompt_digest, split_of
@@ -21,7 +21,7 @@ from dpo.data.tokenize import Limits, tokenize_pair
 
 CONTROLS = bytes(code for code in range(32) if code not in b"\n\r\t") + b"\x7f"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-_MARK = re.compile(r"<\|\w+\|>")
+_TURN = re.compile(r"\n\n(?:Human|Assistant|System):")
 _ADVICE_ON_ENCODING = "read the original with its true encoding and save it as UTF-8"
 
 
@@ -70,6 +70,8 @@ class Validator:
         self.check_text("rejected", candidate.rejected)
         if candidate.sft_target is not None:
             self.check_text("sft_target", candidate.sft_target)
+        if candidate.messages:
+            self._check_messages(candidate)
         if candidate.chosen.strip() == candidate.rejected.strip():
             raise RowError("chosen_equals_rejected", "chosen and rejected are the same text")
         digest = prompt_digest(candidate.prompt)
@@ -87,6 +89,29 @@ class Validator:
         )
         key = repeats.key(digest, near, chosen, rejected, self.mark, in_test=split == TEST)
         return Checked(values, key, len(prompt) + len(chosen) + len(rejected))
+
+    def _check_messages(self, candidate: Candidate) -> None:
+        """No content of a message may begin another turn or steer the model.
+
+        In a list of messages the roles are told apart from the texts, so a mark inside a text is
+        never meant as one; a prompt that is one text may be a dialogue by itself.
+        """
+        texts = [("prompt", turn.content) for turn in candidate.messages or ()]
+        texts += [("chosen", candidate.chosen), ("rejected", candidate.rejected)]
+        for name, text in texts:
+            if self.prompt_format == "raw" and (found := _TURN.search(f"\n\n{text}")):
+                raise RowError(
+                    "turn_mark_in_text",
+                    f"{name} has a line that begins with {found[0].strip()} after an empty one, "
+                    "which is how the text of a dialogue marks a turn: remove it",
+                    name,
+                )
+            if found := self._marks.search(text):
+                self._refuse_reserved(name, found[0])
+
+    @cached_property
+    def _marks(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self._all_marks())) or r"(?!)")
 
     def _split(self, candidate: Candidate, digest: bytes) -> str:
         if self.split in (TRAIN, TEST):
@@ -142,12 +167,21 @@ class Validator:
     @property
     def reserved(self) -> list[str]:
         """Texts that mean something to the model: the end mark; in a chat, all special tokens."""
-        reserved = {self.tokenizer.eos_token}
         if self.prompt_format == "chat":
-            reserved |= set(self.tokenizer.all_special_tokens)
-            # marks of a template that the tokenizer does not know as tokens
-            reserved |= set(_MARK.findall(self.tokenizer.chat_template or ""))
-        return sorted(text for text in reserved if text)
+            return self._all_marks()
+        return [self.tokenizer.eos_token] if self.tokenizer.eos_token else []
+
+    def _all_marks(self) -> list[str]:
+        """The end mark, all special tokens, and the marks of the chat template."""
+        marks = {self.tokenizer.eos_token, *self.tokenizer.all_special_tokens}
+        # transformers' tokenizers name some of them here only
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        marks |= {token.content for token in added if token.special}
+        if self.prompt_format == "chat":
+            # marks that the tokenizer does not know as tokens
+            marks |= marks_of(self.tokenizer)
+        # longer ones first: the message names what stands there
+        return sorted((text for text in marks if text), key=lambda text: (-len(text), text))
 
     def _refuse_reserved(self, name: str, found: str) -> None:
         if found == self.tokenizer.eos_token:
@@ -159,7 +193,7 @@ class Validator:
             )
         raise RowError(
             "special_token_in_text",
-            f"{name} has {found} in its text, which the chat template uses as a mark: remove it",
+            f"{name} has {found} in its text, which is a mark to the model: remove it",
             name,
         )
 

@@ -24,7 +24,7 @@ import json
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, ClassVar
 
 RULE = sys.argv[1] if len(sys.argv) > 1 else "longer"
 
@@ -34,6 +34,7 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     count = 0
+    seen: ClassVar[set[str]] = set()
     lock = threading.Lock()
 
     def do_GET(self) -> None:
@@ -44,7 +45,9 @@ class Handler(BaseHTTPRequestHandler):
         with Handler.lock:
             Handler.count += 1
             number = Handler.count
-        if (status := self.refusal(number)) is not None:
+            new = str(body) not in Handler.seen
+            Handler.seen.add(str(body))
+        if (status := self.refusal(new)) is not None:
             location = {"Location": "http://127.0.0.1:1/"} if status == 302 else {}
             key = self.headers.get("Authorization", "").encode()
             self.reply(status, b"no: " + key, {"Retry-After": "0", **location})
@@ -62,8 +65,8 @@ class Handler(BaseHTTPRequestHandler):
         message = {"role": "assistant", "content": self.verdict(body, number)}
         self.reply(200, json.dumps({"choices": [{"message": message}]}).encode())
 
-    def refusal(self, number: int) -> int | None:
-        if RULE == "always-busy" or (RULE == "busy" and number % 2):
+    def refusal(self, new: bool) -> int | None:
+        if RULE == "always-busy" or (RULE == "busy" and new):
             return 429
         if RULE == "unauthorized":
             return 401
