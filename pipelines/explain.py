@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dpo.config.arguments import Arguments
@@ -215,5 +216,5 @@ def _show(run: Told, before: Told | None, lines: list[Line]) -> None:
         table.add_column(heading, overflow="fold")
     for line in lines:
         word = {"done": "executed"}.get(line.state, line.state)
-        table.add_row(line.step, word, line.reason)
+        table.add_row(line.step, word, escape(line.reason))
     console.print(table)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dpo.storage.manifest import read_manifest
@@ -105,7 +106,9 @@ def show(outcome: Outcome, console: Console, *, next_command: str = "") -> None:
         console.print(f"[red]{outcome.state}[/red]", highlight=False)
         console.print(outcome.message, markup=False, highlight=False, soft_wrap=True)
     if next_command:
-        console.print(f"\nNext: [bold]{next_command}[/bold]", highlight=False)
+        console.print(
+            f"\nNext: [bold]{escape(next_command)}[/bold]", highlight=False, soft_wrap=True
+        )
 
 
 def _show_evaluation(outcome: Outcome, console: Console) -> None:

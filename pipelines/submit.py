@@ -20,6 +20,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dpo.config.arguments import Arguments
@@ -291,7 +292,8 @@ def _list_parameters(documents: list[dict[str, Any]]) -> int:
     from dpo.config.parameters import OVERRIDES, PARAMETERS, STARTS
 
     for name in [*PARAMETERS, *OVERRIDES, *STARTS]:
-        table.add_row(name, json.dumps(defaults[name]), " ".join(texts[name].split()))
+        row = (name, json.dumps(defaults[name]), " ".join(texts[name].split()))
+        table.add_row(*map(escape, row))
     Console().print(table)
     return 0
 
@@ -319,10 +321,10 @@ def _dry_run(
     for heading in ("step", "", "why"):
         table.add_column(heading, overflow="fold")
     for item in expected:
-        table.add_row(item.step, "runs" if item.runs else "cached", item.reason)
+        table.add_row(item.step, "runs" if item.runs else "cached", escape(item.reason))
     console = Console()
     console.print(table)
-    console.print(f"\npackage: {target}", highlight=False, soft_wrap=True)
+    console.print(f"\npackage: {target}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

@@ -351,8 +351,8 @@ def test_a_second_run_at_once_is_told_who_holds_the_folder(checkout, first):
         _wait_for(checkout, "fingerprint")
         other = checkout.run()
     finally:
-        run.communicate(timeout=120)
-    assert run.returncode == 0
+        _, errors = run.communicate(timeout=120)
+    assert run.returncode == 0, errors
     assert other.returncode == 1
     assert "another run is using this folder" in other.stderr
 

@@ -1,6 +1,5 @@
 """A step ends with the run that started it, though a shell stands between them."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -19,11 +18,10 @@ RUNNER = (
 
 def is_running(pid):
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
         return False
     # what nobody has waited for yet is a zombie
-    stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     return stat.rpartition(")")[2].split()[0] != "Z"
 
 
