@@ -6,7 +6,7 @@ Axes: E examples of a row, R responses of an example.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -105,38 +105,42 @@ class Objective:
         # processes average their gradients
         scale = self.ranks.world / len(examples)
 
-        def backward(lane: tuple[Objective, list[_Row]]) -> _Collected:
-            objective, own = lane
-            collected = _Collected()
-            with autocast(self.dtype, self.device.type):
-                for row in own:
-                    losses_E, figures = objective.figures(row.batch, row.reference, "train")
-                    (losses_E.sum() * (scale * row.weight * loss_scale)).backward()
-                    collected.add(row, figures)
-            return collected
+        def backward(objective: Objective, row: _Row) -> dict[str, Tensor]:
+            losses_E, figures = objective.figures(row.batch, row.reference, "train")
+            (losses_E.sum() * (scale * row.weight * loss_scale)).backward()
+            return figures
 
-        collected = side_by_side(backward, self._busy(rows))
+        figures = self._of_all(rows, backward)
         for other in self._others:
             take_gradients(self.model, other.model)
-        return _Collected.of(collected).gathered(self.ranks)
+        return figures
 
     def evaluate(
         self, examples: Sequence[TokenizedExample], reference: Sequence[PairLogProbs] | None
     ) -> dict[str, float]:
         """Mean of every figure over ``examples``, however few they are."""
 
-        def forward(lane: tuple[Objective, list[_Row]]) -> _Collected:
-            objective, own = lane
+        def forward(objective: Objective, row: _Row) -> dict[str, Tensor]:
+            with torch.no_grad():
+                return objective.figures(row.batch, row.reference, "eval")[1]
+
+        figures = self._of_all(self._rows(examples, reference, 1), forward)
+        return {name: float(values_E.double().mean()) for name, values_E in figures.items()}
+
+    def _of_all(
+        self, rows: list[list[_Row]], figures_of: Callable[[Objective, _Row], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Every figure of all examples [E], in their order; each lane goes through its rows."""
+
+        def lane(work: tuple[Objective, list[_Row]]) -> _Collected:
+            objective, own = work
             collected = _Collected()
-            with torch.no_grad(), autocast(self.dtype, self.device.type):
+            with autocast(self.dtype, self.device.type):
                 for row in own:
-                    _, figures = objective.figures(row.batch, row.reference, "eval")
-                    collected.add(row, figures)
+                    collected.add(row, figures_of(objective, row))
             return collected
 
-        collected = side_by_side(forward, self._busy(self._rows(examples, reference, 1)))
-        figures = _Collected.of(collected).gathered(self.ranks)
-        return {name: float(values_E.double().mean()) for name, values_E in figures.items()}
+        return _Collected.of(side_by_side(lane, self._busy(rows))).gathered(self.ranks)
 
     def _busy(self, rows: list[list[_Row]]) -> list[tuple[Objective, list[_Row]]]:
         """Who works on which rows: this objective on the first lane's, a replica on each other's.
@@ -180,7 +184,7 @@ class Objective:
                         _row(batch, [indices[local] for local in batch.examples], reference)
                     )
         most = max(self.ranks.gather(len(rows[0])))
-        if self.ranks.world > 1 and len(rows[0]) < most:
+        if len(rows[0]) < most:
             (batch, *_) = pack([examples[0]], self.token_budget)
             idle = replace(_row(batch, [0], reference), weight=0.0)
             rows[0] += [idle] * (most - len(rows[0]))
