@@ -16,12 +16,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from dpo.config.base import Section, refuse_passwords
+from dpo.config.base import Recorded, Section
 from dpo.config.describe import suggestion, validation_error
 from dpo.config.nodes import NodesOptions
 from dpo.config.places import config_dir
 from dpo.errors import ConfigError
 from dpo.storage.store import open_store
+from pipelines.steps import Step
 
 _FIX = "config/schemas/deployment.json describes every key"
 
@@ -168,21 +169,7 @@ class ModelCache(Section):
     """Where it is mounted; DPO_CACHE_DIR and HF_HOME point into it."""
 
 
-Step = Literal[
-    "fingerprint",
-    "ingest",
-    "sft",
-    "reference",
-    "preference",
-    "evaluate",
-    "select",
-    "gate",
-    "publish",
-    "finish",
-]
-
-
-class Deployment(Section):
+class Deployment(Recorded):
     """Everything about a run that is the cluster's and not the experiment's."""
 
     images: Images = Images()
@@ -217,12 +204,6 @@ class Deployment(Section):
     resources are those of each of its nodes."""
     steps: dict[Step, dict[str, Any]] = {}
     """Settings of single steps, over those of ``data`` or ``train``."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_passwords(cls, values: Any) -> Any:
-        refuse_passwords(values)
-        return values
 
     @field_validator("environment")
     @classmethod
@@ -340,18 +321,18 @@ def image_assignments(images: Iterable[str]) -> list[str]:
     Raises:
         ConfigError: not a kind of image and a name.
     """
-    kinds, images = list(Images.model_fields), list(images)
+    found = []
     for image in images:
         kind, equals, name = image.partition("=")
-        if kind not in kinds or not equals or not name:
+        if kind not in Images.model_fields or not equals or not name:
             raise ConfigError(
                 f"--image {image} is not KIND=NAME",
-                fix=f"the kinds are {' and '.join(kinds)}: --image data=registry/dpo-data:1.2",
+                fix=f"the kinds are {' and '.join(Images.model_fields)}: "
+                "--image data=registry/dpo-data:1.2",
             )
-    # quoted, because a tag such as x:1.2 must stay a text
-    return [
-        f"images.{kind}={json.dumps(name)}" for kind, _, name in (i.partition("=") for i in images)
-    ]
+        # quoted, because a tag such as x:1.2 must stay a text
+        found.append(f"images.{kind}={json.dumps(name)}")
+    return found
 
 
 def with_store(deployment: Deployment, store: str) -> Deployment:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.steps import SELECT, STEPS
+from pipelines.steps import TASKS
 from pipelines.steps import step_of as task_step
 
 _ASK_SECONDS = 15.0
@@ -86,7 +86,7 @@ def step_of(node_name: str) -> str:
     """
     for part in reversed(node_name.split(".")):
         name = task_step(re.sub(r"\(.*\)$", "", part).removesuffix("-driver"))
-        if name in (*STEPS, SELECT):
+        if name in TASKS:
             return name
     return ""
 

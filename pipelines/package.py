@@ -30,7 +30,7 @@ from pipelines.deployment import (
 )
 from pipelines.pods import deploy
 from pipelines.request import preset, presets
-from pipelines.steps import SELECT, STEPS, step_of
+from pipelines.steps import SELECT, STEPS, TASKS, step_of
 from pipelines.sweep import NO_SWEEP, Sweep, compiled_with, parse_sweep
 
 PACKAGE = Path(__file__).resolve().parent / "preference_pipeline.yaml"
@@ -46,10 +46,7 @@ _HEADER = """\
 
 def steps_of(documents: list[dict[str, Any]]) -> tuple[str, ...]:
     """The steps of a package in the order in which they run."""
-    if f"comp-{SELECT}" not in documents[0]["components"]:
-        return STEPS
-    place = STEPS.index("evaluate") + 1
-    return (*STEPS[:place], SELECT, *STEPS[place:])
+    return TASKS if f"comp-{SELECT}" in documents[0]["components"] else STEPS
 
 
 def local_package(sweep: Sweep, n_shards: int = 1) -> list[dict[str, Any]]:
@@ -231,7 +228,7 @@ def write_components(folder: Path, images: Mapping[str, str] | None = None) -> l
 
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for step in (*STEPS, SELECT):
+    for step in TASKS:
         component = getattr(importlib.import_module(f"components.{step}"), step)
         target = folder / f"{step}.yaml"
         compiler.Compiler().compile(component, str(target))

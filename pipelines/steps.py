@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import re
+from typing import Literal, get_args
 
-STEPS = (
+Step = Literal[
     "fingerprint",
     "ingest",
     "sft",
     "reference",
     "preference",
     "evaluate",
+    "select",
     "gate",
     "publish",
     "finish",
-)
-"""Task names, in the order in which they run."""
+]
+"""A task's name."""
+TASKS: tuple[str, ...] = get_args(Step)
+"""All of them, in the order in which they run."""
 SELECT = "select"
 """The task that a sweep has besides."""
+STEPS = tuple(task for task in TASKS if task != SELECT)
+"""The tasks of a run without a sweep."""
 
 
 def step_of(task: str) -> str:

@@ -17,7 +17,7 @@ from dpo.storage.runs import read_run_manifest
 from pipelines.cluster import Endpoint, link, problem
 from pipelines.events import Watcher, advice
 from pipelines.outcome import Outcome
-from pipelines.steps import SELECT, STEPS, step_of
+from pipelines.steps import TASKS, step_of
 
 _FIRST_POLL_SECONDS = 0.2
 _POLL_SECONDS = 5.0
@@ -118,7 +118,7 @@ def _steps(run: Any) -> Iterable[tuple[str, Any]]:
     details = getattr(run.run_details, "task_details", None) or []
     for task in details:
         name = step_of(re.sub(r"\(\d+\)$", "", task.display_name or ""))
-        if name in (*STEPS, SELECT):
+        if name in TASKS:
             yield name, task
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from dpo.errors import holds_password
 
@@ -45,3 +45,13 @@ def refuse_passwords(values: Any, key: str = "") -> None:
             "leave them out here; they are read from their own variables (AWS_ACCESS_KEY_ID, "
             "HF_TOKEN, DPO_JUDGE_API_KEY, ...)"
         )
+
+
+class Recorded(Section):
+    """Settings that are written into artifacts and packages, which others read: no passwords."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_passwords(cls, values: Any) -> Any:
+        refuse_passwords(values)
+        return values

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from dpo.config.base import Section, refuse_passwords
+from dpo.config.base import Recorded, Section
 from dpo.config.losses import AnyLoss, DPOLoss
 from dpo.config.places import chat_templates
 
@@ -320,7 +320,7 @@ class PublishConfig(Section):
     """How long publishing may take in all."""
 
 
-class RunConfig(Section):
+class RunConfig(Recorded):
     """All settings of a run. Names and meanings follow the reference code where it has them."""
 
     # What to train
@@ -448,12 +448,6 @@ class RunConfig(Section):
     """What a policy must reach to be published."""
     publish: PublishConfig = PublishConfig()
     """Where the model goes."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_passwords(cls, values: Any) -> Any:
-        refuse_passwords(values)
-        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
