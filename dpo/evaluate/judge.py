@@ -32,6 +32,7 @@ from dpo.config.schema import JudgeConfig
 from dpo.errors import ConfigError, DpoError, EvaluationError
 from dpo.evaluate.bootstrap import Array, Bootstrap, interval
 from dpo.storage import outbound
+from dpo.storage.credentials import credential
 from dpo.storage.progress import Bar
 
 Winner = Literal["A", "B", "tie"]
@@ -186,7 +187,8 @@ class Service:
         self.problem: EvaluationError | None = None
         self._ended = threading.Event()
         self._opener = outbound.opener(_WHAT, private=check_service(config))
-        key = _key()
+        name = next((name for name in KEY_VARIABLES if os.environ.get(name)), KEY_VARIABLES[0])
+        key = credential(os.environ, name)
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if key:
             self._headers["Authorization"] = f"Bearer {key}"
@@ -295,23 +297,6 @@ def check_service(config: JudgeConfig) -> bool:
     except outbound.AddressRefused as error:
         raise ConfigError(error.found, where=config.url, fix=_FIX) from None
     return listed
-
-
-def _key() -> str:
-    """The service's key, from the first variable that is set.
-
-    Raises:
-        ConfigError: it cannot be one; without the key itself, which http.client would print.
-    """
-    name = next((name for name in KEY_VARIABLES if os.environ.get(name)), "")
-    key = os.environ.get(name, "").strip()
-    if not re.fullmatch(r"[\x21-\x7e]*", key):
-        raise ConfigError(
-            f"{name} holds a character that no key has",
-            where=name,
-            fix="set it to the key alone, without spaces and newlines in it",
-        )
-    return key
 
 
 def _seconds(text: str | None) -> float | None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from dpo.errors import ConfigError
+from dpo.storage.credentials import credential
 
 GOOGLE_HOST = "storage.googleapis.com"
 
@@ -64,23 +64,11 @@ def connection(environment: Mapping[str, str] | None = None) -> Connection:
     return Connection(
         endpoint=parts.netloc,
         secure=secure,
-        access_key=_credential(env, access_name),
-        secret_key=_credential(env, secret_name),
-        session_token=_credential(env, "AWS_SESSION_TOKEN"),
+        access_key=credential(env, access_name) or None,
+        secret_key=credential(env, secret_name) or None,
+        session_token=credential(env, "AWS_SESSION_TOKEN") or None,
         region=env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION"),
     )
-
-
-def _credential(env: Mapping[str, str], name: str) -> str | None:
-    """A variable without the newline that files end with; http.client would print any other."""
-    text = env.get(name, "").strip()
-    if not re.fullmatch(r"[\x21-\x7e]*", text):
-        raise ConfigError(
-            f"{name} holds a character that no credential has",
-            where=name,
-            fix="set it to the credential alone, without spaces and newlines in it",
-        )
-    return text or None
 
 
 def google_connection(environment: Mapping[str, str] | None = None) -> Connection:
