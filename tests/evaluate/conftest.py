@@ -1,6 +1,7 @@
 """An evaluation made of known numbers, with hostile texts, and a real browser to look at it."""
 
 import shutil
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -129,3 +130,28 @@ def browser():
         )
         yield running
         running.close()
+
+
+@contextmanager
+def quiet_pages(browser):
+    """Opens pages; whatever one says, or asks for beyond its file, is an error at the end."""
+    contexts, noise = [], []
+
+    def opening(url, **settings):
+        contexts.append(browser.new_context(**settings))
+        page = contexts[-1].new_page()
+        page.on("console", lambda message: noise.append(message.text))
+        page.on("pageerror", lambda error: noise.append(str(error)))
+        page.on(
+            "request",
+            lambda request: (
+                None if request.url.startswith(("file:", "data:")) else noise.append(request.url)
+            ),
+        )
+        page.goto(url)
+        return page
+
+    yield opening
+    for context in contexts:
+        context.close()
+    assert noise == []

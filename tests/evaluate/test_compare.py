@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 from markupsafe import Markup
@@ -11,7 +12,7 @@ from dpo.errors import EvaluationError
 from dpo.evaluate.compare import compare, read_runs
 from dpo.evaluate.compared_samples import marked_against, shared_samples
 from dpo.storage.store import open_store
-from tests.evaluate.conftest import CONTRAST, CUT_OFF, HOSTILE, made_evaluation
+from tests.evaluate.conftest import CONTRAST, CUT_OFF, HOSTILE, made_evaluation, quiet_pages
 
 
 def write(folder, **settings):
@@ -178,26 +179,8 @@ def test_runs_without_samples_say_so(three, tmp_path):
 def opened(browser, three, tmp_path):
     """Opens the page; what it says or asks for is an error at the end."""
     compare([str(path) for path in three], tmp_path / "out")
-    contexts, noise = [], []
-
-    def opening(**settings):
-        contexts.append(browser.new_context(**settings))
-        page = contexts[-1].new_page()
-        page.on("console", lambda message: noise.append(message.text))
-        page.on("pageerror", lambda error: noise.append(str(error)))
-        page.on(
-            "request",
-            lambda request: (
-                None if request.url.startswith(("file:", "data:")) else noise.append(request.url)
-            ),
-        )
-        page.goto((tmp_path / "out/compare.html").as_uri())
-        return page
-
-    yield opening
-    for context in contexts:
-        context.close()
-    assert noise == []
+    with quiet_pages(browser) as open_page:
+        yield partial(open_page, (tmp_path / "out/compare.html").as_uri())
 
 
 @pytest.mark.parametrize("width", [320, 768, 1440])

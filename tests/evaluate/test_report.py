@@ -7,7 +7,7 @@ import pytest
 
 from dpo.evaluate.report import write_reports
 from dpo.evaluate.samples import change_of, shown_samples
-from tests.evaluate.conftest import CONTRAST, CUT_OFF, HOSTILE, made_evaluation
+from tests.evaluate.conftest import CONTRAST, CUT_OFF, HOSTILE, made_evaluation, quiet_pages
 
 WIDTHS = [320, 768, 1440]
 DATA = {
@@ -52,27 +52,8 @@ def report(tmp_path_factory):
 @pytest.fixture
 def opened(browser, report):
     """Opens the report; whatever the page says or asks for is an error at the end."""
-    contexts, noise = [], []
-
-    def opening(url=None, **settings):
-        context = browser.new_context(**settings)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: noise.append(message.text))
-        page.on("pageerror", lambda error: noise.append(str(error)))
-        page.on(
-            "request",
-            lambda request: (
-                None if request.url.startswith(("file:", "data:")) else noise.append(request.url)
-            ),
-        )
-        page.goto(url or report.as_uri())
-        return page
-
-    yield opening
-    for context in contexts:
-        context.close()
-    assert noise == []
+    with quiet_pages(browser) as open_page:
+        yield lambda url=None, **settings: open_page(url or report.as_uri(), **settings)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
