@@ -21,7 +21,7 @@ from minio import time as signing_time
 
 from dpo.errors import ObjectMissing, StoreAccessDenied
 from dpo.storage.s3 import S3Store
-from dpo.storage.s3_client import Body, error_of
+from dpo.storage.s3_client import Body, Bytes, error_of
 from dpo.storage.store import ObjectStat
 
 _ALGORITHM = "GOOG4-HMAC-SHA256"
@@ -47,20 +47,20 @@ class GoogleStore(S3Store):
     def _condition(self, expected: str | None) -> dict[str, str]:
         return {} if expected is None else {_CONDITION: expected or "0"}
 
-    def _whole_checksum(self, data: bytes) -> dict[str, str]:
+    def _whole_checksum(self, data: Bytes) -> dict[str, str]:
         return {"Content-MD5": _md5(data)}
 
     def _parts_checksum(self) -> dict[str, str]:
         return {}
 
-    def _part_checksum(self, data: bytes) -> dict[str, str]:
+    def _part_checksum(self, data: Bytes) -> dict[str, str]:
         return {"Content-MD5": _md5(data)}
 
     def _send(
         self,
         method: str,
         key: str,
-        data: bytes,
+        data: Bytes,
         headers: dict[str, str],
         query: dict[str, str] | None = None,
     ) -> Any:
@@ -114,7 +114,7 @@ def sign(
     return made
 
 
-def _md5(data: bytes) -> str:
+def _md5(data: Bytes) -> str:
     return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
 
 

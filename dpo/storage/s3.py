@@ -16,20 +16,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
+from io import FileIO
 from pathlib import Path
-from threading import BoundedSemaphore
+from queue import Queue
 from typing import Any, BinaryIO
 from uuid import uuid4
 
 from dpo.errors import ArtifactError, ObjectMissing, StoreError, StoreUnavailable, WriteConflict
-from dpo.storage.s3_client import PAYLOAD_HASH, UNSIGNED, Body, Caller, make_client, parsed
+from dpo.storage.s3_client import PAYLOAD_HASH, UNSIGNED, Body, Bytes, Caller, make_client, parsed
 from dpo.storage.s3_connection import GOOGLE_HOST, Connection, connection, google_connection
 from dpo.storage.store import ObjectStat, Progress, Store, safe_key
 
 _PART_BYTES = 16 << 20
 _MOST_PARTS = 10_000
 _PARTS_AT_ONCE = 6
-"""Times the size of a part: the memory that all uploads together take."""
+"""Times the size of a part: the memory that all uploads together take, however large the files."""
 _CHUNK_BYTES = 1 << 20
 _FILE_TRIES = 3
 _ABORT_SECONDS = 2.0
@@ -67,7 +69,10 @@ class S3Store(Store):
         self._client = make_client(self.connection)
         limits = lambda: (self.retry_seconds, self.deadline)  # noqa: E731
         self._call = Caller(self.connection, bucket, limits)
-        self._slots = BoundedSemaphore(_PARTS_AT_ONCE)
+        # used again and again: freed blocks of many threads leave holes that grow with the files
+        self._buffers: Queue[bytearray] = Queue()
+        for _ in range(_PARTS_AT_ONCE):
+            self._buffers.put(bytearray())
         self._pool = ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="parts")
 
     def check(self, *, create: bool = False) -> None:
@@ -150,13 +155,13 @@ class S3Store(Store):
         return bool(found.size == size and kept.get(_SHA256) == sha256)
 
     def download(self, key: str, path: Path, progress: Progress | None = None) -> None:
-        partial = path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")
+        unfinished = path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")
         try:
-            with partial.open("wb") as file:
+            with unfinished.open("wb") as file:
                 self._call(self.url(key), lambda: self._fetch(key, file, progress))
-            partial.replace(path)
+            unfinished.replace(path)
         finally:
-            partial.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
 
     def scan(self, prefix: str = "") -> Iterator[tuple[str, ObjectStat]]:
         start = f"{self.prefix}/" if self.prefix else ""
@@ -208,12 +213,13 @@ class S3Store(Store):
         digest = hashlib.sha256()
         try:
             with path.open("rb", buffering=0) as file:
-                while data := self._next(file, part_bytes, waiting):
+                while part := self._next(file, part_bytes, waiting):
+                    buffer, data = part
+                    digest.update(data)
                     number = len(waiting) + 1
                     send = self._pool.submit(self._part, key, upload_id, number, data, progress)
-                    send.add_done_callback(lambda _: self._slots.release())
+                    send.add_done_callback(partial(self._give_back, buffer))
                     waiting.append(send)
-                    digest.update(data)
             if digest.hexdigest() != sha256:
                 raise self._other_file(path, key)
             parts = [send.result() for send in waiting]
@@ -228,9 +234,14 @@ class S3Store(Store):
                 self._abort(key, upload_id)
             raise
 
-    def _next(self, file: BinaryIO, n_bytes: int, waiting: list[Future[_Part]]) -> bytes:
-        """The next part, read when there is memory for it; an error of an earlier one is raised."""
-        self._slots.acquire()
+    def _next(
+        self, file: FileIO, n_bytes: int, waiting: list[Future[_Part]]
+    ) -> tuple[bytearray, memoryview] | None:
+        """The next part and whose memory it is in, once there is some; None at the end.
+
+        An error of an earlier part is raised.
+        """
+        buffer = self._buffers.get()
         try:
             if self.deadline is not None and time.monotonic() > self.deadline:
                 raise StoreUnavailable(
@@ -241,15 +252,21 @@ class S3Store(Store):
             for send in waiting:
                 if send.done():
                     send.result()
-            data = file.read(n_bytes)
-            while 0 < len(data) < n_bytes and (more := file.read(n_bytes - len(data))):
-                data += more
+            if len(buffer) < n_bytes:
+                buffer = bytearray(n_bytes)
+            view, size = memoryview(buffer)[:n_bytes], 0
+            while size < n_bytes and (more := file.readinto(view[size:])):
+                size += more
         except BaseException:
-            self._slots.release()
+            self._buffers.put(buffer)
             raise
-        if not data:
-            self._slots.release()
-        return data
+        if not size:
+            self._buffers.put(buffer)
+            return None
+        return buffer, view[:size]
+
+    def _give_back(self, buffer: bytearray, _: Future[_Part]) -> None:
+        self._buffers.put(buffer)
 
     def _begin(self, key: str, sha256: str) -> str:
         headers = {"Content-Type": _TYPE, _SHA256: sha256, **self._parts_checksum()}
@@ -257,7 +274,7 @@ class S3Store(Store):
         return parsed(answer.data).findtext("{*}UploadId", "")
 
     def _part(
-        self, key: str, upload_id: str, number: int, data: bytes, progress: Progress | None
+        self, key: str, upload_id: str, number: int, data: Bytes, progress: Progress | None
     ) -> _Part:
         headers = self._part_checksum(data)
         query = {"partNumber": str(number), "uploadId": upload_id}
@@ -303,14 +320,14 @@ class S3Store(Store):
             return {}
         return {"If-Match": f'"{expected}"'} if expected else {"If-None-Match": "*"}
 
-    def _whole_checksum(self, data: bytes) -> dict[str, str]:
+    def _whole_checksum(self, data: Bytes) -> dict[str, str]:
         digest = base64.b64encode(hashlib.sha256(data).digest()).decode()
         return {"x-amz-checksum-sha256": digest}
 
     def _parts_checksum(self) -> dict[str, str]:
         return {"x-amz-checksum-algorithm": "CRC32"}
 
-    def _part_checksum(self, data: bytes) -> dict[str, str]:
+    def _part_checksum(self, data: Bytes) -> dict[str, str]:
         checksum = base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
         return {"x-amz-checksum-crc32": checksum}
 
@@ -320,7 +337,7 @@ class S3Store(Store):
         self,
         method: str,
         key: str,
-        data: bytes,
+        data: Bytes,
         headers: dict[str, str],
         query: dict[str, str] | None = None,
     ) -> Any:

@@ -28,6 +28,7 @@ from dpo.errors import (
 from dpo.storage.s3_connection import Connection
 
 T = TypeVar("T")
+Bytes = bytes | memoryview
 
 PAYLOAD_HASH = "x-amz-content-sha256"
 UNSIGNED = "UNSIGNED-PAYLOAD"
@@ -80,7 +81,7 @@ class Client(Minio):  # type: ignore[misc]
 class Body:
     """Bytes that are sent in small pieces, so that a slow connection is not taken for dead."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: Bytes) -> None:
         self._data = data
 
     def __len__(self) -> int:
