@@ -8,7 +8,8 @@ import importlib
 import json
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,18 @@ def steps_of(documents: list[dict[str, Any]]) -> tuple[str, ...]:
 
 def local_package(sweep: Sweep, n_shards: int = 1) -> list[dict[str, Any]]:
     """The documents of a package with a sweep or a shared ingest, to run on this machine."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        compiled_with(sweep),
-        sharded.ingest_shards(n_shards),
-    ):
+    with tempfile.TemporaryDirectory() as folder, _varied(sweep, n_shards):
         target = Path(folder, "package.yaml")
         _compile_again(target, None)
         return load_package(target)
+
+
+@contextmanager
+def _varied(sweep: Sweep, n_shards: int) -> Iterator[None]:
+    # imported first, for kfp compiles what it decorates: without sweep and shards
+    importlib.import_module("pipelines.preference")
+    with compiled_with(sweep), sharded.ingest_shards(n_shards):
+        yield
 
 
 def compile_pipeline(target: Path, deployment: Deployment | None = None) -> None:
@@ -90,11 +95,7 @@ def deployed_package(
                 fix="build and push it with `make images-push`, then pass --images "
                 f"build/images.json; or name one that the cluster has: --image {kind}=NAME:TAG",
             )
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        compiled_with(sweep),
-        sharded.ingest_shards(n_shards),
-    ):
+    with tempfile.TemporaryDirectory() as folder, _varied(sweep, n_shards):
         target = Path(folder, "package.yaml")
         compile_pipeline(target, deployment)
         documents = load_package(target)

@@ -43,6 +43,7 @@ def run_pipeline(
     sft_model_uri: str = "",
     reference_uri: str = "",
     sweep: Mapping[str, Sequence[Any]] | None = None,
+    ingest_shards: int = 1,
     deployment: str = "",
     deploy: Mapping[str, Any] | None = None,
     images: Mapping[str, str] | None = None,
@@ -73,6 +74,7 @@ def run_pipeline(
         reference_uri: Log-probabilities to use instead of scoring, verified.
         sweep: Settings of preference training and the values to try of each, such as
             ``{"loss.beta": [0.1, 0.5]}``; the best goes through the gate.
+        ingest_shards: Tasks that share the reading of the data; the result is that of one.
         deployment: On a cluster or in containers: name or file of the deployment.
         deploy: Settings of the deployment and their values, such as ``{"train.gpus": 2}``.
         images: Names by fixed tag or digest, by kind (``data``, ``train``); in containers those
@@ -105,6 +107,7 @@ def run_pipeline(
         assignments=_assignments(deploy, images, nodes, where),
         store=store,
         sweep=varied,
+        n_shards=ingest_shards,
     )
     runs = runs_folder(runs_dir)
     begin = start.beginning(
@@ -154,6 +157,7 @@ def package_for(
     images: Path | None = None,
     store: str | None = None,
     sweep: Sequence[str] = (),
+    n_shards: int = 1,
 ) -> list[dict[str, Any]]:
     """The documents of a package for a place: with images and settings where those matter.
 
@@ -164,6 +168,7 @@ def package_for(
         images: JSON with names of images; in containers those built here last when left out.
         store: Default of the form's field, on a cluster.
         sweep: ``KEY=VALUE,VALUE`` to vary.
+        n_shards: Tasks that share the reading of the data.
 
     Raises:
         ConfigError: a setting that cannot work, or an image is not named.
@@ -172,14 +177,16 @@ def package_for(
     if where == "processes":
         # one after the other: two trainings at once would share this machine's processors
         sweep_here = Sweep(candidates, parallelism=1)
-        return package.local_package(sweep_here) if candidates else package.load_package()
+        if candidates or n_shards != 1:
+            return package.local_package(sweep_here, n_shards)
+        return package.load_package()
     settings = load_deployment(deployment, assignments)
     built, local = package.BUILT_IMAGES, where == "docker"
     if names_file := images or (built if local and built.is_file() else None):
         settings = with_images(settings, names_file)
     if store and not local:
         settings = with_store(settings, store)
-    return package.deployed_package(settings, Sweep(candidates, 1 if local else 0))
+    return package.deployed_package(settings, Sweep(candidates, 1 if local else 0), n_shards)
 
 
 def _assignments(

@@ -10,13 +10,25 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from dpo.errors import ConfigError
+
 SHARD_STEP = "ingest-shard"
+_MOST_SHARDS = 256
 _N_SHARDS = ContextVar("n_shards", default=1)
 
 
 @contextmanager
 def ingest_shards(number: int) -> Iterator[None]:
-    """Pipelines that are compiled inside have so many tasks that read the sources."""
+    """Pipelines that are compiled inside have so many tasks that read the sources.
+
+    Raises:
+        ConfigError: fewer than one, or more than there is any use for.
+    """
+    if not 1 <= number <= _MOST_SHARDS:
+        raise ConfigError(
+            f"--ingest-shards {number} is not between 1 and {_MOST_SHARDS}",
+            fix="1 reads the sources in one task; more share the reading",
+        )
     token = _N_SHARDS.set(number)
     try:
         yield

@@ -89,6 +89,14 @@ def parser() -> Arguments:
         "take the best on a validation part of the held-out pairs, and send it through the gate on "
         "the rest; several make all combinations",
     )
+    what.add_argument(
+        "--ingest-shards",
+        type=int,
+        default=1,
+        metavar="N",
+        help="tasks that share the reading of the data, for sets that outgrow one machine; the "
+        "result is that of one",
+    )
     what.add_argument("--list", action="store_true", help="print all parameters and stop")
     where = this.add_argument_group("where")
     where.add_argument(
@@ -267,6 +275,7 @@ def _for_place(options: argparse.Namespace) -> list[dict[str, Any]]:
         images=options.images,
         store=options.store,
         sweep=options.sweep,
+        n_shards=options.ingest_shards,
     )
 
 

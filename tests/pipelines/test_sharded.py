@@ -10,9 +10,12 @@ from kfp import dsl, local
 from dpo.config.schema import ModelConfig, RunConfig, SourceConfig
 from dpo.config.stages import stage_json
 from dpo.data.stage import run_ingest
+from dpo.errors import ConfigError
 from dpo.storage.fingerprint import code_fingerprint
 from dpo.storage.manifest import read_manifest, sha256_file
+from pipelines import submit
 from pipelines.package import load_package, local_package, main
+from pipelines.run import package_for
 from pipelines.sharded import ingest_shards, ingest_tasks
 from pipelines.sweep import NO_SWEEP
 from tests.data.conftest import good_row
@@ -89,3 +92,18 @@ def test_kfp_runs_the_shards_and_the_result_is_one_tasks(
         return found | {"manifest.json": read_manifest(folder, stage="ingest").content_hash}
 
     assert hashes(merged) == hashes(tmp_path / "one")
+
+
+@pytest.mark.parametrize("number", [0, -1, 1000])
+def test_a_number_of_shards_that_cannot_be_is_refused(number: int) -> None:
+    with pytest.raises(ConfigError, match=f"--ingest-shards {number} is not between 1 and 256"):
+        package_for("processes", n_shards=number)
+
+
+def test_submit_runs_a_package_with_shards(tmp_path: Path) -> None:
+    target = tmp_path / "package.yaml"
+    pairs = Path(__file__).parents[1] / "golden/pairs.jsonl"
+    words = ["--set", "model=tiny", "--set", f"datasets=[{pairs}]", "--runs-dir", str(tmp_path)]
+    arguments = ["--local", *words, "--ingest-shards", "2", "--dry-run", "--package", str(target)]
+    assert submit.main(arguments) == 0
+    assert '["1/2", "2/2"]' in target.read_text(encoding="utf-8")
