@@ -1,5 +1,8 @@
 """With an endpoint of Kubeflow Pipelines in the environment, runs go there."""
 
+import signal
+import time
+
 import pytest
 
 from dpo.storage.runs import write_run_manifest
@@ -8,7 +11,7 @@ from pipelines import cluster, watch
 from pipelines.service import execution
 from pipelines.service.database import Database, NewRun
 from pipelines.service.settings import Settings
-from tests.service.support import TINY, served
+from tests.service.support import TINY, ServiceProcess, body, served
 from tests.support.kfp_backend import STEPS, Fault, Scenario, running_backend, task
 
 DEPLOYMENT = """
@@ -120,6 +123,36 @@ def test_a_worker_killed_before_it_noted_the_backends_run_submits_once(
     ended = work()
     assert ended.state == "succeeded", ended.message
     assert list(backend.runs) == [ended.backend_run]
+
+
+def test_a_service_killed_before_the_backend_answered_submits_once(tmp_path, backend):
+    deployment = tmp_path / "deployment.yaml"
+    deployment.write_text(DEPLOYMENT)
+    variables = {"KF_PIPELINES_ENDPOINT": backend.url, "DPO_SERVICE_DEPLOYMENT": str(deployment)}
+    service = ServiceProcess(tmp_path / "data", **variables)
+    backend.faults = [Fault(r"/runs$", method="POST", after=True, hold_seconds=20.0, cut=True)]
+    run_id = service.start().post(body()).json["runId"]
+    deadline = time.monotonic() + 120
+    while not backend.runs:
+        assert time.monotonic() < deadline, service.log.read_text()[-3000:]
+        time.sleep(0.05)
+    service.end(signal.SIGKILL)
+    (submitted,) = backend.runs
+    client = service.start()
+    try:
+        deadline = time.monotonic() + 120
+        while client.run(run_id)["state"] != "running" or submitted not in _polled(backend):
+            assert time.monotonic() < deadline, service.log.read_text()[-3000:]
+            time.sleep(0.05)
+    finally:
+        service.end(signal.SIGKILL)
+    assert list(backend.runs) == [submitted]
+
+
+def _polled(backend):
+    """Runs whose state somebody asked for."""
+    paths = [path.split("?")[0] for method, path in backend.requests if method == "GET"]
+    return {path.rpartition("/")[2] for path in paths if "/runs/" in path}
 
 
 def test_a_lost_answer_does_not_lose_the_run(accepted, backend):

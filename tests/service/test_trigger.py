@@ -12,6 +12,35 @@ from dpo.data.toy import toy_rows
 from dpo.storage.store import open_store
 from tests.service.support import body, served
 
+HOSTILE_NAMES = (
+    *(
+        "..",
+        "../other",
+        "a/../other",
+        "/abs",
+        "a/b",
+        "a\\b",
+        "a%2fb",
+        "a\0b",
+        ".hidden",
+        "-a",
+        "a-",
+    ),
+    # look like others, or become them when they are normalised
+    *(
+        "\uff0e\uff0e/a",
+        "\uff41cme",
+        "acm\u0435",
+        "ac\u200bme",
+        "acme\u202e",
+        "e\u0301a",
+        "acme\n",
+        " a",
+    ),
+    "acme\n",
+    "a" * 65,
+)
+
 
 def test_the_old_request_is_accepted(client):
     answer = client.post(body("old", 80))
@@ -92,6 +121,15 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
         ({"communityId": "acme", "dataset": {}}, 422, "dataset", "wrong_type"),
         ({"communityId": "acme", "dataset": []}, 422, "dataset", "empty"),
         ({"communityId": "acme", "dataset": [PAIR], "x": 1}, 422, "x", "unknown_field"),
+        *(
+            ({"communityId": "acme", "dataset": [PAIR], name: value}, 422, name, "unknown_field")
+            for name in ("data_uri", "sft_model_uri", "reference_uri", "datasets", "publish_store")
+            for value in ("file:///etc/passwd", "http://169.254.169.254/latest/meta-data/")
+        ),
+        *(
+            ({"communityId": name, "dataset": [PAIR]}, 422, "communityId", "wrong_value")
+            for name in HOSTILE_NAMES
+        ),
         ({"communityId": "acme", "dataset": [{}]}, 422, "dataset[0].prompt", "missing_field"),
         ({"communityId": "acme", "dataset": [PAIR]}, 422, "dataset", "unusable"),
     ],

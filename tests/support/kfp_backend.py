@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -62,6 +63,8 @@ class Fault:
     method: str | None = None
     after: bool = False
     """Do what was asked for first: the answer is lost, not the request."""
+    hold_seconds: float = 0.0
+    """Time before the answer."""
 
 
 class Refused(Exception):
@@ -340,6 +343,7 @@ class _Handler(BaseHTTPRequestHandler):
                 fault.times -= 1
                 if fault.after:
                     self._dispatch(path)
+                time.sleep(fault.hold_seconds)
                 if fault.cut:
                     raise ConnectionAbortedError
                 raise Refused(fault.status, fault.message, 13)
