@@ -144,7 +144,7 @@ class SecretEnv(Section):
     """Name of the Secret."""
     keys: dict[str, str] = {
         "AWS_ACCESS_KEY_ID": "AWS_ACCESS_KEY_ID",
-        "AWS_SECRET_ACCESS_KEY": "AWS_SECRET_ACCESS_KEY",
+        "AWS_SECRET_ACCESS_KEY": "AWS_SECRET_ACCESS_KEY",  # nosec B105
     }
     """Key of the Secret to name of the variable."""
 

@@ -207,7 +207,7 @@ def _log(client: Any, run_id: str, tasks: Iterable[Any]) -> list[str]:
                 _return_http_data_only=True,
                 _request_timeout=20,
             )
-        except Exception:
+        except Exception:  # nosec B112
             # the reason that the run itself gives is shown all the same
             continue
         lines = [line.rstrip() for line in str(text).splitlines() if line.strip()]

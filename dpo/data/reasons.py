@@ -24,7 +24,7 @@ TITLES: Mapping[str, str] = {
     "broken_encoding": "Characters were lost when the text was saved",
     "control_character": "The text has invisible control characters",
     "eos_in_text": "The text has the model's end mark in it",
-    "special_token_in_text": "The text has a mark in it that steers the model",
+    "special_token_in_text": "The text has a mark in it that steers the model",  # nosec B105
     "turn_mark_in_text": "A message has the mark of another turn in it",
     "chosen_equals_rejected": "Both answers are the same",
     "identical_after_truncation": "Both answers are the same as far as the model reads",

@@ -184,9 +184,9 @@ def _volumes(resources: NodeResources) -> list[m.IoK8sApiCoreV1Volume]:
 
 
 def _mounts(resources: NodeResources) -> list[m.IoK8sApiCoreV1VolumeMount]:
-    mounts = [m.IoK8sApiCoreV1VolumeMount(name=_SCRATCH, mountPath="/tmp")]
+    mounts = [m.IoK8sApiCoreV1VolumeMount(name=_SCRATCH, mountPath="/tmp")]  # nosec B108
     if resources.shared_memory:
-        mounts.append(m.IoK8sApiCoreV1VolumeMount(name=_SHM, mountPath="/dev/shm"))
+        mounts.append(m.IoK8sApiCoreV1VolumeMount(name=_SHM, mountPath="/dev/shm"))  # nosec B108
     return mounts
 
 

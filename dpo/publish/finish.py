@@ -22,7 +22,7 @@ from dpo.storage.runs import MANIFEST_NAME, run_prefix, stored_run_manifest, wri
 from dpo.storage.store import Store, open_store
 
 URL_VARIABLE = "DPO_NOTIFY_URL"
-SECRET_VARIABLE = "DPO_NOTIFY_SECRET"
+SECRET_VARIABLE = "DPO_NOTIFY_SECRET"  # nosec B105
 SIGNATURE = "X-DPO-Signature"
 """``sha256=`` and the HMAC-SHA256 of the body, in hex, as the service signs its callbacks."""
 _TIMEOUT_SECONDS = 10.0

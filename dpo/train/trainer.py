@@ -32,7 +32,7 @@ from dpo.train.optimizer import build_optimizer, learning_rate
 from dpo.train.step import Objective, check_finite, check_starting_point, clip_gradients
 from dpo.train.together import barrier, is_first
 
-NLL_PER_TOKEN = "nll_train/per_token"
+NLL_PER_TOKEN = "nll_train/per_token"  # nosec B105
 _COLLAPSE_SHARE = 0.2
 """A chosen log-prob that fell by more than this share of its start is called out."""
 
