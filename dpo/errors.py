@@ -29,6 +29,8 @@ from __future__ import annotations
 
 import errno
 import re
+from functools import partial
+from typing import Any
 
 _PASSWORD = re.compile(r"(://)[^/?#\s'\"\[]*@")
 # a password that should have been percent-encoded; a port and a path are none
@@ -81,6 +83,10 @@ class DpoError(Exception):
         self.where = printable(masked(where)) if where is not None else None
         self.fix = printable(masked(fix)) if fix is not None else None
         super().__init__(self.found, self.where, self.fix)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # processes that train together send each other their problems
+        return partial(type(self), where=self.where, fix=self.fix), (self.found,)
 
     def __str__(self) -> str:
         lines = [self.found]

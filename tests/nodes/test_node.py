@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -15,6 +16,7 @@ from dpo.nodes import lease
 from dpo.nodes.request import VARIABLE, Request
 from dpo.storage.fingerprint import code_fingerprint
 from dpo.storage.remote import fetch_output, read_remote_manifest, send_output
+from dpo.storage.store import open_store
 from tests.support.minio import free_port
 from tests.train.conftest import SETTINGS
 
@@ -45,6 +47,9 @@ def request_for(settings, store, *, seconds=60, code=None):
 
 
 def start(request, rank, count, port, log):
+    # a pod has a disk of its own
+    disk = log.with_suffix(".disk")
+    disk.mkdir()
     variables = {
         VARIABLE: request.to_json(),
         "PET_NNODES": str(count),
@@ -52,6 +57,7 @@ def start(request, rank, count, port, log):
         "PET_MASTER_ADDR": "127.0.0.1",
         "PET_MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
+        "TMPDIR": str(disk),
     }
     with log.open("wb") as file:
         return subprocess.Popen(
@@ -74,6 +80,51 @@ def test_two_nodes_train_from_store_to_store(settings, data, tmp_path):
     assert codes == [0, 0], [log.read_text() for log in logs]
     assert read_remote_manifest(request.output, stage="sft").details["examples"] == 16
     assert fetch_output(request.output, tmp_path / "fetched").stage == "sft"
+
+
+@pytest.mark.long
+@pytest.mark.minio
+def test_killed_nodes_go_on_from_checkpoints_in_a_bucket(data, bucket_url, tmp_path):
+    """Pairs, checkpoints and result in a real MinIO; the weights are those of an undisturbed job.
+
+    A pod's disk is gone with it, and so is that of the nodes here.
+    """
+    longer = ["n_examples=64", "batch_size=4", "checkpoint_every=4"]
+    overrides = [*SETTINGS, "loss=sft", "trainer=FSDPTrainer", *longer]
+    settings = restrict(compose(overrides).config, "sft")
+    open_store(bucket_url).check(create=True)
+    hashes = {}
+    for name, killed in (("undisturbed", False), ("killed", True)):
+        url = f"{bucket_url}/{name}"
+        send_output(data, f"{url}/pairs")
+        request = replace(request_for(settings, url), checkpoints=f"{url}/checkpoints")
+        with lease.held(request.output, 60):
+            if killed:
+                nodes, _ = both(request, tmp_path / "first")
+                wait_for_a_checkpoint(open_store(request.checkpoints))
+                for node in nodes:
+                    node.send_signal(signal.SIGKILL)
+                    node.wait()
+            nodes, logs = both(request, tmp_path / name)
+            codes = [node.wait(timeout=300) for node in nodes]
+        assert codes == [0, 0], [log.read_text() for log in logs]
+        assert ("goes on after step" in logs[0].read_text()) is killed, logs[0].read_text()
+        hashes[name] = read_remote_manifest(request.output, stage="sft").content_hash
+    assert hashes["killed"] == hashes["undisturbed"]
+
+
+def both(request, folder):
+    """Two nodes, and their logs."""
+    folder.mkdir()
+    port, logs = free_port(), [folder / f"{rank}.log" for rank in (0, 1)]
+    return [start(request, rank, 2, port, logs[rank]) for rank in (0, 1)], logs
+
+
+def wait_for_a_checkpoint(store):
+    deadline = time.monotonic() + 60
+    while not any(key.endswith("LATEST") for key, _ in store.scan()):
+        assert time.monotonic() < deadline, [key for key, _ in store.scan()]
+        time.sleep(0.05)
 
 
 def test_a_node_ends_when_nobody_asks_for_its_work(settings, data, tmp_path):
