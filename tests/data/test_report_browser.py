@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.data.conftest import Outcome, good_row
-from tests.evaluate.conftest import CUT_OFF, HOSTILE, browser, quiet_pages
+from tests.support.browser import CUT_OFF, HOSTILE, browser, quiet_pages
 
 __all__ = ["browser"]
 

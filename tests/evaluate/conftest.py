@@ -1,10 +1,6 @@
-"""An evaluation made of known numbers, with hostile texts, and a real browser to look at it."""
-
-import shutil
-from contextlib import contextmanager
+"""An evaluation made of known numbers, with hostile texts."""
 
 import numpy as np
-import pytest
 
 from dpo.config.losses import DPOLoss
 from dpo.config.schema import RunConfig
@@ -14,34 +10,11 @@ from dpo.evaluate.findings import findings
 from dpo.evaluate.heldout import HeldOut, figures, pair_values
 from dpo.evaluate.kl import kl_figures
 from dpo.modeling.generation import Answer
+from tests.support.browser import HOSTILE, browser
 
-HOSTILE = (
-    "<script>document.title = 'owned'; fetch('http://127.0.0.1:1/x')</script>"
-    "<img src=x onerror=\"document.title='owned'\"> </pre></textarea><!-- verdict --> ```\n# x"
-)
+__all__ = ["browser"]
+
 UNBROKEN = "W" * 900
-CUT_OFF = """() => [...document.querySelectorAll("body *")].filter(e =>
-    !e.closest("svg, .skip") && !["TABLE", "THEAD"].includes(e.tagName)
-    && !e.closest("thead") && e.clientWidth > 0
-    && e.scrollWidth > e.clientWidth + 1
-    && getComputedStyle(e).display !== "inline").map(e => e.outerHTML.slice(0, 120))"""
-"""Finds what is wider than its place."""
-CONTRAST = """() => {
-  const rgb = text => text.match(/[\\d.]+/g).map(Number);
-  const light = ([r, g, b]) => [r, g, b].map(v => (v /= 255) <= .04045 ? v / 12.92
-    : ((v + .055) / 1.055) ** 2.4).reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
-  const behind = e => { for (; e; e = e.parentElement) {
-    const colour = rgb(getComputedStyle(e).backgroundColor);
-    if (colour.length < 4 || colour[3] > 0) return colour; } return [255, 255, 255]; };
-  let worst = [99, ""];
-  const texts = "h1,h2,h3,p,a,li,th,td,pre,ins,del,label,summary,span";
-  for (const e of document.querySelectorAll(texts)) {
-    const [a, b] = [light(rgb(getComputedStyle(e).color)), light(behind(e))];
-    const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
-    if (ratio < worst[0]) worst = [ratio, e.outerHTML.slice(0, 80)];
-  }
-  return worst; }"""
-"""The lowest contrast of a text with what is behind it, and where."""
 
 
 def log_probs(generator, n, shift):
@@ -115,43 +88,3 @@ def made_evaluation(shift=0.2, n=60, beta=0.1, seed=0):
         **pair_values(held_out, config),
     }
     return result, samples, pairs
-
-
-@pytest.fixture(scope="package")
-def browser():
-    """The system's Chromium, driven by Playwright: closed before another package starts its own."""
-    path = shutil.which("chromium") or shutil.which("chromium-browser")
-    playwright = pytest.importorskip("playwright.sync_api", reason="install the extra dev")
-    if path is None:
-        pytest.skip("no Chromium on this machine (make setup-system installs it)")
-    with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(
-            executable_path=path, args=["--no-sandbox", "--disable-gpu"]
-        )
-        yield running
-        running.close()
-
-
-@contextmanager
-def quiet_pages(browser):
-    """Opens pages; whatever one says, or asks for beyond its file, is an error at the end."""
-    contexts, noise = [], []
-
-    def opening(url, **settings):
-        contexts.append(browser.new_context(**settings))
-        page = contexts[-1].new_page()
-        page.on("console", lambda message: noise.append(message.text))
-        page.on("pageerror", lambda error: noise.append(str(error)))
-        page.on(
-            "request",
-            lambda request: (
-                None if request.url.startswith(("file:", "data:")) else noise.append(request.url)
-            ),
-        )
-        page.goto(url)
-        return page
-
-    yield opening
-    for context in contexts:
-        context.close()
-    assert noise == []

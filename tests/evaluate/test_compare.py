@@ -12,7 +12,8 @@ from dpo.errors import EvaluationError
 from dpo.evaluate.compare import compare, read_runs
 from dpo.evaluate.compared_samples import marked_against, shared_samples
 from dpo.storage.store import open_store
-from tests.evaluate.conftest import CONTRAST, CUT_OFF, HOSTILE, made_evaluation, quiet_pages
+from tests.evaluate.conftest import made_evaluation
+from tests.support.browser import CONTRAST, CUT_OFF, HOSTILE, quiet_pages
 
 
 def write(folder, **settings):

@@ -7,7 +7,8 @@ import pytest
 
 from dpo.evaluate.report import write_reports
 from dpo.evaluate.samples import change_of, shown_samples
-from tests.evaluate.conftest import CONTRAST, CUT_OFF, HOSTILE, made_evaluation, quiet_pages
+from tests.evaluate.conftest import made_evaluation
+from tests.support.browser import CONTRAST, CUT_OFF, HOSTILE, quiet_pages
 
 WIDTHS = [320, 768, 1440]
 DATA = {

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from dpo.storage.fingerprint import code_fingerprint
 from dpo.storage.remote import fetch_output, read_remote_manifest, send_output
 from dpo.storage.store import open_store
 from tests.support.minio import free_port
+from tests.support.waiting import wait_until
 from tests.train.conftest import SETTINGS
 
 
@@ -70,12 +72,10 @@ def start(request, rank, count, port, log):
 
 @pytest.mark.long
 def test_two_nodes_train_from_store_to_store(settings, data, tmp_path):
-    store, port = (tmp_path / "store").as_uri(), free_port()
+    store = (tmp_path / "store").as_uri()
     send_output(data, f"{store}/pairs")
     request = request_for(settings, store)
-    logs = [tmp_path / f"{rank}.log" for rank in (0, 1)]
-    with lease.held(request.output, 60):
-        pods = [start(request, rank, 2, port, logs[rank]) for rank in (0, 1)]
+    with lease.held(request.output, 60), both(request, tmp_path / "nodes") as (pods, logs):
         codes = [pod.wait(timeout=300) for pod in pods]
     assert codes == [0, 0], [log.read_text() for log in logs]
     assert read_remote_manifest(request.output, stage="sft").details["examples"] == 16
@@ -100,31 +100,32 @@ def test_killed_nodes_go_on_from_checkpoints_in_a_bucket(data, bucket_url, tmp_p
         request = replace(request_for(settings, url), checkpoints=f"{url}/checkpoints")
         with lease.held(request.output, 60):
             if killed:
-                nodes, _ = both(request, tmp_path / "first")
-                wait_for_a_checkpoint(open_store(request.checkpoints))
-                for node in nodes:
-                    node.send_signal(signal.SIGKILL)
-                    node.wait()
-            nodes, logs = both(request, tmp_path / name)
-            codes = [node.wait(timeout=300) for node in nodes]
+                with both(request, tmp_path / "first"):
+                    wait_for_a_checkpoint(open_store(request.checkpoints))
+            with both(request, tmp_path / name) as (pods, logs):
+                codes = [pod.wait(timeout=300) for pod in pods]
         assert codes == [0, 0], [log.read_text() for log in logs]
         assert ("goes on after step" in logs[0].read_text()) is killed, logs[0].read_text()
         hashes[name] = read_remote_manifest(request.output, stage="sft").content_hash
     assert hashes["killed"] == hashes["undisturbed"]
 
 
+@contextmanager
 def both(request, folder):
-    """Two nodes, and their logs."""
+    """Two nodes and their logs; SIGKILL for one that still runs at the end."""
     folder.mkdir()
     port, logs = free_port(), [folder / f"{rank}.log" for rank in (0, 1)]
-    return [start(request, rank, 2, port, logs[rank]) for rank in (0, 1)], logs
+    pods = [start(request, rank, 2, port, logs[rank]) for rank in (0, 1)]
+    try:
+        yield pods, logs
+    finally:
+        for pod in pods:
+            pod.kill()
+            pod.wait()
 
 
 def wait_for_a_checkpoint(store):
-    deadline = time.monotonic() + 60
-    while not any(key.endswith("LATEST") for key, _ in store.scan()):
-        assert time.monotonic() < deadline, [key for key, _ in store.scan()]
-        time.sleep(0.05)
+    wait_until(lambda: any(key.endswith("LATEST") for key, _ in store.scan()))
 
 
 def test_a_node_ends_when_nobody_asks_for_its_work(settings, data, tmp_path):

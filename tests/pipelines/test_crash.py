@@ -3,16 +3,15 @@
 import json
 import os
 import signal
-import subprocess
-import time
-from pathlib import Path
+from contextlib import suppress
 
 import pytest
 
 from dpo.publish.verify import verify
 from tests.support.checkout import Checkout
+from tests.support.waiting import wait_until
 
-# 40 steps of four pairs, each with a checkpoint: there is time to be killed between two of them
+# steps of four pairs, each with a checkpoint: there is time to be killed between two of them
 _SETTINGS = (
     *(f"{stage}.n_examples=160" for stage in ("sft", "preference")),
     *(f"{stage}.batch_size=4" for stage in ("sft", "preference")),
@@ -21,8 +20,9 @@ _SETTINGS = (
     "gate.force=true",
 )
 LONGER = tuple(word for setting in _SETTINGS for word in ("--set", setting))
+_STEPS = 40
 _KILLED_AFTER = 3
-"""Checkpoints of a stage."""
+"""Steps of a stage."""
 
 
 @pytest.mark.long
@@ -36,34 +36,32 @@ def test_a_run_killed_in_both_trainings_publishes_the_bytes_of_an_undisturbed_on
     outcome = json.loads(done.stdout.splitlines()[-1])
     assert outcome["state"] == "succeeded", done.stderr
     assert (outcome["steps"]["sft"], outcome["steps"]["preference"]) == ("cached", "done")
+    assert "preference: goes on after step" in done.stderr
     assert outcome["published"]["content_hash"] == undisturbed["published"]["content_hash"]
     (ours, theirs) = (verify(each["published"]["url"]) for each in (outcome, undisturbed))
     assert ours["files"] == theirs["files"]
 
 
 def _kill_in(checkout: Checkout, stage: str) -> None:
-    """SIGKILL for the run and all its processes, when ``stage`` has kept some checkpoints."""
-    run = subprocess.Popen(
-        checkout.command(*LONGER),
-        cwd=checkout.folder,
-        env=checkout.environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
+    """SIGKILL for the run and all its processes at once, when ``stage`` has made some steps."""
+    run = checkout.start(*LONGER)
+    wait_until(
+        lambda: run.poll() is not None or _newest_step(checkout, stage) >= _KILLED_AFTER,
+        240,
+        lambda: f"{stage} kept no checkpoint",
     )
-    deadline = time.monotonic() + 240
-    while not (found := _newest_step(checkout, stage)) or found < _KILLED_AFTER:
-        assert run.poll() is None, f"the run ended before it was killed in {stage}"
-        assert time.monotonic() < deadline, f"{stage} kept no checkpoint"
-        time.sleep(0.01)
-    os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
-    assert _newest_step(checkout, stage) < 40
+    assert run.poll() is None, f"the run ended before it was killed in {stage}"
+    while running := checkout.processes():
+        for process in running:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+    run.communicate()
+    assert _newest_step(checkout, stage) < _STEPS
 
 
 def _newest_step(checkout: Checkout, stage: str) -> int:
     steps = [
         int(folder.name.removeprefix("step-"))
-        for folder in Path(checkout.folder / "runs").glob(f"checkpoints/{stage}-*/step-*")
+        for folder in (checkout.folder / "runs").glob(f"checkpoints/{stage}-*/step-*")
     ]
     return max(steps, default=0)

@@ -286,18 +286,6 @@ def test_a_store_that_does_not_answer_is_named(checkout, first):
     assert "planted-secret" not in done.stderr
 
 
-def _start(checkout, *arguments):
-    return subprocess.Popen(
-        checkout.command(*arguments),
-        cwd=checkout.folder,
-        env=checkout.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def _wait_for(checkout, step):
     """Until ``step`` of the newest run has begun."""
     deadline = time.monotonic() + 60
@@ -311,17 +299,6 @@ def _wait_for(checkout, step):
     raise AssertionError(f"{step} did not begin")
 
 
-def _processes_of(checkout):
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if str(checkout.folder) in (process / "cmdline").read_text():
-                found.append(process.name)
-        except OSError:
-            continue
-    return found
-
-
 @pytest.mark.parametrize(
     ("how", "code"),
     [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)],
@@ -329,16 +306,16 @@ def _processes_of(checkout):
 )
 def test_an_interrupted_run_leaves_no_process_and_the_next_goes_on(checkout, first, how, code):
     setting = ("--set", f"sft.lr={int(how)}e-6")
-    run = _start(checkout, *setting)
+    run = checkout.start(*setting)
     _wait_for(checkout, "sft")
     os.kill(run.pid, how)
     _, errors = run.communicate(timeout=60)
     assert run.returncode == code
     assert "Traceback" not in errors
     deadline = time.monotonic() + 20
-    while _processes_of(checkout) and time.monotonic() < deadline:
+    while checkout.processes() and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert _processes_of(checkout) == []
+    assert checkout.processes() == []
     outcome = checkout.outcome(*setting)
     assert outcome["state"] == "succeeded"
     assert "ingest" in cached(outcome)
@@ -346,7 +323,7 @@ def test_an_interrupted_run_leaves_no_process_and_the_next_goes_on(checkout, fir
 
 
 def test_a_second_run_at_once_is_told_who_holds_the_folder(checkout, first):
-    run = _start(checkout, "--rerun", "ingest")
+    run = checkout.start("--rerun", "ingest")
     try:
         _wait_for(checkout, "fingerprint")
         other = checkout.run()
@@ -361,7 +338,7 @@ def test_a_time_limit_stops_the_run_with_its_own_exit_code(checkout, first):
     done = checkout.run("--rerun", "ingest", "--timeout-seconds", "0.5")
     assert done.returncode == 5
     assert "0.5" in done.stderr or "stopped" in done.stderr
-    assert _processes_of(checkout) == []
+    assert checkout.processes() == []
 
 
 @pytest.mark.long
@@ -382,7 +359,10 @@ def test_a_sweep_shares_what_comes_before_and_gates_the_best_on_the_test_part(ch
     assert set(betas) == {0.1, 5.0}
     best = checkpoint(outcome)
     assert best.content_hash == betas[best.settings["loss"]["beta"]]
-    evaluation = read_manifest(Path(outcome["places"]["report"]).parent, stage="evaluate")
+    verdict_folder = Path(outcome["places"]["report"]).parent
+    verdict = read_manifest(verdict_folder, stage="gate")
+    evaluation = read_manifest(verdict_folder.parents[1] / "evaluate-2/evaluation")
+    assert verdict.inputs["evaluation"] == evaluation.content_hash
     assert evaluation.settings["evaluation"]["part"] == "test"
     assert evaluation.inputs["policy"] == best.content_hash
 

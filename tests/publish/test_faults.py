@@ -31,6 +31,7 @@ from dpo.storage.store import open_store
 from tests.publish.conftest import MIB, Model, check_store
 from tests.support.minio import NoServer, running_server
 from tests.support.proxy import proxy_to
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.minio
 
@@ -81,13 +82,6 @@ def in_background(call):
     future = pool.submit(call)
     pool.shutdown(wait=False)
     return future
-
-
-def wait_until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.005)
 
 
 def test_a_server_that_is_killed_and_comes_back(server, line, models):

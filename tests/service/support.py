@@ -145,7 +145,11 @@ class ServiceProcess:
                     return Client(port, headers or {})
             time.sleep(0.05)
         self.end(signal.SIGKILL)
-        raise RuntimeError(self.log.read_text()[-3000:])
+        raise RuntimeError(self.said())
+
+    def said(self) -> str:
+        """The end of its log."""
+        return self.log.read_text()[-3000:]
 
     def end(self, how: signal.Signals) -> int:
         assert self._process is not None

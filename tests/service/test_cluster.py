@@ -1,7 +1,6 @@
 """With an endpoint of Kubeflow Pipelines in the environment, runs go there."""
 
 import signal
-import time
 
 import pytest
 
@@ -13,6 +12,7 @@ from pipelines.service.database import Database, NewRun
 from pipelines.service.settings import Settings
 from tests.service.support import TINY, ServiceProcess, body, served
 from tests.support.kfp_backend import STEPS, Fault, Scenario, running_backend, task
+from tests.support.waiting import wait_until
 
 DEPLOYMENT = """
 images:
@@ -132,18 +132,16 @@ def test_a_service_killed_before_the_backend_answered_submits_once(tmp_path, bac
     service = ServiceProcess(tmp_path / "data", **variables)
     backend.faults = [Fault(r"/runs$", method="POST", after=True, hold_seconds=20.0, cut=True)]
     run_id = service.start().post(body()).json["runId"]
-    deadline = time.monotonic() + 120
-    while not backend.runs:
-        assert time.monotonic() < deadline, service.log.read_text()[-3000:]
-        time.sleep(0.05)
+    wait_until(lambda: backend.runs, 120, service.said)
     service.end(signal.SIGKILL)
     (submitted,) = backend.runs
     client = service.start()
     try:
-        deadline = time.monotonic() + 120
-        while client.run(run_id)["state"] != "running" or submitted not in _polled(backend):
-            assert time.monotonic() < deadline, service.log.read_text()[-3000:]
-            time.sleep(0.05)
+        wait_until(
+            lambda: client.run(run_id)["state"] == "running" and submitted in _polled(backend),
+            120,
+            service.said,
+        )
     finally:
         service.end(signal.SIGKILL)
     assert list(backend.runs) == [submitted]

@@ -13,32 +13,10 @@ from dpo.storage.store import open_store
 from tests.service.support import body, served
 
 HOSTILE_NAMES = (
-    *(
-        "..",
-        "../other",
-        "a/../other",
-        "/abs",
-        "a/b",
-        "a\\b",
-        "a%2fb",
-        "a\0b",
-        ".hidden",
-        "-a",
-        "a-",
-    ),
+    *("..", "../other", "a/../other", "/abs", "a/b", "a\\b", "a%2fb", "a\0b"),
+    *(".hidden", "-a", "a-", " a", "acme\n", "a" * 65),
     # look like others, or become them when they are normalised
-    *(
-        "\uff0e\uff0e/a",
-        "\uff41cme",
-        "acm\u0435",
-        "ac\u200bme",
-        "acme\u202e",
-        "e\u0301a",
-        "acme\n",
-        " a",
-    ),
-    "acme\n",
-    "a" * 65,
+    *("\uff0e\uff0e/a", "\uff41cme", "acm\u0435", "ac\u200bme", "acme\u202e", "e\u0301a"),
 )
 
 

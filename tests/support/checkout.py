@@ -66,6 +66,29 @@ class Checkout:
             env=self.environment(**(environment or {})),
         )
 
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Run the pipeline and do not wait."""
+        return subprocess.Popen(
+            self.command(*arguments),
+            cwd=self.folder,
+            env=self.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def processes(self) -> list[int]:
+        """Of its runs: each has the folder in its command line."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if str(self.folder) in (process / "cmdline").read_text():
+                    found.append(int(process.name))
+            except OSError:
+                continue
+        return found
+
     def outcome(self, *arguments: str, environment: dict[str, str] | None = None) -> dict[str, Any]:
         """Run with ``--output json``; the object that it printed."""
         done = self.run(*arguments, "--output", "json", environment=environment)
