@@ -17,7 +17,7 @@ from pipelines.deployment import (
     Deployment,
     Resources,
 )
-from pipelines.steps import step_of
+from pipelines.steps import DISPLAY_NAMES, step_of
 
 _LAUNCHING_CPU, _LAUNCHING_MEMORY = "500m", "2Gi"
 """What a step asks for that only starts a job and follows it."""
@@ -35,6 +35,17 @@ def deploy(tasks: Mapping[str, Any], deployment: Deployment) -> None:
         step = step_of(name)
         if step in (*DATA_STEPS, *TRAIN_STEPS):
             _deploy_step(task, step, deployment)
+        if shown := _shown(name, task):
+            task.set_display_name(shown)
+
+
+def _shown(name: str, task: Any) -> str | None:
+    """What the graph calls a task; one in a loop keeps its name, by which its outputs are found."""
+    from kfp import dsl
+
+    if isinstance(task.parent_task_group, dsl.ParallelFor):
+        return None
+    return DISPLAY_NAMES.get(name)
 
 
 def _deploy_step(task: Any, step: str, deployment: Deployment) -> None:

@@ -18,6 +18,7 @@ from pipelines.deployment import (
     names,
 )
 from pipelines.pods import booked
+from pipelines.steps import DISPLAY_NAMES
 from pipelines.submit import main
 from pipelines.sweep import Sweep, parse_sweep
 
@@ -47,6 +48,32 @@ def test_every_step_belongs_to_one_group():
     assert sorted(DATA_STEPS + TRAIN_STEPS) == sorted((*package.STEPS, package.SELECT))
 
 
+def shown_names(documents):
+    return {name: task["taskInfo"]["name"] for name, task in all_tasks(documents).items()}
+
+
+def test_the_graph_shows_what_each_step_does():
+    shown = shown_names(deployed()[0])
+    assert {step: shown[step] for step in package.STEPS} == {
+        step: DISPLAY_NAMES[step] for step in package.STEPS
+    }
+    assert shown["sft"] == "Supervised fine-tuning (SFT)"
+
+
+def test_tasks_whose_outputs_are_collected_keep_their_names():
+    """By the name shown ``dsl.Collected`` found them: kubeflow/pipelines#13239."""
+    documents = package.deployed_package(
+        Deployment.model_validate({"images": IMAGES}),
+        Sweep(parse_sweep(["loss.beta=0.1,0.2"])),
+        n_shards=2,
+    )
+    shown = shown_names(documents)
+    for name in ("ingest-shard", "preference", "evaluate"):
+        assert shown[name] == name
+    assert shown["ingest"] == "Ingest and validate"
+    assert shown["select"] == "Select the best candidate"
+
+
 @pytest.mark.parametrize("name", names())
 def test_shipped_deployments_compile(name):
     deployment = load_deployment(name, [f"images={IMAGES}"])
@@ -69,6 +96,9 @@ def test_a_deployment_changes_nothing_that_kubeflow_makes_its_cache_key_of():
     for component in [spec["root"], *spec["components"].values()]:
         for task in component.get("dag", {}).get("tasks", {}).values():
             task.pop("retryPolicy", None)
+    for tasks in (all_tasks([spec]), all_tasks(plain)):
+        for task in tasks.values():
+            task.pop("taskInfo")  # what the graph shows
     package.set_images(plain, {i: IMAGES[k] for k, i in _placeholders().items()})
     assert spec == plain[0]
 
