@@ -119,6 +119,7 @@ Format = Literal[
     "compared",
     "argilla",
     "labelstudio",
+    "summaries",
 ]
 _FUNCTION = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 CustomFunction = Annotated[str, Field(pattern=_FUNCTION)]

@@ -4,6 +4,8 @@
     context + response1 + response2 + overall_preference        HelpSteer3
     prompt + response_0 + response_1 + better_response_id       a number of the names
     conversation_a + conversation_b + winner                    arenas
+    question + answer_0 + answer_1 + score_0 + score_1          WebGPT; a score for each name
+    info + summaries + choice                                   OpenAI's comparisons of summaries
     fields + responses                                          Argilla's records, both versions
     data + annotations                                          Label Studio's JSON and JSON-MIN
 
@@ -17,7 +19,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dpo.data.formats import Candidate, Rating, RowError, split_field
+from dpo.data.formats import Candidate, Rating, RowError, split_field, text_field
 from dpo.data.messages import candidate, read_messages
 from dpo.data.shapes import as_number, messages, rated, scored_pairs
 
@@ -37,6 +39,7 @@ _SINGLE = ("response", "completion", "answer", "text", "output")
 _TIES = re.compile(r"^(tie|both|equal|neither|same|draw|none)")
 _SIDES = {"left": 0, "first": 0, "right": 1, "second": 1}
 
+_SCORE_WORDS = ("score", "rating")
 Scores = list[float]
 
 
@@ -54,16 +57,63 @@ def answer_names(row: Mapping[str, Any]) -> list[str]:
 
 
 def is_compared(row: Mapping[str, Any]) -> bool:
-    """Whether a row has named answers and a verdict."""
-    return any(row.get(name) is not None for name in _VERDICTS) and bool(answer_names(row))
+    """Whether a row has named answers, and a verdict or a score for each."""
+    names = answer_names(row)
+    judged = any(row.get(name) is not None for name in _VERDICTS)
+    return bool(names) and (judged or bool(_score_names(row, names)))
 
 
 def compared(row: Mapping[str, Any]) -> list[Candidate]:
-    """Answers in fields of their own, and the verdict in another."""
+    """Answers in fields of their own, and the verdict in another or a score for each."""
     field = next((name for name in _VERDICTS if row.get(name) is not None), "")
     if not field:
+        if scores := _score_names(row, answer_names(row)):
+            return _scored(row, [as_number(row[name], name) for name in scores])
         raise RowError("not_annotated", "nobody has said which answer is better", "preference")
     return _pairs(row, [(field, row[field])])
+
+
+def _score_names(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """``score_0`` and ``score_1`` of ``answer_0`` and ``answer_1``; empty where one is missing."""
+    for word in _SCORE_WORDS:
+        found = [f"{word}_{_mark(name)}" for name in names]
+        if all(row.get(name) is not None for name in found):
+            return found
+    return []
+
+
+def summaries(row: Mapping[str, Any]) -> list[Candidate]:
+    """Two summaries of a post or an article and the index of the better one.
+
+    The prompt has the form of Stiennon et al. 2020, "Learning to summarize from human feedback".
+    """
+    info, answers, choice = row.get("info"), row.get("summaries"), row.get("choice")
+    if not isinstance(info, Mapping):
+        raise RowError("wrong_type", "info must be an object with post or article", "info")
+    if not isinstance(answers, list) or len(answers) != 2:
+        raise RowError("wrong_type", "summaries must be a list of two {text}", "summaries")
+    if not isinstance(choice, int) or isinstance(choice, bool) or choice not in (0, 1):
+        raise RowError("unknown_verdict", f"choice must be 0 or 1, found {choice!r}", "choice")
+    texts = []
+    for answer in answers:
+        if not isinstance(answer, Mapping):
+            raise RowError("wrong_type", "each of summaries must be {text}", "summaries")
+        texts.append(f" {text_field(answer, 'text').strip()}")
+    # valid1, valid2: held out of the paper's reward model
+    word = str(row.get("split") or "").rstrip("0123456789")
+    split = split_field({"split": word or None})
+    return [Candidate(_to_summarize(info), texts[choice], texts[1 - choice], split=split)]
+
+
+def _to_summarize(info: Mapping[str, Any]) -> str:
+    if info.get("article") is not None:
+        return f"Article:\n{text_field(info, 'article')}\n\nTL;DR:"
+    parts = [f"POST: {text_field(info, 'post')}", "TL;DR:"]
+    if info.get("title") is not None:
+        parts.insert(0, f"TITLE: {text_field(info, 'title')}")
+    if info.get("subreddit") is not None:
+        parts.insert(0, f"SUBREDDIT: r/{text_field(info, 'subreddit')}")
+    return "\n\n".join(parts)
 
 
 def argilla(row: Mapping[str, Any]) -> Sequence[Candidate | Rating]:
@@ -148,7 +198,12 @@ def _pairs(row: Mapping[str, Any], verdicts: Sequence[tuple[str, Any]]) -> list[
             f"{field} is {str(value)[:40]!r}: it must name one of {', '.join(names)}, or a tie",
             field,
         )
-    totals = [math.fsum(column) for column in zip(*read, strict=True)]
+    return _scored(row, [math.fsum(column) for column in zip(*read, strict=True)])
+
+
+def _scored(row: Mapping[str, Any], totals: Scores) -> list[Candidate]:
+    """A pair for each two of the named answers whose scores differ."""
+    names = answer_names(row)
     if any(isinstance(row[name], list | Mapping) for name in names):
         return _of_dialogues(row, names, totals)
     texts = []
@@ -186,6 +241,8 @@ def prompt_of(row: Mapping[str, Any], *, needed: bool = True) -> tuple[Any, str]
             raise RowError("missing_field", "the field prompt is missing", "prompt")
         return None, ""
     value = row[field]
+    if isinstance(value, Mapping) and isinstance(value.get("full_text"), str):
+        value = value["full_text"]  # WebGPT: the question with where it is from
     system = row.get("system")
     if isinstance(value, str) and (field != "prompt" or system):
         value = [{"role": "user", "content": value}]
@@ -232,9 +289,16 @@ def _winner(value: Any, names: Sequence[str]) -> int | None:
     if said in _SIDES:
         return _SIDES[said]
     mark = re.search(r"(?:^|[a-z]{2}|[ _-])(\d{1,2}|[a-h])$", said)
-    marks = [str(_NAME.match(name)[2]).lower().lstrip("0") or "0" for name in names]  # type: ignore[index]
+    marks = [_mark(name).lower().lstrip("0") or "0" for name in names]
     wanted = (mark[1].lstrip("0") or "0") if mark else None
     return marks.index(wanted) if wanted in marks else None
+
+
+def _mark(name: str) -> str:
+    """``0`` of ``answer_0``, ``b`` of ``answer_b``."""
+    match = _NAME.match(name)
+    assert match is not None  # one of ``answer_names``
+    return match[2]
 
 
 def asked(row: Mapping[str, Any]) -> list[Candidate]:

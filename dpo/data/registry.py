@@ -23,6 +23,7 @@ PARSERS: Mapping[str, Parser] = {
     "ranked": shapes.ranked,
     "rated": shapes.rated,
     "compared": compared.compared,
+    "summaries": compared.summaries,
     "argilla": compared.argilla,
     "labelstudio": compared.label_studio,
 }
@@ -117,6 +118,7 @@ def detect(row: Mapping[str, Any]) -> str | None:
     for name, needed in (
         ("argilla", {"fields", "responses"}),
         ("labelstudio", {"data", "annotations"}),
+        ("summaries", {"info", "summaries", "choice"}),
         ("openai", {"input", "preferred_output", "non_preferred_output"}),
         ("shp", {"history", "human_ref_A", "human_ref_B"}),
         ("se", {"question", "answers"}),

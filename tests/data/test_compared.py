@@ -51,6 +51,67 @@ def test_a_verdict_on_neither_has_its_reason(verdict: dict[str, Any], expected: 
     assert reason({"prompt": "p", "response_1": "a", "response_2": "b", **verdict}) == expected
 
 
+def test_scores_of_named_answers() -> None:
+    """A row of openai/webgpt_comparisons, without its tokens."""
+    row = {
+        "question": {"dataset": "eli5", "id": "abc", "full_text": "Why is the sky blue?"},
+        "quotes_0": {"title": [], "extract": []},
+        "answer_0": "Paint.",
+        "score_0": -0.67,
+        "quotes_1": {"title": [], "extract": []},
+        "answer_1": "Scattering.",
+        "score_1": 0.67,
+    }
+    prompt = "\n\nHuman: Why is the sky blue?\n\nAssistant:"
+    assert texts(row) == [(prompt, " Scattering.", " Paint.")]
+    assert reason({**row, "score_0": 0.0, "score_1": 0.0}) == "equal_scores"
+    assert reason({**row, "score_1": None}) == "unknown_format"
+    assert reason({**row, "score_1": "good"}) == "wrong_type"
+
+
+def test_a_verdict_counts_before_scores() -> None:
+    row = {"prompt": "p", "response_a": "a", "response_b": "b", "winner": "model_b"}
+    assert texts({**row, "score_a": 5, "score_b": 1}) == OTHER
+
+
+SUMMARIES = {
+    "info": {"id": "t3_x", "post": "I fell.", "title": "Ouch", "subreddit": "AskDocs"},
+    "summaries": [
+        {"text": " Fell.", "policy": "sup1", "note": None},
+        {"text": "A fall.", "policy": "ref", "note": None},
+    ],
+    "choice": 1,
+    "worker": "w",
+    "split": "valid2",
+}
+
+
+def test_comparisons_of_summaries() -> None:
+    """A row of openai/summarize_from_feedback; the prompt's form is its paper's."""
+    prompt = "SUBREDDIT: r/AskDocs\n\nTITLE: Ouch\n\nPOST: I fell.\n\nTL;DR:"
+    assert parse(SUMMARIES) == [Candidate(prompt, " A fall.", " Fell.", split="test")]
+    article = {**SUMMARIES, "info": {"article": "News.", "post": None}, "split": "train"}
+    expected = Candidate("Article:\nNews.\n\nTL;DR:", " A fall.", " Fell.", split="train")
+    assert parse(article) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"choice": 2}, "unknown_verdict"),
+        ({"choice": True}, "unknown_verdict"),
+        ({"choice": "1"}, "unknown_verdict"),
+        ({"summaries": [{"text": "a"}]}, "wrong_type"),
+        ({"summaries": ["a", "b"]}, "wrong_type"),
+        ({"summaries": [{"text": "a"}, {"note": "b"}]}, "missing_field"),
+        ({"info": "a post"}, "wrong_type"),
+        ({"info": {"title": "Ouch"}}, "missing_field"),
+    ],
+)
+def test_broken_comparisons_of_summaries(change: dict[str, Any], expected: str) -> None:
+    assert reason({**SUMMARIES, **change}) == expected
+
+
 def test_a_context_of_messages_is_the_prompt() -> None:
     context = [{"role": "user", "content": "Hi?"}]
     row = {"context": context, "response1": "a", "response2": "b", "overall_preference": -1}
