@@ -80,7 +80,10 @@ def run_training(
     ]
     config = compose(given).config
 
+    from dpo.storage.host_memory import prepare
     from dpo.storage.manifest import MANIFEST, read_manifest
+
+    prepare()
     from dpo.train.direct import train_directly
 
     checkpoint = train_directly(config).absolute()

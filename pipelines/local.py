@@ -31,7 +31,7 @@ from rich.console import Console
 from dpo.config.parameters import stage_configs
 from dpo.config.stages import OUT_OF_BAND_VARIABLE, out_of_band
 from dpo.errors import DpoError, PipelineError
-from dpo.storage import progress
+from dpo.storage import host_memory, progress
 from dpo.storage.manifest import write_atomically
 from pipelines import containers
 from pipelines.artifacts import Artifacts, drop_broken_cache_entries
@@ -122,6 +122,7 @@ def _start_worker(job: Job, folder: Path, events: Path, lock: int) -> subprocess
     job_file = folder / "job.json"
     job_file.write_text(json.dumps(description, indent=1), encoding="utf-8")
     environment = {
+        **host_memory.VARIABLES,
         **os.environ,
         progress.FILE_VARIABLE: str(events),
         # dpo.train.place reads it; steps go on from here when a run was ended

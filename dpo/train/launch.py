@@ -21,6 +21,7 @@ from typing import Any
 
 import dpo.errors
 from dpo.errors import DpoError, TrainingError, TrainingStopped
+from dpo.storage.host_memory import prepare
 from dpo.storage.progress import FILE_VARIABLE
 
 PROCESSES_VARIABLE = "DPO_PROCESSES"
@@ -77,6 +78,7 @@ def launch(job: Mapping[str, Any], *, port: int = 0, timeout_seconds: int = 600)
     from torch.distributed.launcher.api import elastic_launch
 
     _raise_open_files()
+    prepare()
     config = _launch_config(port, timeout_seconds)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

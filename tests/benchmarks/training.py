@@ -12,6 +12,7 @@ import subprocess
 import sys
 from typing import Any
 
+from dpo.storage.host_memory import VARIABLES
 from tests.benchmarks.workload import Case
 
 PEERS = ("trl", "plain")
@@ -23,7 +24,10 @@ def in_own_process(module: str, name: str, case: Case) -> dict[str, Any]:
     Raises:
         RuntimeError: it failed; its last words are in the message.
     """
+    # ours as the local pipeline and the images start it
+    own = VARIABLES if name == "ours" else {}
     environment = {
+        **own,
         **os.environ,
         "OMP_NUM_THREADS": str(case.threads),
         "MKL_NUM_THREADS": str(case.threads),
