@@ -15,7 +15,6 @@ from dpo import handlers
 from dpo.commands import ABOUT_PUBLISHED, COMMANDS, PATHS
 from dpo.config.arguments import Arguments
 from dpo.errors import ConfigError, DpoError, system_problem
-from dpo.storage.host_memory import prepare
 
 INTERRUPTED = 130
 
@@ -23,7 +22,6 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    prepare()
     try:
         return _main(given)
     except DpoError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo.errors import ConfigError
+from dpo.storage.host_memory import prepare
 
 REFUSED = 3
 """Exit code of a gate that refuses."""
@@ -94,6 +95,7 @@ def _tokenize(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> i
 
 
 def _train(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
+    prepare()
     from dpo.train.direct import train_directly
 
     output = train_directly(composed.config, **paths)
@@ -102,6 +104,7 @@ def _train(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
 
 
 def _reference(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
+    prepare()
     from dpo.config.stages import restrict
     from dpo.train.reference import run_reference
 
@@ -112,6 +115,7 @@ def _reference(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> 
 
 
 def _evaluate(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
+    prepare()
     from dpo.config.stages import restrict
     from dpo.evaluate.stage import run_evaluate
     from dpo.publish.pinned import pinned

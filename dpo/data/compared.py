@@ -67,8 +67,9 @@ def compared(row: Mapping[str, Any]) -> list[Candidate]:
     """Answers in fields of their own, and the verdict in another or a score for each."""
     field = next((name for name in _VERDICTS if row.get(name) is not None), "")
     if not field:
-        if scores := _score_names(row, answer_names(row)):
-            return _scored(row, [as_number(row[name], name) for name in scores])
+        names = answer_names(row)
+        if scores := _score_names(row, names):
+            return _scored(row, names, [as_number(row[name], name) for name in scores])
         raise RowError("not_annotated", "nobody has said which answer is better", "preference")
     return _pairs(row, [(field, row[field])])
 
@@ -100,8 +101,8 @@ def summaries(row: Mapping[str, Any]) -> list[Candidate]:
             raise RowError("wrong_type", "each of summaries must be {text}", "summaries")
         texts.append(f" {text_field(answer, 'text').strip()}")
     # valid1, valid2: held out of the paper's reward model
-    word = str(row.get("split") or "").rstrip("0123456789")
-    split = split_field({"split": word or None})
+    held_out = row.get("split") in ("valid1", "valid2")
+    split = split_field({"split": "valid"} if held_out else row)
     return [Candidate(_to_summarize(info), texts[choice], texts[1 - choice], split=split)]
 
 
@@ -198,12 +199,11 @@ def _pairs(row: Mapping[str, Any], verdicts: Sequence[tuple[str, Any]]) -> list[
             f"{field} is {str(value)[:40]!r}: it must name one of {', '.join(names)}, or a tie",
             field,
         )
-    return _scored(row, [math.fsum(column) for column in zip(*read, strict=True)])
+    return _scored(row, names, [math.fsum(column) for column in zip(*read, strict=True)])
 
 
-def _scored(row: Mapping[str, Any], totals: Scores) -> list[Candidate]:
+def _scored(row: Mapping[str, Any], names: list[str], totals: Scores) -> list[Candidate]:
     """A pair for each two of the named answers whose scores differ."""
-    names = answer_names(row)
     if any(isinstance(row[name], list | Mapping) for name in names):
         return _of_dialogues(row, names, totals)
     texts = []

@@ -106,6 +106,8 @@ def test_comparisons_of_summaries() -> None:
         ({"summaries": [{"text": "a"}, {"note": "b"}]}, "missing_field"),
         ({"info": "a post"}, "wrong_type"),
         ({"info": {"title": "Ouch"}}, "missing_field"),
+        ({"split": 5}, "wrong_split"),
+        ({"split": "train9"}, "wrong_split"),
     ],
 )
 def test_broken_comparisons_of_summaries(change: dict[str, Any], expected: str) -> None:

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from dpo.publish.verify import verify
 from dpo.storage.manifest import read_manifest
 from tests.support.checkout import Checkout
+from tests.support.waiting import wait_until
 
 CACHEABLE = ["ingest", "sft", "reference", "preference", "evaluate"]
 NEVER_CACHED = ["fingerprint", "gate", "publish", "finish"]
@@ -288,15 +288,14 @@ def test_a_store_that_does_not_answer_is_named(checkout, first):
 
 def _wait_for(checkout, step):
     """Until ``step`` of the newest run has begun."""
-    deadline = time.monotonic() + 60
     before = set((checkout.folder / "runs/history").iterdir())
-    while time.monotonic() < deadline:
-        for folder in set((checkout.folder / "runs/history").iterdir()) - before:
-            events = folder / "progress.jsonl"
-            if events.is_file() and f'"{step}"' in events.read_text(encoding="utf-8"):
-                return
-        time.sleep(0.05)
-    raise AssertionError(f"{step} did not begin")
+
+    def begun():
+        new = set((checkout.folder / "runs/history").iterdir()) - before
+        files = [folder / "progress.jsonl" for folder in new]
+        return any(f'"{step}"' in file.read_text("utf-8") for file in files if file.is_file())
+
+    wait_until(begun, 60, lambda: f"{step} did not begin")
 
 
 @pytest.mark.parametrize(
@@ -312,9 +311,7 @@ def test_an_interrupted_run_leaves_no_process_and_the_next_goes_on(checkout, fir
     _, errors = run.communicate(timeout=60)
     assert run.returncode == code
     assert "Traceback" not in errors
-    deadline = time.monotonic() + 20
-    while checkout.processes() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_until(lambda: not checkout.processes(), 20, checkout.processes)
     assert checkout.processes() == []
     outcome = checkout.outcome(*setting)
     assert outcome["state"] == "succeeded"
