@@ -159,7 +159,20 @@ def _compose_side(side: Side, parameters: Mapping[str, Any]) -> RunConfig:
         raise ConfigError(
             f"{name}={own!r}: expected a list of overrides", fix='for example ["lr=1e-6"]'
         )
-    return compose([*overrides, *own]).config
+    try:
+        return compose([*overrides, *own]).config
+    except ConfigError as error:
+        where = error.where or _parameter_in(error.found, side, parameters)
+        raise ConfigError(error.found, where=where, fix=error.fix) from None
+
+
+def _parameter_in(found: str, side: Side, given: Iterable[str]) -> str | None:
+    """The parameter whose key a message begins with: whoever filled in a form knows its name."""
+    for name in given:
+        parameter = PARAMETERS.get(name)
+        if parameter and side in parameter.sides and found.startswith(f"{parameter.key}="):
+            return f"parameter {name}"
+    return None
 
 
 def _override(parameter: Parameter, value: Value) -> list[str]:
@@ -215,8 +228,16 @@ def route(assignment: str) -> tuple[str, Value]:
 def _to_side(side: str, key: str, value: str) -> tuple[str, Value]:
     for name, parameter in PARAMETERS.items():
         if parameter.key == key and parameter.sides == (side,):
-            return name, _parse(value)
+            parsed = _parse(value)
+            if parsed == 0 and not isinstance(parsed, bool) and 0 in _empty(parameter):
+                # the form's word for an empty field, which nobody meant who wrote the key itself
+                break
+            return name, parsed
     return f"{side}_overrides", f"{key}={value}"
+
+
+def _empty(parameter: Parameter) -> tuple[Value | None, Value | None]:
+    return parameter.unset, parameter.none
 
 
 def _parse(value: str) -> Value:

@@ -15,7 +15,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from dpo.data.text_tokenizer import load_text_tokenizer
 from dpo.data.tokenize import Limits
 from dpo.data.validate import Validator
 from dpo.storage.host_memory import keep_freed_memory
-from dpo.storage.processes import die_with_parent
+from dpo.storage.processes import FreshContext, die_with_parent
 
 BLOCK_BYTES = 32 * 2**20
 _SMALL_BYTES = 64 * 2**20
@@ -176,7 +175,7 @@ def check_blocks(
             yield check_block(block, rules, advance)
         return
     # not fork: pyarrow and tokenizers have threads by now
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)
+    pool = ProcessPoolExecutor(workers, FreshContext(), _start_worker)
     try:
         for tally in _in_order(pool, blocks, rules, 2 * workers):
             advance(tally.rows)

@@ -1,4 +1,4 @@
-"""Processes that must not outlive the one that started them."""
+"""How processes are started, and that they do not outlive the one that started them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,35 @@ import select
 import signal
 import sys
 import threading
+from multiprocessing.context import SpawnContext, SpawnProcess
+from types import ModuleType
 
 END_WITH = "DPO_END_WITH"
 """Environment variable with the process id that the steps of a local run must not outlive."""
 _PR_SET_PDEATHSIG = 1
+
+
+class FreshProcess(SpawnProcess):
+    """A new interpreter that does not run the user's script again.
+
+    Python would: a script without ``if __name__ == "__main__":`` that prepares data would start
+    itself once more in every worker. Nothing that we send to a worker is defined in a script.
+    """
+
+    def start(self) -> None:
+        """Start it; what Python asks ``__main__`` for meanwhile is not there."""
+        script = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            super().start()
+        finally:
+            sys.modules["__main__"] = script
+
+
+class FreshContext(SpawnContext):
+    """For ``ProcessPoolExecutor``: its workers are each a `FreshProcess`."""
+
+    Process = FreshProcess
 
 
 def die_with_parent(parent: int | None = None) -> None:

@@ -51,6 +51,10 @@ def test_text_of_a_form_is_no_syntax(text):
     [
         ("preference_beta=0.2", ("preference_beta", 0.2)),
         ("loss.beta=0.2", ("preference_beta", 0.2)),
+        # 0 is the form's empty field: a key that is written out says 0
+        ("loss.beta=0", ("preference_overrides", "loss.beta=0")),
+        ("loss.label_smoothing=0.0", ("preference_overrides", "loss.label_smoothing=0.0")),
+        ("preference.n_examples=0", ("preference_overrides", "n_examples=0")),
         ("sft.lr=1e-5", ("sft_lr", 1e-5)),
         ("preference.n_examples=64", ("preference_n_examples", 64)),
         ("sft.max_grad_norm=1.0", ("sft_overrides", "max_grad_norm=1.0")),

@@ -1,6 +1,5 @@
 """Rows in, Parquet and quarantine out: each reason, repeats, splits, and any number of workers."""
 
-import gzip
 import json
 import shutil
 from collections.abc import Callable
@@ -428,61 +427,6 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
         ingest([good_row(1)])
 
 
-def many_rows(tmp_path: Path) -> Path:
-    """Rows of every kind, with blank lines, in a file of several blocks."""
-    lines = []
-    for number in range(3000):
-        kind = number % 10
-        one = good_row(number)
-        if kind == 1:
-            one = good_row(number - 1)
-        elif kind == 2:
-            one["chosen"] = ""
-        elif kind == 3:
-            one = row(f"Question {number - 3}?", f"no {number - 3}", f"yes {number - 3}")
-        elif kind == 4:
-            one = {"prompt": f"rated {number % 7}", "completion": f"{number}", "score": number}
-        lines.append(json.dumps(one) + ("\n\n" if kind == 5 else "\n"))
-    path = tmp_path / "many.jsonl"
-    path.write_text("".join(lines))
-    return path
-
-
-def test_workers_and_blocks_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "BLOCK_BYTES", 20_000)
-    path = many_rows(tmp_path)
-    (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
-    config = RunConfig(
-        model=ModelConfig(name_or_path="builtin:tiny"),
-        sources={
-            "a": SourceConfig(path=str(path), max_pairs_per_prompt=20),
-            "b": SourceConfig(path=str(tmp_path / "packed.jsonl.gz"), max_pairs=50),
-        },
-        max_rejected_share=1,
-    )
-    hashes = [
-        run_ingest(config, tmp_path / f"out{workers}", workers=workers).content_hash
-        for workers in (1, 2)
-    ]
-    assert hashes[0] == hashes[1]
-
-
-def test_line_numbers_do_not_depend_on_blocks(
-    ingest_sources: Ingest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = many_rows(tmp_path)
-    whole = ingest_sources({"many": {"path": str(path)}})
-    monkeypatch.setattr(check, "BLOCK_BYTES", 5000)
-    blocks = ingest_sources({"many": {"path": str(path)}})
-    assert blocks.quarantine == whole.quarantine
-    assert blocks.pairs == whole.pairs
-    assert blocks.report == whole.report
-    lines = path.read_text().split("\n")
-    for item in whole.quarantine:
-        if item["reason"] == "empty":
-            assert json.loads(lines[item["line"] - 1]) == item["row"]
-
-
 def test_the_packaged_pairs(tmp_path: Path, golden_dir: Path) -> None:
     """1,900 dialogues, 6 of them broken; the golden pairs are among them unchanged."""
     config = RunConfig(
@@ -546,68 +490,3 @@ def test_long_prompts_can_be_refused(ingest: Ingest) -> None:
     ]
     assert [pair["prompt"] for pair in found.pairs] == ["short"]
     assert ingest(rows).quarantine == []
-
-
-CUSTOM = """
-def mine(row):
-    if row["q"] == "two":
-        return [{"prompt": "two", "chosen": a, "rejected": "z"} for a in row["good"]]
-    return {"prompt": row["q"], "chosen": row["good"], "rejected": row["bad"]}
-
-def whole(split, silent=False, cache_dir=None):
-    number = {"train": 1, "test": 2}[split]
-    return {
-        f"q{number}": {
-            "responses": ["a", "b", "c"],
-            "pairs": [(0, 1), (2, 1)],
-            "sft_target": "c",
-        }
-    }
-
-def broken(split, silent=False, cache_dir=None):
-    return ["no mapping"]
-"""
-
-
-@pytest.fixture
-def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    name = f"custom_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text(CUSTOM)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return name
-
-
-def test_a_function_of_ones_own_reads_rows(ingest: Ingest, custom: str) -> None:
-    rows = [
-        {"q": "one", "good": "a", "bad": "b"},
-        {"q": "two", "good": ["c", "d"]},
-        {"q": "three", "good": 4, "bad": "b"},
-        {"other": 1},
-    ]
-    found = ingest(rows, {"format": f"{custom}:mine"})
-    assert [(pair["prompt"], pair["chosen"]) for pair in found.pairs] == [
-        ("one", "a"),
-        ("two", "c"),
-        ("two", "d"),
-    ]
-    assert [(line["reason"], line["line"]) for line in found.quarantine] == [
-        ("wrong_type", 3),
-        ("custom_format_failed", 4),
-    ]
-    assert "KeyError" in found.quarantine[1]["advice"]
-    with pytest.raises(ConfigError, match="cannot be had"):
-        ingest(rows, {"format": f"{custom}:none"})
-
-
-def test_the_reference_codes_form_is_accepted(ingest_sources: Ingest, custom: str) -> None:
-    found = ingest_sources({"mine": {"loader": f"{custom}:whole"}})
-    assert [
-        (p["prompt"], p["chosen"], p["rejected"], p["sft_target"], p["split"]) for p in found.pairs
-    ] == [
-        ("q1", "a", "b", "c", "train"),
-        ("q1", "c", "b", "c", "train"),
-        ("q2", "a", "b", "c", "test"),
-        ("q2", "c", "b", "c", "test"),
-    ]
-    with pytest.raises(DataError, match="broken failed: AttributeError"):
-        ingest_sources({"mine": {"loader": f"{custom}:broken"}})

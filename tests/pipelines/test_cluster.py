@@ -403,6 +403,31 @@ def test_a_schedule_of_five_fields_is_refused_here(backend, command):
     assert not backend.schedules
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--set", "preference_beta=-1"], "parameter preference_beta"),
+        (["--set", "loss.beta=0"], "loss.beta=0"),
+        (["--set", "preference_lr=-0.1"], "parameter preference_lr"),
+        (["--set", "sft.batch_size=0"], "parameter sft_batch_size"),
+        (["--set", "test_fraction=1.5"], "test_fraction"),
+        (["--set", "max_length=16", "--set", "max_prompt_length=64"], "max_prompt_length"),
+        (["--set", "preference.n_examples=0"], "n_examples=0"),
+        (["--nodes", "0"], "nodes.count=0"),
+        (["--ingest-shards", "1000"], "--ingest-shards"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_before_anything_is_sent(
+    backend, command, arguments, named
+):
+    code, _, said = command(*arguments)
+    assert code == 2
+    assert named in said
+    assert "Traceback" not in said
+    assert not backend.runs
+    assert not backend.pipelines
+
+
 def test_a_parameter_that_the_endpoint_does_not_know(backend, tmp_path):
     target = cluster.endpoint()
     client = cluster.connect(target)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from kfp import compiler, components, dsl, local
+from kfp import compiler, components, dsl
 
 from dpo.storage.manifest import read_manifest
 from pipelines import package
@@ -33,7 +33,9 @@ def test_the_images_are_those_that_were_asked_for(folder):
         assert executor["container"]["image"] == image
 
 
-def test_a_component_runs_in_another_pipeline(folder, tmp_path, golden_dir, monkeypatch):
+def test_a_component_runs_in_another_pipeline(
+    folder, kfp_processes, tmp_path, golden_dir, monkeypatch
+):
     ingest = components.load_component_from_file(str(folder / "ingest.yaml"))
     settings = {
         "datasets": [str(golden_dir / "pairs.jsonl")],
@@ -45,14 +47,9 @@ def test_a_component_runs_in_another_pipeline(folder, tmp_path, golden_dir, monk
         ingest(settings=settings)
 
     compiler.Compiler().compile(theirs, str(tmp_path / "theirs.yaml"))
-    local.init(
-        local.SubprocessRunner(use_venv=False),
-        pipeline_root=str(tmp_path / "root"),
-        enable_caching=False,
-    )
     monkeypatch.setenv("DPO_PROGRESS_FILE", str(tmp_path / "events.jsonl"))
     components.load_component_from_file(str(tmp_path / "theirs.yaml"))(
         settings=json.dumps(settings)
     )
-    (manifest,) = (tmp_path / "root").glob("*/ingest/pairs/manifest.json")
+    (manifest,) = kfp_processes.glob("*/ingest/pairs/manifest.json")
     assert read_manifest(manifest.parent, stage="ingest").details["metrics"]["pairs"] == 64

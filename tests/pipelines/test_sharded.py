@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kfp import dsl, local
+from kfp import dsl
 
 from dpo.config.schema import ModelConfig, RunConfig, SourceConfig
 from dpo.config.stages import stage_json
@@ -58,7 +58,7 @@ def test_a_package_for_a_cluster_gives_shards_the_settings_of_ingest(tmp_path: P
 
 
 def test_kfp_runs_the_shards_and_the_result_is_one_tasks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kfp_processes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     many = tmp_path / "many"
@@ -81,10 +81,9 @@ def test_kfp_runs_the_shards_and_the_result_is_one_tasks(
         def pipeline() -> None:
             ingest_tasks(settings=settings, fingerprint=fingerprint, data_uri="")
 
-    local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "root"))
     pipeline()
     run_ingest(config, tmp_path / "one", code=code)
-    (merged,) = (tmp_path / "root").glob("*/ingest/pairs")
+    (merged,) = kfp_processes.glob("*/ingest/pairs")
 
     def hashes(folder: Path) -> dict[str, Any]:
         # the manifest also says which image and commit made it

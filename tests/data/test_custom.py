@@ -1,0 +1,76 @@
+"""Functions of the user's own: for a row, and the reference code's form of a whole set."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dpo.errors import ConfigError, DataError
+from tests.data.conftest import Outcome
+
+Ingest = Callable[..., Outcome]
+
+
+CUSTOM = """
+def mine(row):
+    if row["q"] == "two":
+        return [{"prompt": "two", "chosen": a, "rejected": "z"} for a in row["good"]]
+    return {"prompt": row["q"], "chosen": row["good"], "rejected": row["bad"]}
+
+def whole(split, silent=False, cache_dir=None):
+    number = {"train": 1, "test": 2}[split]
+    return {
+        f"q{number}": {
+            "responses": ["a", "b", "c"],
+            "pairs": [(0, 1), (2, 1)],
+            "sft_target": "c",
+        }
+    }
+
+def broken(split, silent=False, cache_dir=None):
+    return ["no mapping"]
+"""
+
+
+@pytest.fixture
+def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = f"custom_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(CUSTOM)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return name
+
+
+def test_a_function_of_ones_own_reads_rows(ingest: Ingest, custom: str) -> None:
+    rows = [
+        {"q": "one", "good": "a", "bad": "b"},
+        {"q": "two", "good": ["c", "d"]},
+        {"q": "three", "good": 4, "bad": "b"},
+        {"other": 1},
+    ]
+    found = ingest(rows, {"format": f"{custom}:mine"})
+    assert [(pair["prompt"], pair["chosen"]) for pair in found.pairs] == [
+        ("one", "a"),
+        ("two", "c"),
+        ("two", "d"),
+    ]
+    assert [(line["reason"], line["line"]) for line in found.quarantine] == [
+        ("wrong_type", 3),
+        ("custom_format_failed", 4),
+    ]
+    assert "KeyError" in found.quarantine[1]["advice"]
+    with pytest.raises(ConfigError, match="cannot be had"):
+        ingest(rows, {"format": f"{custom}:none"})
+
+
+def test_the_reference_codes_form_is_accepted(ingest_sources: Ingest, custom: str) -> None:
+    found = ingest_sources({"mine": {"loader": f"{custom}:whole"}})
+    assert [
+        (p["prompt"], p["chosen"], p["rejected"], p["sft_target"], p["split"]) for p in found.pairs
+    ] == [
+        ("q1", "a", "b", "c", "train"),
+        ("q1", "c", "b", "c", "train"),
+        ("q2", "a", "b", "c", "test"),
+        ("q2", "c", "b", "c", "test"),
+    ]
+    with pytest.raises(DataError, match="broken failed: AttributeError"):
+        ingest_sources({"mine": {"loader": f"{custom}:broken"}})
