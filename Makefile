@@ -12,7 +12,7 @@ KUBECTL ?= kubectl
 SYSTEM_PACKAGES := chromium docker.io iptables mmdebstrap docker-registry etcd-server openssl
 UV_LOCK := --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet
 # a worker for each of two processors, a file's tests in one of them; SPREAD= runs them in a row
-SPREAD ?= --numprocesses 2 --dist loadfile
+SPREAD ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
 FAST := not long and not gpu and not containers and not cluster and not kubernetes
 
 .DEFAULT_GOAL := help
@@ -92,6 +92,7 @@ test-containers: setup ## The tests that run the pipeline in containers (builds 
 test-kubernetes: setup ## The tests on a real Kubernetes API server (built once, eight minutes)
 	@$(BIN)/python -m tests.support.kubernetes --ensure
 	@$(BIN)/python -m tests.support.trainer --ensure
+	@$(BIN)/python -m tests.support.minio --ensure
 	@$(BIN)/python -m pytest -m kubernetes $(PYTEST)
 
 .PHONY: manifests-check

@@ -93,7 +93,8 @@ class DpoError(Exception):
         if self.where:
             lines.append(f"  where: {self.where}")
         if self.fix:
-            lines.append(f"  fix:   {self.fix}")
+            # further lines of commands stand below the first
+            lines.append("  fix:   " + self.fix.replace("\n  ", "\n         "))
         return "\n".join(lines)
 
 

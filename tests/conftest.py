@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -11,6 +12,9 @@ import pytest
 
 # two threads on a machine that is busy with something else run slower than one
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# a shell starts what it puts in the background deaf to Ctrl-C, and so would be what tests interrupt
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from dpo.config.places import builtin
 from tests.support.minio import MinioServer, NoServer, running_server
@@ -76,3 +80,8 @@ def minio_environment(
 def bucket_url(minio_environment: MinioServer) -> str:
     """URL of a bucket that does not exist yet."""
     return f"s3://test-{uuid4().hex[:12]}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest comes first: begun last, one processor would wait for it."""
+    items.sort(key=lambda item: item.path.name != "test_run.py")

@@ -30,6 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from dpo.config.describe import nearest, suggestion, validation_error
+from dpo.config.overrides import model_overrides
 from dpo.config.places import config_dir
 from dpo.config.schema import RunConfig
 from dpo.errors import ConfigError
@@ -110,7 +111,11 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
         if new := _ALIASES.get(key.lstrip("+")):
             warnings.append(f"{key} is the old name of {new}: use {new}")
             key = new
-        renamed.append(f"{key}={value}")
+        if key == "model" and not value.startswith(("'", '"')):
+            # a hub id or a folder too, as in run_training() and the pipeline's form
+            renamed += model_overrides(value)
+        else:
+            renamed.append(f"{key}={value}")
     try:
         return OverridesParser.create().parse_overrides(renamed), warnings
     except HydraException as error:
@@ -226,6 +231,11 @@ def _hydra_error(
 ) -> ConfigError:
     for override in parsed:
         group = override.key_or_group
+        if (section := group.partition(".")[0]) not in RunConfig.model_fields:
+            return ConfigError(
+                f"unknown key {group}{suggestion(section, RunConfig.model_fields)}",
+                fix="`dpo config` prints every key with its value",
+            )
         if group in GROUPS:
             choice, known = str(override.value()), choices(group, directories)
             if choice not in known:

@@ -80,7 +80,7 @@ def compare(names: Sequence[str], output: Path) -> list[Run]:
     runs = [run for name in names for run in read_runs(name)]
     if len(runs) < 2:
         raise EvaluationError(
-            f"{len(runs)} evaluated run was found; a comparison needs two or more",
+            f"{'one' if runs else 'no'} evaluated run was found; a comparison needs two or more",
             where=", ".join(names),
             fix="dpo compare RUN RUN..., each the output of evaluate, a run's folder or "
             "s3://bucket/prefix/runs/ID",

@@ -97,6 +97,12 @@ def _without_network(name: str) -> Path | None:
             known = [item for item in builtins() if (builtin(item) or Path()).is_dir()]
             raise ModelError(f"there is no model {name}", fix=f"use one of {', '.join(known)}")
         return place
+    if "://" in name:
+        raise ModelError(
+            "a base model is a folder or a hub id, not a URL",
+            where=f"model.name_or_path={name}",
+            fix="fetch a published model with `dpo pull URL output=FOLDER` and name the folder",
+        )
     path = Path(name).expanduser()
     if path.is_dir():
         return path

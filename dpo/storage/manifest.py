@@ -173,6 +173,12 @@ def read_manifest(folder: Path, *, stage: str | None = None, verify: bool = True
         ArtifactError: no manifest, another step's, a newer format, or a file that differs.
     """
     path = folder / MANIFEST
+    if not folder.exists():
+        raise ArtifactError(
+            "there is no such folder",
+            where=str(folder),
+            fix=f"name the output of step {stage}" if stage else "name the output of a step",
+        )
     if not path.is_file():
         raise ArtifactError(
             f"no complete output of step {stage or '(any)'}: {MANIFEST} is missing",

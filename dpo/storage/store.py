@@ -150,9 +150,11 @@ def open_store(url: str) -> Store:
     """
     parts = urlsplit(url)
     if parts.scheme not in _SCHEMES:
+        folder = f"; a folder is {Path(url).absolute().as_uri()}" if url and not parts.scheme else ""
         raise ConfigError(
             f"{url!r} is not the URL of a store",
-            fix="write s3://bucket/prefix, minio://bucket/prefix, gs://bucket/prefix or file:///folder",
+            fix="write s3://bucket/prefix, minio://bucket/prefix, gs://bucket/prefix or "
+            f"file:///folder{folder}",
         )
     if parts.username or parts.password:
         raise ConfigError(

@@ -110,6 +110,12 @@ def test_a_file_among_the_datasets_is_a_source():
     assert config.sources["pairs"].path == "pairs.jsonl"
 
 
+@pytest.mark.parametrize("name", ["org/name", "./folder", "/models/mine"])
+def test_a_model_may_be_a_hub_id_or_a_folder(name):
+    config = compose([f"model={name}", "model.policy_dtype=float32"]).config
+    assert (config.model.name_or_path, config.model.policy_dtype) == (name, "float32")
+
+
 def test_origins_tell_file_and_command_line():
     composed = compose(["model=pythia28", "lr=1e-6"])
     assert composed.origins["lr"] == "command line"
@@ -129,6 +135,7 @@ def test_own_models_from_any_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("dataset=[hh]", ["unknown key dataset", "did you mean datasets"]),
         ("loss.bta=0.1", ["unknown key loss.bta", "did you mean beta"]),
         ("lora.enabled=maybe", ["lora.enabled='maybe'", "true or false"]),
         ("=3", ["'=3' is not key=value"]),
