@@ -176,8 +176,10 @@ audit: setup ## bandit over our code, pip-audit over the lock file (fails where 
 
 .PHONY: sbom
 sbom: setup ## Write the software bill of materials to build/sbom.json (CycloneDX)
-	@mkdir -p build
-	@$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-file build/sbom.json .venv/bin/python
+	@# in an environment of its own: one of its packages adds a second to each process that imports kfp
+	@test -x build/sbom/bin/cyclonedx-py || { $(PYTHON) -m venv build/sbom && build/sbom/bin/python -m pip install \
+		--quiet --disable-pip-version-check --require-hashes -r images/sbom.lock; }
+	@build/sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --output-file build/sbom.json .venv/bin/python
 	@echo "wrote build/sbom.json"
 
 .PHONY: format
@@ -205,6 +207,7 @@ schemas: setup ## Write config/schemas/*.json from the types
 lock: setup ## Resolve the lock files of development and images again
 	@$(BIN)/python -m pip install --quiet uv
 	@$(BIN)/uv pip compile pyproject.toml --extra dev $(UV_LOCK) -o images/requirements.lock
+	@echo 'cyclonedx-bom>=7' | $(BIN)/uv pip compile - $(UV_LOCK) -o images/sbom.lock
 	@for image in $(IMAGES); do $(BIN)/uv pip compile pyproject.toml $(UV_LOCK) \
 		--constraint images/requirements.lock $$(sed 's/^/--extra /' images/$$image/extras) \
 		-o images/$$image/requirements.lock; done
