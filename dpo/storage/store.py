@@ -150,7 +150,8 @@ def open_store(url: str) -> Store:
     """
     parts = urlsplit(url)
     if parts.scheme not in _SCHEMES:
-        folder = f"; a folder is {Path(url).absolute().as_uri()}" if url and not parts.scheme else ""
+        is_path = url and not parts.scheme
+        folder = f"; a folder is {Path(url).absolute().as_uri()}" if is_path else ""
         raise ConfigError(
             f"{url!r} is not the URL of a store",
             fix="write s3://bucket/prefix, minio://bucket/prefix, gs://bucket/prefix or "
