@@ -22,6 +22,8 @@ from dpo.errors import DataError
 
 ROWS = [{"prompt": f"p{n}", "chosen": 'a\nb,"ü"', "rejected": "c"} for n in range(5)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+# without the time, which would make another test's name of it in each process
+GZIPPED = gzip.compress(LINES, mtime=0)
 
 
 def read(path: Path, data: bytes | None = None) -> list[RawRow]:
@@ -137,9 +139,9 @@ def test_a_very_long_line_is_not_held(tmp_path: Path, monkeypatch: pytest.Monkey
         ("x.json", b"<!DOCTYPE html><html>", "HTML page"),
         ("x.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
         ("x.jsonl.gz", LINES, "not a compressed file although its name says so"),
-        ("x.jsonl.gz", gzip.compress(LINES)[:-9], "cannot be read to its end"),
-        ("x.jsonl.gz", gzip.compress(LINES)[:40], "cannot be read to its end"),
-        ("x.jsonl.gz", gzip.compress(LINES) + b"garbage", "cannot be read to its end"),
+        ("x.jsonl.gz", GZIPPED[:-9], "cannot be read to its end"),
+        ("x.jsonl.gz", GZIPPED[:40], "cannot be read to its end"),
+        ("x.jsonl.gz", GZIPPED + b"garbage", "cannot be read to its end"),
         ("x.jsonl.zst", zstd(LINES)[:-5], "cannot be read to its end"),
         ("x.parquet", b"PAR1 and then nothing", "the table in this file cannot be read"),
         ("x.parquet", b"something else", "not a Parquet file, although its name says so"),
@@ -220,7 +222,7 @@ def test_which_files_can_be_read_in_blocks(tmp_path: Path) -> None:
         ("a.jsonl", LINES, True),
         ("b.json", LINES, True),
         ("c.json", json.dumps(ROWS).encode(), False),
-        ("d.jsonl.gz", gzip.compress(LINES), False),
+        ("d.jsonl.gz", GZIPPED, False),
         ("e.csv", csv_bytes(), False),
     ):
         (tmp_path / name).write_bytes(data)
