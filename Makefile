@@ -98,6 +98,7 @@ test-kubernetes: setup ## The tests on a real Kubernetes API server (built once,
 .PHONY: manifests-check
 manifests-check: setup ## Manifests against the published schemas and a real API server
 	@$(BIN)/python -m tests.support.kubernetes --ensure
+	@$(BIN)/python -m tests.support.trainer --ensure
 	@$(BIN)/python -m pytest tests/manifests $(PYTEST)
 
 .PHONY: deploy

@@ -110,11 +110,15 @@ class Measurement:
         return result
 
     def _load(self, folder: Path) -> Any:
+        model = self.config.model
+        # not compiled: answers have other shapes with every token
         return load_model(
             folder,
-            DTYPES[self.config.model.policy_dtype],
+            DTYPES[model.policy_dtype],
             device=self.device,
-            trust_remote_code=self.config.model.trust_remote_code,
+            trust_remote_code=model.trust_remote_code,
+            kernels=model.kernels,
+            output_layer=model.output_layer,
         )
 
     def _score(

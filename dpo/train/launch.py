@@ -57,6 +57,11 @@ def processes_here() -> int:
     return max(1, torch.cuda.device_count())
 
 
+def n_hosts() -> int:
+    """How many hosts train together."""
+    return int(os.environ.get("PET_NNODES") or 1)
+
+
 def launch(job: Mapping[str, Any], *, port: int = 0, timeout_seconds: int = 600) -> bool:
     """Run ``dpo.train.worker`` in every process and wait for all of them.
 
@@ -100,22 +105,22 @@ def launch(job: Mapping[str, Any], *, port: int = 0, timeout_seconds: int = 600)
 def _launch_config(port: int, timeout_seconds: int) -> Any:
     from torch.distributed.launcher.api import LaunchConfig
 
-    n_hosts = int(os.environ.get("PET_NNODES") or 1)
+    hosts = n_hosts()
     endpoint = os.environ.get("PET_RDZV_ENDPOINT")
-    if not endpoint and n_hosts > 1 and (first := os.environ.get("PET_MASTER_ADDR")):
+    if not endpoint and hosts > 1 and (first := os.environ.get("PET_MASTER_ADDR")):
         endpoint = f"{first}:{os.environ.get('PET_MASTER_PORT') or _PORT}"
     rendezvous: dict[str, Any] = {"timeout": timeout_seconds, "join_timeout": timeout_seconds}
     rendezvous["read_timeout"] = timeout_seconds
     number = os.environ.get("PET_NODE_RANK", "")
-    static = n_hosts > 1 and number.isdigit() and endpoint is not None
+    static = hosts > 1 and number.isdigit() and endpoint is not None
     if static:
         # torch's "c10d" writes to the store when it ends: where the first host has become
         # unreachable, this host then waits for the system to give the connection up, for minutes
         rendezvous["rank"] = int(number)
         endpoint = endpoint if ":" in str(endpoint) else f"{endpoint}:{_PORT}"
     return LaunchConfig(
-        min_nodes=n_hosts,
-        max_nodes=n_hosts,
+        min_nodes=hosts,
+        max_nodes=hosts,
         nproc_per_node=processes_here(),
         run_id=os.environ.get("PET_RDZV_ID") or "dpo",
         rdzv_backend="static" if static else "c10d",
@@ -124,7 +129,7 @@ def _launch_config(port: int, timeout_seconds: int) -> Any:
         max_restarts=0,
         monitor_interval=0.1,
         # a host alone need not find its own name
-        local_addr=os.environ.get("PET_LOCAL_ADDR") or (None if n_hosts > 1 else "127.0.0.1"),
+        local_addr=os.environ.get("PET_LOCAL_ADDR") or (None if hosts > 1 else "127.0.0.1"),
         # SIGTERM goes to the processes, which write a checkpoint first
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
         shutdown_timeout=_SHUTDOWN_SECONDS,

@@ -1,4 +1,4 @@
-"""One process of a training over several: started by ``dpo.train.launch``."""
+"""One process of a training or scoring over several: started by ``dpo.train.launch``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from dpo.errors import DpoError, TrainingError, system_problem
 from dpo.storage.processes import die_with_parent
 from dpo.train.heartbeat import Heartbeat
 from dpo.train.launch import announce, only_first_reports_progress, report_error
+from dpo.train.reference import run_reference
 from dpo.train.stage import run_train
 
 _BROKEN = ("connection", "timed out", "timeout", "peer", "socket", "gloo", "nccl")
@@ -27,7 +28,7 @@ _BROKEN = ("connection", "timed out", "timeout", "peer", "socket", "gloo", "nccl
 
 
 def main(job_file: Path) -> int:
-    """Train as ``job_file`` says; returns the exit code."""
+    """Do what ``job_file`` says; returns the exit code."""
     try:
         job = json.loads(job_file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -78,7 +79,8 @@ def _train(job: dict[str, Any]) -> None:
     assert output is not None
     assert pairs is not None
     config = load_stage(job["stage"], job["settings"])
-    run_train(config, output, pairs=pairs, **paths, code=job["code"])
+    run = run_reference if job["stage"] == "reference" else run_train
+    run(config, output, pairs=pairs, **paths, code=job["code"])
 
 
 def _silence(silent: str, timeout_seconds: float) -> TrainingError:

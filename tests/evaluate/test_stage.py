@@ -9,6 +9,7 @@ from dpo.config.stages import restrict
 from dpo.data.stage import run_ingest
 from dpo.errors import DataError
 from dpo.evaluate.stage import run_evaluate
+from dpo.modeling import load
 from dpo.train.reference import run_reference
 from dpo.train.stage import run_train
 
@@ -67,6 +68,20 @@ def evaluate(folder, output, *overrides, published=None):
 def whole(trained, tmp_path_factory):
     output = tmp_path_factory.mktemp("whole") / "evaluation"
     return evaluate(trained, output, published=trained / "policy"), output
+
+
+def test_models_are_loaded_with_the_kernels_of_training(trained, tmp_path, monkeypatch):
+    chosen = []
+    apply = load.apply_kernels
+
+    def noted(model, kernels, **others):
+        chosen.append(kernels)
+        apply(model, kernels, **others)
+
+    monkeypatch.setattr(load, "apply_kernels", noted)
+    evaluate(trained, tmp_path / "plain", "model.kernels=plain")
+    assert chosen
+    assert set(chosen) == {"plain"}
 
 
 def test_every_figure_is_there_and_finite(whole):

@@ -5,20 +5,10 @@ import time
 
 import pytest
 
-from tests.support.custom_resources import stored_as_given, trainer_definitions
+from tests.support.custom_resources import define
 from tests.support.kubernetes import NoKubernetes, running_control_plane
 
 WAIT_SECONDS = 120
-# definitions of other operators are not at hand: their objects are stored without a look at them
-FOREIGN = [
-    ("kueue.x-k8s.io", "v1beta1", "ResourceFlavor", "Cluster"),
-    ("kueue.x-k8s.io", "v1beta1", "ClusterQueue", "Cluster"),
-    ("kueue.x-k8s.io", "v1beta1", "LocalQueue", "Namespaced"),
-    ("kueue.x-k8s.io", "v1beta1", "WorkloadPriorityClass", "Cluster"),
-    ("monitoring.coreos.com", "v1", "ServiceMonitor", "Namespaced"),
-    ("monitoring.coreos.com", "v1", "PrometheusRule", "Namespaced"),
-    ("kubeflow.org", "v1", "PyTorchJob", "Namespaced"),
-]
 
 
 @pytest.fixture(scope="session")
@@ -28,12 +18,7 @@ def plane(tmp_path_factory):
             for namespace in ("kubeflow", "team"):
                 applied(running, {"kind": "Namespace", "metadata": {"name": namespace}})
                 eventually(lambda n=namespace: got(running, n, "serviceaccount", "default"))
-            for values in [*trainer_definitions(), *(stored_as_given(*one) for one in FOREIGN)]:
-                applied(running, values)
-            established = running.kubectl(
-                "wait", "--for=condition=Established", "crd", "--all", "--timeout=120s"
-            )
-            assert established.returncode == 0, established.stderr
+            define(running)
             node(running, "plain", cpu="8")
             node(running, "with-gpu", cpu="32", gpus=2)
             yield running

