@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import hmac
 import json
-import shutil
 import signal
 import threading
 import time
@@ -21,6 +20,7 @@ from Crypto.PublicKey import ECC
 from dpo.data.toy import toy_rows
 from dpo.publish.verify import verify
 from tests.service.support import ServiceProcess, body
+from tests.support.browser import NoBrowser, chromium
 
 SIGNING_KEY = ECC.generate(curve="ed25519").export_key(format="PEM")
 SECRETS = {
@@ -115,29 +115,23 @@ def hostile(mark):
 
 def look(client, run_id, report_file):
     """What a real browser makes of the page, the report, and the report's file without headers."""
-    browser_path = shutil.which("chromium")
-    if browser_path is None:
+    found = SimpleNamespace(titles=[])
+    try:
+        with chromium() as browser:
+            context = browser.new_context(extra_http_headers=client.headers)
+            page = context.new_page()
+            page.goto(f"http://127.0.0.1:{client.port}/")
+            found.titles.append(page.title())
+            found.states = page.locator("article .state").all_inner_texts()
+            page.get_by_role("link", name="Report").first.click()
+            page.wait_for_load_state()
+            found.address = page.url
+            found.titles.append(page.title())
+            found.text = page.inner_text("body")
+            page.goto(report_file.as_uri())
+            found.titles.append(page.title())
+    except NoBrowser:
         return None
-    from playwright.sync_api import sync_playwright
-
-    found = SimpleNamespace(titles=[], dialogs=[])
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=browser_path, args=["--no-sandbox", "--disable-gpu"]
-        )
-        context = browser.new_context(extra_http_headers=client.headers)
-        page = context.new_page()
-        page.goto(f"http://127.0.0.1:{client.port}/")
-        found.titles.append(page.title())
-        found.states = page.locator("article .state").all_inner_texts()
-        page.get_by_role("link", name="Report").first.click()
-        page.wait_for_load_state()
-        found.address = page.url
-        found.titles.append(page.title())
-        found.text = page.inner_text("body")
-        page.goto(report_file.as_uri())
-        found.titles.append(page.title())
-        browser.close()
     return found
 
 

@@ -37,19 +37,42 @@ CONTRAST = """() => {
 """The lowest contrast of a text with what is behind it, and where."""
 
 
-@pytest.fixture(scope="package")
-def browser() -> Iterator[Any]:
-    """The system's Chromium, driven by Playwright: closed before another package starts its own."""
+class NoBrowser(Exception):
+    """There is no Chromium here, or nothing that drives it."""
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """The system's Chromium, driven by Playwright.
+
+    Its loop runs until the end of the ``with``: nothing else in this process may start one.
+
+    Raises:
+        NoBrowser: with what is missing.
+    """
     path = shutil.which("chromium") or shutil.which("chromium-browser")
-    playwright = pytest.importorskip("playwright.sync_api", reason="install the extra dev")
     if path is None:
-        pytest.skip("no Chromium on this machine (make setup-system installs it)")
-    with playwright.sync_playwright() as driver:
+        raise NoBrowser("no Chromium on this machine (make setup-system installs it)")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        raise NoBrowser("Playwright is not installed: install the extra dev") from None
+    with sync_playwright() as driver:
         running = driver.chromium.launch(
             executable_path=path, args=["--no-sandbox", "--disable-gpu"]
         )
         yield running
         running.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A browser for the tests of one file."""
+    try:
+        with chromium() as running:
+            yield running
+    except NoBrowser as error:
+        pytest.skip(str(error))
 
 
 @contextmanager
