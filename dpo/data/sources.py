@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ class SourceFile:
     split: str | None
     """The file's own split, for sources that have splits."""
     fetched: bool = True
-    """Whether it is on this machine; of a store's files a shard needs some only."""
+    """Whether it is on this machine; of a store's or the hub's files a shard needs some only."""
 
 
 def source_fingerprint(name: str, source: SourceConfig) -> str:
@@ -101,7 +102,7 @@ def opened(
     Args:
         name: Of the source.
         source: Its settings.
-        wanted: Which files to fetch from a store, by their number from 0.
+        wanted: Which files to fetch from a store or the hub, by their number from 0.
 
     Raises:
         DataError: there are none.
@@ -116,7 +117,7 @@ def opened(
         return
     source = located(name, source)
     if source.path is None:
-        yield _from_hub(name, source)
+        yield _from_hub(name, source, wanted)
     elif is_store_url(source.path):
         with TemporaryDirectory() as folder:
             yield _with_splits(_from_store(name, source.path, Path(folder), wanted))
@@ -183,38 +184,39 @@ def _from_store(
     return files
 
 
-def _from_hub(name: str, source: SourceConfig) -> list[SourceFile]:
+def _from_hub(name: str, source: SourceConfig, wanted: Callable[[int], bool]) -> list[SourceFile]:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import filter_repo_objects
 
     prefix = f"{source.hub_subset}/" if source.hub_subset else ""
-    revision = _hub_info(name, source).sha
+    patterns = [f"{prefix}{begin}{p}" for begin in ("", "*/") for p in _HUB_PATTERNS]
+    info = _hub_info(name, source)
     assert source.hub is not None
-    try:
-        folder = Path(
-            snapshot_download(
-                source.hub,
-                repo_type="dataset",
-                revision=revision,
-                allow_patterns=[f"{prefix}{p}" for p in _HUB_PATTERNS]
-                + [f"{prefix}*/{p}" for p in _HUB_PATTERNS],
-            )
-        )
-    except Exception as error:
-        raise _hub_error(name, source, error) from None
-    paths = sorted(p for p in (folder / prefix).rglob("*") if p.is_file())
-    found = [
-        SourceFile(path, f"{name}: {path.relative_to(folder).as_posix()}", own_split(path))
-        for path in paths
-        # a repository may hold other things than pairs; those name no split
-        if own_split(path) is not None
-    ]
-    if not found:
+    listed = filter_repo_objects(
+        [s.rfilename for s in info.siblings or ()], allow_patterns=patterns
+    )
+    # a repository may hold other things than pairs; those name no split
+    paths = [path for path in sorted(map(Path, listed)) if own_split(path) is not None]
+    if not paths:
         raise DataError(
             f"the data set {source.hub} has no train or test files that we read",
             where=f"sources.{name}",
             fix=f"set sources.{name}.hub_subset to its folder, or sources.{name}.path to a file",
         )
-    return found
+    fetched = {path: wanted(number) for number, path in enumerate(paths)}
+    chosen = [glob.escape(path.as_posix()) for path in paths if fetched[path]]
+    try:
+        folder = Path(
+            snapshot_download(
+                source.hub, repo_type="dataset", revision=info.sha, allow_patterns=chosen
+            )
+        )
+    except Exception as error:
+        raise _hub_error(name, source, error) from None
+    return [
+        SourceFile(folder / path, f"{name}: {path.as_posix()}", own_split(path), fetched[path])
+        for path in paths
+    ]
 
 
 def _hub_info(name: str, source: SourceConfig) -> Any:

@@ -4,15 +4,18 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
+from dpo.storage.manifest import read_manifest
 from tests.data.conftest import good_row, read_outcome
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -34,6 +37,9 @@ FILES = {
 
 
 class _Hub(BaseHTTPRequestHandler):
+    sent: ClassVar[set[str]] = set()
+    """Files whose bytes were asked for."""
+
     def do_HEAD(self) -> None:
         self._answer(with_body=False)
 
@@ -61,6 +67,8 @@ class _Hub(BaseHTTPRequestHandler):
                 self.send_error(404, "Repository not found")
                 return
             body = FILES[name]
+            if with_body:
+                self.sent.add(name)
             headers["ETag"] = f'"{hashlib.sha1(body).hexdigest()}"'
         self.send_response(200)
         for key, value in {**headers, "Content-Length": str(len(body))}.items():
@@ -85,9 +93,14 @@ def hub() -> Iterator[str]:
 
 
 def ingest(hub: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """``dpo ingest`` with the stand-in as its hub."""
+    return run(hub, folder, "-m", "dpo", "ingest", "model=tiny", "output=out", *words)
+
+
+def run(hub: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own: the hub's client reads its address when it is imported."""
     return subprocess.run(
-        [sys.executable, "-m", "dpo", "ingest", "model=tiny", "output=out", *words],
+        [sys.executable, *arguments],
         cwd=folder,
         env={
             **{key: value for key, value in os.environ.items() if not key.startswith("HF_")},
@@ -126,3 +139,40 @@ def test_what_the_hub_does_not_have_is_one_message(hub: str, tmp_path: Path) -> 
     assert "the data set somebody/else cannot be had from the hub" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+SHARD = """
+import sys
+from pathlib import Path
+from dpo.config.compose import compose
+from dpo.config.stages import restrict
+from dpo.data.shards import parse_shard, run_shard
+from dpo.data.stage import run_ingest
+
+config = restrict(compose(["model=tiny", sys.argv[1]]).config, "ingest")
+if sys.argv[2:] == ["merge"]:
+    run_ingest(config, Path("merged"), shards=[Path("1"), Path("2")])
+else:
+    run_shard(config, Path(sys.argv[2]), parse_shard(sys.argv[2] + "/2"))
+"""
+
+
+def test_a_shard_fetches_its_own_files_alone(hub: str, tmp_path: Path) -> None:
+    """In the order of their names, every second one."""
+    source = f"datasets=[hf://{NAME}]"
+    sent = []
+    for words in (["1"], ["2"], ["merge"]):
+        _Hub.sent.clear()
+        # a machine of its own has nothing in its cache
+        shutil.rmtree(tmp_path / "hub", ignore_errors=True)
+        done = run(hub, tmp_path, "-c", SHARD, source, *words)
+        assert done.returncode == 0, done.stderr
+        sent.append(set(_Hub.sent))
+    assert sent == [
+        {"other/train.jsonl", "test.jsonl"},
+        {"other/validation.jsonl", "train.jsonl.gz"},
+        set(),
+    ]
+    assert ingest(hub, tmp_path, source).returncode == 0
+    merged, one = (read_manifest(tmp_path / name, stage="ingest") for name in ("merged", "out"))
+    assert merged.content_hash == one.content_hash

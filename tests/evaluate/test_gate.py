@@ -45,11 +45,11 @@ def flipped(rows):
     ]
 
 
-def verdict_of(rows, folder):
+def verdict_of(rows, folder, *more):
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     base = compose([*SETTINGS, f"datasets=[{file}]", "loss=sft", "n_examples=16"]).config
-    config = compose([*SETTINGS, f"datasets=[{file}]"]).config
+    config = compose([*SETTINGS, f"datasets=[{file}]", *more]).config
     data, sft, scored, policy, judged = (folder / name for name in "abcde")
     run_ingest(restrict(config, "ingest"), data)
     run_train(restrict(base, "sft"), sft, pairs=data)
@@ -66,6 +66,6 @@ def test_what_learnt_real_preferences_is_approved(real_pairs, tmp_path):
 
 
 def test_the_same_run_with_flipped_labels_is_refused(real_pairs, tmp_path):
-    verdict = verdict_of(flipped(real_pairs), tmp_path)
+    verdict = verdict_of(flipped(real_pairs), tmp_path, "n_epochs=1")
     assert not verdict.approved
     assert verdict.rules[0].value < 0.45

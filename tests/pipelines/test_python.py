@@ -16,6 +16,7 @@ from pipelines import run_pipeline
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_ends_in_a_published_model(tmp_path):
     data = tmp_path / "toy.json"
     data.write_text(json.dumps({"communityId": "toy", "dataset": toy_rows()}))

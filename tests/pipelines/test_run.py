@@ -109,6 +109,7 @@ def test_explain_says_which_input_made_a_step_run(checkout, first):
     assert steps["gate"]["reason"] == "never cached"
 
 
+@pytest.mark.long
 def test_a_run_starts_from_the_artifacts_of_an_earlier_one(checkout, first):
     outcome = checkout.outcome("--from", first["run_id"], "--set", "loss.beta=0.4")
     assert outcome["state"] == "succeeded", outcome
@@ -161,6 +162,7 @@ def test_a_dry_run_says_what_would_run_and_why(checkout, first):
     assert steps["preference"]["reason"] == "reads the new output of sft"
 
 
+@pytest.mark.long
 def test_rerun_runs_a_step_again_and_what_reads_its_output(checkout, first):
     outcome = checkout.outcome("--rerun", "reference")
     assert "reference" in ran(outcome)
@@ -204,6 +206,7 @@ def test_a_changed_data_line_reruns_everything(checkout, first):
     assert checkpoint(outcome).inputs["pairs"] != checkpoint(first).inputs["pairs"]
 
 
+@pytest.mark.long
 def test_a_damaged_output_is_made_again(checkout, first):
     model = Path(first["places"]["SFT checkpoint"]) / "model.safetensors"
     content = model.read_bytes()
@@ -300,8 +303,10 @@ def _wait_for(checkout, step):
 
 @pytest.mark.parametrize(
     ("how", "code"),
-    [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)],
-    ids=["ctrl-c", "kill"],
+    [
+        pytest.param(signal.SIGINT, 130, id="ctrl-c"),
+        pytest.param(signal.SIGKILL, -signal.SIGKILL, id="kill", marks=pytest.mark.long),
+    ],
 )
 def test_an_interrupted_run_leaves_no_process_and_the_next_goes_on(checkout, first, how, code):
     setting = ("--set", f"sft.lr={int(how)}e-6")
@@ -319,6 +324,7 @@ def test_an_interrupted_run_leaves_no_process_and_the_next_goes_on(checkout, fir
     assert "sft" in ran(outcome)
 
 
+@pytest.mark.long
 def test_a_second_run_at_once_is_told_who_holds_the_folder(checkout, first):
     run = checkout.start("--rerun", "ingest")
     try:

@@ -69,7 +69,7 @@ def kill_after(process, out, lines, how=signal.SIGKILL):
     return process.communicate(timeout=120)
 
 
-@pytest.fixture(scope="module", params=["sft", "dpo"])
+@pytest.fixture(scope="module", params=[pytest.param("sft", marks=pytest.mark.long), "dpo"])
 def whole(request, prepared, tmp_path_factory):
     """The run without interruption."""
     out = tmp_path_factory.mktemp("whole") / "model"
