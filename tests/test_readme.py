@@ -1,28 +1,35 @@
-"""The commands of README.md and config/README.md: single steps are run, the others checked."""
+"""The commands of README.md and of the guides: single steps are run, the others checked."""
 
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from string import Template
 
 import pytest
 
 from dpo.config.compose import compose
-from pipelines import package, submit
+from pipelines import explain, package, submit
 from pipelines.request import parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONFIG_README = (ROOT / "config/README.md").read_text(encoding="utf-8")
+GUIDES = {
+    name: (ROOT / name / "README.md").read_text(encoding="utf-8")
+    for name in ("pipelines", "images", "manifests")
+}
 
 
 def commands(text, program):
     """Command lines of the ``sh`` blocks that begin with ``program``, as lists of words."""
-    found = []
+    found, variables = [], {}
     for block in re.findall(r"```sh\n(.*?)```", text, flags=re.S):
         for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
+            words = shlex.split(Template(line).safe_substitute(variables), comments=True)
+            if len(words) == 1 and re.fullmatch(r"\w+=.+", words[0]):
+                variables.update([words[0].split("=", 1)])
             if words[: len(program)] == program:
                 found.append(words)
     return found
@@ -96,6 +103,27 @@ def test_the_command_for_ci_is_valid():
     values = submitted(words[2:])
     assert values["preference_beta"] == 0.2
     assert values["publish_store"] == "s3://models/team"
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_the_commands_of_the_guides_are_taken(guide):
+    """Options by the programs' own parsers, settings as a run checks them, targets by make."""
+    lines = [
+        [word for word in words if word != "..."]
+        for program in (["make"], ["python"])
+        for words in commands(GUIDES[guide], program)
+    ]
+    assert len(lines) > 4
+    for words in lines:
+        if words[0] == "make":
+            subprocess.run([words[0], "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+        elif words[1:3] == ["-m", "pipelines.package"]:
+            package._parser().parse_args(words[3:])
+        elif words[2] == "explain":
+            explain.parser().parse_args(words[3:])
+        else:
+            assert words[1] == "pipelines/submit.py", words
+            assert submitted(words[2:])
 
 
 def test_the_table_of_presets_tells_their_numbers():
