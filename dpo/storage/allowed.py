@@ -4,7 +4,8 @@ A pipeline runs with the operator's credentials, so whoever fills in its form co
 what the credentials can read. ``DPO_ALLOWED_SOURCES`` narrows that: places with commas between
 them, each a store's URL (``s3://bucket/prefix``, ``gs://...``), a folder (``/data``,
 ``file:///data``) or an owner or data set of the hub (``hf://owner``). What lies below a named place
-may be read, nothing else. Data that travels with the package is always allowed.
+may be read, nothing else. ``DPO_ALLOWED_MODELS`` does the same for base models and tokenizers.
+What travels with the package is always allowed.
 """
 
 from __future__ import annotations
@@ -18,32 +19,34 @@ from urllib.parse import unquote, urlsplit
 from dpo.config.places import BUILTIN_PREFIX
 from dpo.errors import ConfigError
 
-VARIABLE = "DPO_ALLOWED_SOURCES"
+SOURCES = "DPO_ALLOWED_SOURCES"
+MODELS = "DPO_ALLOWED_MODELS"
 _GLOB = re.compile(r"[*?\[]")
 
 
-def allow_list() -> list[str]:
+def allow_list(variable: str = SOURCES) -> list[str]:
     """The places that the operator named; empty where there is no list."""
-    return [item.strip() for item in os.environ.get(VARIABLE, "").split(",") if item.strip()]
+    return [item.strip() for item in os.environ.get(variable, "").split(",") if item.strip()]
 
 
-def check_allowed(place: str | Path, where: str) -> None:
+def check_allowed(place: str | Path, where: str, variable: str = SOURCES) -> None:
     """Refuse a place that is not on the allow list, where there is one.
 
     Args:
         place: URL, folder, file or glob.
         where: The setting that names it, for the message.
+        variable: Whose list.
 
     Raises:
         ConfigError: it lies outside of all that is listed.
     """
-    if VARIABLE not in os.environ or str(place).startswith(BUILTIN_PREFIX):
+    if variable not in os.environ or str(place).startswith(BUILTIN_PREFIX):
         return
-    if not is_below(str(place), allow_list()):
+    if not is_below(str(place), allow_list(variable)):
         raise ConfigError(
             "this place is not on the list of those that runs may read",
             where=where,
-            fix=f"choose one below a place that {VARIABLE} names; whoever operates the pipeline "
+            fix=f"choose one below a place that {variable} names; whoever operates the pipeline "
             "may add to it",
         )
 

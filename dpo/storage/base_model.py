@@ -15,6 +15,7 @@ from pathlib import Path
 from dpo.config.places import BUILTIN_PREFIX, builtin, builtins, cache_dir
 from dpo.config.schema import ModelConfig
 from dpo.errors import ModelError
+from dpo.storage.allowed import MODELS, check_allowed
 from dpo.storage.fingerprint import path_fingerprint
 from dpo.storage.manifest import MANIFEST, read_manifest, write_atomically
 
@@ -88,7 +89,12 @@ def model_fingerprint(model: ModelConfig) -> str:
 
 
 def _without_network(name: str) -> Path | None:
-    """The folder behind a name that needs no hub; None for a hub id."""
+    """The folder behind a name that needs no hub; None for a hub id.
+
+    Raises:
+        ConfigError: the operator's list of models does not have it.
+        ModelError: it is nowhere.
+    """
     if not name:
         raise ModelError("no model is given", fix="set model.name_or_path to a hub id or a folder")
     if name.startswith(BUILTIN_PREFIX):
@@ -104,6 +110,8 @@ def _without_network(name: str) -> Path | None:
             fix="fetch a published model with `dpo pull URL output=FOLDER` and name the folder",
         )
     path = Path(name).expanduser()
+    is_folder = path.is_dir() or path.is_absolute() or name.startswith((".", "~"))
+    check_allowed(path if is_folder else f"hf://{name}", f"model.name_or_path={name}", MODELS)
     if path.is_dir():
         return path
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:

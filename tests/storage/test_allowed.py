@@ -1,14 +1,16 @@
 """The allow list of places that a run may read from."""
 
 import json
+import shutil
 
 import pytest
 
-from dpo.config.schema import SourceConfig
+from dpo.config.schema import ModelConfig, SourceConfig
 from dpo.data.files import located, source_files
 from dpo.errors import ConfigError
 from dpo.storage.adopt import artifact_store
-from dpo.storage.allowed import VARIABLE, check_allowed, is_below
+from dpo.storage.allowed import MODELS, SOURCES, check_allowed, is_below
+from dpo.storage.base_model import is_here, local_model, local_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -49,9 +51,9 @@ def test_what_lies_below_a_place(place, allowed, expected):
 
 
 def test_without_a_list_everything_is_read_and_an_empty_list_allows_nothing(monkeypatch):
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(SOURCES, raising=False)
     check_allowed("s3://any/thing", "x")
-    monkeypatch.setenv(VARIABLE, "")
+    monkeypatch.setenv(SOURCES, "")
     with pytest.raises(ConfigError, match="not on the list"):
         check_allowed("s3://any/thing", "x")
     check_allowed("builtin:hh-harmless", "x")
@@ -62,7 +64,7 @@ def test_sources_and_earlier_artifacts_are_checked(tmp_path, monkeypatch):
     for folder in (inside, outside):
         folder.mkdir()
         (folder / "a.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}))
-    monkeypatch.setenv(VARIABLE, f"{inside}, s3://bucket/team, hf://owner")
+    monkeypatch.setenv(SOURCES, f"{inside}, s3://bucket/team, hf://owner")
     good = SourceConfig(path=str(inside))
     assert [p.name for p in source_files("x", located("x", good))] == ["a.jsonl"]
     assert located("x", SourceConfig(hub="owner/name")).hub == "owner/name"
@@ -88,7 +90,7 @@ def test_a_link_out_of_an_allowed_folder_is_not_followed(tmp_path, monkeypatch):
     inside.mkdir()
     secret.write_text("{}")
     (inside / "a.jsonl").symlink_to(secret)
-    monkeypatch.setenv(VARIABLE, str(inside))
+    monkeypatch.setenv(SOURCES, str(inside))
     with pytest.raises(ConfigError, match="not on the list"):
         source_files("x", located("x", SourceConfig(path=str(inside))))
 
@@ -96,8 +98,28 @@ def test_a_link_out_of_an_allowed_folder_is_not_followed(tmp_path, monkeypatch):
 def test_a_communitys_place_is_checked_like_any_other(tmp_path, monkeypatch):
     (tmp_path / "acme.json").write_text("[]")
     monkeypatch.setenv("DPO_COMMUNITY_DATA", str(tmp_path))
-    monkeypatch.setenv(VARIABLE, "s3://bucket")
+    monkeypatch.setenv(SOURCES, "s3://bucket")
     with pytest.raises(ConfigError, match="not on the list"):
         source_files("x", located("x", SourceConfig(community="acme")))
-    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    monkeypatch.setenv(SOURCES, str(tmp_path))
     assert source_files("x", located("x", SourceConfig(community="acme")))
+
+
+def test_base_models_and_tokenizers_have_a_list_of_their_own(tmp_path, tiny_model, monkeypatch):
+    inside, outside = tmp_path / "models/tiny", tmp_path / "others/tiny"
+    for folder in (inside, outside):
+        shutil.copytree(tiny_model, folder)
+    monkeypatch.setenv(SOURCES, "s3://bucket")
+    monkeypatch.setenv(MODELS, f"{tmp_path / 'models'}, hf://owner, hf://other/one")
+    for good in (str(inside), "builtin:tiny"):
+        assert (local_model(ModelConfig(name_or_path=good)) / "config.json").is_file()
+    for name in ("owner/any", "other/one"):
+        assert not is_here(ModelConfig(name_or_path=name))
+    for name in (str(outside), f"{inside}/../../others/tiny", "other/two", "evil/model"):
+        with pytest.raises(ConfigError, match="not on the list") as caught:
+            local_model(ModelConfig(name_or_path=name))
+        assert MODELS in str(caught.value)
+        with pytest.raises(ConfigError, match="not on the list"):
+            local_tokenizer(ModelConfig(name_or_path=str(inside), tokenizer_name_or_path=name))
+    monkeypatch.delenv(MODELS)
+    assert local_model(ModelConfig(name_or_path=str(outside))) == outside
