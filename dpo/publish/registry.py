@@ -65,11 +65,17 @@ def _client(address: str) -> Any:
 def _problem(address: str, name: str, version: str, error: Exception) -> StoreError:
     status = getattr(error, "status", None)
     kind = StoreError if status and status < 500 else StoreUnavailable
+    fix = "publish again when the registry answers: no bytes of the model move then"
+    if status == 404:
+        fix = (
+            "check the address; the installed client speaks v1 of the registry's REST service, and "
+            "registries up to 0.3.14 v1alpha3: upgrade the registry, then publish again"
+        )
     return kind(
         f"the model is published, but the registry did not take {name} {version[:12]}: "
         f"{_first_line(error)}",
         where=address,
-        fix="publish again when the registry answers: no bytes of the model move then",
+        fix=fix,
     )
 
 
