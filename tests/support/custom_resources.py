@@ -10,7 +10,6 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -46,28 +45,34 @@ def cached() -> Path:
     return cache_dir() / "bin" / f"custom-resources-{newest}"
 
 
-def ensure() -> None:
-    """Download what is missing.
+def ensure() -> list[str]:
+    """Download what is missing; returns what cannot be had, a line each.
 
     Raises:
-        NoKubernetes: there is no Go, or a module cannot be had.
+        NoKubernetes: there is no Go.
     """
-    if cached().is_dir():
-        return
-    cached().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cached().parent) as name:
-        folder = Path(name) / "definitions"
-        folder.mkdir()
-        for module, path in _FOLDERS.items():
-            for file in (module_folder(module, VERSIONS[module]) / path).glob("*.yaml"):
-                if file.stem.rpartition("_")[2] in KINDS:
-                    shutil.copyfile(file, folder / file.name)
-        missing = set(KINDS) - {file.stem.rpartition("_")[2] for file in folder.iterdir()}
-        if missing:
-            raise NoKubernetes(f"no definition was found of {', '.join(sorted(missing))}")
-        # whoever was faster has left the same files
-        with suppress(OSError):
-            folder.rename(cached())
+    cached().mkdir(parents=True, exist_ok=True)
+    problems = []
+    for module, path in _FOLDERS.items():
+        done = cached() / f"{module.replace('/', '-')}.complete"
+        if done.is_file():
+            continue
+        found_go()
+        try:
+            files = (module_folder(module, VERSIONS[module]) / path).glob("*.yaml")
+        except NoKubernetes as error:
+            problems.append(f"{module}: {error}")
+            continue
+        for file in files:
+            if kind_of(file) in KINDS:
+                shutil.copyfile(file, cached() / file.name)
+        done.touch()
+    return problems
+
+
+def kind_of(file: Path) -> str:
+    """What a published file defines, in the plural: such files are named GROUP_KINDS.yaml."""
+    return file.stem.rpartition("_")[2]
 
 
 def module_folder(module: str, version: str) -> Path:
@@ -87,16 +92,16 @@ def define(plane: ControlPlane, kinds: tuple[str, ...] = KINDS) -> None:
     Raises:
         NoKubernetes: the definitions are not at hand, or the API server refuses one.
     """
-    if not cached().is_dir():
+    files = {kind_of(file): file for file in sorted(cached().glob("*.yaml"))}
+    if missing := [kind for kind in kinds if kind not in files]:
         raise NoKubernetes(
-            "definitions of custom resources were not found: fetch them with "
+            f"no definition of {', '.join(missing)} is at hand: fetch them with "
             "`python -m tests.support.trainer --ensure`"
         )
-    for file in sorted(cached().iterdir()):
-        if file.stem.rpartition("_")[2] in kinds:
-            applied(plane, file)
-            name = yaml.safe_load(file.read_text(encoding="utf-8"))["metadata"]["name"]
-            plane.kubectl("wait", "--for=condition=Established", f"crd/{name}", "--timeout=60s")
+    for kind in kinds:
+        applied(plane, files[kind])
+        name = yaml.safe_load(files[kind].read_text(encoding="utf-8"))["metadata"]["name"]
+        plane.kubectl("wait", "--for=condition=Established", f"crd/{name}", "--timeout=60s")
 
 
 def applied(plane: ControlPlane, file: Path | Mapping[str, object]) -> None:

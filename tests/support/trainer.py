@@ -57,7 +57,9 @@ def ensure() -> None:
     Raises:
         NoKubernetes: there is no Go, or a build failed.
     """
-    ensure_definitions()
+    for problem in ensure_definitions():
+        # tests that need them skip, and say so
+        print(problem, file=sys.stderr)
     if (cached() / "complete").is_file():
         return
     go = found_go()
