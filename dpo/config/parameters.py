@@ -229,15 +229,15 @@ def _to_side(side: str, key: str, value: str) -> tuple[str, Value]:
     for name, parameter in PARAMETERS.items():
         if parameter.key == key and parameter.sides == (side,):
             parsed = _parse(value)
-            if parsed == 0 and not isinstance(parsed, bool) and 0 in _empty(parameter):
+            if (
+                parsed == 0
+                and not isinstance(parsed, bool)
+                and 0 in (parameter.unset, parameter.none)
+            ):
                 # the form's word for an empty field, which nobody meant who wrote the key itself
                 break
             return name, parsed
     return f"{side}_overrides", f"{key}={value}"
-
-
-def _empty(parameter: Parameter) -> tuple[Value | None, Value | None]:
-    return parameter.unset, parameter.none
 
 
 def _parse(value: str) -> Value:

@@ -11,9 +11,10 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from dpo.errors import ObjectMissing, StoreError
+from dpo.storage.processes import repeated
 from dpo.storage.store import open_store
 
 _RENEWALS = 10
@@ -34,24 +35,16 @@ def held(output_url: str, seconds: float) -> Iterator[None]:
         StoreError: the first sign could not be written.
     """
     place, key = lease_url(output_url)
-    store, ended = open_store(place), threading.Event()
+    store = open_store(place)
     store.write(key, uuid.uuid4().hex.encode())
 
     def renew() -> None:
-        while not ended.wait(seconds / _RENEWALS):
-            # a store that is away for a moment: the next sign comes soon enough
-            try:
-                store.write(key, uuid.uuid4().hex.encode())
-            except StoreError:
-                continue
+        # a store that is away for a moment: the next sign comes soon enough
+        with suppress(StoreError):
+            store.write(key, uuid.uuid4().hex.encode())
 
-    thread = threading.Thread(target=renew, name="lease", daemon=True)
-    thread.start()
-    try:
+    with repeated(renew, seconds / _RENEWALS, "lease"):
         yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def remove(output_url: str) -> None:

@@ -110,11 +110,12 @@ def _without_network(name: str) -> Path | None:
             fix="fetch a published model with `dpo pull URL output=FOLDER` and name the folder",
         )
     path = Path(name).expanduser()
-    is_folder = path.is_dir() or path.is_absolute() or name.startswith((".", "~"))
-    check_allowed(path if is_folder else f"hf://{name}", f"model.name_or_path={name}", MODELS)
+    is_path = path.is_absolute() or name.startswith((".", "~"))
+    asked = path if is_path or path.is_dir() else f"hf://{name}"
+    check_allowed(asked, f"model.name_or_path={name}", MODELS)
     if path.is_dir():
         return path
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+    if is_path or name.count("/") > 1:
         raise ModelError(
             "there is no such model folder", where=name, fix="check model.name_or_path"
         )

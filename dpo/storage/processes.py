@@ -1,4 +1,4 @@
-"""How processes are started, and that they do not outlive the one that started them."""
+"""Processes and threads that end with what started them, and how new processes begin."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import select
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.context import SpawnContext, SpawnProcess
 from types import ModuleType
 
@@ -37,6 +39,30 @@ class FreshContext(SpawnContext):
     """For ``ProcessPoolExecutor``: its workers are each a `FreshProcess`."""
 
     Process = FreshProcess
+
+
+@contextmanager
+def repeated(act: Callable[[], bool | None], seconds: float, name: str) -> Iterator[None]:
+    """Call ``act`` in a thread while the block runs, until it returns True.
+
+    Args:
+        act: What is done.
+        seconds: Pause before each call.
+        name: Of the thread.
+    """
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.wait(seconds) and not act():
+            pass
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def die_with_parent(parent: int | None = None) -> None:

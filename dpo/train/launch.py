@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import dpo.errors
+from dpo.config.schema import RunConfig
+from dpo.config.stages import Stage, stage_json
 from dpo.errors import DpoError, TrainingError, TrainingStopped
 from dpo.storage.host_memory import prepare
 from dpo.storage.progress import FILE_VARIABLE
@@ -62,11 +64,22 @@ def n_hosts() -> int:
     return int(os.environ.get("PET_NNODES") or 1)
 
 
-def launch(job: Mapping[str, Any], *, port: int = 0, timeout_seconds: int = 600) -> bool:
+def launch(
+    stage: Stage,
+    config: RunConfig,
+    paths: Mapping[str, Path | None],
+    code: str,
+    *,
+    port: int = 0,
+    timeout_seconds: int = 600,
+) -> bool:
     """Run ``dpo.train.worker`` in every process and wait for all of them.
 
     Args:
-        job: What the worker reads, as JSON values.
+        stage: What the processes do together.
+        config: Its settings.
+        paths: Its inputs and its output, by the names of the stage's arguments.
+        code: Fingerprint of the code, kept in the manifest.
         port: Of the rendezvous on this host; 0 takes a free one.
         timeout_seconds: How long a host or a process may keep the others waiting.
 
@@ -84,19 +97,26 @@ def launch(job: Mapping[str, Any], *, port: int = 0, timeout_seconds: int = 600)
 
     _raise_open_files()
     prepare()
-    config = _launch_config(port, timeout_seconds)
+    agent = _launch_config(port, timeout_seconds)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         file = folder / "job.json"
-        job = {**job, "timeout_seconds": timeout_seconds, "launcher": os.getpid()}
+        job = {
+            "stage": stage,
+            "settings": stage_json(config, stage, key_only=False),
+            "paths": {name: str(path) if path else "" for name, path in paths.items()},
+            "code": code,
+            "timeout_seconds": timeout_seconds,
+            "launcher": os.getpid(),
+        }
         file.write_text(json.dumps(job), encoding="utf-8")
         with _pass_on_sigterm(folder) as asked:
             try:
-                elastic_launch(config, sys.executable)("-m", "dpo.train.worker", str(file))
+                elastic_launch(agent, sys.executable)("-m", "dpo.train.worker", str(file))
             except ChildFailedError as error:
                 raise _first_error(folder, error, bool(asked)) from None
             except (RendezvousError, DistError) as error:
-                raise _no_rendezvous(config, error, timeout_seconds) from None
+                raise _no_rendezvous(agent, error, timeout_seconds) from None
             except SignalException as error:
                 raise KeyboardInterrupt(f"ended by {error.sigval.name}") from None
         return _process_file(folder, 0).exists()

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from dpo.config.schema import RunConfig
-from dpo.config.stages import stage_json, stage_settings
+from dpo.config.stages import stage_settings
 from dpo.data.log_probs import PairLogProbs, write_log_probs
 from dpo.data.schema import TEST, TRAIN
 from dpo.data.tokenize import TokenizedExample
@@ -50,14 +50,7 @@ def run_reference(
     """
     if _is_shared(config):
         paths = {"output": output, "pairs": pairs, "model": model}
-        launch(
-            {
-                "stage": "reference",
-                "settings": stage_json(config, "reference", key_only=False),
-                "paths": {name: str(path) if path else "" for name, path in paths.items()},
-                "code": code,
-            }
-        )
+        launch("reference", config, paths, code)
         return read_manifest(output, stage="reference")
     device = best_device()
     inputs = {"pairs": read_manifest(pairs, stage="ingest").content_hash}

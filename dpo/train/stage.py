@@ -15,7 +15,7 @@ import torch.distributed as dist
 from dpo.config.compose import flatten
 from dpo.config.losses import SFTLoss
 from dpo.config.schema import RunConfig
-from dpo.config.stages import OUT_OF_BAND, Stage, stage_json, stage_settings
+from dpo.config.stages import OUT_OF_BAND, Stage, stage_settings
 from dpo.data.log_probs import PairLogProbs, read_log_probs, select_log_probs
 from dpo.data.tokenize import TokenizedExample
 from dpo.errors import ConfigError
@@ -87,12 +87,10 @@ def run_train(
         paths = {"output": output, "pairs": pairs, "base": base, "reference": reference}
         paths["checkpoints"] = checkpoints
         first_here = launch(
-            {
-                "stage": stage,
-                "settings": stage_json(config, stage, key_only=False),
-                "paths": {name: str(path) if path else "" for name, path in paths.items()},
-                "code": code,
-            },
+            stage,
+            config,
+            paths,
+            code,
             port=config.fsdp_port or 0,
             timeout_seconds=config.process_timeout_seconds,
         )

@@ -54,7 +54,7 @@ def main(job_file: Path) -> int:
     heart.start()
     try:
         _connect(timeout)
-        _train(job)
+        _run(job)
     except DpoError as error:
         return report(error)
     except OSError as error:
@@ -73,7 +73,7 @@ def _connect(timeout_seconds: float) -> None:
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
 
 
-def _train(job: dict[str, Any]) -> None:
+def _run(job: dict[str, Any]) -> None:
     paths = {name: Path(value) if value else None for name, value in job["paths"].items()}
     output, pairs = paths.pop("output"), paths.pop("pairs")
     assert output is not None

@@ -19,6 +19,7 @@ from typing import Any
 from dpo.errors import DpoError
 from dpo.storage import progress
 from dpo.storage.manifest import sha256_file
+from dpo.storage.processes import repeated
 from dpo.storage.runs import run_prefix
 from dpo.storage.store import open_store
 from pipelines import package
@@ -257,20 +258,12 @@ def _submit(
 @contextmanager
 def _cancelling(run: Run, database: Database, cancel: Callable[[], None]) -> Iterator[None]:
     """Inside the block, a request to cancel ``run`` reaches the backend."""
-    import threading
 
-    over = threading.Event()
+    def cancelled() -> bool:
+        asked = database.cancelling(run.id)
+        if asked:
+            cancel()
+        return asked
 
-    def watch() -> None:
-        while not over.wait(_POLL_SECONDS * 4):
-            if database.cancelling(run.id):
-                cancel()
-                return
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
+    with repeated(cancelled, _POLL_SECONDS * 4, f"cancelling {run.id}"):
         yield
-    finally:
-        over.set()
-        watcher.join()

@@ -11,6 +11,7 @@ from kubernetes import client as k
 
 from dpo.nodes.cluster import Cluster
 from dpo.nodes.run import train_on_nodes
+from dpo.storage.processes import repeated
 from tests.manifests.conftest import applied, eventually, got, node
 from tests.support.kubernetes import NoKubernetes, running_control_plane
 from tests.support.trainer import running_trainer
@@ -19,25 +20,17 @@ from tests.support.trainer import running_trainer
 @contextmanager
 def pods_removed(plane):
     """Removes the pods that were deleted, as the kubelet of their node would."""
-    core, ended = k.CoreV1Api(plane.client()), threading.Event()
+    core = k.CoreV1Api(plane.client())
 
     def remove():
-        while not ended.wait(0.3):
-            for pod in core.list_namespaced_pod("team").items:
-                if pod.metadata.deletion_timestamp:
-                    # one that was bound to no node is removed by the API server itself
-                    with suppress(k.ApiException):
-                        core.delete_namespaced_pod(
-                            pod.metadata.name, "team", grace_period_seconds=0
-                        )
+        for pod in core.list_namespaced_pod("team").items:
+            if pod.metadata.deletion_timestamp:
+                # one that was bound to no node is removed by the API server itself
+                with suppress(k.ApiException):
+                    core.delete_namespaced_pod(pod.metadata.name, "team", grace_period_seconds=0)
 
-    thread = threading.Thread(target=remove, daemon=True)
-    thread.start()
-    try:
+    with repeated(remove, 0.3, "kubelet"):
         yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 @pytest.fixture(scope="module")

