@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dpo.data.packing import PackedBatch
@@ -89,6 +88,12 @@ def _blocks(values_TD: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, len(values_TD), rows)]
 
 
+def _scratch(values_TD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for one block: allocated once, for glibc looks long for so much."""
+    rows = min(len(values_TD), max(1, _BLOCK_ELEMENTS // values_TD.shape[1]))
+    return torch.empty(rows, values_TD.shape[1], dtype=dtype, device=values_TD.device)
+
+
 def _wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
@@ -105,11 +110,13 @@ class _RMSNorm(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         scale_T1 = torch.empty(len(hidden_TD), 1, dtype=wide, device=hidden.device)
         weight_wide_D = _wide(weight_D)
+        scratch_tD = _scratch(hidden_TD, wide)
         for block in _blocks(hidden_TD):
             part_tD = _wide(hidden_TD[block])
             norm_t1 = torch.linalg.vector_norm(part_tD, dim=1, keepdim=True)
             scale_T1[block] = norm_t1.square_().div_(part_tD.shape[1]).add_(eps).rsqrt_()
-            torch.mul(part_tD * scale_T1[block], weight_wide_D, out=out_TD[block])
+            normal_tD = torch.mul(part_tD, scale_T1[block], out=scratch_tD[: len(part_tD)])
+            torch.mul(normal_tD, weight_wide_D, out=out_TD[block])
         ctx.save_for_backward(hidden_TD, weight_D, scale_T1)
         return out_TD.view(hidden.shape)
 
@@ -118,16 +125,21 @@ class _RMSNorm(torch.autograd.Function):
         hidden_TD, weight_D, scale_T1 = ctx.saved_tensors
         grad_TD = grad.reshape(hidden_TD.shape)
         out_TD = torch.empty_like(hidden_TD)
-        grad_weight_D = torch.zeros_like(weight_D, dtype=scale_T1.dtype)
+        wide = scale_T1.dtype
+        grad_weight_D = torch.zeros_like(weight_D, dtype=wide)
         weight_wide_D = _wide(weight_D)
+        scratch = [_scratch(hidden_TD, wide) for _ in range(3)]
         for block in _blocks(hidden_TD):
-            normal_tD = _wide(hidden_TD[block]) * scale_T1[block]
-            part_tD = _wide(grad_TD[block])
-            product_tD = part_tD * normal_tD
+            part_tD = hidden_TD[block]
+            normal_tD, grad_tD, product_tD = (buffer[: len(part_tD)] for buffer in scratch)
+            torch.mul(part_tD, scale_T1[block], out=normal_tD)
+            grad_tD.copy_(grad_TD[block])
+            torch.mul(grad_tD, normal_tD, out=product_tD)
             grad_weight_D += product_tD.sum(0)
-            mean_t1 = product_tD.mul_(weight_wide_D).mean(1, keepdim=True)
-            part_tD = torch.mul(part_tD, weight_wide_D, out=product_tD)
-            out_TD[block] = part_tD.addcmul_(normal_tD, mean_t1, value=-1).mul_(scale_T1[block])
+            grad_tD.mul_(weight_wide_D)
+            mean_t1 = torch.mul(grad_tD, normal_tD, out=product_tD).mean(1, keepdim=True)
+            grad_tD.addcmul_(normal_tD, mean_t1, value=-1)
+            torch.mul(grad_tD, scale_T1[block], out=out_TD[block])
         return out_TD.view(grad.shape), grad_weight_D.to(weight_D.dtype), None, None
 
 
@@ -140,7 +152,8 @@ class _GatedSilu(torch.autograd.Function):
         out = torch.empty_like(gate)
         gate_TF, up_TF, out_TF = (x.view(-1, x.shape[-1]) for x in (gate, up, out))
         for block in _blocks(gate_TF):
-            torch.mul(F.silu(gate_TF[block]), up_TF[block], out=out_TF[block])
+            silu_tF = torch.ops.aten.silu.out(gate_TF[block], out=out_TF[block])
+            silu_tF.mul_(up_TF[block])
         return out
 
     @staticmethod
@@ -151,8 +164,8 @@ class _GatedSilu(torch.autograd.Function):
         views = (x.view(-1, x.shape[-1]) for x in (gate, up, grad, grad_gate, grad_up))
         gate_TF, up_TF, grad_TF, grad_gate_TF, grad_up_TF = views
         for block in _blocks(gate_TF):
-            torch.mul(F.silu(gate_TF[block]), grad_TF[block], out=grad_up_TF[block])
-            torch.ops.aten.silu_backward.grad_input(
-                grad_TF[block] * up_TF[block], gate_TF[block], grad_input=grad_gate_TF[block]
-            )
+            gate_tF, grad_tF, grad_gate_tF = gate_TF[block], grad_TF[block], grad_gate_TF[block]
+            torch.ops.aten.silu.out(gate_tF, out=grad_up_TF[block]).mul_(grad_tF)
+            torch.mul(grad_tF, up_TF[block], out=grad_gate_tF)
+            torch.ops.aten.silu_backward.grad_input(grad_gate_tF, gate_tF, grad_input=grad_gate_tF)
         return grad_gate, grad_up

@@ -44,9 +44,21 @@ def parts_of(segments: Sequence[Segment]) -> list[Part]:
         for own in (prompt, *segment.response_spans):
             for first in range(own[0], own[1], _QUERIES):
                 block = (first, min(first + _QUERIES, own[1]))
-                before = (() if own == prompt else (prompt,)) + ((own[0], first), block)
-                parts.append((block, tuple(span for span in before if span[0] < span[1])))
+                before = [] if own == prompt else [prompt]
+                spans = _joined([*before, (own[0], block[1])])
+                parts.append((block, spans))
     return parts
+
+
+def _joined(spans: list[Span]) -> tuple[Span, ...]:
+    """Without empty spans, and neighbours as one: each costs a call of every product."""
+    joined: list[Span] = []
+    for start, end in spans:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], end)
+        elif start < end:
+            joined.append((start, end))
+    return tuple(joined)
 
 
 class SegmentAttention(torch.autograd.Function):
@@ -66,88 +78,101 @@ class SegmentAttention(torch.autograd.Function):
         scale: float,
         parts: list[Part],
     ) -> Tensor:
-        """Keeps the probabilities of each part."""
+        """Keeps what the backward pass multiplies: rotated queries and keys, and probabilities."""
         n_groups, dtype = key_TGD.shape[1], value_TGD.dtype
         out_THD = torch.empty_like(query_THD, dtype=dtype, memory_format=torch.contiguous_format)
         rotation = _Rotation(cos_TD, sin_TD)
-        key_GTD = rotation.forward(key_TGD, 0, len(key_TGD)).transpose(0, 1).contiguous()
-        kept = []
+        scaled = rotation.times(scale)
+        key_GTD = rotation.forward(key_TGD, 0, len(key_TGD))
+        value_GTD = value_TGD.transpose(0, 1)
+        queries, probs = [], []
         for (first, last), spans in parts:
-            query_GQD = _heads_first(rotation.forward(query_THD, first, last) * scale, n_groups)
-            scores = [query_GQD @ key_GTD[:, a:b].transpose(1, 2) for a, b in spans]
-            scores_GQK = scores[0] if len(scores) == 1 else torch.cat(scores, dim=2)
+            query_GQD = scaled.forward(query_THD, first, last).view(n_groups, -1, key_GTD.shape[2])
+            scores_GQK = query_GQD @ _gathered(key_GTD, spans).transpose(1, 2)
             _hide_later(scores_GQK, last - first)
             probs_GQK = scores_GQK.softmax(-1).to(dtype)
-            kept.append(probs_GQK)
-            out_GQD = _times(probs_GQK, [value_TGD[a:b].transpose(0, 1) for a, b in spans])
+            queries.append(query_GQD.to(dtype))
+            probs.append(probs_GQK)
+            out_GQD = probs_GQK @ _gathered(value_GTD, spans)
             out_THD[first:last] = _tokens_first(out_GQD, query_THD.shape[1])
-        ctx.save_for_backward(query_THD, key_TGD, value_TGD, cos_TD, sin_TD, *kept)
+        kept = (key_GTD.to(dtype), value_TGD, cos_TD, sin_TD)
+        ctx.save_for_backward(*kept, *queries, *probs)
         ctx.scale, ctx.parts = scale, parts
+        ctx.dtypes = query_THD.dtype, key_TGD.dtype
         return out_THD
 
     @staticmethod
     def backward(ctx: Any, grad_THD: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of queries, keys and values before their rotation."""
-        query_THD, key_TGD, value_TGD, cos_TD, sin_TD, *kept = ctx.saved_tensors
-        (_, n_heads, _), n_groups, dtype = query_THD.shape, key_TGD.shape[1], value_TGD.dtype
-        rotation = _Rotation(cos_TD, sin_TD)
-        key_GTD = rotation.forward(key_TGD, 0, len(key_TGD)).to(dtype).transpose(0, 1).contiguous()
-        shape = {"memory_format": torch.contiguous_format}
-        grad_query_THD = torch.empty_like(query_THD, **shape)
-        # summed over parts with heads first, as the products give them
-        grad_key_GTD = torch.zeros_like(key_TGD.transpose(0, 1), dtype=dtype, **shape)
-        grad_value_GTD = torch.zeros_like(value_TGD.transpose(0, 1), **shape)
-        for ((first, last), spans), probs_GQK in zip(ctx.parts, kept, strict=True):
+        key_GTD, value_TGD, cos_TD, sin_TD, *kept = ctx.saved_tensors
+        n_groups, n_tokens, head_size = key_GTD.shape
+        n_heads = grad_THD.shape[1]
+        value_GDT = value_TGD.permute(1, 2, 0)
+        # heads first, as the products give them
+        grad_query_HTD = grad_THD.new_empty(n_heads, n_tokens, head_size)
+        grad_key_GTD, grad_value_GTD = torch.zeros_like(key_GTD), torch.zeros_like(key_GTD)
+        queries, probs = kept[: len(ctx.parts)], kept[len(ctx.parts) :]
+        for ((first, last), spans), query_GQD, probs_GQK in zip(
+            ctx.parts, queries, probs, strict=True
+        ):
             grad_GQD = _heads_first(grad_THD[first:last], n_groups)
-            query_THD_part = rotation.forward(query_THD, first, last) * ctx.scale
-            query_GQD = _heads_first(query_THD_part.to(dtype), n_groups)
-            values = [value_TGD[start:end].permute(1, 2, 0) for start, end in spans]
-            grads = [grad_GQD @ value_GDS for value_GDS in values]
-            grad_probs_GQK = grads[0] if len(grads) == 1 else torch.cat(grads, dim=2)
-            grad_scores_GQK = torch._softmax_backward_data(grad_probs_GQK, probs_GQK, -1, dtype)
-            for (start, end), part_GQS, probs_GQS in _by_span(spans, grad_scores_GQK, probs_GQK):
-                grad_value_GTD[:, start:end].baddbmm_(probs_GQS.transpose(1, 2), grad_GQD)
-                grad_key_GTD[:, start:end].baddbmm_(part_GQS.transpose(1, 2), query_GQD)
-            grad_query_GQD = _times(grad_scores_GQK, [key_GTD[:, a:b] for a, b in spans])
-            own_THD = _tokens_first(grad_query_GQD, n_heads).to(query_THD_part.dtype) * ctx.scale
-            grad_query_THD[first:last] = rotation.backward(own_THD, first, last)
-        grad_key_TGD = grad_key_GTD.transpose(0, 1)
-        if cos_TD is not None:
-            grad_key_TGD = rotation.backward(grad_key_TGD.to(cos_TD.dtype), 0, len(key_TGD))
-        grad_value_TGD = grad_value_GTD.transpose(0, 1)
-        return grad_query_THD, grad_key_TGD.to(key_TGD.dtype), grad_value_TGD, *[None] * 4
+            grad_probs_GQK = grad_GQD @ _gathered(value_GDT, spans, dim=2)
+            grad_scores_GQK = torch._softmax_backward_data(
+                grad_probs_GQK, probs_GQK, -1, grad_probs_GQK.dtype
+            )
+            _add_product(grad_value_GTD, spans, probs_GQK, grad_GQD)
+            _add_product(grad_key_GTD, spans, grad_scores_GQK, query_GQD)
+            own_GQD = grad_scores_GQK @ _gathered(key_GTD, spans)
+            grad_query_HTD[:, first:last] = own_GQD.view(n_heads, -1, head_size)
+        rotation = _Rotation(cos_TD, sin_TD)
+        query_type, key_type = ctx.dtypes
+        grad_query_THD = rotation.times(ctx.scale).backward(grad_query_HTD, query_type)
+        grad_key_TGD = rotation.backward(grad_key_GTD, key_type)
+        return grad_query_THD, grad_key_TGD, grad_value_GTD.transpose(0, 1), *[None] * 4
 
 
 class _Rotation:
-    """Rotary position embedding of the first values of each head, or none."""
+    """Rotary position embedding of the first values of each head, or none, times a factor."""
 
-    def __init__(self, cos_TD: Tensor | None, sin_TD: Tensor | None) -> None:
-        self._cos_T1D = None if cos_TD is None else cos_TD[:, None]
-        self._sin_T1D = None if sin_TD is None else sin_TD[:, None]
+    def __init__(self, cos_TD: Tensor | None, sin_TD: Tensor | None, factor: float = 1.0) -> None:
+        self._cos_TD, self._sin_TD = cos_TD, sin_TD
+        self._factor = factor
+
+    def times(self, factor: float) -> _Rotation:
+        """The same, times ``factor``."""
+        if self._cos_TD is None or self._sin_TD is None:
+            return _Rotation(None, None, factor)
+        return _Rotation(self._cos_TD * factor, self._sin_TD * factor, factor)
 
     def forward(self, values_THD: Tensor, first: int, last: int) -> Tensor:
-        """x cos + (-x2, x1) sin, in the type of the cosines."""
-        return self._turned(values_THD[first:last], first, last, 1.0)
+        """x cos + (-x2, x1) sin of tokens ``first`` on; [H, S, D], in float32 at least."""
+        values_HSD = values_THD[first:last].transpose(0, 1)
+        wide = torch.promote_types(values_HSD.dtype, torch.float32)
+        out_HSD = torch.empty(values_HSD.shape, dtype=wide, device=values_HSD.device)
+        return self._turned(values_HSD, out_HSD, first, last, 1.0)
 
-    def backward(self, grad_THD: Tensor, first: int, last: int) -> Tensor:
-        """Its transpose: the rotation the other way, for gradients of tokens ``first`` on."""
-        return self._turned(grad_THD, first, last, -1.0)
+    def backward(self, grad_HTD: Tensor, dtype: torch.dtype) -> Tensor:
+        """The transpose, the rotation the other way; [T, H, D] in ``dtype``."""
+        wide = torch.promote_types(grad_HTD.dtype, torch.float32)
+        shape = grad_HTD.transpose(0, 1).shape
+        grad_THD = torch.empty(shape, dtype=wide, device=grad_HTD.device)
+        self._turned(grad_HTD, grad_THD.transpose(0, 1), 0, grad_HTD.shape[1], -1.0)
+        return grad_THD.to(dtype)
 
-    def _turned(self, values_SHD: Tensor, first: int, last: int, way: float) -> Tensor:
-        if self._cos_T1D is None or self._sin_T1D is None:
-            wide = torch.promote_types(values_SHD.dtype, torch.float32)
-            return values_SHD.to(wide)
-        cos_S1D, sin_S1D = self._cos_T1D[first:last], self._sin_T1D[first:last]
-        half = cos_S1D.shape[2] // 2
-        low_SHD, high_SHD = values_SHD[..., :half], values_SHD[..., half : 2 * half]
-        out_SHD = torch.empty_like(
-            values_SHD, dtype=cos_S1D.dtype, memory_format=torch.contiguous_format
-        )
-        torch.mul(values_SHD[..., : 2 * half], cos_S1D, out=out_SHD[..., : 2 * half])
-        out_SHD[..., :half].addcmul_(high_SHD, sin_S1D[..., :half], value=-way)
-        out_SHD[..., half : 2 * half].addcmul_(low_SHD, sin_S1D[..., half:], value=way)
-        out_SHD[..., 2 * half :] = values_SHD[..., 2 * half :]
-        return out_SHD
+    def _turned(
+        self, values_HSD: Tensor, out_HSD: Tensor, first: int, last: int, way: float
+    ) -> Tensor:
+        if self._cos_TD is None or self._sin_TD is None:
+            return torch.mul(values_HSD, self._factor, out=out_HSD)
+        cos_SD, sin_SD = self._cos_TD[first:last], self._sin_TD[first:last]
+        half = cos_SD.shape[1] // 2
+        low_HSD, high_HSD = values_HSD[..., :half], values_HSD[..., half : 2 * half]
+        torch.mul(values_HSD[..., : 2 * half], cos_SD, out=out_HSD[..., : 2 * half])
+        out_HSD[..., :half].addcmul_(high_HSD, sin_SD[:, :half], value=-way)
+        out_HSD[..., half : 2 * half].addcmul_(low_HSD, sin_SD[:, half:], value=way)
+        if out_HSD.shape[2] > 2 * half:
+            torch.mul(values_HSD[..., 2 * half :], self._factor, out=out_HSD[..., 2 * half :])
+        return out_HSD
 
 
 def _heads_first(values_SHD: Tensor, n_groups: int) -> Tensor:
@@ -171,22 +196,22 @@ def _later(n: int, dtype: torch.dtype) -> Tensor:
     return torch.full((n, n), float("-inf"), dtype=dtype).triu_(1)
 
 
-def _by_span(spans: tuple[Span, ...], *values_GQK: Tensor) -> list[tuple[Span, Tensor, Tensor]]:
-    """Each span with its columns."""
-    found, at = [], 0
+def _gathered(values: Tensor, spans: tuple[Span, ...], dim: int = 1) -> Tensor:
+    """The tokens of ``spans`` side by side: one product costs less than one for each span."""
+    pieces = [values.narrow(dim, start, end - start) for start, end in spans]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=dim)
+
+
+def _add_product(
+    total_GTD: Tensor, spans: tuple[Span, ...], weights_GQK: Tensor, values_GQD: Tensor
+) -> None:
+    """Add weights^T values to the tokens of ``spans``."""
+    weights_GKQ = weights_GQK.transpose(1, 2)
+    if len(spans) == 1:
+        ((start, end),) = spans
+        total_GTD[:, start:end].baddbmm_(weights_GKQ, values_GQD)
+        return
+    product_GKD, at = weights_GKQ @ values_GQD, 0
     for start, end in spans:
-        first, second = (values[..., at : at + end - start] for values in values_GQK)
-        found.append(((start, end), first, second))
+        total_GTD[:, start:end] += product_GKD[:, at : at + end - start]
         at += end - start
-    return found
-
-
-def _times(weights_GQK: Tensor, spans_GSD: list[Tensor]) -> Tensor:
-    """Sum over the spans of weights times values; [G, Q, D]."""
-    at = spans_GSD[0].shape[1]
-    total_GQD = weights_GQK[..., :at] @ spans_GSD[0]
-    for values_GSD in spans_GSD[1:]:
-        end = at + values_GSD.shape[1]
-        total_GQD.baddbmm_(weights_GQK[..., at:end], values_GSD)
-        at = end
-    return total_GQD
