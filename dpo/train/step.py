@@ -36,6 +36,9 @@ from dpo.train.parallel import Ranks, Scorer
 _TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 4e-3}
 """Largest |h| at step 0 as a share of the responses' summed log-probabilities."""
 
+_CLIP_EPSILON = 1e-6
+"""What torch adds to the norm before it divides by it."""
+
 
 @dataclass
 class Objective:
@@ -302,6 +305,11 @@ def check_starting_point(figures: dict[str, Tensor], loss: AnyLoss, dtype: torch
 
 def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float) -> float:
     """Scale gradients down to ``max_norm``; returns their L2 norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
+    gradients = [weight.grad for weight in parameters if weight.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
     # of sharded parameters it is a DTensor
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    # torch would pass over all gradients to multiply them by 1
+    if not value + _CLIP_EPSILON <= max_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+    return value
