@@ -17,7 +17,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from dpo.config.places import builtin
-from tests.support.minio import MinioServer, NoServer, running_server
+from tests.support.minio import MinioServer, running_server
+from tests.support.programs import NotHere
 
 _STORE_VARIABLES = [
     *("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "S3_ENDPOINT", "MINIO_ENDPOINT", "MINIO_SECURE"),
@@ -62,7 +63,7 @@ def minio_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MinioServ
     try:
         with running_server(tmp_path_factory.mktemp("minio") / "data") as server:
             yield server
-    except NoServer as error:
+    except NotHere as error:
         pytest.skip(f"{error} (or run: python -m tests.support.minio --ensure)")
 
 

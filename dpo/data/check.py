@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from dpo.config.schema import SourceConfig
 from dpo.data.columns import Columns, Sound
+from dpo.data.division import Shard, file_spans
 from dpo.data.formats import Candidate, Parser, Rating, RowError
 from dpo.data.lines import Piece, RawRow, json_row, piece_rows
 from dpo.data.quarantine import Place, Rejected
@@ -38,7 +39,6 @@ from dpo.data.validate import Validator
 from dpo.storage.host_memory import keep_freed_memory
 from dpo.storage.processes import FreshContext, die_with_parent
 
-BLOCK_BYTES = 32 * 2**20
 _SMALL_BYTES = 64 * 2**20
 """Less is read in this process: starting others takes a second."""
 _STEP_ROWS = 500
@@ -85,26 +85,33 @@ class Block:
 
 
 def blocks_of(
-    number: int, name: str, source: SourceConfig, files: Sequence[SourceFile], folder: Path
+    number: int,
+    name: str,
+    source: SourceConfig,
+    files: Sequence[SourceFile],
+    folder: Path,
+    shard: Shard,
 ) -> list[Block]:
-    """The blocks of a source, in order; their output goes below ``folder``.
+    """The shard's blocks of a source, in order; their output goes below ``folder``.
 
     Raises:
         DataError: a file cannot be read.
     """
     found: list[Block] = []
     if source.split == "reference":
-        return _with_reference_split(number, name, source, files, folder)
+        every = _with_reference_split(number, name, source, files, folder)
+        return [block for index, block in enumerate(every) if shard.owns(index)]
     for index, file in enumerate(files):
         if not file.fetched:
             continue
         place = Place(name, file.shown, file.split)
-        spans: list[tuple[int, int | None]] = [(0, None)]
-        if is_lines(file.path, file.shown, plain=True):
-            spans = [*_spans(file.path)] or spans
-        for position, (start, end) in enumerate(spans):
-            part = folder / _block_name(number, index, position)
-            found.append(Block(source, number, place, file.path, part, start, end))
+        spans: Sequence[tuple[int, int | None]] = file.spans
+        if not spans and is_lines(file.path, file.shown, plain=True):
+            spans = file_spans(file.path)
+        for position, (start, end) in enumerate(spans or [(0, None)]):
+            if file.whole or shard.owns(index, position):
+                part = folder / _block_name(number, index, position)
+                found.append(Block(source, number, place, file.path, part, start, end))
     return found
 
 
@@ -134,23 +141,6 @@ def _with_reference_split(
 def _block_name(source: int, file: int, position: int) -> str:
     """Sorts as the blocks of an input are ordered."""
     return f"{source:03d}-{file:06d}-{position:06d}"
-
-
-def _spans(path: Path) -> Iterator[tuple[int, int]]:
-    """Parts of a file that end with a line's end."""
-    size = path.stat().st_size
-    start = 0
-    with path.open("rb") as file:
-        while start < size:
-            end = min(start + BLOCK_BYTES, size)
-            file.seek(end)
-            while end < size and (chunk := file.read(2**16)):
-                newline = chunk.find(b"\n")
-                end += len(chunk) if newline < 0 else newline + 1
-                if newline >= 0:
-                    break
-            yield start, end
-            start = end
 
 
 def check_blocks(

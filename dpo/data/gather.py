@@ -4,38 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
 from dpo.config.schema import RunConfig
 from dpo.data.check import Block, Rules, blocks_of, check_blocks, validator_of
+from dpo.data.division import Shard
 from dpo.data.parts import Part
 from dpo.data.ratings import Answer, pair_ratings
 from dpo.data.sources import opened
 from dpo.data.spill import Tally, read_ratings
 from dpo.errors import DataError
 from dpo.storage.progress import track
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One of several tasks that share the work; the blocks are dealt out in turn.
-
-    Of a source in a store a shard takes whole files, so that it fetches no others.
-    """
-
-    number: int = 1
-    """From 1."""
-    of: int = 1
-
-    def __str__(self) -> str:
-        return f"{self.number}/{self.of}"
-
-    def owns(self, index: int) -> bool:
-        """Whether file or block ``index``, from 0, is this shard's."""
-        return index % self.of == self.number - 1
-
 
 Checked = tuple[Block, Tally]
 
@@ -53,11 +34,8 @@ def check_sources(
         for number, (name, source) in enumerate(config.sources.items()):
             # the reference code's split needs the number of rows of all files
             part = Shard() if source.split == "reference" else shard
-            files = stack.enter_context(opened(name, source, part.owns))
-            found = blocks_of(number, name, source, files, folder)
-            if all(file.fetched for file in files) or source.split == "reference":
-                found = [block for index, block in enumerate(found) if shard.owns(index)]
-            blocks += found
+            files = stack.enter_context(opened(name, source, part))
+            blocks += blocks_of(number, name, source, files, folder, shard)
         before = _states(blocks)
         tallies = check_blocks(blocks, rules, bar.advance, workers)
         checked = list(zip(blocks, tallies, strict=True))

@@ -16,7 +16,8 @@ from typing import Any
 from dpo.config.schema import RunConfig
 from dpo.config.stages import stage_settings
 from dpo.data.check import Block
-from dpo.data.gather import Checked, Shard, check_sources
+from dpo.data.division import Shard
+from dpo.data.gather import Checked, check_sources
 from dpo.data.quarantine import Place, Rejected
 from dpo.data.rules import rules_of
 from dpo.data.sources import source_fingerprints

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,14 +16,19 @@ import orjson
 
 from dpo.config.schema import RunConfig, SourceConfig
 from dpo.data import custom
+from dpo.data.division import Shard, Span, is_one_block, spans
 from dpo.data.files import is_data_name, located, own_split, source_files
-from dpo.data.readers import READABLE
+from dpo.data.readers import READABLE, is_lines
 from dpo.data.unpack import named_errors
 from dpo.errors import DataError
 from dpo.storage.manifest import sha256_file
-from dpo.storage.store import ObjectStat, is_store_url, open_store
+from dpo.storage.store import ObjectStat, Store, is_store_url, open_store
 
 _HUB_TIMEOUT_SECONDS = 10.0
+_HEAD_BYTES = 2 * 2**20
+"""By which a file's kind is known."""
+_FETCHED_BYTES = 8 * 2**20
+_EVERYTHING = Shard()
 _HUB_PATTERNS = ("*.jsonl", "*.jsonl.gz", "*.json", "*.json.gz", "*.parquet", "*.jsonl.zst")
 
 
@@ -37,6 +43,10 @@ class SourceFile:
     """The file's own split, for sources that have splits."""
     fetched: bool = True
     """Whether it is on this machine; of a store's or the hub's files a shard needs some only."""
+    spans: tuple[Span, ...] = ()
+    """Its blocks, where only those of the shard were fetched; the rest of the file is empty."""
+    whole: bool = False
+    """Whether all its blocks are the shard's that fetched it."""
 
 
 def source_fingerprint(name: str, source: SourceConfig) -> str:
@@ -95,14 +105,15 @@ def data_fingerprint(fingerprints: Mapping[str, str]) -> str:
 
 @contextmanager
 def opened(
-    name: str, source: SourceConfig, wanted: Callable[[int], bool] = lambda _: True
+    name: str, source: SourceConfig, shard: Shard = _EVERYTHING
 ) -> Iterator[list[SourceFile]]:
     """The files of a source on this machine; what was fetched from a store is removed afterwards.
 
     Args:
         name: Of the source.
         source: Its settings.
-        wanted: Which files to fetch from a store or the hub, by their number from 0.
+        shard: For whom: of what lies elsewhere it gets its own share alone. JSON Lines in a store
+            are fetched block by block, all else, and files of the hub, whole.
 
     Raises:
         DataError: there are none.
@@ -117,10 +128,10 @@ def opened(
         return
     source = located(name, source)
     if source.path is None:
-        yield _from_hub(name, source, wanted)
+        yield _from_hub(name, source, shard)
     elif is_store_url(source.path):
         with TemporaryDirectory() as folder:
-            yield _with_splits(_from_store(name, source.path, Path(folder), wanted))
+            yield _with_splits(_from_store(name, source.path, Path(folder), shard))
     else:
         paths = source_files(name, source)
         yield _with_splits([SourceFile(path, _shown(name, path), None) for path in paths])
@@ -163,18 +174,19 @@ def _objects(name: str, url: str) -> dict[str, ObjectStat]:
     return found
 
 
-def _from_store(
-    name: str, url: str, folder: Path, wanted: Callable[[int], bool]
-) -> list[SourceFile]:
+def _from_store(name: str, url: str, folder: Path, shard: Shard) -> list[SourceFile]:
     store = open_store(url.rstrip("/").rpartition("/")[0])
     files = []
     objects = _objects(name, url)
     for number, key in enumerate(objects):
-        target = folder / str(number) / key.rpartition("/")[2]
-        if wanted(number):
-            target.parent.mkdir()
-            store.download(key, target)
-        files.append(SourceFile(target, f"{name}: {key}", None, wanted(number)))
+        file = SourceFile(folder / str(number) / key.rpartition("/")[2], f"{name}: {key}", None)
+        file.path.parent.mkdir()
+        size = objects[key].size
+        blocks = _fetch_blocks(store, key, size, file, number, shard) if shard.of > 1 else ()
+        fetched = bool(blocks) or shard.owns(number)
+        if fetched and not blocks:
+            store.download(key, file.path)
+        files.append(replace(file, fetched=fetched, spans=blocks))
     if _objects(name, url) != objects:
         raise DataError(
             "the objects changed while they were fetched",
@@ -184,7 +196,33 @@ def _from_store(
     return files
 
 
-def _from_hub(name: str, source: SourceConfig, wanted: Callable[[int], bool]) -> list[SourceFile]:
+def _fetch_blocks(
+    store: Store, key: str, size: int, file: SourceFile, number: int, shard: Shard
+) -> tuple[Span, ...]:
+    """Fetch the shard's blocks of JSON Lines, each to its place in a file with holes.
+
+    Returns:
+        All blocks of the object; none where it has to be read whole, and nothing was kept.
+    """
+    if is_one_block(size):
+        return ()
+    with file.path.open("wb") as target:
+        target.write(store.read_range(key, 0, _HEAD_BYTES))
+        target.truncate(size)
+    if not is_lines(file.path, file.shown, plain=True):
+        file.path.unlink()
+        return ()
+    found = tuple(spans(size, partial(store.read_range, key)))
+    with file.path.open("r+b") as target:
+        for block, (start, end) in enumerate(found):
+            if shard.owns(number, block):
+                target.seek(start)
+                for at in range(start, end, _FETCHED_BYTES):
+                    target.write(store.read_range(key, at, min(_FETCHED_BYTES, end - at)))
+    return found
+
+
+def _from_hub(name: str, source: SourceConfig, shard: Shard) -> list[SourceFile]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import filter_repo_objects
 
@@ -203,7 +241,7 @@ def _from_hub(name: str, source: SourceConfig, wanted: Callable[[int], bool]) ->
             where=f"sources.{name}",
             fix=f"set sources.{name}.hub_subset to its folder, or sources.{name}.path to a file",
         )
-    fetched = {path: wanted(number) for number, path in enumerate(paths)}
+    fetched = {path: shard.owns(number) for number, path in enumerate(paths)}
     chosen = [glob.escape(path.as_posix()) for path in paths if fetched[path]]
     try:
         folder = Path(
@@ -214,7 +252,13 @@ def _from_hub(name: str, source: SourceConfig, wanted: Callable[[int], bool]) ->
     except Exception as error:
         raise _hub_error(name, source, error) from None
     return [
-        SourceFile(folder / path, f"{name}: {path.as_posix()}", own_split(path), fetched[path])
+        SourceFile(
+            folder / path,
+            f"{name}: {path.as_posix()}",
+            own_split(path),
+            fetched[path],
+            whole=shard.of > 1,
+        )
         for path in paths
     ]
 

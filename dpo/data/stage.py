@@ -18,7 +18,8 @@ from dpo.config.schema import RunConfig
 from dpo.config.stages import stage_settings
 from dpo.data.assemble import Assembled, Cap, assemble
 from dpo.data.check import Rules
-from dpo.data.gather import Checked, Shard, check_sources, in_order
+from dpo.data.division import Shard
+from dpo.data.gather import Checked, check_sources, in_order
 from dpo.data.quarantine import NOT_FAULTY, QUARANTINE
 from dpo.data.report import SAMPLE_ROWS, write_report
 from dpo.data.rules import rules_of

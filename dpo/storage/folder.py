@@ -52,6 +52,11 @@ class FolderStore(Store):
         with self._problems(key):
             return self._path(key).read_bytes()
 
+    def read_range(self, key: str, start: int, size: int) -> bytes:
+        with self._problems(key), self._path(key).open("rb") as file:
+            file.seek(start)
+            return file.read(size)
+
     def write(self, key: str, data: bytes, *, expected: str | None = None) -> None:
         with self._problems(key), self._locked():
             found = self.stat(key)

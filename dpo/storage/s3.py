@@ -104,6 +104,13 @@ class S3Store(Store):
 
         return self._call(self.url(key), ask)
 
+    def read_range(self, key: str, start: int, size: int) -> bytes:
+        def ask() -> bytes:
+            with self._response(key, start, size) as response:
+                return bytes(response.read())
+
+        return self._call(self.url(key), ask)
+
     def write(self, key: str, data: bytes, *, expected: str | None = None) -> None:
         """The client has no conditional write; a request with these headers is one."""
         headers = {"Content-Type": "application/json", **self._condition(expected)}
@@ -376,8 +383,10 @@ class S3Store(Store):
         return f"{self.prefix}/{safe_key(key)}" if self.prefix else safe_key(key)
 
     @contextmanager
-    def _response(self, key: str, offset: int = 0) -> Iterator[Any]:
-        response = self._client.get_object(self.bucket, self._key(key), offset=offset)
+    def _response(self, key: str, offset: int = 0, length: int = 0) -> Iterator[Any]:
+        response = self._client.get_object(
+            self.bucket, self._key(key), offset=offset, length=length
+        )
         try:
             yield response
         finally:

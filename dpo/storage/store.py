@@ -81,6 +81,14 @@ class Store(ABC):
         """
 
     @abstractmethod
+    def read_range(self, key: str, start: int, size: int) -> bytes:
+        """``size`` bytes from ``start`` on, which lies within the object; fewer at its end.
+
+        Raises:
+            ObjectMissing: there is none.
+        """
+
+    @abstractmethod
     def write(self, key: str, data: bytes, *, expected: str | None = None) -> None:
         """Write a small object in one piece.
 

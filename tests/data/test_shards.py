@@ -1,5 +1,6 @@
 """Several tasks write what one writes, byte for byte; shards of different sets are refused."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,8 @@ import pytest
 
 from dpo.cli import main
 from dpo.config.schema import ModelConfig, RunConfig, SourceConfig
-from dpo.data import check
-from dpo.data.gather import Shard
+from dpo.data import division
+from dpo.data.division import Shard
 from dpo.data.shards import parse_shard, run_shard
 from dpo.data.stage import run_ingest
 from dpo.errors import ArtifactError, ConfigError
@@ -21,7 +22,7 @@ from tests.data.conftest import good_row
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Blocks of one file, several files, faults, repeats over blocks, and rated answers."""
-    monkeypatch.setattr(check, "BLOCK_BYTES", 1500)
+    monkeypatch.setattr(division, "BLOCK_BYTES", 1500)
     big = [good_row(number) for number in range(90)]
     big[17]["chosen"] = ""
     big[33] = {**good_row(33), "chosen": "\ud83d"}
@@ -132,7 +133,10 @@ def test_of_a_store_a_shard_fetches_its_own_files_alone(
     store = open_store(f"{bucket_url}/sets")
     store.check(create=True)
     for path in (tmp_path / "many").iterdir():
-        store.upload(path, f"many/{path.name}", sha256_file(path))
+        # packed, a file cannot be divided
+        packed = tmp_path / f"{path.name}.gz"
+        packed.write_bytes(gzip.compress(path.read_bytes()))
+        store.upload(packed, f"many/{packed.name}", sha256_file(packed))
     config = config_of({"many": {"path": f"{bucket_url}/sets/many"}})
     run_ingest(config, tmp_path / "one", workers=1)
     fetched: list[str] = []
@@ -147,5 +151,46 @@ def test_of_a_store_a_shard_fetches_its_own_files_alone(
     for number, folder in enumerate(folders, 1):
         run_shard(config, folder, Shard(number, 2), workers=1)
     run_ingest(config, tmp_path / "merged", shards=folders)
-    assert sorted(fetched) == ["many/test.jsonl", "many/train.jsonl", "many/validation.jsonl"]
+    assert sorted(fetched) == [f"many/{name}.jsonl.gz" for name in ("test", "train", "validation")]
     assert hashes(tmp_path / "merged") == hashes(tmp_path / "one")
+
+
+@pytest.mark.minio
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte order mark"])
+def test_of_a_large_object_a_shard_fetches_its_own_blocks_alone(
+    bucket_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mark: bytes
+) -> None:
+    """Seven MiB in blocks of one; beside its blocks a shard reads the head and each block's end."""
+    monkeypatch.setattr(division, "BLOCK_BYTES", 2**20)
+    rows = [{**good_row(number), "note": "x" * 20_000} for number in range(360)]
+    rows[200]["chosen"] = ""
+    path = tmp_path / "large.jsonl"
+    path.write_bytes(mark + "".join(json.dumps(row) + "\n" for row in rows).encode())
+    small = tmp_path / "small.jsonl"
+    small.write_text("".join(json.dumps(good_row(1000 + n)) + "\n" for n in range(9)))
+    store = open_store(f"{bucket_url}/sets")
+    store.check(create=True)
+    for file in (path, small):
+        store.upload(file, f"all/{file.name}", sha256_file(file))
+    config = config_of({"large": {"path": f"{bucket_url}/sets/all"}})
+    run_ingest(config, tmp_path / "one", workers=1)
+    n_bytes = 0
+    read_range = type(store).read_range
+
+    def count(self: Any, key: str, start: int, size: int) -> bytes:
+        nonlocal n_bytes
+        data = read_range(self, key, start, size)
+        n_bytes += len(data)
+        return data
+
+    monkeypatch.setattr(type(store), "read_range", count)
+    folders = [tmp_path / f"shard-{number}" for number in (1, 2, 3)]
+    for number, folder in enumerate(folders, 1):
+        n_bytes = 0
+        run_shard(config, folder, Shard(number, 3), workers=1)
+        # of eight blocks three at most
+        assert 2 * 2**20 < n_bytes <= (2 + 3 + 1) * 2**20
+    run_ingest(config, tmp_path / "merged", shards=folders)
+    assert hashes(tmp_path / "merged") == hashes(tmp_path / "one")
+    quarantine = (tmp_path / "one" / "quarantine.jsonl").read_text()
+    assert '"line":201' in quarantine.replace(" ", "")

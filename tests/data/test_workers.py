@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dpo.config.schema import ModelConfig, RunConfig, SourceConfig
-from dpo.data import check
+from dpo.data import division
 from dpo.data.stage import run_ingest
 from tests.data.conftest import Outcome, good_row
 
@@ -39,7 +39,7 @@ def many_rows(tmp_path: Path) -> Path:
 
 
 def test_workers_and_blocks_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(division, "BLOCK_BYTES", 20_000)
     path = many_rows(tmp_path)
     (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
     config = RunConfig(
@@ -90,7 +90,7 @@ def test_line_numbers_do_not_depend_on_blocks(
 ) -> None:
     path = many_rows(tmp_path)
     whole = ingest_sources({"many": {"path": str(path)}})
-    monkeypatch.setattr(check, "BLOCK_BYTES", 5000)
+    monkeypatch.setattr(division, "BLOCK_BYTES", 5000)
     blocks = ingest_sources({"many": {"path": str(path)}})
     assert blocks.quarantine == whole.quarantine
     assert blocks.pairs == whole.pairs

@@ -8,7 +8,7 @@ import pytest
 
 from tests.images.scripts import load
 from tests.support.checkout import ROOT
-from tests.support.minio import free_port
+from tests.support.programs import free_port
 
 pytestmark = pytest.mark.containers
 

@@ -10,7 +10,8 @@ import yaml
 from pipelines import package
 from pipelines.deployment import TRAIN_STEPS
 from tests.images.scripts import load
-from tests.support.registry import NoRegistry, digest, running_registry
+from tests.support.programs import NotHere
+from tests.support.registry import digest, running_registry
 
 pytestmark = pytest.mark.containers
 
@@ -32,7 +33,7 @@ def registry(tmp_path):
     try:
         with running_registry(tmp_path / "registry") as address:
             yield address
-    except NoRegistry as error:
+    except NotHere as error:
         pytest.skip(str(error))
 
 

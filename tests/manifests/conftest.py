@@ -6,7 +6,8 @@ import time
 import pytest
 
 from tests.support.custom_resources import define
-from tests.support.kubernetes import NoKubernetes, running_control_plane
+from tests.support.kubernetes import running_control_plane
+from tests.support.programs import NotHere
 
 WAIT_SECONDS = 120
 
@@ -22,7 +23,7 @@ def plane(tmp_path_factory):
             node(running, "plain", cpu="8")
             node(running, "with-gpu", cpu="32", gpus=2)
             yield running
-    except NoKubernetes as error:
+    except NotHere as error:
         pytest.skip(str(error))
 
 

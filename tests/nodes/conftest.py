@@ -13,7 +13,8 @@ from dpo.nodes.cluster import Cluster
 from dpo.nodes.run import train_on_nodes
 from dpo.storage.processes import repeated
 from tests.manifests.conftest import applied, eventually, got, node
-from tests.support.kubernetes import NoKubernetes, running_control_plane
+from tests.support.kubernetes import running_control_plane
+from tests.support.programs import NotHere
 from tests.support.trainer import running_trainer
 
 
@@ -46,7 +47,7 @@ def plane(tmp_path_factory):
             node(running, "plain", cpu="32")
             with running_trainer(running), pods_removed(running):
                 yield running
-    except NoKubernetes as error:
+    except NotHere as error:
         pytest.skip(str(error))
 
 

@@ -18,7 +18,7 @@ from dpo.nodes.request import VARIABLE, Request
 from dpo.storage.fingerprint import code_fingerprint
 from dpo.storage.remote import fetch_output, read_remote_manifest, send_output
 from dpo.storage.store import open_store
-from tests.support.minio import free_port
+from tests.support.programs import free_port
 from tests.support.waiting import wait_until
 from tests.train.conftest import SETTINGS
 

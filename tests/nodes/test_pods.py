@@ -25,7 +25,7 @@ from dpo.storage.remote import send_output
 from dpo.storage.store import open_store
 from dpo.train.stage import run_train
 from tests.nodes.conftest import Launched, bound, ended, play
-from tests.support.minio import free_port
+from tests.support.programs import free_port
 from tests.train.conftest import SETTINGS
 
 pytestmark = [pytest.mark.kubernetes, pytest.mark.minio]

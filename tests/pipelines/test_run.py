@@ -370,6 +370,15 @@ def test_a_sweep_shares_what_comes_before_and_gates_the_best_on_the_test_part(ch
     assert evaluation.inputs["policy"] == best.content_hash
 
 
+@pytest.mark.long
+def test_a_run_that_reads_its_data_in_shards_publishes_the_same_model(checkout, first):
+    outcome = checkout.outcome("--ingest-shards", "3")
+    assert outcome["state"] == "succeeded", outcome
+    # equal bytes of data: what follows has the same inputs
+    assert checkpoint(outcome).content_hash == checkpoint(first).content_hash
+    assert outcome["published"]["content_hash"] == first["published"]["content_hash"]
+
+
 @pytest.mark.parametrize(
     ("sweep", "words"), [("loss.bta=1,2", "loss.bta"), ("loss.beta=-1,2", "loss.beta")]
 )

@@ -29,7 +29,8 @@ from dpo.publish.versions import list_versions, retain
 from dpo.storage import s3_client
 from dpo.storage.store import open_store
 from tests.publish.conftest import MIB, Model, check_store
-from tests.support.minio import NoServer, running_server
+from tests.support.minio import running_server
+from tests.support.programs import NotHere
 from tests.support.proxy import proxy_to
 from tests.support.waiting import wait_until
 
@@ -44,7 +45,7 @@ def server(tmp_path, no_store_variables, monkeypatch):
             for name, value in running.environment().items():
                 monkeypatch.setenv(name, value)
             yield running
-    except NoServer as error:
+    except NotHere as error:
         pytest.skip(f"{error} (or run: python -m tests.support.minio --ensure)")
 
 

@@ -58,6 +58,20 @@ def test_files_come_back_byte_for_byte(store, tmp_path, size):
     assert hashlib.sha256(target.read_bytes()).hexdigest() == digest
 
 
+@pytest.mark.parametrize(
+    ("start", "size", "expected"),
+    [(0, 4, b"0123"), (3, 1, b"3"), (7, 100, b"789"), (0, 10, b"0123456789")],
+)
+def test_a_part_of_an_object_is_read(store, start, size, expected):
+    store.write("digits", b"0123456789")
+    assert store.read_range("digits", start, size) == expected
+
+
+def test_no_part_of_what_is_not_there_is_read(store):
+    with pytest.raises(ObjectMissing):
+        store.read_range("none", 0, 1)
+
+
 def test_a_failed_download_leaves_nothing(store, tmp_path):
     with pytest.raises(ObjectMissing):
         store.download("none", tmp_path / "target")

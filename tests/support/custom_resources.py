@@ -15,7 +15,8 @@ from pathlib import Path
 import yaml
 
 from dpo.config.places import cache_dir
-from tests.support.kubernetes import ControlPlane, NoKubernetes, _go, found_go
+from tests.support.kubernetes import ControlPlane
+from tests.support.programs import NotHere, go, go_command
 
 VERSIONS = {
     "github.com/kubeflow/trainer/v2": "v2.3.0",
@@ -52,7 +53,7 @@ def ensure() -> list[str]:
     """Download what is missing; returns what cannot be had, a line each.
 
     Raises:
-        NoKubernetes: there is no Go.
+        NotHere: there is no Go.
     """
     cached().mkdir(parents=True, exist_ok=True)
     problems = []
@@ -60,10 +61,10 @@ def ensure() -> list[str]:
         done = cached() / f"{module.replace('/', '-')}.complete"
         if done.is_file():
             continue
-        found_go()
+        go_command()
         try:
             files = (module_folder(module, VERSIONS[module]) / path).glob("*.yaml")
-        except NoKubernetes as error:
+        except NotHere as error:
             problems.append(f"{module}: {error}")
             continue
         for file in files:
@@ -82,22 +83,22 @@ def module_folder(module: str, version: str) -> Path:
     """The sources of a Go module, read-only.
 
     Raises:
-        NoKubernetes: there is no Go, or the module cannot be had.
+        NotHere: there is no Go, or the module cannot be had.
     """
     with tempfile.TemporaryDirectory() as folder:
         arguments = ("mod", "download", "-json", f"{module}@{version}")
-        return Path(json.loads(_go(found_go(), Path(folder), *arguments))["Dir"])
+        return Path(json.loads(go(Path(folder), *arguments))["Dir"])
 
 
 def define(plane: ControlPlane, kinds: tuple[str, ...] = KINDS) -> None:
     """Make ``kinds`` known to the API server, and wait until it serves them.
 
     Raises:
-        NoKubernetes: the definitions are not at hand, or the API server refuses one.
+        NotHere: the definitions are not at hand, or the API server refuses one.
     """
     files = {kind_of(file): file for file in sorted(cached().glob("*.yaml"))}
     if missing := [kind for kind in kinds if kind not in files]:
-        raise NoKubernetes(
+        raise NotHere(
             f"no definition of {', '.join(missing)} is at hand: fetch them with "
             "`python -m tests.support.trainer --ensure`"
         )
@@ -111,10 +112,10 @@ def applied(plane: ControlPlane, file: Path | Mapping[str, object]) -> None:
     """Apply a file or an object as administrator.
 
     Raises:
-        NoKubernetes: the API server refuses it.
+        NotHere: the API server refuses it.
     """
     given = str(file) if isinstance(file, Path) else "-"
     text = None if isinstance(file, Path) else json.dumps(file)
     done = plane.kubectl("apply", "--server-side", "--force-conflicts", "-f", given, text=text)
     if done.returncode:
-        raise NoKubernetes(done.stderr)
+        raise NotHere(done.stderr)

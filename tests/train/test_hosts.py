@@ -12,7 +12,7 @@ from dpo.config.compose import compose
 from dpo.config.stages import restrict
 from dpo.errors import TrainingError
 from dpo.train.stage import run_train
-from tests.support.minio import free_port
+from tests.support.programs import free_port
 from tests.train.conftest import SETTINGS
 
 RUN = [*SETTINGS, "n_examples=22", "loss=sft", "trainer=FSDPTrainer"]
