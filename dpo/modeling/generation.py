@@ -124,7 +124,7 @@ def answer(
         return _answer_batch(model, forward, tokenizer.eos_token_id, batch, max_new_tokens, sampler)
 
     found: dict[int, Answer] = {}
-    batches = _batches(order, prompts, batch_size, mixed=_takes_cache(model))
+    batches = _batches(order, prompts, batch_size, mixed=_new_cache(model) is not None)
     for numbers, rows in _as_memory_allows(run, list(batches)):
         found.update(zip(numbers, rows, strict=True))
         if advance:
@@ -258,8 +258,6 @@ class _Batch:
     @classmethod
     def of(cls, model: Any, prompts: list[list[int]], pad: int) -> _Batch:
         """Prompts padded on the left."""
-        from transformers import DynamicCache
-
         longest = max(map(len, prompts))
         ids = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
         mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -267,7 +265,7 @@ class _Batch:
             model,
             torch.tensor(ids, device=model.device),
             torch.tensor(mask, device=model.device),
-            DynamicCache(config=model.config) if _takes_cache(model) else None,
+            _new_cache(model),
         )
 
     @property
@@ -315,11 +313,22 @@ class _Batch:
         index = torch.tensor(rows, device=self.device)
         self.mask_BL, self.ids_BL = self.mask_BL[index], self.ids_BL[index]
         if self.cache is not None:
-            self.cache.batch_select_indices(index)
+            # also of layers with states instead of keys, which have no batch_select_indices
+            self.cache.reorder_cache(index)
 
 
-def _takes_cache(model: Any) -> bool:
-    return "past_key_values" in _parameters(model)
+def _new_cache(model: Any) -> Any:
+    """An empty cache, or None for models that have none, or no attention whose length it knows."""
+    from transformers import DynamicCache
+
+    if "past_key_values" not in _parameters(model):
+        return None
+    cache = DynamicCache(config=model.config)
+    try:
+        cache.get_seq_length()
+    except ValueError:
+        return None
+    return cache
 
 
 def _parameters(model: Any) -> frozenset[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,18 +64,8 @@ def load_model(
         )
         return merge_saved(base, folder).eval()
     check_folder(folder)
-    from transformers import AutoModelForCausalLM
-
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=dtype,
-            attn_implementation=_attention(folder),
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            # reported by the check below, which names the weight
-            ignore_mismatched_sizes=True,
-        )
+        model, found = _from_folder(folder, dtype, trust_remote_code)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
@@ -86,6 +77,29 @@ def load_model(
     model = model.eval().to(device)
     apply_kernels(model, kernels, compiled=compiled, output_layer=output_layer)
     return model
+
+
+def _from_folder(
+    folder: Path, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[Any, dict[str, Any]]:
+    """The model, and what transformers says of its loading."""
+    from transformers import AutoModelForCausalLM
+
+    load = partial(
+        AutoModelForCausalLM.from_pretrained,
+        str(folder),
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+        # reported by ``_refuse_unfilled``, which names the weight
+        ignore_mismatched_sizes=True,
+    )
+    try:
+        model, found = load(attn_implementation="sdpa")
+    except ValueError:
+        # Bloom, GPT-J, gpt-oss and models without attention do not have it
+        model, found = load()
+    return model, found
 
 
 def _refuse_unfilled(model: Any, found: dict[str, Any], folder: Path) -> None:
@@ -115,14 +129,6 @@ def _base_folder(adapter: Path) -> Path:
             where=str(adapter / ADAPTER_CONFIG),
             fix="correct base_model_name_or_path in it; lora.save=merged needs no base",
         ) from None
-
-
-def _attention(folder: Path) -> str:
-    import json
-
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    # GPT-J does not look into transformers' attention registry
-    return "eager" if config.get("model_type") == "gptj" else "sdpa"
 
 
 def load_for_training(

@@ -48,6 +48,18 @@ ARCHITECTURES = {
         "window_size": 8,
     },
     "mamba": {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    # a cache of states alone, with no length to ask for; then one of both kinds
+    "recurrent_gemma": GROUPED,
+    "granitemoehybrid": {
+        **GROUPED,
+        "layer_types": ["mamba", "attention"],
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 8,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "shared_intermediate_size": 32,
+    },
 }
 
 

@@ -8,6 +8,7 @@ import torch
 from dpo.data.packing import pack
 from dpo.errors import ModelError
 from dpo.modeling import plain
+from dpo.modeling.load import load_model
 from dpo.modeling.scoring import response_sums, token_log_probs
 from tests.modeling.test_packing import (
     LENGTHS,
@@ -45,6 +46,28 @@ CONFIGS = {
     "mistral": {**SIZE, **HEADS, "sliding_window": 8},
     "gemma2": {**SIZE, **HEADS, "head_dim": 8, "sliding_window": 4},
     "gemma3_text": {**SIZE, **HEADS, "head_dim": 8, "sliding_window": 8},
+    # mixtures of experts; attention with sinks and without one of torch's; states in its place
+    "mixtral": {**SIZE, **HEADS, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {
+        **SIZE,
+        **HEADS,
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+    },
+    "mamba": {**SIZE, "state_size": 4},
+    "granitemoehybrid": {
+        **SIZE,
+        **HEADS,
+        "layer_types": ["mamba", "attention"],
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 8,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "shared_intermediate_size": 32,
+    },
 }
 
 
@@ -55,7 +78,10 @@ def build(name, **settings):
     config = AutoConfig.for_model(name, **settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+        # grouped products of experts know no float64
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float64, experts_implementation="eager"
+        ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)
@@ -83,6 +109,17 @@ def test_values_and_gradients_are_those_of_separate_sequences(name, monkeypatch)
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-6)
     for key, gradient in gradients.items():
         assert (own[key] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, key
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_folder_of_it_is_loaded_as_it_was_saved(name, tmp_path):
+    model = build(name, **CONFIGS[name]).float()
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path, torch.float32)
+    ids = torch.arange(1, 13)[None]
+    with torch.no_grad():
+        expected, found = model(ids).logits, loaded(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_that_is_not_causal_is_refused():
