@@ -10,7 +10,7 @@ Axes: S sequences, L their length, N response tokens, V vocabulary.
 
 from __future__ import annotations
 
-import warnings
+import logging
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from dpo.data.packing import PackedBatch
 from dpo.errors import ModelError
 
+_log = logging.getLogger(__name__)
 _warned: set[str] = set()
 _PADS = "_dpo_padding_is_safe"
 
@@ -28,11 +29,7 @@ def warn_once(model_type: str) -> None:
     """One warning for each kind of model in a process."""
     if model_type not in _warned:
         _warned.add(model_type)
-        warnings.warn(
-            f"{model_type} models run without shared prompts: correct, but slower",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+        _log.warning("%s models run without shared prompts: correct, but slower", model_type)
 
 
 def plain_log_probs(model: Any, batch: PackedBatch) -> Tensor:
