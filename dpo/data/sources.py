@@ -46,7 +46,7 @@ class SourceFile:
     spans: tuple[Span, ...] = ()
     """Its blocks, where only those of the shard were fetched; the rest of the file is empty."""
     whole: bool = False
-    """Whether all its blocks are the shard's that fetched it."""
+    """Whether it was fetched whole: all its blocks are the shard's that did."""
 
 
 def source_fingerprint(name: str, source: SourceConfig) -> str:
@@ -186,7 +186,7 @@ def _from_store(name: str, url: str, folder: Path, shard: Shard) -> list[SourceF
         fetched = bool(blocks) or shard.owns(number)
         if fetched and not blocks:
             store.download(key, file.path)
-        files.append(replace(file, fetched=fetched, spans=blocks))
+        files.append(replace(file, fetched=fetched, spans=blocks, whole=not blocks))
     if _objects(name, url) != objects:
         raise DataError(
             "the objects changed while they were fetched",
@@ -257,7 +257,7 @@ def _from_hub(name: str, source: SourceConfig, shard: Shard) -> list[SourceFile]
             f"{name}: {path.as_posix()}",
             own_split(path),
             fetched[path],
-            whole=shard.of > 1,
+            whole=True,
         )
         for path in paths
     ]

@@ -83,14 +83,18 @@ def _attention(
     return module.o_proj(out_THD.flatten(1)[None]), None
 
 
+def _block_rows(values_TD: Tensor) -> int:
+    return max(1, _BLOCK_ELEMENTS // values_TD.shape[1])
+
+
 def _blocks(values_TD: Tensor) -> list[slice]:
-    rows = max(1, _BLOCK_ELEMENTS // values_TD.shape[1])
+    rows = _block_rows(values_TD)
     return [slice(start, start + rows) for start in range(0, len(values_TD), rows)]
 
 
 def _scratch(values_TD: Tensor, dtype: torch.dtype) -> Tensor:
     """Room for one block: allocated once, for glibc looks long for so much."""
-    rows = min(len(values_TD), max(1, _BLOCK_ELEMENTS // values_TD.shape[1]))
+    rows = min(len(values_TD), _block_rows(values_TD))
     return torch.empty(rows, values_TD.shape[1], dtype=dtype, device=values_TD.device)
 
 

@@ -33,7 +33,7 @@ _QUERIES = 128
 
 Span = tuple[int, int]
 Part = tuple[Span, tuple[Span, ...]]
-"""Queries, and the spans of keys that they see; the last span is the queries' own."""
+"""Queries, and the spans of keys that they see; the queries are the last tokens of the last."""
 
 
 def parts_of(segments: Sequence[Segment]) -> list[Part]:

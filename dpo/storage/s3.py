@@ -98,18 +98,10 @@ class S3Store(Store):
         return ObjectStat(found.size, found.etag, _seconds(found.last_modified))
 
     def read(self, key: str) -> bytes:
-        def ask() -> bytes:
-            with self._response(key) as response:
-                return bytes(response.read())
-
-        return self._call(self.url(key), ask)
+        return self._read(key)
 
     def read_range(self, key: str, start: int, size: int) -> bytes:
-        def ask() -> bytes:
-            with self._response(key, start, size) as response:
-                return bytes(response.read())
-
-        return self._call(self.url(key), ask)
+        return self._read(key, start, size)
 
     def write(self, key: str, data: bytes, *, expected: str | None = None) -> None:
         """The client has no conditional write; a request with these headers is one."""
@@ -367,6 +359,15 @@ class S3Store(Store):
             return self.read(key)
         except ObjectMissing:
             return None
+
+    def _read(self, key: str, offset: int = 0, length: int = 0) -> bytes:
+        """The bytes from ``offset`` on; a ``length`` of 0 takes all."""
+
+        def ask() -> bytes:
+            with self._response(key, offset, length) as response:
+                return bytes(response.read())
+
+        return self._call(self.url(key), ask)
 
     def _fetch(self, key: str, file: BinaryIO, progress: Progress | None) -> None:
         """The rest of an object, from where the file ends."""

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from dpo.config.schema import ModelConfig
 from dpo.errors import ModelError
 from dpo.evaluate.answers import repetition
 from dpo.modeling.generation import Answer, Sampler, answer, decode, generate
+from tests.modeling.architectures import HYBRID, random_model
 
 SIZES = {"vocab_size": 100, "max_position_embeddings": 64}
 SMALL = {
@@ -50,16 +50,7 @@ ARCHITECTURES = {
     "mamba": {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
     # a cache of states alone, with no length to ask for; then one of both kinds
     "recurrent_gemma": GROUPED,
-    "granitemoehybrid": {
-        **GROUPED,
-        "layer_types": ["mamba", "attention"],
-        "mamba_n_heads": 4,
-        "mamba_d_head": 16,
-        "mamba_d_state": 8,
-        "num_local_experts": 2,
-        "num_experts_per_tok": 1,
-        "shared_intermediate_size": 32,
-    },
+    "granitemoehybrid": {**GROUPED, **HYBRID},
 }
 
 
@@ -68,13 +59,7 @@ class Tokenizer:
 
 
 def model_of(name):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        config = AutoConfig.for_model(name, **ARCHITECTURES[name], **ENDS)
-        model = AutoModelForCausalLM.from_config(config).eval()
+    model = random_model(name, {**ARCHITECTURES[name], **ENDS})
     for parameter in model.parameters():
         if parameter.dim() > 1:
             # weights as small as at the start would give every prompt the same answer

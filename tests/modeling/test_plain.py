@@ -1,7 +1,5 @@
 """Models without a packed path: their values equal a plain forward pass of each sequence alone."""
 
-import warnings
-
 import pytest
 import torch
 
@@ -10,6 +8,7 @@ from dpo.errors import ModelError
 from dpo.modeling import plain
 from dpo.modeling.load import load_model
 from dpo.modeling.scoring import response_sums, token_log_probs
+from tests.modeling.architectures import HYBRID, random_model
 from tests.modeling.test_packing import (
     LENGTHS,
     VOCABULARY,
@@ -57,31 +56,13 @@ CONFIGS = {
         "sliding_window": 8,
     },
     "mamba": {**SIZE, "state_size": 4},
-    "granitemoehybrid": {
-        **SIZE,
-        **HEADS,
-        "layer_types": ["mamba", "attention"],
-        "mamba_n_heads": 4,
-        "mamba_d_head": 16,
-        "mamba_d_state": 8,
-        "num_local_experts": 2,
-        "num_experts_per_tok": 1,
-        "shared_intermediate_size": 32,
-    },
+    "granitemoehybrid": {**SIZE, **HEADS, **HYBRID},
 }
 
 
 def build(name, **settings):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **settings)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        # grouped products of experts know no float64
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float64, experts_implementation="eager"
-        ).eval()
+    # grouped products of experts know no float64
+    model = random_model(name, settings, dtype=torch.float64, experts_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)
