@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = ["errors", "config", "storage", "data", "modeling", "train", "evaluate"]
+ORDER = ["errors", "config", "storage", "data", "distributed", "modeling", "train", "evaluate"]
 MAY_IMPORT = {name: set(ORDER[: number + 1]) for number, name in enumerate(ORDER)}
 MAY_IMPORT["evaluate"] -= {"train"}
 # torch-free like the data steps: the pipeline's preflight

@@ -1,5 +1,7 @@
 """Runs the models of an evaluation: scores of held-out pairs, answers to held-out prompts.
 
+Of several processes each holds the whole model and does a share; all have all results.
+
 One model is in memory at a time. The SFT model answers first; the policy then scores the pairs,
 answers, and scores both models' answers; the SFT model at last scores what the policy wrote.
 """
@@ -12,19 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import torch.distributed as dist
 
 from dpo.config.losses import SFTLoss
 from dpo.config.schema import RunConfig
 from dpo.data.log_probs import PairLogProbs
 from dpo.data.schema import TEST, Pair
 from dpo.data.tokenize import TokenizedExample, load_tokenizer
+from dpo.distributed.together import each_a_share
 from dpo.evaluate.kl import kl_figures
 from dpo.modeling.generation import Answer, answer, decode, encode
 from dpo.modeling.load import load_model
 from dpo.modeling.losses import uses_means
-from dpo.modeling.precision import DTYPES, compute_dtype
-from dpo.modeling.scoring import score
+from dpo.modeling.precision import DTYPES, best_device, compute_dtype
+from dpo.modeling.scoring import score_shared
 from dpo.storage.progress import Bar, track
 
 _KL_STREAM = 7919
@@ -81,7 +84,7 @@ class Measurement:
     ) -> None:
         self.config, self.rows, self.examples, self.tokenizer = config, rows, examples, tokenizer
         self.wanted = config.evaluation
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = best_device()
         self.sampled = spread(rows, self.wanted.n_samples)
         self.kl_rows = spread(rows, self.wanted.n_kl_samples)
         self.result = Measured(rows=self.sampled)
@@ -126,7 +129,7 @@ class Measurement:
     ) -> list[tuple[Any, ...]]:
         if not examples:
             return []
-        return score(
+        return score_shared(
             model,
             examples,
             dtype=compute_dtype(self.config.model, model.device.type),
@@ -156,15 +159,21 @@ class Measurement:
             "seed": self.config.seed,
             **how,
         }
-        return answer(
-            model,
-            tokenizer,
-            prompts,
-            max_new_tokens=wanted.max_new_tokens,
-            batch_size=wanted.batch_size,
-            advance=bar.advance,
-            **settings,
-        )
+
+        def share(part: Sequence[list[int]], numbers: range) -> list[Answer]:
+            return answer(
+                model,
+                tokenizer,
+                part,
+                max_new_tokens=wanted.max_new_tokens,
+                batch_size=wanted.batch_size,
+                advance=None if dist.is_initialized() else bar.advance,
+                numbers=numbers,
+                **settings,
+            )
+
+        # some batches each, for prompts of like length to be found
+        return each_a_share(prompts, share, at_once=4 * wanted.batch_size, advance=bar.advance)
 
     def _policy_answers(self, policy: Any, bar: Bar) -> list[TokenizedExample]:
         """Answers for the report, and the answers on which the KL is estimated."""

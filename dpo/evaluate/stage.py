@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from dpo.config.losses import SFTLoss
 from dpo.config.schema import RunConfig
 from dpo.config.stages import stage_settings
@@ -18,6 +20,8 @@ from dpo.data.parquet import read_pairs
 from dpo.data.schema import TEST, Pair
 from dpo.data.tokenize import Limits, TokenizedExample, load_tokenizer
 from dpo.data.tokens import tokenize_rows
+from dpo.distributed.launch import is_shared, launch
+from dpo.distributed.together import is_first
 from dpo.errors import ConfigError, DataError
 from dpo.evaluate.answers import answer_figures
 from dpo.evaluate.findings import findings
@@ -58,6 +62,9 @@ def run_evaluate(
 ) -> Manifest:
     """Measure a policy against the SFT model and write figures, samples and report.
 
+    Where the one host has several GPUs (or ``DPO_PROCESSES``), and ``trainer`` is not BasicTrainer,
+    each process loads the models and does a share of the pairs and answers.
+
     Args:
         config: Settings.
         output: Folder to make.
@@ -75,12 +82,21 @@ def run_evaluate(
         raise ConfigError(
             "loss=sft: the evaluation compares preferences", fix="use loss=dpo or ipo"
         )
-    if config.evaluation.judge.url:
+    if config.evaluation.judge.url and not dist.is_initialized():
         # before hours of measuring
         check_service(config.evaluation.judge)
+    if is_shared(config):
+        paths = {"output": output, "pairs": pairs, "sft": sft, "policy": policy}
+        paths["reference"] = reference
+        if published:
+            paths["published"] = published
+        launch(run_evaluate, "evaluate", config, paths, code)
+        return read_manifest(output, stage="evaluate")
     given = _read(config, pairs=pairs, sft=sft, policy=policy, reference=reference)
     measurement = Measurement(config, given.rows, given.examples, given.tokenizer)
     measured = measurement.run(Models(sft, policy, published))
+    if not is_first():
+        return Manifest("evaluate", (), "")
     held_out = HeldOut(
         prompts=[row.prompt for row in given.rows],
         before=given.before,

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dpo.errors import ModelError
 
@@ -94,12 +95,13 @@ def answer(
     seed: int = 0,
     batch_size: int = DEFAULT_BATCH,
     advance: Callable[[int], None] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[Answer]:
     """One answer to each prompt, in the order of the prompts.
 
     Where several processes hold one model (FSDP, tensor parallel), each calls this with the same
     arguments: all take the same number of forward passes, because a process goes on until no
-    process has an unfinished row.
+    process has an unfinished row. Processes that each hold the whole model do not wait for others.
 
     Args:
         model: A causal language model, or the module around it that FSDP shards (with the model as
@@ -112,28 +114,30 @@ def answer(
         seed: Of the sampling; the global random state is neither used nor changed.
         batch_size: Prompts answered at a time; fewer when a GPU's memory does not hold so many.
         advance: Called with the number of prompts just answered.
+        numbers: Which random stream each prompt has; by default its place.
     """
     root, model = model, model if hasattr(model, "config") else model.model
-    forward = _forward(model, root)
+    forward, together = _forward(model, root), _in_parts(model)
+    streams = range(len(prompts)) if numbers is None else numbers
     # prompts of like length together: little padding
     order = sorted(range(len(prompts)), key=lambda number: (len(prompts[number]), number))
 
-    def run(numbers: list[int]) -> list[Answer]:
-        batch = [list(prompts[number]) for number in numbers]
-        sampler = Sampler(temperature, top_p, [_stream(seed, number) for number in numbers])
-        return _answer_batch(model, forward, tokenizer.eos_token_id, batch, max_new_tokens, sampler)
+    def run(places: list[int]) -> list[Answer]:
+        state = _Batch.of(model, [prompts[place] for place in places], tokenizer.eos_token_id)
+        sampler = Sampler(temperature, top_p, [_stream(seed, streams[place]) for place in places])
+        return _answer_batch(state, forward, max_new_tokens, sampler, together=together)
 
     found: dict[int, Answer] = {}
     batches = _batches(order, prompts, batch_size, mixed=_new_cache(model) is not None)
-    for numbers, rows in _as_memory_allows(run, list(batches)):
-        found.update(zip(numbers, rows, strict=True))
+    for places, rows in _as_memory_allows(run, list(batches), together=together):
+        found.update(zip(places, rows, strict=True))
         if advance:
-            advance(len(numbers))
+            advance(len(places))
     return [found[number] for number in range(len(prompts))]
 
 
 def _as_memory_allows(
-    run: Callable[[list[int]], list[Answer]], batches: list[list[int]]
+    run: Callable[[list[int]], list[Answer]], batches: list[list[int]], *, together: bool
 ) -> Iterator[tuple[list[int], list[Answer]]]:
     """Each batch with its answers; when memory is short, this one and the later ones in halves."""
     while batches:
@@ -143,7 +147,7 @@ def _as_memory_allows(
             rows = run(numbers)
         except torch.OutOfMemoryError:
             # one process alone must not take other steps than those that hold the same model
-            if len(numbers) == 1 or _processes() > 1:
+            if len(numbers) == 1 or together:
                 raise
         # not in the except clause: its traceback would hold the tensors that filled the memory
         if rows is None:
@@ -207,18 +211,13 @@ class Sampler:
 
 
 def _answer_batch(
-    model: Any,
-    forward: Forward,
-    eos: int,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    sampler: Sampler,
+    state: _Batch, forward: Forward, max_new_tokens: int, sampler: Sampler, *, together: bool
 ) -> list[Answer]:
-    state = _Batch.of(model, prompts, eos)
+    prompts, eos = state.prompts, state.eos
     answers: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))
     """The prompt behind each row that is still in the batch."""
-    room = _room(model, max(map(len, prompts)), max_new_tokens)
+    room = _room(state.model, max(map(len, prompts)), max_new_tokens)
     logits_BV = state.read_prompts(forward)
     for position in range(room):
         chosen = sampler.choose(logits_BV)
@@ -227,7 +226,8 @@ def _answer_batch(
             if not answers[row] or answers[row][-1] != eos:
                 answers[row].append(token)
         going = [place for place, row in enumerate(rows) if answers[row][-1] != eos]
-        if not _any_process(bool(going), state.device) or position + 1 == room:
+        anyone = _any_process(bool(going), state.device) if together else going
+        if not anyone or position + 1 == room:
             break
         if going and len(going) <= _COMPACT_BELOW * len(rows):
             state.keep(going)
@@ -251,18 +251,22 @@ class _Batch:
     """The rows of a batch with their cache; without one (state space models), with their tokens."""
 
     model: Any
+    prompts: list[list[int]]
+    eos: int
     ids_BL: Tensor
     mask_BL: Tensor
     cache: Any
 
     @classmethod
-    def of(cls, model: Any, prompts: list[list[int]], pad: int) -> _Batch:
+    def of(cls, model: Any, prompts: Sequence[Sequence[int]], eos: int) -> _Batch:
         """Prompts padded on the left."""
         longest = max(map(len, prompts))
-        ids = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
+        ids = [[eos] * (longest - len(prompt)) + [*prompt] for prompt in prompts]
         mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         return cls(
             model,
+            [list(prompt) for prompt in prompts],
+            eos,
             torch.tensor(ids, device=model.device),
             torch.tensor(mask, device=model.device),
             _new_cache(model),
@@ -353,14 +357,13 @@ def _forward(model: Any, root: Any) -> Forward:
     return through
 
 
+def _in_parts(model: Any) -> bool:
+    """Whether several processes hold the model together."""
+    return any(isinstance(weight, DTensor) for weight in model.parameters())
+
+
 def _any_process(flag: bool, device: torch.device) -> bool:
     """Whether any process has rows that go on; every process must ask."""
-    if _processes() == 1:
-        return flag
     flags = torch.tensor([int(flag)], device=device)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return bool(flags.item())
-
-
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1

@@ -12,6 +12,11 @@ from dpo.config.schema import ModelConfig
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def best_device() -> str:
+    """``cuda`` where there is a GPU, else ``cpu``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @cache
 def has_fast_bfloat16(device_type: str) -> bool:
     """Whether the device multiplies bfloat16 in hardware; elsewhere it is slower than float32.

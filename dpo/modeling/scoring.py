@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dpo.data.packing import PackedBatch, pack
 from dpo.data.tokenize import TokenizedExample
+from dpo.distributed.together import each_a_share
 from dpo.modeling.attention import packed_attention, supports_packing
 from dpo.modeling.head import token_log_probs_from_hidden
 from dpo.modeling.kernels import ROW_MULTIPLE, is_by_torch, is_compiled
@@ -29,6 +31,9 @@ from dpo.modeling.rows import padded, row_tensors
 from dpo.storage.progress import Bar
 
 NDArray = npt.NDArray[np.float32]
+
+_SHARE = 256
+"""Examples that a process scores before the processes exchange what they have."""
 
 
 def token_log_probs(
@@ -139,3 +144,21 @@ def score(
     if shares:
         side_by_side(lane, list(zip(models, shares, strict=True)))
     return scored
+
+
+def score_shared(
+    model: Any,
+    examples: Sequence[TokenizedExample],
+    *,
+    dtype: torch.dtype,
+    token_budget: int,
+    bar: Bar | None = None,
+) -> list[tuple[NDArray, ...]]:
+    """``score`` over all processes: each holds the whole model and scores a share."""
+    own_bar = None if dist.is_initialized() else bar
+
+    def share(part: Sequence[TokenizedExample], _: range) -> list[tuple[NDArray, ...]]:
+        return score(model, part, dtype=dtype, token_budget=token_budget, bar=own_bar)
+
+    advance = bar.advance if bar else None
+    return each_a_share(examples, share, at_once=_SHARE, advance=advance)

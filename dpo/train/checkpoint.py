@@ -29,6 +29,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from dpo.data.loader import LoaderState
+from dpo.distributed.together import agree, gather, is_first, is_first_of_host, saving_group
 from dpo.errors import ArtifactError, ConfigError, DpoError, StoreError
 from dpo.storage.manifest import read_manifest, write_atomically, write_manifest
 from dpo.storage.mirror import Mirror
@@ -36,7 +37,6 @@ from dpo.storage.progress import message
 from dpo.train.log import FILE as METRICS
 from dpo.train.place import Place
 from dpo.train.scaling import LossScale
-from dpo.train.together import agree, gather, is_first, is_first_of_host, saving_group
 
 LATEST = "LATEST"
 FORMAT = 2

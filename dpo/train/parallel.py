@@ -16,11 +16,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dpo.config.schema import RunConfig, TrainerConfig
 from dpo.data.packing import PackedBatch
+from dpo.distributed.heartbeat import arrived
+from dpo.distributed.together import gather
 from dpo.errors import ConfigError, ModelError
 from dpo.modeling.precision import DTYPES
 from dpo.modeling.scoring import token_log_probs
-from dpo.train.heartbeat import arrived
-from dpo.train.together import gather
 
 T = TypeVar("T")
 

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from dpo.config.schema import RunConfig
 from dpo.config.stages import stage_settings
 from dpo.data.log_probs import PairLogProbs, write_log_probs
 from dpo.data.schema import TEST, TRAIN
 from dpo.data.tokenize import TokenizedExample
+from dpo.distributed.launch import is_shared, launch
+from dpo.distributed.together import is_first
 from dpo.modeling.load import check_length, load_for_training
-from dpo.modeling.precision import compute_dtype
-from dpo.modeling.scoring import NDArray, score
+from dpo.modeling.precision import best_device, compute_dtype
+from dpo.modeling.scoring import NDArray, score_shared
 from dpo.storage.manifest import Manifest, read_manifest, staged, write_manifest
 from dpo.storage.progress import track
 from dpo.train.data import load_examples
-from dpo.train.launch import launch, n_hosts, processes_here
-from dpo.train.together import gather, is_first
-from dpo.train.trainer import best_device
-
-_EACH = 256
-"""Pairs that a process scores before the processes exchange what they have: none waits long for
-another, whatever the number of pairs."""
 
 
 def run_reference(
@@ -48,9 +42,9 @@ def run_reference(
     Raises:
         DpoError: an input that is incomplete or does not fit.
     """
-    if _is_shared(config):
+    if is_shared(config):
         paths = {"output": output, "pairs": pairs, "model": model}
-        launch("reference", config, paths, code)
+        launch(run_reference, "reference", config, paths, code)
         return read_manifest(output, stage="reference")
     device = best_device()
     inputs = {"pairs": read_manifest(pairs, stage="ingest").content_hash}
@@ -86,29 +80,9 @@ def run_reference(
         )
 
 
-def _is_shared(config: RunConfig) -> bool:
-    """Whether processes are to be started; hosts that train together each score all pairs."""
-    alone = config.trainer.name == "BasicTrainer" or n_hosts() > 1
-    return not alone and not dist.is_initialized() and processes_here() > 1
-
-
 def _score(
     model: Any, examples: Sequence[TokenizedExample], dtype: torch.dtype, token_budget: int
 ) -> list[tuple[NDArray, ...]]:
     """Of all examples, in their order, in every process; each process does its share."""
     with track("reference", "pairs", len(examples)) as bar:
-        if not dist.is_initialized():
-            return score(model, examples, dtype=dtype, token_budget=token_budget, bar=bar)
-        rank, world = dist.get_rank(), dist.get_world_size()
-        scored = []
-        for part in _parts(examples, _EACH * world):
-            own = score(model, part[rank::world], dtype=dtype, token_budget=token_budget)
-            shares = gather(own)
-            scored += [shares[number % world][number // world] for number in range(len(part))]
-            bar.advance(len(part))
-        return scored
-
-
-def _parts(examples: Sequence[TokenizedExample], size: int) -> Iterator[Sequence[TokenizedExample]]:
-    for begin in range(0, len(examples), size):
-        yield examples[begin : begin + size]
+        return score_shared(model, examples, dtype=dtype, token_budget=token_budget, bar=bar)

@@ -18,6 +18,7 @@ from dpo.config.schema import RunConfig
 from dpo.config.stages import OUT_OF_BAND, Stage, stage_settings
 from dpo.data.log_probs import PairLogProbs, read_log_probs, select_log_probs
 from dpo.data.tokenize import TokenizedExample
+from dpo.distributed.together import barrier, is_first
 from dpo.errors import ConfigError
 from dpo.modeling.lanes import lanes_for
 from dpo.modeling.load import check_length, load_for_training, save_model
@@ -29,7 +30,7 @@ from dpo.modeling.lora import (
     save_adapter,
     whole_state,
 )
-from dpo.modeling.precision import DTYPES, compute_dtype
+from dpo.modeling.precision import DTYPES, best_device, compute_dtype
 from dpo.modeling.scoring import score
 from dpo.storage.manifest import MANIFEST, Manifest, read_manifest, staged, write_manifest
 from dpo.storage.progress import message, track
@@ -53,8 +54,7 @@ from dpo.train.place import Place, place_of
 from dpo.train.spread import spread_layers
 from dpo.train.step import Objective
 from dpo.train.tensor_parallel import parallelize
-from dpo.train.together import barrier, is_first
-from dpo.train.trainer import NLL_PER_TOKEN, Trainer, best_device, checkpoint_activations
+from dpo.train.trainer import NLL_PER_TOKEN, Trainer, checkpoint_activations
 
 
 def run_train(

@@ -20,6 +20,7 @@ from dpo.config.losses import SFTLoss
 from dpo.config.schema import RunConfig
 from dpo.data.log_probs import PairLogProbs
 from dpo.data.tokenize import TokenizedExample
+from dpo.distributed.together import barrier, is_first
 from dpo.errors import TrainingStopped
 from dpo.modeling.attention import NAME as PACKED
 from dpo.modeling.attention import packed_attention
@@ -30,7 +31,6 @@ from dpo.train.data import Examples
 from dpo.train.log import MetricLog
 from dpo.train.optimizer import build_optimizer, learning_rate
 from dpo.train.step import Objective, check_finite, check_starting_point, clip_gradients
-from dpo.train.together import barrier, is_first
 
 NLL_PER_TOKEN = "nll_train/per_token"  # nosec B105
 _COLLAPSE_SHARE = 0.2
@@ -292,11 +292,6 @@ class Trainer:
                 f"the chosen responses became less likely: their log-prob fell from {start:.1f} to "
                 f"{start + change:.1f}; raise beta, or lower lr",
             )
-
-
-def best_device() -> str:
-    """``cuda`` where there is a GPU, else ``cpu``."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def checkpoint_activations(model: Any, mode: str) -> None:

@@ -10,6 +10,7 @@ from dpo.data.stage import run_ingest
 from dpo.errors import DataError
 from dpo.evaluate.stage import run_evaluate
 from dpo.modeling import load
+from dpo.storage.manifest import read_manifest
 from dpo.train.reference import run_reference
 from dpo.train.stage import run_train
 
@@ -82,6 +83,45 @@ def test_models_are_loaded_with_the_kernels_of_training(trained, tmp_path, monke
     evaluate(trained, tmp_path / "plain", "model.kernels=plain")
     assert chosen
     assert set(chosen) == {"plain"}
+
+
+def test_two_processes_measure_what_one_measures(trained, tmp_path, monkeypatch):
+    """Sampled answers: each prompt has a stream of its own, whoever answers it.
+
+    Batches of one, so processes exchange what they have after 8 prompts: 13 take two exchanges,
+    and in the second one process has fewer.
+    """
+    settings = ["trainer=FSDPTrainer", "evaluation.temperature=0.8", "evaluation.n_samples=13"]
+    settings += ["evaluation.batch_size=1"]
+    found, samples = {}, {}
+    for processes in ("1", "2"):
+        monkeypatch.setenv("DPO_PROCESSES", processes)
+        output = tmp_path / processes
+        found[processes] = evaluate(trained, output, *settings, published=trained / "policy")
+        samples[processes] = json.loads((output / "samples.json").read_text(encoding="utf-8"))
+    assert len(samples["1"]) == 13
+    assert_alike(found["2"], found["1"])
+    assert_alike(samples["2"], samples["1"])
+    manifests = [read_manifest(tmp_path / processes) for processes in found]
+    assert manifests[0].settings == manifests[1].settings
+    assert manifests[0].inputs == manifests[1].inputs
+
+
+def assert_alike(seen, expected):
+    """The same values, numbers within float32's rounding of sums in another order."""
+    assert type(seen) is type(expected)
+    if isinstance(expected, dict):
+        assert seen.keys() == expected.keys()
+        for key in expected:
+            assert_alike(seen[key], expected[key])
+    elif isinstance(expected, list):
+        assert len(seen) == len(expected)
+        for one, other in zip(seen, expected, strict=True):
+            assert_alike(one, other)
+    elif isinstance(expected, float):
+        assert seen == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    else:
+        assert seen == expected
 
 
 def test_every_figure_is_there_and_finite(whole):

@@ -2,7 +2,7 @@
 
     python -m torch.distributed.run --nproc-per-node 2 -m tests.train.many jobs.json
 
-Each job is the arguments of ``run_train``, as ``dpo.train.launch`` writes them.
+Each job is the arguments of ``run_train``, as ``dpo.distributed.launch`` writes them.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from dpo.config.stages import load_stage
-from dpo.train.launch import only_first_reports_progress
+from dpo.distributed.launch import only_first_reports_progress
 from dpo.train.stage import run_train
 
 

@@ -12,9 +12,9 @@ from safetensors.numpy import load_file
 
 from dpo.config.compose import compose
 from dpo.config.stages import restrict, stage_json
+from dpo.distributed.launch import processes_here
 from dpo.errors import ConfigError, MissingDependency, ModelError
 from dpo.modeling.vocab_parallel import _own
-from dpo.train.launch import processes_here
 from dpo.train.parallel import find_blocks
 from dpo.train.spread import shares, spread_layers
 from dpo.train.stage import run_train

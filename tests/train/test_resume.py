@@ -152,7 +152,7 @@ def workers_of(process, n=2):
     """The processes of the training, in the order of their ranks, once it has begun."""
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
-        found = [p for p in children_of(process) if b"dpo.train.worker" in command_of(p)]
+        found = [p for p in children_of(process) if b"dpo.distributed.worker" in command_of(p)]
         if len(found) == n:
             return found
         time.sleep(0.05)
@@ -168,7 +168,7 @@ def command_of(pid):
 
 def assert_gone(pids):
     deadline = time.monotonic() + 20
-    while any(b"dpo.train.worker" in command_of(pid) for pid in pids):
+    while any(b"dpo.distributed.worker" in command_of(pid) for pid in pids):
         assert time.monotonic() < deadline, "a process was left behind"
         time.sleep(0.1)
 

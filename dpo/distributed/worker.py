@@ -1,7 +1,8 @@
-"""One process of a training or scoring over several: started by ``dpo.train.launch``."""
+"""One process of a stage that several do together: started by ``dpo.distributed.launch``."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -16,12 +17,10 @@ import torch
 import torch.distributed as dist
 
 from dpo.config.stages import load_stage
+from dpo.distributed.heartbeat import Heartbeat
+from dpo.distributed.launch import announce, only_first_reports_progress, report_error
 from dpo.errors import DpoError, TrainingError, system_problem
 from dpo.storage.processes import die_with_parent
-from dpo.train.heartbeat import Heartbeat
-from dpo.train.launch import announce, only_first_reports_progress, report_error
-from dpo.train.reference import run_reference
-from dpo.train.stage import run_train
 
 _BROKEN = ("connection", "timed out", "timeout", "peer", "socket", "gloo", "nccl")
 """Words of the errors that a process gets when another one is gone."""
@@ -75,12 +74,10 @@ def _connect(timeout_seconds: float) -> None:
 
 def _run(job: dict[str, Any]) -> None:
     paths = {name: Path(value) if value else None for name, value in job["paths"].items()}
-    output, pairs = paths.pop("output"), paths.pop("pairs")
-    assert output is not None
-    assert pairs is not None
+    module, function = job["run"]
+    run = getattr(importlib.import_module(module), function)
     config = load_stage(job["stage"], job["settings"])
-    run = run_reference if job["stage"] == "reference" else run_train
-    run(config, output, pairs=pairs, **paths, code=job["code"])
+    run(config, paths.pop("output"), **paths, code=job["code"])
 
 
 def _silence(silent: str, timeout_seconds: float) -> TrainingError:

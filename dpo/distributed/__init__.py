@@ -1,0 +1,1 @@
+"""Several processes that do one stage together: how they start, live and exchange."""

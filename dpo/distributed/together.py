@@ -1,0 +1,94 @@
+"""What the processes of one stage tell each other beside tensors; one process alone as well."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from dpo.distributed.heartbeat import arrived
+
+T = TypeVar("T")
+R = TypeVar("R")
+_saving: Any = None
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes files."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def is_first_of_host() -> bool:
+    """Whether this is the process that moves files of this host."""
+    return not dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        arrived()
+        dist.barrier()
+
+
+def agree(value: T) -> T:
+    """The first process's value, in every process."""
+    if not dist.is_initialized():
+        return value
+    arrived()
+    found = [value]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def gather(value: T, group: Any = None) -> list[T]:
+    """The value of every process (of ``group``), in the order of ranks."""
+    if not dist.is_initialized():
+        return [value]
+    if group is None:
+        arrived()
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, value, group=group)
+    return found
+
+
+def each_a_share(
+    items: Sequence[T],
+    do: Callable[[Sequence[T], range], Sequence[R]],
+    *,
+    at_once: int,
+    advance: Callable[[int], object] | None = None,
+) -> list[R]:
+    """What ``do`` makes of all items, in their order, in every process; each does its share.
+
+    Processes exchange what they have after ``at_once`` items of each: none waits long for another,
+    however many items there are.
+
+    Args:
+        items: The same in every process.
+        do: Given some of the items and their numbers, returns one result for each. One process
+            alone is given all of them.
+        at_once: Items of one process between two exchanges.
+        advance: Told how many more are done; one process alone leaves that to ``do``.
+    """
+    if not dist.is_initialized():
+        return list(do(items, range(len(items))))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    found: list[R] = []
+    for begin in range(0, len(items), at_once * world):
+        end = min(len(items), begin + at_once * world)
+        numbers = range(begin + rank, end, world)
+        shares = gather(do([items[number] for number in numbers], numbers))
+        found += [shares[n % world][n // world] for n in range(end - begin)]
+        if advance:
+            advance(end - begin)
+    return found
+
+
+def saving_group() -> Any:
+    """A gloo group of its own: saving on the group of the training aborts or hangs (torch 2.13)."""
+    global _saving
+    if dist.is_initialized() and _saving is None:
+        _saving = dist.new_group(backend="gloo")
+    return _saving
