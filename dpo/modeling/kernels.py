@@ -20,13 +20,19 @@ _BY_TORCH = "_dpo_output_layer_by_torch"
 
 
 def apply_kernels(
-    model: Any, kernels: str, *, compiled: bool = False, output_layer: str = "tiled"
+    model: Any,
+    kernels: str,
+    *,
+    device: str | None = None,
+    compiled: bool = False,
+    output_layer: str = "tiled",
 ) -> None:
     """Prepare ``model`` in place; its weights and their names stay.
 
     Args:
         model: A causal language model of transformers.
         kernels: ``auto``, ``plain`` or ``liger``.
+        device: Type of the device that it will run on; by default where its weights are.
         compiled: As ``model.compile``.
         output_layer: As ``model.output_layer``.
 
@@ -36,6 +42,7 @@ def apply_kernels(
             is asked for.
     """
     keep_freed_memory()
+    device = device or model.device.type
     if output_layer == "torch" and not has_linear_cross_entropy():
         raise ConfigError(
             f"torch {torch.__version__} has no chunked F.linear_cross_entropy",
@@ -44,8 +51,8 @@ def apply_kernels(
         )
     setattr(model, _BY_TORCH, output_layer == "torch")
     if kernels == "liger":
-        _liger(model)
-    elif kernels == "auto" and model.device.type == "cpu" and not compiled:
+        _liger(model, device)
+    elif kernels == "auto" and device == "cpu" and not compiled:
         fuse(model)
     if compiled:
         compile_blocks(model)
@@ -81,7 +88,7 @@ def is_by_torch(model: Any) -> bool:
     return bool(getattr(model, _BY_TORCH, False))
 
 
-def _liger(model: Any) -> None:
+def _liger(model: Any, device: str) -> None:
     try:
         from liger_kernel.transformers import monkey_patch
     except ImportError:
@@ -90,9 +97,9 @@ def _liger(model: Any) -> None:
             where="model.kernels",
             fix="pip install liger-kernel (it needs a GPU), or use model.kernels=auto",
         ) from None
-    if model.device.type != "cuda":
+    if device != "cuda":
         raise ConfigError(
-            f"liger-kernel runs on a GPU; the model is on {model.device.type}",
+            f"liger-kernel runs on a GPU; the model is on {device}",
             where="model.kernels",
             fix="use model.kernels=auto",
         )

@@ -6,7 +6,7 @@ import os
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,6 +20,9 @@ from dpo.modeling.lora import base_of, is_adapter, merge_saved
 from dpo.modeling.precision import DTYPES
 from dpo.modeling.quiet import quiet
 from dpo.storage.base_model import local_model, local_tokenizer
+
+Weights = Literal["device", "cpu", "none"]
+"""Where a loaded model's weights are."""
 
 _SHARD_SIZE = "2GB"
 _TEXT = "\n\nHuman: How do I write a test?\n\nAssistant: Begin with what may go wrong, 123."
@@ -35,6 +38,7 @@ def load_model(
     kernels: str = "auto",
     compiled: bool = False,
     output_layer: str = "tiled",
+    weights: Weights = "device",
 ) -> Any:
     """A model in evaluation mode (no dropout, as the paper trains), with gradients.
 
@@ -48,6 +52,8 @@ def load_model(
         kernels: As ``model.kernels``.
         compiled: As ``model.compile``.
         output_layer: As ``model.output_layer``.
+        weights: ``device``; or, for a model that is spread over processes, ``cpu``, or ``none``: on
+            the meta device, without values (as far as its class can be made there, else ``cpu``).
 
     Raises:
         ModelError: the folder holds no causal model that transformers can load.
@@ -61,9 +67,21 @@ def load_model(
             device=device,
             trust_remote_code=trust_remote_code,
             kernels=kernels,
+            weights=weights,
         )
-        return merge_saved(base, folder).eval()
+        # merged weights have the base's names and shapes
+        return base if _has_no_values(base) else merge_saved(base, folder).eval()
     check_folder(folder)
+    model = _shell(folder, dtype, trust_remote_code) if weights == "none" else None
+    if model is None:
+        model = _with_values(folder, dtype, trust_remote_code)
+    if weights == "device":
+        model = model.to(device)
+    apply_kernels(model, kernels, device=device, compiled=compiled, output_layer=output_layer)
+    return model
+
+
+def _with_values(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     try:
         model, found = _from_folder(folder, dtype, trust_remote_code)
     except Exception as error:
@@ -74,9 +92,34 @@ def load_model(
             fix="give model.name_or_path a causal language model of transformers",
         ) from None
     _refuse_unfilled(model, found, folder)
-    model = model.eval().to(device)
-    apply_kernels(model, kernels, compiled=compiled, output_layer=output_layer)
-    return model
+    return model.eval()
+
+
+def _shell(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """The model on the meta device; None for a class that looks at values while it is made."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            try:
+                options["attn_implementation"] = "sdpa"
+                model = AutoModelForCausalLM.from_config(config, **options)
+            except ValueError:
+                del options["attn_implementation"]
+                model = AutoModelForCausalLM.from_config(config, **options)
+    except Exception:
+        return None
+    hidden = (value for module in model.modules() for value in vars(module).values())
+    if any(isinstance(value, torch.Tensor) and value.is_meta for value in hidden):
+        # neither weight nor buffer: nobody would hand it over
+        return None
+    return model.eval()
+
+
+def _has_no_values(model: Any) -> bool:
+    return any(weight.is_meta for weight in model.parameters())
 
 
 def _from_folder(
@@ -132,9 +175,11 @@ def _base_folder(adapter: Path) -> Path:
 
 
 def load_for_training(
-    model: ModelConfig, base: Path | None, *, device: str = "cpu"
+    model: ModelConfig, base: Path | None, *, device: str = "cpu", weights: Weights = "device"
 ) -> tuple[Any, Any]:
     """Policy and tokenizer to start from: ``base``, else ``model.archive``, else the base model.
+
+    ``weights`` as in ``load_model``.
 
     Raises:
         ModelError: they cannot be loaded or do not fit each other.
@@ -146,11 +191,13 @@ def load_for_training(
         "kernels": model.kernels,
         "compiled": model.compile,
         "output_layer": model.output_layer,
+        "weights": weights,
     }
     archive = None if base is not None or model.archive is None else Path(model.archive)
     if archive is not None and archive.is_file():
         policy = load_model(local_model(model), dtype, **options)
-        load_policy_file(policy, archive)
+        if not _has_no_values(policy):
+            load_policy_file(policy, archive)
         tokenizer = load_tokenizer(local_tokenizer(model))
     else:
         folder = base or (checkpoint_folder(archive) if archive else local_model(model))

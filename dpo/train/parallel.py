@@ -18,6 +18,7 @@ from dpo.config.schema import RunConfig, TrainerConfig
 from dpo.data.packing import PackedBatch
 from dpo.distributed.heartbeat import arrived
 from dpo.distributed.together import gather
+from dpo.distributed.weights import take_from_first
 from dpo.errors import ConfigError, ModelError
 from dpo.modeling.precision import DTYPES
 from dpo.modeling.scoring import token_log_probs
@@ -175,10 +176,19 @@ def check_examples(n_examples: int, ranks: Ranks) -> None:
         )
 
 
-def shard(scorer: Scorer, config: RunConfig, mesh: DeviceMesh) -> Scorer:
+def shard(
+    scorer: Scorer, config: RunConfig, mesh: DeviceMesh, *, device: str | None = None
+) -> Scorer:
     """FSDP2: each transformer block, then embeddings and output weights, spread over the mesh.
 
     With two axes a model is spread along the second and repeated along the first.
+
+    Args:
+        scorer: Around the model.
+        config: Settings.
+        mesh: The processes.
+        device: Where each process is to hold its shard of the first process's weights, which are
+            handed over block by block; None: every process has the weights where it wants them.
 
     Raises:
         ModelError: ``model.block_name`` names no class in the model.
@@ -196,7 +206,11 @@ def shard(scorer: Scorer, config: RunConfig, mesh: DeviceMesh) -> Scorer:
         param_dtype=DTYPES[mixed] if mixed else None, reduce_dtype=torch.float32
     )
     for block in blocks:
+        if device:
+            take_from_first(block, device)
         fully_shard(block, mesh=mesh, mp_policy=policy)
+    if device:
+        take_from_first(scorer, device)
     fully_shard(scorer, mesh=mesh, mp_policy=policy)
     # embeddings and output weights are gathered for the whole of it
     register_fsdp_forward_method(scorer, "generate")

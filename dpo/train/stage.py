@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from dpo.config.schema import RunConfig
 from dpo.config.stages import OUT_OF_BAND, Stage, stage_settings
 from dpo.data.log_probs import PairLogProbs, read_log_probs, select_log_probs
 from dpo.data.tokenize import TokenizedExample
-from dpo.distributed.together import barrier, is_first
+from dpo.distributed.together import agree, barrier, is_first
+from dpo.distributed.weights import outline
 from dpo.errors import ConfigError
 from dpo.modeling.lanes import lanes_for
 from dpo.modeling.load import check_length, load_for_training, save_model
@@ -159,7 +161,8 @@ def _trainer(
     ranks = Ranks.here(layout)
     check_batch(config, ranks)
     torch.manual_seed(config.seed)
-    model, tokenizer = _load(config, base, device)
+    sharded = layout is not None and layout.tensor is None
+    model, tokenizer = (_load_once if sharded else _load)(config, base, device)
     check_length(model, config.max_length)
     if config.lora.enabled:
         _refuse_lora_with(config)
@@ -183,7 +186,7 @@ def _trainer(
     if layout and layout.tensor:
         parallelize(model, layout.tensor)
     if layout and layout.data:
-        scorer = shard(scorer, config, layout.data)
+        scorer = shard(scorer, config, layout.data, device=device if sharded else None)
         # FSDP casts by itself where it is asked to
         dtype = DTYPES[config.model.fsdp_policy_mp] if config.model.fsdp_policy_mp else dtype
     objective = Objective(
@@ -211,6 +214,17 @@ def _load(config: RunConfig, base: Path | None, device: str) -> tuple[Any, Any]:
     model, tokenizer = load_for_training(config.model.model_copy(update=own), base)
     devices = [torch.device("cuda", number) for number in range(gpus)]
     spread_layers(model, find_blocks(model, config.model.block_name), devices)
+    return model, tokenizer
+
+
+def _load_once(config: RunConfig, base: Path | None, device: str) -> tuple[Any, Any]:
+    """Model and tokenizer; the first process alone has the weights, on the CPU, until ``shard``."""
+    load = partial(load_for_training, config.model, base, device=device)
+    model, tokenizer = load(weights="cpu" if is_first() else "none")
+    own = outline(model)
+    if agree(own) != own:
+        # a class that depends on its weights
+        model, tokenizer = load(weights="cpu")
     return model, tokenizer
 
 

@@ -1,0 +1,62 @@
+"""Weights that one process read and the others got: equal to those in the files."""
+
+import json
+import subprocess
+import sys
+
+import torch
+from torch import nn
+
+from dpo.distributed.weights import outline
+from tests.modeling.architectures import random_model
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+}
+GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 64}
+KINDS = {
+    "gemma": SMALL | {"num_key_value_heads": 2, "head_dim": 8},
+    "gpt2": GPT,
+    "gpt_neox": SMALL,
+    "gptj": GPT | {"rotary_dim": 4},
+    "llama": SMALL | {"tie_word_embeddings": False},
+}
+"""With tied weights and without; gptj computes positions while it is made, and keeps them apart."""
+
+
+def test_two_processes_have_what_one_read(tmp_path):
+    for kind, settings in KINDS.items():
+        model = random_model(kind, settings)
+        for weight in model.parameters():
+            # norms and biases begin as ones and zeros, which an empty model might have by chance
+            nn.init.normal_(weight, 0.5, 0.1)
+        model.save_pretrained(tmp_path / kind)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command += ["-m", "tests.distributed.handed_over", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert set(found) == set(KINDS)
+    for kind, seen in found.items():
+        assert seen["equal"], kind
+        assert seen["same outline"], kind
+        assert seen["ties"] == seen["expected ties"] == (kind in ("gemma", "gpt2")), kind
+    # all but one were empty before
+    assert [kind for kind, seen in found.items() if not seen["empty"]] == ["gptj"]
+
+
+def test_an_outline_shows_names_shapes_types_and_what_is_trained():
+    def model(name="a", size=3, dtype=torch.float32, *, trained=True):
+        made = nn.Module()
+        weight = nn.Parameter(torch.zeros(size, dtype=dtype), requires_grad=trained)
+        made.register_parameter(name, weight)
+        return made
+
+    others = [model("b"), model(size=4), model(dtype=torch.bfloat16), model(trained=False)]
+    assert outline(model()) == outline(model().to("meta"))
+    assert len({outline(other) for other in [model(), *others]}) == 5
