@@ -285,6 +285,9 @@ def _warnings(config: RunConfig, shape: Architecture, machine: Machine) -> Itera
         yield "trainer=BasicTrainer trains in one process: FSDPTrainer shares the weights"
 
 
+_HALF_GATHERED = "model.fsdp_policy_mp=bfloat16"
+
+
 @dataclass(frozen=True)
 class _Change:
     """A change of settings and the words for it."""
@@ -297,14 +300,21 @@ class _Change:
 def _advice(
     config: RunConfig, shape: Architecture, machine: Machine, lengths: Lengths
 ) -> Iterator[str]:
-    """Changes with which it fits; each alone first, then all that cost no quality together."""
-    found = 0
-    for change in (*_alone(config, machine), *_together(config, machine)):
-        job = job_of(change.config, shape, change.machine, lengths)
-        total = predict(job).total / GIB
-        if total <= machine.memory_gib:
-            found += 1
-            yield f"{change.words}: {total:.1f} GiB a GPU"
+    """Changes with which it fits: each alone, then all that cost no quality together.
+
+    The latter only if none of the former does on the GPUs that there are.
+    """
+    found, on_these_gpus = 0, False
+    for changes in (_alone(config, machine), _together(config, machine)):
+        if on_these_gpus:
+            break
+        for change in changes:
+            job = job_of(change.config, shape, change.machine, lengths)
+            total = predict(job).total / GIB
+            if total <= machine.memory_gib:
+                found += 1
+                on_these_gpus |= change.machine.gpus == machine.gpus
+                yield f"{change.words}: {total:.1f} GiB a GPU"
     if not found:
         yield (
             f"nothing that this project can set makes it fit into {machine.memory_gib:g} GiB: "
@@ -314,6 +324,7 @@ def _advice(
 
 def _alone(config: RunConfig, machine: Machine) -> Iterator[_Change]:
     yield from _smaller_batches(config, machine)
+    yield from _half_gathered(config, machine)
     for mode in ("selective", "full"):
         if config.activation_checkpointing == "none":
             words = f"activation_checkpointing={mode}"
@@ -328,6 +339,8 @@ def _together(config: RunConfig, machine: Machine) -> Iterator[_Change]:
     tokens = min(config.micro_batch_tokens, config.max_length)
     frugal = _with(config, activation_checkpointing="full", micro_batch_tokens=tokens)
     words = f"activation_checkpointing=full micro_batch_tokens={tokens}"
+    for half in _half_gathered(frugal, machine):
+        frugal, words = half.config, f"{words} {half.words}"
     yield _Change(words, frugal, machine)
     for change in _more_gpus(frugal, machine):
         yield replace(change, words=f"{words} {change.words}")
@@ -342,12 +355,30 @@ def _smaller_batches(config: RunConfig, machine: Machine) -> Iterator[_Change]:
         yield _Change(words, _with(config, micro_batch_tokens=tokens), machine)
 
 
+def _half_gathered(config: RunConfig, machine: Machine) -> Iterator[_Change]:
+    """Weights gathered in bfloat16.
+
+    Of weights that are gathered in float32, autocast keeps a cast of each for the backward pass:
+    the whole model, on every GPU.
+    """
+    sharded = config.trainer.name == "FSDPTrainer" and machine.gpus > 1
+    if sharded and _mode(config, machine, machine.gpus) == "autocast":
+        yield _Change(_HALF_GATHERED, _with_half_gathered(config), machine)
+
+
+def _with_half_gathered(config: RunConfig) -> RunConfig:
+    model = config.model.model_copy(update={"fsdp_policy_mp": "bfloat16"})
+    return _with(config, model=model)
+
+
 def _more_gpus(config: RunConfig, machine: Machine) -> Iterator[_Change]:
     """The first doubling that fits is enough: the caller keeps those that do."""
     sharded = config.trainer.name != "BasicTrainer"
     words = "" if sharded else "trainer=FSDPTrainer "
     trainer = config.trainer.model_copy(update={"name": "FSDPTrainer"})
     spread = config if sharded else _with(config, trainer=trainer)
+    for half in _half_gathered(spread, replace(machine, gpus=2)):
+        spread, words = half.config, f"{words}{half.words} "
     more = 2 * max(1, machine.gpus) if sharded else max(2, machine.gpus)
     shape = architecture_of(config.model)
     while more <= _MOST_GPUS:

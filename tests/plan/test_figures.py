@@ -188,6 +188,23 @@ def test_what_does_not_fit_says_what_would():
     assert error.value.exit_code == 2
 
 
+def test_gathering_in_bfloat16_is_advised_where_casts_of_float32_weights_do_not_fit():
+    """Autocast keeps 2 bytes of each of the 6.48 billion weights in Llama 7B's blocks' matrices
+    (32 x (4 x 4096 x 4096 + 3 x 4096 x 11008)), 12.1 GiB; gathered in bfloat16 none is kept."""
+    settings = ["model=llama7b", "batch_size=64", "trainer=FSDPTrainer"]
+    machine = Machine(gpus=8, gpu_memory_gib=24)
+    plan = plan_stage(config(*settings), machine)
+    assert not plan.fits
+    assert plan.advice[0].startswith("model.fsdp_policy_mp=bfloat16: ")
+    # no more GPUs are needed, nor anything beside
+    assert not any("gpus=8" in line or "micro_batch_tokens=5" in line for line in plan.advice)
+    half = plan_stage(config(*settings, "model.fsdp_policy_mp=bfloat16"), machine)
+    assert half.fits
+    casts = 32 * (4 * 4096**2 + 3 * 4096 * 11008) * 2
+    assert plan.memory.weights - half.memory.weights > 0.9 * casts
+    assert not half.advice
+
+
 def test_nothing_fits_into_a_gibibyte():
     plan = plan_stage(config("model=llama7b"), Machine(gpu_memory_gib=1, gpus=1))
     assert "nothing that this project can set" in plan.advice[0]
