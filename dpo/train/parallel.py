@@ -1,4 +1,4 @@
-"""Several processes that train one model: how they are arranged, and FSDP2.
+"""Several processes that train one model: how they are arranged, and their shares.
 
 Axes: E examples.
 """
@@ -9,19 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dpo.config.schema import RunConfig, TrainerConfig
-from dpo.data.packing import PackedBatch
 from dpo.distributed.heartbeat import arrived
 from dpo.distributed.together import gather
-from dpo.distributed.weights import take_from_first
-from dpo.errors import ConfigError, ModelError
-from dpo.modeling.precision import DTYPES
-from dpo.modeling.scoring import token_log_probs
+from dpo.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -116,36 +111,6 @@ def _divides(size: int, world: int, key: str) -> None:
         )
 
 
-class Scorer(nn.Module):
-    """The whole forward pass of training as one module, which FSDP can wrap.
-
-    Packed rows go through the base model and the output weights separately, so neither of them
-    alone could be the root that gathers embeddings and output weights.
-    """
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: PackedBatch, dtype: torch.dtype, packed: bool | None = None) -> Tensor:
-        """Log-probability of every response token of a row; float32, shape [N]."""
-        return token_log_probs(self.model, batch, dtype=dtype, packed=packed)
-
-    @property
-    def device(self) -> torch.device:
-        """Where its inputs have to be."""
-        device: torch.device = self.model.device
-        return device
-
-    def generate(self, **arguments: Any) -> Any:
-        """Sample from the model; every process has to, with the same prompts.
-
-        Each gathers weights from all for each token, so a process that stayed away, or had other
-        prompts and so another number of tokens, would keep the others waiting for ever.
-        """
-        return self.model.generate(**arguments)
-
-
 def check_batch(config: RunConfig, ranks: Ranks) -> None:
     """The reference code's arithmetic: examples a process and micro-batch come out whole.
 
@@ -174,77 +139,6 @@ def check_examples(n_examples: int, ranks: Ranks) -> None:
             where="number of processes",
             fix=f"start at most {n_examples} (DPO_PROCESSES), or train on more examples",
         )
-
-
-def shard(
-    scorer: Scorer, config: RunConfig, mesh: DeviceMesh, *, device: str | None = None
-) -> Scorer:
-    """FSDP2: each transformer block, then embeddings and output weights, spread over the mesh.
-
-    With two axes a model is spread along the second and repeated along the first.
-
-    Args:
-        scorer: Around the model.
-        config: Settings.
-        mesh: The processes.
-        device: Where each process is to hold its shard of the first process's weights, which are
-            handed over block by block; None: every process has the weights where it wants them.
-
-    Raises:
-        ModelError: ``model.block_name`` names no class in the model.
-    """
-    from torch.distributed.fsdp import (
-        MixedPrecisionPolicy,
-        fully_shard,
-        register_fsdp_forward_method,
-    )
-
-    blocks = find_blocks(scorer.model, config.model.block_name)
-    mixed = config.model.fsdp_policy_mp
-    # gradients are summed in float32 whatever the products' type
-    policy = MixedPrecisionPolicy(
-        param_dtype=DTYPES[mixed] if mixed else None, reduce_dtype=torch.float32
-    )
-    for block in blocks:
-        if device:
-            take_from_first(block, device)
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    if device:
-        take_from_first(scorer, device)
-    fully_shard(scorer, mesh=mesh, mp_policy=policy)
-    # embeddings and output weights are gathered for the whole of it
-    register_fsdp_forward_method(scorer, "generate")
-    return scorer
-
-
-def release(scorer: Any) -> None:
-    """Give back what a forward pass without a backward pass has left gathered.
-
-    Of the root FSDP keeps the whole weights after a forward pass. Whoever then asks for the model's
-    parameters, an optimiser for example, gets those and not the shards that are trained.
-    """
-    from torch.distributed.fsdp import FSDPModule
-
-    if isinstance(scorer, FSDPModule):
-        scorer.reshard()
-
-
-def find_blocks(model: Any, block_name: str | None) -> list[Any]:
-    """The transformer blocks: modules of class ``block_name``, or those that the model declares.
-
-    Raises:
-        ModelError: there are none of that name.
-    """
-    names = {block_name} if block_name else set(getattr(model, "_no_split_modules", None) or ())
-    found = [module for module in model.modules() if type(module).__name__ in names]
-    if found or not block_name:
-        return found
-    known = sorted({type(module).__name__ for module in model.modules() if any(module.children())})
-    raise ModelError(
-        f"the model has no block {block_name}",
-        where="model.block_name",
-        fix=f"leave it out, or name one of {', '.join(known)}",
-    )
 
 
 def whole_weights(model: Any) -> dict[str, Tensor] | None:

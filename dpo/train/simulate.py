@@ -29,9 +29,10 @@ from dpo.data.packing import pack
 from dpo.data.tokenize import TokenizedExample
 from dpo.modeling import attention
 from dpo.modeling.precision import DTYPES, autocast
+from dpo.modeling.sharded import Scorer, shard
 from dpo.plan.architecture import config_values
 from dpo.train.optimizer import build_optimizer
-from dpo.train.parallel import Layout, Scorer, shard
+from dpo.train.parallel import Layout
 from dpo.train.step import Objective
 from dpo.train.trainer import checkpoint_activations
 
@@ -127,7 +128,7 @@ def peak_bytes(
             # outside: the mesh of processes is made of real tensors
             mesh = Layout.of(config.trainer, "cpu").data
             assert mesh is not None
-            scorer = shard(scorer, config, mesh)
+            scorer = shard(scorer, config.model, mesh)
         with fake:
             _steps(config, scorer, dtype, row, n_rows)
     return count.peak

@@ -19,8 +19,7 @@ from dpo.config.schema import RunConfig
 from dpo.config.stages import OUT_OF_BAND, Stage, stage_settings
 from dpo.data.log_probs import PairLogProbs, read_log_probs, select_log_probs
 from dpo.data.tokenize import TokenizedExample
-from dpo.distributed.together import agree, barrier, is_first
-from dpo.distributed.weights import outline
+from dpo.distributed.together import barrier, is_first
 from dpo.errors import ConfigError
 from dpo.modeling.lanes import lanes_for
 from dpo.modeling.load import check_length, load_for_training, save_model
@@ -34,6 +33,7 @@ from dpo.modeling.lora import (
 )
 from dpo.modeling.precision import DTYPES, best_device, compute_dtype
 from dpo.modeling.scoring import score
+from dpo.modeling.sharded import Scorer, find_blocks, load_once, release, shard
 from dpo.storage.manifest import MANIFEST, Manifest, read_manifest, staged, write_manifest
 from dpo.storage.progress import message, track
 from dpo.train.checkpoint import Checkpoints
@@ -41,17 +41,7 @@ from dpo.train.data import Examples, load_examples
 from dpo.train.launch import launch
 from dpo.train.log import FILE as METRICS
 from dpo.train.log import MetricLog, open_sinks
-from dpo.train.parallel import (
-    Layout,
-    Ranks,
-    Scorer,
-    check_batch,
-    check_examples,
-    find_blocks,
-    release,
-    shard,
-    whole_weights,
-)
+from dpo.train.parallel import Layout, Ranks, check_batch, check_examples, whole_weights
 from dpo.train.place import Place, place_of
 from dpo.train.spread import spread_layers
 from dpo.train.step import Objective
@@ -162,7 +152,8 @@ def _trainer(
     check_batch(config, ranks)
     torch.manual_seed(config.seed)
     sharded = layout is not None and layout.tensor is None
-    model, tokenizer = (_load_once if sharded else _load)(config, base, device)
+    load = partial(load_for_training, config.model, base, device=device)
+    model, tokenizer = load_once(load) if sharded else _load(config, base, device)
     check_length(model, config.max_length)
     if config.lora.enabled:
         _refuse_lora_with(config)
@@ -186,7 +177,7 @@ def _trainer(
     if layout and layout.tensor:
         parallelize(model, layout.tensor)
     if layout and layout.data:
-        scorer = shard(scorer, config, layout.data, device=device if sharded else None)
+        scorer = shard(scorer, config.model, layout.data, device=device if sharded else None)
         # FSDP casts by itself where it is asked to
         dtype = DTYPES[config.model.fsdp_policy_mp] if config.model.fsdp_policy_mp else dtype
     objective = Objective(
@@ -214,17 +205,6 @@ def _load(config: RunConfig, base: Path | None, device: str) -> tuple[Any, Any]:
     model, tokenizer = load_for_training(config.model.model_copy(update=own), base)
     devices = [torch.device("cuda", number) for number in range(gpus)]
     spread_layers(model, find_blocks(model, config.model.block_name), devices)
-    return model, tokenizer
-
-
-def _load_once(config: RunConfig, base: Path | None, device: str) -> tuple[Any, Any]:
-    """Model and tokenizer; the first process alone has the weights, on the CPU, until ``shard``."""
-    load = partial(load_for_training, config.model, base, device=device)
-    model, tokenizer = load(weights="cpu" if is_first() else "none")
-    own = outline(model)
-    if agree(own) != own:
-        # a class that depends on its weights
-        model, tokenizer = load(weights="cpu")
     return model, tokenizer
 
 

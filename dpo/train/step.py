@@ -31,7 +31,8 @@ from dpo.modeling.metrics import Split, preference_metrics, sft_metrics
 from dpo.modeling.precision import autocast
 from dpo.modeling.rows import prefetch
 from dpo.modeling.scoring import response_lengths, response_sums
-from dpo.train.parallel import Ranks, Scorer
+from dpo.modeling.sharded import Scorer
+from dpo.train.parallel import Ranks
 
 _TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 4e-3}
 """Largest |h| at step 0 as a share of the responses' summed log-probabilities."""

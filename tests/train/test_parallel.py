@@ -14,8 +14,8 @@ from dpo.config.compose import compose
 from dpo.config.stages import restrict, stage_json
 from dpo.distributed.launch import processes_here
 from dpo.errors import ConfigError, MissingDependency, ModelError
+from dpo.modeling.sharded import find_blocks
 from dpo.modeling.vocab_parallel import _own
-from dpo.train.parallel import find_blocks
 from dpo.train.spread import shares, spread_layers
 from dpo.train.stage import run_train
 from dpo.train.tensor_parallel import check_model

@@ -91,7 +91,7 @@ import resource, sys, json, warnings
 warnings.simplefilter("ignore")
 from dpo.config.compose import compose
 from dpo.train import simulate
-from dpo.train.parallel import Scorer
+from dpo.modeling.sharded import Scorer
 import torch
 torch.set_num_threads(1)
 words, dtype, row = json.loads(sys.argv[1])
