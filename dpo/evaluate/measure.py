@@ -1,6 +1,6 @@
 """Runs the models of an evaluation: scores of held-out pairs, answers to held-out prompts.
 
-Of several processes each holds the whole model and does a share; all have all results.
+Of several processes each does a share, and all have all results.
 
 One model is in memory at a time. The SFT model answers first; the policy then scores the pairs,
 answers, and scores both models' answers; the SFT model at last scores what the policy wrote.
@@ -8,8 +8,10 @@ answers, and scores both models' answers; the SFT model at last scores what the 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from dpo.modeling.generation import Answer, answer, decode, encode
 from dpo.modeling.load import load_model
 from dpo.modeling.losses import uses_means
 from dpo.modeling.precision import DTYPES, best_device, compute_dtype
-from dpo.modeling.scoring import score_shared
+from dpo.modeling.sharded import Scorer, load_once, on_devices, score_shared
 from dpo.storage.progress import Bar, track
 
 _KL_STREAM = 7919
@@ -113,16 +115,23 @@ class Measurement:
         return result
 
     def _load(self, folder: Path) -> Any:
-        model = self.config.model
+        settings = self.config.model
         # not compiled: answers have other shapes with every token
-        return load_model(
+        load = partial(
+            load_model,
             folder,
-            DTYPES[model.policy_dtype],
+            DTYPES[settings.policy_dtype],
             device=self.device,
-            trust_remote_code=model.trust_remote_code,
-            kernels=model.kernels,
-            output_layer=model.output_layer,
+            trust_remote_code=settings.trust_remote_code,
+            kernels=settings.kernels,
+            output_layer=settings.output_layer,
         )
+        if not dist.is_initialized():
+            return load()
+        # FSDP's hooks hold the model before in circles
+        gc.collect()
+        model, _ = load_once(lambda weights: (load(weights=weights), None))
+        return on_devices(model, settings, self.device)
 
     def _score(
         self, model: Any, examples: Sequence[TokenizedExample], bar: Bar | None = None
@@ -132,7 +141,7 @@ class Measurement:
         return score_shared(
             model,
             examples,
-            dtype=compute_dtype(self.config.model, model.device.type),
+            dtype=compute_dtype(self.config.model, self.device),
             token_budget=self.config.micro_batch_tokens,
             bar=bar,
         )
@@ -160,6 +169,8 @@ class Measurement:
             **how,
         }
 
+        together = isinstance(model, Scorer)
+
         def share(part: Sequence[list[int]], numbers: range) -> list[Answer]:
             return answer(
                 model,
@@ -167,11 +178,13 @@ class Measurement:
                 part,
                 max_new_tokens=wanted.max_new_tokens,
                 batch_size=wanted.batch_size,
-                advance=None if dist.is_initialized() else bar.advance,
+                advance=None if dist.is_initialized() and not together else bar.advance,
                 numbers=numbers,
                 **settings,
             )
 
+        if together:
+            return share(prompts, range(len(prompts)))
         # some batches each, for prompts of like length to be found
         return each_a_share(prompts, share, at_once=4 * wanted.batch_size, advance=bar.advance)
 

@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dpo.data.packing import PackedBatch, pack
 from dpo.data.tokenize import TokenizedExample
-from dpo.distributed.together import each_a_share
+from dpo.distributed.together import gather
 from dpo.modeling.attention import packed_attention, supports_packing
 from dpo.modeling.head import token_log_probs_from_hidden
 from dpo.modeling.kernels import ROW_MULTIPLE, is_by_torch, is_compiled
@@ -31,9 +30,6 @@ from dpo.modeling.rows import padded, row_tensors
 from dpo.storage.progress import Bar
 
 NDArray = npt.NDArray[np.float32]
-
-_SHARE = 256
-"""Examples that a process scores before the processes exchange what they have."""
 
 
 def token_log_probs(
@@ -104,6 +100,7 @@ def score(
     token_budget: int,
     bar: Bar | None = None,
     forward: Any = None,
+    spare: TokenizedExample | None = None,
 ) -> list[tuple[NDArray, ...]]:
     """Per-token log-probabilities of every response of every example, in the given order.
 
@@ -115,6 +112,8 @@ def score(
         bar: Advanced by every example.
         forward: The model's forward pass where it is not ``token_log_probs`` itself: one that
             gathers weights from other processes, which then all have to score the same examples.
+        spare: With ``forward``, lets each process score other examples: all take as many passes as
+            the one with most rows, the others with this example again.
     """
     scored: list[tuple[NDArray, ...]] = [()] * len(examples)
     n_lanes = lanes_for(model) if forward is None else 1
@@ -143,22 +142,9 @@ def score(
 
     if shares:
         side_by_side(lane, list(zip(models, shares, strict=True)))
+    if spare is not None:
+        (idle,) = pack([spare], token_budget)
+        with torch.no_grad(), autocast(dtype, model.device.type):
+            for _ in range(max(gather(len(rows))) - len(rows)):
+                forward(idle, dtype)
     return scored
-
-
-def score_shared(
-    model: Any,
-    examples: Sequence[TokenizedExample],
-    *,
-    dtype: torch.dtype,
-    token_budget: int,
-    bar: Bar | None = None,
-) -> list[tuple[NDArray, ...]]:
-    """``score`` over all processes: each holds the whole model and scores a share."""
-    own_bar = None if dist.is_initialized() else bar
-
-    def share(part: Sequence[TokenizedExample], _: range) -> list[tuple[NDArray, ...]]:
-        return score(model, part, dtype=dtype, token_budget=token_budget, bar=own_bar)
-
-    advance = bar.advance if bar else None
-    return each_a_share(examples, share, at_once=_SHARE, advance=advance)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +13,19 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dpo.config.schema import ModelConfig
 from dpo.data.packing import PackedBatch
-from dpo.distributed.together import agree, is_first
+from dpo.data.tokenize import TokenizedExample
+from dpo.distributed.together import agree, each_a_share, gather, is_first
 from dpo.distributed.weights import outline, take_from_first
 from dpo.errors import ModelError
 from dpo.modeling.precision import DTYPES
-from dpo.modeling.scoring import token_log_probs
+from dpo.modeling.scoring import NDArray, score, token_log_probs
+from dpo.storage.progress import Bar
 
 _SHARE_OF_MEMORY = 0.7
 """Of a device's, for a whole model: the rest is for activations and the cache of answers."""
+
+_SHARE = 256
+"""Examples that a process scores before the processes exchange what they have."""
 
 
 class Scorer(nn.Module):
@@ -72,11 +77,34 @@ def on_devices(model: Any, settings: ModelConfig, device: str) -> Any:
 
     Where a device is too small, a ``Scorer`` whose model all processes hold together.
     """
-    if fits(model, device):
+    if all(gather(fits(model, device))):
         take_from_first(model, device)
         return model
     mesh = init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("shard",))
+    # products in the types of one process: autocast keeps no casts where there are no gradients
+    settings = settings.model_copy(update={"fsdp_policy_mp": None})
     return shard(Scorer(model), settings, mesh, device=device)
+
+
+def score_shared(
+    model: Any,
+    examples: Sequence[TokenizedExample],
+    *,
+    dtype: torch.dtype,
+    token_budget: int,
+    bar: Bar | None = None,
+) -> list[tuple[NDArray, ...]]:
+    """``score`` over all processes, each with a share, of a model that ``on_devices`` gave."""
+    own_bar = None if dist.is_initialized() else bar
+    together: dict[str, Any] = {}
+    if isinstance(model, Scorer) and examples:
+        together = {"forward": model, "spare": examples[0]}
+
+    def share(part: Sequence[TokenizedExample], _: range) -> list[tuple[NDArray, ...]]:
+        return score(model, part, dtype=dtype, token_budget=token_budget, bar=own_bar, **together)
+
+    advance = bar.advance if bar else None
+    return each_a_share(examples, share, at_once=_SHARE, advance=advance)
 
 
 def fits(model: Any, device: str) -> bool:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
+import torch.distributed as dist
 
 from dpo.config.schema import RunConfig
 from dpo.config.stages import stage_settings
 from dpo.data.log_probs import PairLogProbs, write_log_probs
 from dpo.data.schema import TEST, TRAIN
-from dpo.data.tokenize import TokenizedExample
 from dpo.distributed.launch import is_shared, launch
 from dpo.distributed.together import is_first
 from dpo.modeling.load import check_length, load_for_training
 from dpo.modeling.precision import best_device, compute_dtype
-from dpo.modeling.scoring import NDArray, score_shared
+from dpo.modeling.sharded import load_once, on_devices, score_shared
 from dpo.storage.manifest import Manifest, read_manifest, staged, write_manifest
 from dpo.storage.progress import track
 from dpo.train.data import load_examples
@@ -29,7 +27,8 @@ def run_reference(
     """Score the pairs that the preference stage and the evaluation will see.
 
     Where the one host has several GPUs (or ``DPO_PROCESSES``), and ``trainer`` is not BasicTrainer,
-    each process loads the model and scores a share of the pairs.
+    each process scores a share of the pairs, with a model of its own or, where a device is too
+    small for that, with the one that all hold together.
 
     Args:
         config: Settings; which pairs is decided by ``n_examples``, ``n_epochs``,
@@ -52,7 +51,8 @@ def run_reference(
         inputs["model"] = read_manifest(model).content_hash
     # the types may differ by explicit choice; the check at step 0 then says by how much it shows
     settings = config.model.model_copy(update={"policy_dtype": config.model.reference_dtype})
-    policy, tokenizer = load_for_training(settings, model, device=device)
+    load = partial(load_for_training, settings, model, device=device)
+    policy, tokenizer = load_once(load) if dist.is_initialized() else load()
     check_length(policy, config.max_length)
     # the set of pairs does not depend on how they are batched
     examples = load_examples(config, pairs, tokenizer, batch_size=1, responses="pair")
@@ -61,7 +61,16 @@ def run_reference(
     train = list(unique.values()) if config.score_training_pairs else []
     every = [*train, *examples.held_out]
     splits = [TRAIN] * len(train) + [TEST] * len(examples.held_out)
-    scored = _score(policy, every, compute_dtype(settings, device), config.micro_batch_tokens)
+    if dist.is_initialized():
+        policy = on_devices(policy, settings, device)
+    with track("reference", "pairs", len(every)) as bar:
+        scored = score_shared(
+            policy,
+            every,
+            dtype=compute_dtype(settings, device),
+            token_budget=config.micro_batch_tokens,
+            bar=bar,
+        )
     if not is_first():
         return Manifest("reference", (), "")
     rows = [
@@ -78,11 +87,3 @@ def run_reference(
             code=code,
             details={"pairs": len(every), "tokens": sum(e.n_tokens for e in every)},
         )
-
-
-def _score(
-    model: Any, examples: Sequence[TokenizedExample], dtype: torch.dtype, token_budget: int
-) -> list[tuple[NDArray, ...]]:
-    """Of all examples, in their order, in every process; each process does its share."""
-    with track("reference", "pairs", len(examples)) as bar:
-        return score_shared(model, examples, dtype=dtype, token_budget=token_budget, bar=bar)

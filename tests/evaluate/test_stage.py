@@ -1,11 +1,15 @@
 """The whole step on a small model: answers, divergence, parts, a published version, equal runs."""
 
 import json
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 
 from dpo.config.compose import compose
-from dpo.config.stages import restrict
+from dpo.config.stages import restrict, stage_json
+from dpo.data.log_probs import read_log_probs
 from dpo.data.stage import run_ingest
 from dpo.errors import DataError
 from dpo.evaluate.stage import run_evaluate
@@ -105,6 +109,48 @@ def test_two_processes_measure_what_one_measures(trained, tmp_path, monkeypatch)
     manifests = [read_manifest(tmp_path / processes) for processes in found]
     assert manifests[0].settings == manifests[1].settings
     assert manifests[0].inputs == manifests[1].inputs
+
+
+def test_models_that_no_device_can_hold_are_measured_in_shards(trained, tmp_path):
+    """Reference pass and evaluation, each over two processes that hold every model together."""
+    config = compose([*SETTINGS, "evaluation.temperature=0.8"]).config
+    data, reference = trained / "data", tmp_path / "ref"
+    paths = {"pairs": data, "sft": trained / "sft", "policy": trained / "policy"}
+    paths |= {"reference": reference, "published": trained / "policy"}
+    jobs = [
+        ("reference", {"output": reference, "pairs": data, "model": trained / "sft"}),
+        ("evaluate", {"output": tmp_path / "evaluation", **paths}),
+    ]
+    file = tmp_path / "jobs.json"
+    told = [
+        {
+            "stage": stage,
+            "settings": stage_json(config, stage),
+            "paths": {name: str(path) for name, path in paths.items()},
+        }
+        for stage, paths in jobs
+    ]
+    file.write_text(json.dumps(told))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command += ["-m", "tests.evaluate.in_shards", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole = read_log_probs(trained / "ref")
+    parts = read_log_probs(reference)
+    assert list(parts) == list(whole)
+    for pair_id, expected in whole.items():
+        np.testing.assert_allclose(parts[pair_id].chosen, expected.chosen, atol=1e-5, rtol=0)
+    expected = evaluate(
+        trained, tmp_path / "one", "evaluation.temperature=0.8", published=trained / "policy"
+    )
+    found = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
+    assert_alike(found, expected)
+    assert_alike(
+        *(
+            json.loads((tmp_path / name / "samples.json").read_text(encoding="utf-8"))
+            for name in ("evaluation", "one")
+        )
+    )
 
 
 def assert_alike(seen, expected):

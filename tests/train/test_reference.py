@@ -9,7 +9,7 @@ from dpo.config.compose import compose
 from dpo.config.stages import restrict
 from dpo.data.log_probs import read_log_probs
 from dpo.errors import ModelError
-from dpo.modeling import scoring
+from dpo.modeling import sharded
 from dpo.storage.manifest import read_manifest
 from dpo.train import reference
 from dpo.train.reference import run_reference
@@ -31,7 +31,7 @@ def test_two_processes_score_what_one_scores(prepared, tmp_path, monkeypatch):
         run_reference(config, tmp_path / processes, pairs=prepared.data, model=prepared.sft)
         found[processes] = read_log_probs(tmp_path / processes)
     one, two = found["1"], found["2"]
-    assert len(one) == 607 > 2 * scoring._SHARE
+    assert len(one) == 607 > 2 * sharded._SHARE
     assert len(one) % 2 == 1
     # also the order on disk
     assert list(one) == list(two)
