@@ -57,7 +57,7 @@ class StorageCount(TorchDispatchMode):
         else:
             result = func(*args, **(kwargs or {}))
         for value in tree_iter(result):
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and not value.is_meta:
                 self._add(value)
         return result
 
@@ -112,7 +112,7 @@ def peak_bytes(
     Raises:
         DpoError: the model is not known, or has no block of the given name.
     """
-    fake = FakeTensorMode()
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
     with (
         _processes(gpus),
         _attention_of_a_gpu(),
@@ -120,15 +120,16 @@ def peak_bytes(
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
-        with fake:
+        with fake, torch.device("meta" if gpus > 1 else "cpu"):
             model = _model(config)
-            checkpoint_activations(model, config.activation_checkpointing)
+        checkpoint_activations(model, config.activation_checkpointing)
         scorer = Scorer(model)
         if gpus > 1:
             # outside: the mesh of processes is made of real tensors
             mesh = Layout.of(config.trainer, "cpu").data
             assert mesh is not None
-            scorer = shard(scorer, config.model, mesh)
+            with fake:
+                scorer = shard(scorer, config.model, mesh, device="cpu")
         with fake:
             _steps(config, scorer, dtype, row, n_rows)
     return count.peak
@@ -197,7 +198,8 @@ def _processes(n: int) -> Iterator[None]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     before = os.environ.get("LOCAL_RANK")
-    dist.init_process_group("fake", rank=0, world_size=n, store=FakeStore())
+    # one of those that are handed their weights
+    dist.init_process_group("fake", rank=1, world_size=n, store=FakeStore())
     try:
         yield
     finally:
