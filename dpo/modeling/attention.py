@@ -134,9 +134,26 @@ def packed_attention(model: Any) -> Iterator[None]:
         model.config._attn_implementation = before
 
 
+def same_rotation_up_to(config: Any) -> float:
+    """The longest sequence whose rotary positions do not depend on those beside it; infinity else.
+
+    LongRoPE (https://arxiv.org/abs/2402.13753, section 3.3) has other factors for sequences beyond
+    the length of pretraining, and transformers chooses them by the longest in a batch, for all.
+    """
+    given = getattr(config, "rope_parameters", None) or {}
+    each = [given, *(value for value in given.values() if isinstance(value, dict))]
+    limits = [
+        rope.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        for rope in each
+        if rope.get("rope_type") == "longrope"
+    ]
+    return min((limit for limit in limits if limit), default=float("inf"))
+
+
 def supports_packing(config: Any, longest: int) -> bool:
     """Whether a model with ``config`` takes packed rows with sequences up to ``longest``."""
-    if config.model_type not in ARCHITECTURES:
+    if config.model_type not in ARCHITECTURES or longest > same_rotation_up_to(config):
         return False
     window = getattr(config, "sliding_window", None)
     return window is None or longest <= window

@@ -20,6 +20,7 @@ from dpo.modeling.lora import base_of, is_adapter, merge_saved
 from dpo.modeling.precision import DTYPES
 from dpo.modeling.quiet import quiet
 from dpo.storage.base_model import local_model, local_tokenizer
+from dpo.storage.manifest import MANIFEST, read_manifest
 
 Weights = Literal["device", "cpu", "none"]
 """Where a loaded model's weights are."""
@@ -165,13 +166,30 @@ def _base_folder(adapter: Path) -> Path:
     if is_adapter(Path(base)):
         return Path(base)
     try:
-        return local_model(ModelConfig(name_or_path=base))
+        folder = local_model(ModelConfig(name_or_path=base))
     except ModelError as error:
         raise ModelError(
             f"the adapter's base model {base} cannot be had: {error.found}",
             where=str(adapter / ADAPTER_CONFIG),
             fix="correct base_model_name_or_path in it; lora.save=merged needs no base",
         ) from None
+    _check_base(adapter, folder)
+    return folder
+
+
+def _check_base(adapter: Path, base: Path) -> None:
+    """Refuse a base that has changed since the adapter was trained on it, as far as is known."""
+    if not ((adapter / MANIFEST).is_file() and (base / MANIFEST).is_file()):
+        return
+    trained_on = read_manifest(adapter, verify=False).inputs.get("base")
+    found = read_manifest(base, verify=False).content_hash
+    if trained_on and trained_on != found:
+        raise ModelError(
+            f"the adapter was trained on other weights ({trained_on[:12]}) than its base has now "
+            f"({found[:12]})",
+            where=str(base),
+            fix="train the adapter again, or put back the checkpoint that it was trained on",
+        )
 
 
 def load_for_training(
@@ -251,11 +269,16 @@ def load_policy_file(model: Any, path: Path) -> None:
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     missing = [name for name in missing if name not in tied]
     # buffers that older versions of transformers stored, and newer ones compute
-    unexpected = [n for n in unexpected if not n.endswith(("masked_bias", ".bias", "inv_freq"))]
+    unexpected = [n for n in unexpected if not _is_old_buffer(n, state[n])]
     if missing or unexpected:
         names = ", ".join((missing or unexpected)[:3])
         word = "missing" if missing else "unexpected"
         raise _other_architecture(path, f"{word} weights: {names}")
+
+
+def _is_old_buffer(name: str, value: torch.Tensor) -> bool:
+    mask = name.endswith((".attention.bias", ".attn.bias")) and value.dim() == 4
+    return mask or name.endswith((".masked_bias", ".inv_freq"))
 
 
 def _other_architecture(path: Path, detail: str) -> ModelError:
@@ -310,13 +333,21 @@ def check_length(model: Any, max_length: int) -> None:
     Raises:
         ModelError: ``max_length`` exceeds it.
     """
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_of(model.config)
     if context is not None and max_length > context:
         raise ModelError(
             f"max_length is {max_length}, the model's context {context} tokens",
             where="max_length",
             fix=f"set max_length to at most {context} (and max_prompt_length below it)",
         )
+
+
+def context_of(config: Any) -> int | None:
+    """The longest sequence, in tokens, of a model with ``config``; None where it says none."""
+    text = config.get_text_config()
+    names = ("max_position_embeddings", "max_seq_len")
+    found = (getattr(text, name, None) for name in names)
+    return next((value for value in found if isinstance(value, int)), None)
 
 
 def save_model(

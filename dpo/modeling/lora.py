@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpo.config.schema import LoraConfig
 from dpo.errors import ConfigError, ModelError
@@ -51,6 +51,14 @@ def add_adapter(model: Any, settings: LoraConfig, base: str) -> None:
             where="lora.modules",
             fix=f"choose among {', '.join(known)}, or write lora.modules=all",
         )
+    if not wanted:
+        raise ConfigError(
+            "lora.modules names no linear layer"
+            if known
+            else f"{model.config.model_type} models have no linear layer for an adapter to change",
+            where="lora.modules",
+            fix=f"choose among {', '.join(known)}" if known else "use lora.enabled=false",
+        )
     config = PeftConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -62,7 +70,15 @@ def add_adapter(model: Any, settings: LoraConfig, base: str) -> None:
     )
     for weight in model.parameters():
         weight.requires_grad_(False)
-    inject_adapter_in_model(config, model, adapter_name=_NAME)
+    try:
+        inject_adapter_in_model(config, model, adapter_name=_NAME)
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"no adapter can be put on this {model.config.model_type} model: {reason}",
+            where="lora.modules",
+            fix="choose other modules, or lora.enabled=false",
+        ) from None
     model.dpo_adapter = config
 
 
@@ -73,7 +89,8 @@ def linear_names(model: Any) -> list[str]:
         {
             name.rpartition(".")[2]
             for name, module in model.named_modules()
-            if module is not head and type(module).__name__ in ("Linear", "Conv1D")
+            if module is not head
+            and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
         }
     )
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dpo.data.packing import PackedBatch
 from dpo.errors import ModelError
+from dpo.modeling.attention import same_rotation_up_to
 
 _log = logging.getLogger(__name__)
 _warned: set[str] = set()
@@ -39,9 +40,10 @@ def plain_log_probs(model: Any, batch: PackedBatch) -> Tensor:
         ModelError: the model is not causal, or cannot be padded and is spread over processes.
     """
     rows, spans = _sequences(batch)
-    if not hasattr(model, _PADS):
+    apart = _rotated_by_the_longest(model, rows)
+    if not apart and not hasattr(model, _PADS):
         setattr(model, _PADS, _padding_is_safe(model, rows))
-    if getattr(model, _PADS):
+    if not apart and getattr(model, _PADS):
         logits_SLV = _padded_logits(model, rows)
         parts = [_log_probs(logits_SLV[n], rows[n], *spans[n]) for n in range(len(rows))]
     else:
@@ -50,6 +52,30 @@ def plain_log_probs(model: Any, batch: PackedBatch) -> Tensor:
             for row, span in zip(rows, spans, strict=True)
         ]
     return torch.cat(parts)
+
+
+def _rotated_by_the_longest(model: Any, rows: list[list[int]]) -> bool:
+    """Whether padding would give the shorter sequences the positions of the longest.
+
+    Raises:
+        ModelError: it would, and the model is spread over processes.
+    """
+    limit, lengths = same_rotation_up_to(model.config), [len(row) for row in rows]
+    if max(lengths) <= limit:
+        return False
+    _refuse_several_processes(model)
+    return min(lengths) <= limit
+
+
+def _refuse_several_processes(model: Any) -> None:
+    # each process would take another number of forward passes
+    if dist.is_initialized():
+        raise ModelError(
+            f"{model.config.model_type} models give other values with padding, and cannot be "
+            "spread over processes here",
+            where="trainer",
+            fix="use trainer=BasicTrainer",
+        )
 
 
 def _sequences(batch: PackedBatch) -> tuple[list[list[int]], list[tuple[int, int]]]:
@@ -101,7 +127,8 @@ def _padding_is_safe(model: Any, rows: list[list[int]]) -> bool:
     shortest = min(range(len(rows)), key=lambda number: len(rows[number]))
     row = rows[shortest]
     alone_LV = _logits(model, row)
-    changed_LV = _logits(model, [*row[:-1], (row[-1] + 1) % model.config.vocab_size])
+    n_vocabulary = model.get_input_embeddings().weight.shape[0]
+    changed_LV = _logits(model, [*row[:-1], (row[-1] + 1) % n_vocabulary])
     if not _close(changed_LV[:-1], alone_LV[:-1]):
         raise ModelError(
             f"this {model.config.model_type} model is not causal: a token changes the "
@@ -113,13 +140,8 @@ def _padding_is_safe(model: Any, rows: list[list[int]]) -> bool:
     safe = bool(torch.isfinite(padded_SLV).all()) and _close(
         padded_SLV[shortest, : len(row)], alone_LV
     )
-    if not safe and dist.is_initialized():
-        raise ModelError(
-            f"{model.config.model_type} models give other values with padding, and cannot be "
-            "spread over processes here",
-            where="trainer",
-            fix="use trainer=BasicTrainer",
-        )
+    if not safe:
+        _refuse_several_processes(model)
     return safe
 
 

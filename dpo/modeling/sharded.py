@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from dpo.data.tokenize import TokenizedExample
 from dpo.distributed.together import agree, each_a_share, gather, is_first
 from dpo.distributed.weights import outline, take_from_first
 from dpo.errors import ModelError
+from dpo.modeling.attention import supports_packing
+from dpo.modeling.load import context_of
 from dpo.modeling.precision import DTYPES
 from dpo.modeling.scoring import NDArray, score, token_log_probs
 from dpo.storage.progress import Bar
@@ -33,15 +36,22 @@ class Scorer(nn.Module):
 
     Packed rows go through the base model and the output weights separately, so neither of them
     alone could be the root that gathers embeddings and output weights.
+
+    Args:
+        model: A causal language model of transformers.
+        longest: Tokens of the longest sequence that any process will see, where several hold the
+            model: all then take the same path for every row, and so as many passes as the others.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, longest: int | None = None) -> None:
         super().__init__()
         self.model = model
+        self._packed = None if longest is None else supports_packing(model.config, longest)
 
     def forward(self, batch: PackedBatch, dtype: torch.dtype, packed: bool | None = None) -> Tensor:
         """Log-probability of every response token of a row; float32, shape [N]."""
-        return token_log_probs(self.model, batch, dtype=dtype, packed=packed)
+        how = self._packed if packed is None else packed
+        return token_log_probs(self.model, batch, dtype=dtype, packed=how)
 
     @property
     def device(self) -> torch.device:
@@ -83,7 +93,8 @@ def on_devices(model: Any, settings: ModelConfig, device: str) -> Any:
     mesh = init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("shard",))
     # products in the types of one process: autocast keeps no casts where there are no gradients
     settings = settings.model_copy(update={"fsdp_policy_mp": None})
-    return shard(Scorer(model), settings, mesh, device=device)
+    longest = context_of(model.config) or sys.maxsize
+    return shard(Scorer(model, longest), settings, mesh, device=device)
 
 
 def score_shared(

@@ -34,7 +34,6 @@ from dpo.errors import ArtifactError, ConfigError, DpoError, StoreError
 from dpo.storage.manifest import read_manifest, write_atomically, write_manifest
 from dpo.storage.mirror import Mirror
 from dpo.storage.progress import message
-from dpo.train.log import FILE as METRICS
 from dpo.train.place import Place
 from dpo.train.scaling import LossScale
 
@@ -161,12 +160,18 @@ class Checkpoints:
         model: Any,
         optimizer: torch.optim.Optimizer,
         position: Position,
-        metrics: Path,
+        texts: Mapping[str, str],
     ) -> None:
         """Begin to write a checkpoint; an earlier one is finished first.
 
         A checkpoint that cannot be written (a full disk, a store that does not answer) is reported
         and left out: the training and the checkpoints before it are as good as they were.
+
+        Args:
+            model: Its weights.
+            optimizer: Its state.
+            position: How far the run has come.
+            texts: Further files, by name: what was logged so far.
         """
         began = time.monotonic()
         self.finish(strict=False)
@@ -182,7 +187,7 @@ class Checkpoints:
             process_group=saving_group(),
             no_dist=not dist.is_initialized(),
         )
-        texts = {_POSITION: json.dumps(asdict(position)), METRICS: metrics.read_text("utf-8")}
+        texts = {_POSITION: json.dumps(asdict(position)), **texts}
         self._saving = threading.Thread(
             target=self._complete,
             args=(pending, partial, texts),

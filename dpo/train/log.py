@@ -1,11 +1,12 @@
-"""The metric log: one JSON line for each optimiser step and each evaluation."""
+"""The metric log: one JSON line for each optimiser step and each evaluation; and the samples."""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from dpo.config.schema import RunConfig
 from dpo.errors import MissingDependency
 
 FILE = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 
 
 class Sink(Protocol):
@@ -26,28 +28,51 @@ class Sink(Protocol):
 
 
 class MetricLog:
-    """Appends lines to ``metrics.jsonl``; each is whole on disk before the next step begins."""
+    """Appends lines to ``metrics.jsonl``; each is whole on disk before the next step begins.
+
+    Args:
+        folder: Where.
+        begin: Folder with the lines of a run that goes on, without those of steps that are done
+            again.
+    """
 
     def __init__(self, folder: Path, *, begin: Path | None = None) -> None:
         self.path = folder / FILE
-        if begin is not None:
-            # a resumed run: its lines so far, without those of steps that are done again
-            shutil.copyfile(begin, self.path)
+        self._samples = folder / SAMPLES
+        for path in (self.path, self._samples):
+            if begin is not None and (begin / path.name).is_file():
+                shutil.copyfile(begin / path.name, path)
         self._file = self.path.open("a", encoding="utf-8")
         self.sinks: list[Sink] = []
 
     def write(self, values: dict[str, Any]) -> None:
-        """One line."""
-        self._file.write(json.dumps(values) + "\n")
+        """One line; what is not finite is null in it, for JSON knows no NaN."""
+        finite = {k: v if _is_finite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
         for sink in self.sinks:
             sink.write(values)
+
+    def write_samples(self, samples: Iterable[Mapping[str, Any]]) -> None:
+        """A line for each answer, in ``samples.jsonl`` beside it."""
+        with self._samples.open("a", encoding="utf-8") as file:
+            for sample in samples:
+                file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+
+    def texts(self) -> dict[str, str]:
+        """What was written so far, by name of the file."""
+        paths = [path for path in (self.path, self._samples) if path.is_file()]
+        return {path.name: path.read_text("utf-8") for path in paths}
 
     def close(self) -> None:
         """No more lines."""
         self._file.close()
         for sink in self.sinks:
             sink.close()
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def open_sinks(config: RunConfig, stage: str, folder: Path, settings: dict[str, Any]) -> list[Sink]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +40,6 @@ from dpo.storage.progress import message, track
 from dpo.train.checkpoint import Checkpoints
 from dpo.train.data import Examples, load_examples
 from dpo.train.launch import launch
-from dpo.train.log import FILE as METRICS
 from dpo.train.log import MetricLog, open_sinks
 from dpo.train.parallel import Layout, Ranks, check_batch, check_examples, whole_weights
 from dpo.train.place import Place, place_of
@@ -98,7 +98,7 @@ def run_train(
             Checkpoints(place, identity, config.keep_checkpoints, config.resume) if place else None
         )
         start = keeper.find() if keeper else None
-        log = MetricLog(folder, begin=start / METRICS if start else None)
+        log = MetricLog(folder, begin=start)
         try:
             if is_first():
                 log.sinks += open_sinks(config, stage, output.parent, stage_settings(config, stage))
@@ -150,6 +150,7 @@ def _trainer(
     layout = Layout.of(config.trainer, device) if dist.is_initialized() else None
     ranks = Ranks.here(layout)
     check_batch(config, ranks)
+    _check_types(config)
     torch.manual_seed(config.seed)
     sharded = layout is not None and layout.tensor is None
     load = partial(load_for_training, config.model, base, device=device)
@@ -157,9 +158,7 @@ def _trainer(
     check_length(model, config.max_length)
     if config.lora.enabled:
         _refuse_lora_with(config)
-        add_adapter(
-            model, config.lora, str(base or config.model.archive or config.model.name_or_path)
-        )
+        add_adapter(model, config.lora, _base_of_adapter(config, base))
     checkpoint_activations(model, config.activation_checkpointing)
     examples = load_examples(
         config,
@@ -173,7 +172,8 @@ def _trainer(
         tokenizer.chat_template = examples.chat_template
     check_examples(examples.order.total_examples, ranks)
     _say_what_is_missing(config, stage, examples)
-    scorer, dtype = Scorer(model), compute_dtype(config.model, device)
+    scorer = Scorer(model, config.max_length if dist.is_initialized() else None)
+    dtype = compute_dtype(config.model, device)
     if layout and layout.tensor:
         parallelize(model, layout.tensor)
     if layout and layout.data:
@@ -208,6 +208,16 @@ def _load(config: RunConfig, base: Path | None, device: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def _check_types(config: RunConfig) -> None:
+    if config.model.policy_dtype == "float16" and config.optimizer == "RMSprop":
+        raise ConfigError(
+            "RMSprop cannot update float16 weights: its epsilon of 1e-8 is 0 in that type, and a "
+            "gradient of 0 gives 0/0",
+            where="model.policy_dtype",
+            fix="use policy_dtype=float32 with model.compute_dtype=float16, or optimizer=AdamW",
+        )
+
+
 def _say_what_is_missing(config: RunConfig, stage: Stage, examples: Examples) -> None:
     order = examples.order
     if config.n_examples and order.total_examples < config.n_examples and is_first():
@@ -217,6 +227,23 @@ def _say_what_is_missing(config: RunConfig, stage: Stage, examples: Examples) ->
             f"{order.n_pairs:,} training pairs gives {order.total_examples:,}: training ends there "
             "(more with n_epochs=null, or another number)",
         )
+
+
+def _base_of_adapter(config: RunConfig, base: Path | None) -> str:
+    """What an adapter's folder will name as its base: where it is found from any folder.
+
+    Raises:
+        ConfigError: the base is no model that an adapter alone could be opened on.
+    """
+    name = str(base or config.model.archive or config.model.name_or_path)
+    if Path(name).is_file() and config.lora.save == "adapter":
+        raise ConfigError(
+            "an adapter alone needs a base that can be opened, and the base here is a file of "
+            "weights",
+            where=f"model.archive={name}",
+            fix="use lora.save=merged, or train from a checkpoint folder",
+        )
+    return str(Path(name).absolute()) if Path(name).is_dir() else name
 
 
 def _refuse_lora_with(config: RunConfig) -> None:
@@ -322,7 +349,11 @@ def _details(trainer: Trainer) -> dict[str, Any]:
         "last_nll_per_token": trainer.position.last.get(NLL_PER_TOKEN),
         "useful_time_share": round(trainer.useful_share, 4),
         "compute_dtype": str(trainer.objective.dtype).removeprefix("torch."),
-        "metrics": {**trainer.position.last, **trainer.position.evaluation},
+        "metrics": {
+            name: value
+            for name, value in {**trainer.position.last, **trainer.position.evaluation}.items()
+            if math.isfinite(value)
+        },
     }
     return details
 

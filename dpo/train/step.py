@@ -270,6 +270,22 @@ def check_finite(
     )
 
 
+def check_weights(parameters: Sequence[torch.nn.Parameter], steps: int) -> None:
+    """After updates: a step too large ruins weights, and shows in no figure before the next one.
+
+    Raises:
+        NonFiniteError: NaN or infinity in a weight.
+    """
+    weights = [weight.detach() for weight in parameters]
+    norm = _number(torch.nn.utils.get_total_norm(weights, foreach=True))
+    if not np.isfinite(norm):
+        raise NonFiniteError(
+            "the weights are not finite; they are not kept",
+            where=f"after step {steps}",
+            fix="lower lr, or raise warmup_steps; checkpoints before are as they were",
+        )
+
+
 def check_starting_point(figures: dict[str, Tensor], loss: AnyLoss, dtype: torch.dtype) -> None:
     """Before the first update policy and reference are equal: the margin is 0, the loss known.
 
@@ -308,9 +324,13 @@ def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float) ->
     """Scale gradients down to ``max_norm``; returns their L2 norm before."""
     gradients = [weight.grad for weight in parameters if weight.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-    # of sharded parameters it is a DTensor
-    value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    value = _number(norm)
     # torch would pass over all gradients to multiply them by 1
     if not value + _CLIP_EPSILON <= max_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
     return value
+
+
+def _number(norm: Tensor) -> float:
+    # of sharded parameters it is a DTensor
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import threading
@@ -30,7 +29,13 @@ from dpo.train.checkpoint import Checkpoints, Position
 from dpo.train.data import Examples
 from dpo.train.log import MetricLog
 from dpo.train.optimizer import build_optimizer, learning_rate
-from dpo.train.step import Objective, check_finite, check_starting_point, clip_gradients
+from dpo.train.step import (
+    Objective,
+    check_finite,
+    check_starting_point,
+    check_weights,
+    clip_gradients,
+)
 
 NLL_PER_TOKEN = "nll_train/per_token"  # nosec B105
 _COLLAPSE_SHARE = 0.2
@@ -79,6 +84,7 @@ class Trainer:
                 if self._due(self.config.eval_every, len(indices)):
                     self._evaluate()
                 self._keep(len(indices))
+            check_weights(self.parameters, self.position.steps)
             if self.config.do_last_eval:
                 self._evaluate()
             if self.checkpoints:
@@ -126,12 +132,12 @@ class Trainer:
         late = bool(seconds) and time.monotonic() - self._saved_at > seconds
         due = self._due(self.config.checkpoint_every, just_trained) or ranks.any(late)
         if self.checkpoints and (stop or (due and not self.config.debug and not done)):
+            check_weights(self.parameters, self.position.steps)
             self._count_seconds()
             self.position.processes = ranks.processes
             # whole lines: the checkpoint takes the log along
-            self.checkpoints.save(
-                self.objective.model, self.optimizer, self.position, self.log.path
-            )
+            texts = self.log.texts() if is_first() else {}
+            self.checkpoints.save(self.objective.model, self.optimizer, self.position, texts)
             self._saved_at = time.monotonic()
         if stop:
             if self.checkpoints:
@@ -241,6 +247,9 @@ class Trainer:
         if not held_out:
             return
         figures = self.objective.evaluate(held_out, self._reference_of(held_out))
+        if not math.isfinite(figures["loss/eval"]):
+            check_weights(self.parameters, self.position.steps)
+            message(self.stage, "the loss of the held-out pairs is not finite, the weights are")
         self.position.evaluation = figures
         self.log.write(
             {
@@ -266,10 +275,11 @@ class Trainer:
         )
         if not is_first():
             return
-        with self.log.path.with_name("samples.jsonl").open("a", encoding="utf-8") as file:
-            for prompt, answer in zip(prompts, answers, strict=True):
-                line = {"step": self.position.steps, "prompt": prompt, "answer": answer}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        step = self.position.steps
+        self.log.write_samples(
+            {"step": step, "prompt": prompt, "answer": answer}
+            for prompt, answer in zip(prompts, answers, strict=True)
+        )
 
     def _shown(self, figures: dict[str, float]) -> dict[str, float]:
         shown = {"loss": figures["loss/train"]}

@@ -68,6 +68,26 @@ def test_weights_of_another_architecture_are_named(tmp_path):
         weights(path)
 
 
+def test_biases_that_the_model_lacks_are_not_dropped(shifted, tmp_path):
+    state = {**shifted.state_dict(), "gpt_neox.layers.0.attention.q_proj.bias": torch.ones(64)}
+    path = tmp_path / "policy.pt"
+    torch.save({"state": state}, path)
+    with pytest.raises(ModelError, match=r"unexpected weights: .*q_proj\.bias"):
+        weights(path)
+
+
+def test_masks_that_older_versions_stored_are_left_out(shifted, tmp_path):
+    layer = "gpt_neox.layers.0.attention"
+    old = {f"{layer}.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool)}
+    old |= {
+        f"{layer}.masked_bias": torch.tensor(-1e9),
+        f"{layer}.rotary_emb.inv_freq": torch.ones(8),
+    }
+    path = tmp_path / "policy.pt"
+    torch.save({"state": {**shifted.state_dict(), **old}}, path)
+    assert_same(weights(path), shifted)
+
+
 def test_there_is_no_checkpoint(tmp_path):
     with pytest.raises(ModelError, match="no checkpoint"):
         weights(tmp_path)

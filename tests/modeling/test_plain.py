@@ -6,7 +6,7 @@ import torch
 from dpo.data.packing import pack
 from dpo.errors import ModelError
 from dpo.modeling import plain
-from dpo.modeling.load import load_model
+from dpo.modeling.load import check_length, load_model
 from dpo.modeling.scoring import response_sums, token_log_probs
 from tests.modeling.architectures import HYBRID, random_model
 from tests.modeling.test_packing import (
@@ -102,6 +102,43 @@ def test_a_folder_of_it_is_loaded_as_it_was_saved(name, tmp_path):
     with torch.no_grad():
         expected, found = model(ids).logits, loaded(ids).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.0],
+    "long_factor": [4.0, 9.0],
+    "factor": 8.0,
+    "original_max_position_embeddings": 12,
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 1.0,
+}
+
+
+@pytest.mark.parametrize("packed", [None, False])
+def test_a_pair_is_not_rotated_as_the_longer_one_beside_it(packed):
+    """LongRoPE has other factors beyond 12 tokens; of a batch transformers takes the longest's."""
+    sizes = {**SIZE, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 48}
+    sizes |= {"max_position_embeddings": 96, "pad_token_id": 0, "rope_parameters": LONGROPE}
+    model, data = build("phi3", **sizes), examples([(4, 3, 5), (20, 6, 4), (9, 2, 6)])
+    (row,) = pack(data, 500)
+    expected = torch.stack([torch.stack([by_itself(model, e, r) for r in (0, 1)]) for e in data])
+    found = response_sums(row, token_log_probs(model, row, packed=packed))
+    order = [row.examples.index(n) for n in range(len(data))]
+    torch.testing.assert_close(found[order], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_model_around_a_language_model_is_scored():
+    """Gemma 3 with eyes: the sizes of its vocabulary and context are its text model's."""
+    text = {**SIZE, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+    text |= {"head_dim": 8, "max_position_embeddings": 64}
+    eyes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    eyes |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    model = build("gemma3", text_config=text, vision_config=eyes)
+    (row,) = pack(examples(LENGTHS), 500)
+    assert torch.isfinite(token_log_probs(model, row)).all()
+    with pytest.raises(ModelError, match="context 64 tokens"):
+        check_length(model, 65)
 
 
 def test_a_model_that_is_not_causal_is_refused():

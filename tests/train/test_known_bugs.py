@@ -43,7 +43,7 @@ from dpo.config.stages import restrict
 from dpo.data.loader import Order
 from dpo.data.log_probs import PairLogProbs, read_log_probs
 from dpo.data.packing import Segment
-from dpo.errors import InvariantError, NonFiniteError
+from dpo.errors import ConfigError, InvariantError, NonFiniteError
 from dpo.modeling import scoring
 from dpo.modeling.load import load_model
 from dpo.modeling.scoring import score
@@ -168,6 +168,24 @@ def test_a_loss_that_is_not_finite_names_the_pair_and_updates_nothing(trainer):
     assert made.log.path.read_text(encoding="utf-8") == ""
 
 
+@pytest.mark.parametrize("checkpoint_every", [0, 8])
+def test_an_update_that_ruins_the_weights_keeps_nothing(checkpoint_every, prepared, tmp_path):
+    """A step of 1e38 times the gradient's sign: no figure before it shows anything."""
+    words = ["loss=sft", "lr=1e38", "warmup_steps=0", f"checkpoint_every={checkpoint_every}"]
+    words += [f"n_examples={8 + checkpoint_every}", "checkpoint_seconds=0", "do_first_eval=false"]
+    config = restrict(compose([*SETTINGS, *words]).config, "sft")
+    with pytest.raises(NonFiniteError, match="the weights are not finite"):
+        run_train(config, tmp_path / "out", pairs=prepared.data, checkpoints=tmp_path / "kept")
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("kept/step-*"))
+
+
+def test_float16_weights_want_another_optimizer(prepared, tmp_path):
+    config = restrict(compose([*SETTINGS, "loss=sft", "model.policy_dtype=float16"]).config, "sft")
+    with pytest.raises(ConfigError, match="RMSprop cannot update float16 weights"):
+        run_train(config, tmp_path / "out", pairs=prepared.data)
+
+
 def test_a_gradient_that_is_not_finite_names_the_batch(trainer):
     made, examples = trainer
     made.parameters[0].register_hook(lambda grad: grad * float("inf"))
@@ -242,7 +260,7 @@ def test_training_never_scores_the_reference(prepared, tmp_path, monkeypatch):
     seen = []
     forward = scoring.token_log_probs
     monkeypatch.setattr(
-        "dpo.train.parallel.token_log_probs",
+        "dpo.modeling.sharded.token_log_probs",
         lambda model, batch, **kw: (
             seen.append((next(model.parameters()).data_ptr(), *batch.pair_ids))
             or forward(model, batch, **kw)

@@ -29,6 +29,14 @@ def log_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_what_is_not_finite_is_null_in_the_file(tmp_path):
+    log = MetricLog(tmp_path)
+    log.write({"a": float("nan"), "b": float("-inf"), "c": 1, "d": 0.5, "e": "text"})
+    log.close()
+    (line,) = log.path.read_text(encoding="utf-8").splitlines()
+    assert line == '{"a": null, "b": null, "c": 1, "d": 0.5, "e": "text"}'
+
+
 def test_tensorboard_has_every_figure(prepared, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

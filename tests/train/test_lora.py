@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ from dpo.config.schema import LoraConfig, ModelConfig
 from dpo.config.stages import restrict
 from dpo.errors import ConfigError, ModelError
 from dpo.modeling.load import load_for_training, load_model
-from dpo.modeling.lora import add_adapter, trained_parameters, whole_state
+from dpo.modeling.lora import add_adapter, linear_names, trained_parameters, whole_state
 from dpo.train.stage import run_train
+from tests.modeling.architectures import random_model
 from tests.train.conftest import SETTINGS
 
 RUN = [*SETTINGS, "n_examples=24", "lora.enabled=true", "lora.rank=4", "optimizer=AdamW"]
@@ -138,6 +141,45 @@ def test_an_unknown_module_is_named(prepared, tmp_path):
     config = config_of("sft", "lora.modules=[q_proj]")
     with pytest.raises(ConfigError, match="query_key_value"):
         run_train(config, tmp_path / "out", pairs=prepared.data)
+
+
+@pytest.mark.parametrize("modules", ["lora.modules=[]", "lora.modules=[embed_in]"])
+def test_modules_that_no_adapter_can_change_are_refused(modules, prepared, tmp_path):
+    with pytest.raises(ConfigError, match="linear layer"):
+        run_train(config_of("sft", modules), tmp_path / "out", pairs=prepared.data)
+
+
+def test_linear_layers_of_a_class_of_its_own_are_found():
+    """Falcon's are of a subclass of torch's."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 96}
+    model = random_model("falcon", sizes)
+    assert linear_names(model) == ["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"]
+    add_adapter(model, LoraConfig(enabled=True), "base")
+    assert trained_parameters(model)
+
+
+def test_an_adapter_alone_is_not_trained_on_a_file_of_weights(prepared, tmp_path):
+    path = tmp_path / "policy.pt"
+    torch.save({"state": load_model(TINY, torch.float32).state_dict()}, path)
+    config = config_of("sft", "lora.save=adapter", f"model.archive={path}")
+    with pytest.raises(ConfigError, match="a base that can be opened"):
+        run_train(config, tmp_path / "out", pairs=prepared.data)
+
+
+def test_an_adapter_opens_from_any_folder_and_on_its_own_base_alone(
+    prepared, tmp_path, monkeypatch
+):
+    shutil.copytree(prepared.sft, tmp_path / "sft")
+    monkeypatch.chdir(tmp_path)
+    config = config_of("sft", "lora.save=adapter")
+    run_train(config, tmp_path / "out", pairs=prepared.data, base=Path("sft"))
+    monkeypatch.chdir(prepared.data)
+    load_model(tmp_path / "out", torch.float32)
+    manifest = tmp_path / "sft/manifest.json"
+    values = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**values, "content_hash": "0" * 64}))
+    with pytest.raises(ModelError, match="trained on other weights"):
+        load_model(tmp_path / "out", torch.float32)
 
 
 def test_a_base_that_is_gone_is_named(prepared, tmp_path):

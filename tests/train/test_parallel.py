@@ -11,6 +11,7 @@ import torch
 from safetensors.numpy import load_file
 
 from dpo.config.compose import compose
+from dpo.config.places import builtin
 from dpo.config.stages import restrict, stage_json
 from dpo.distributed.launch import processes_here
 from dpo.errors import ConfigError, MissingDependency, ModelError
@@ -19,6 +20,7 @@ from dpo.modeling.vocab_parallel import _own
 from dpo.train.spread import shares, spread_layers
 from dpo.train.stage import run_train
 from dpo.train.tensor_parallel import check_model
+from tests.modeling.architectures import random_model
 from tests.train.conftest import SETTINGS
 
 # 22 examples in batches of 8: the last one has 6, three for each of two processes
@@ -101,6 +103,21 @@ def compare(one, many, *, near=1e-4):
         assert b[name] == pytest.approx(a[name], abs=2e-5), name
 
 
+def with_a_window(folder):
+    """A model that attends to the last 60 tokens alone, with the tiny model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(builtin("builtin:tiny"))
+    settings = {
+        **{"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48},
+        **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+        **{"max_position_embeddings": 256, "sliding_window": 60},
+    }
+    random_model("mistral", settings).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def test_two_processes_follow_one(prepared, tmp_path):
     jobs = [
         job_of(prepared, tmp_path / "sharded-dpo", "dpo", FSDP),
@@ -108,7 +125,13 @@ def test_two_processes_follow_one(prepared, tmp_path):
         job_of(prepared, tmp_path / "sharded-sft", "sft", FSDP, *SAMPLES),
         job_of(prepared, tmp_path / "split-sft", "sft", TENSOR, *SAMPLES),
     ]
+    # some rows fit its window and others do not, in one process and not in the other
+    folder = with_a_window(tmp_path / "model")
+    window = (f"model.name_or_path={folder}", "model.block_name=null", "max_length=128")
+    jobs.append(job_of(prepared, tmp_path / "sharded-window", "dpo", FSDP, *window, base="none"))
     run_many(jobs, tmp_path, 2)
+    one = run_one(prepared, tmp_path / "window", "dpo", *window, base="none")
+    compare(one, tmp_path / "sharded-window")
     for loss, more in (("dpo", ()), ("sft", SAMPLES)):
         one = run_one(prepared, tmp_path / loss, loss, *more)
         for way in ("sharded", "split"):

@@ -1,4 +1,4 @@
-"""A training that was killed goes on to the same weights and the same metric log."""
+"""A training that was killed goes on to the same weights, metric log and samples."""
 
 import json
 import os
@@ -21,7 +21,10 @@ from dpo.train.place import Place
 from dpo.train.stage import run_train
 from tests.train.conftest import SETTINGS
 
-RUN = [*SETTINGS, "n_examples=96", "checkpoint_every=16", "checkpoint_seconds=0", "eval_every=40"]
+RUN = [
+    *(*SETTINGS, "n_examples=96", "checkpoint_every=16", "checkpoint_seconds=0", "eval_every=40"),
+    *("sample_during_eval=true", "n_eval_model_samples=1"),
+]
 TIMES = {"examples_per_second"}
 
 
@@ -80,6 +83,9 @@ def whole(request, prepared, tmp_path_factory):
 def assert_same(out, whole):
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert log_of(out) == log_of(whole)
+    samples = [(folder / "samples.jsonl").read_text(encoding="utf-8") for folder in (out, whole)]
+    assert samples[0] == samples[1]
+    assert len(samples[0].splitlines()) > 2
 
 
 def test_a_killed_run_ends_with_the_same_weights_and_log(whole, prepared, tmp_path):
