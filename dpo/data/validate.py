@@ -13,15 +13,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo.data import repeats
-from dpo.data.chat import marks_of, to_chat
+from dpo.data.chat import marks_of, to_chat, turns
 from dpo.data.encodings import not_utf8
-from dpo.data.formats import Candidate, RowError
+from dpo.data.formats import ASSISTANT, HUMAN, Candidate, Message, RowError
+from dpo.data.messages import SYSTEM, as_text
 from dpo.data.schema import TEST, TRAIN, pair_id, prompt_digest, split_of
 from dpo.data.tokenize import Limits, tokenize_pair
 
 CONTROLS = bytes(code for code in range(32) if code not in b"\n\r\t") + b"\x7f"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _TURN = re.compile(r"\n\n(?:Human|Assistant|System):")
+_HEADINGS = {heading[1:] for heading in (HUMAN, ASSISTANT, SYSTEM)}
+"""Lines that begin a turn in the text of a dialogue; some chat templates write the same."""
 _ADVICE_ON_ENCODING = "read the original with its true encoding and save it as UTF-8"
 
 
@@ -31,6 +34,16 @@ def _half_characters(name: str, text: str) -> str:
         return f"{name}: {not_utf8(text.encode('utf-8', 'surrogateescape'))}"
     except UnicodeEncodeError:
         return f"{name} has half a character in it: {_ADVICE_ON_ENCODING}"
+
+
+def _any_of(texts: list[str]) -> re.Pattern[str] | None:
+    return re.compile("|".join(map(re.escape, texts))) if texts else None
+
+
+def _stripped(candidate: Candidate) -> Candidate:
+    """The same with its turns stripped, and their text as the prompt."""
+    messages = tuple(Message(role, said.strip()) for role, said in candidate.messages or ())
+    return candidate._replace(prompt=as_text(messages), messages=messages)
 
 
 class Checked(NamedTuple):
@@ -70,16 +83,24 @@ class Validator:
         self.check_text("rejected", candidate.rejected)
         if candidate.sft_target is not None:
             self.check_text("sft_target", candidate.sft_target)
+        in_chat = self.prompt_format == "chat"
+        if in_chat and not candidate.messages:
+            candidate = candidate._replace(messages=turns(candidate.prompt))
         if candidate.messages:
             self._check_messages(candidate)
         if candidate.chosen.strip() == candidate.rejected.strip():
             raise RowError("chosen_equals_rejected", "chosen and rejected are the same text")
-        digest = prompt_digest(candidate.prompt)
-        near = repeats.near_hash(candidate.prompt)
+        # the split must depend neither on the way a source writes turns nor on the template
+        bare = _stripped(candidate) if in_chat else candidate
+        digest, near = prompt_digest(bare.prompt), repeats.near_hash(bare.prompt)
         self._check_prompt_length(candidate.prompt)
         split = self._split(candidate, digest)
-        if self.prompt_format == "chat":
+        if in_chat:
+            same = bare.messages == candidate.messages
             candidate = to_chat(candidate, self.tokenizer)
+            # prompts are equal where the model sees no difference
+            seen = candidate if same else to_chat(bare, self.tokenizer)
+            digest = prompt_digest(seen.prompt)
         self._check_truncation(candidate)
         prompt, chosen, rejected, target, _, messages = candidate
         values = (
@@ -111,7 +132,7 @@ class Validator:
 
     @cached_property
     def _marks(self) -> re.Pattern[str]:
-        return re.compile("|".join(map(re.escape, self._all_marks())) or r"(?!)")
+        return _any_of(self._all_marks()) or re.compile(r"(?!)")
 
     def _split(self, candidate: Candidate, digest: bytes) -> str:
         if self.split in (TRAIN, TEST):
@@ -156,13 +177,18 @@ class Validator:
             raise RowError(
                 "control_character", f"{name} has the control character U+{ord(bad):04X}", name
             )
-        if self._reserved and (found := self._reserved.search(text)):
+        reserved = self._reserved_in_prompts if name == "prompt" else self._reserved
+        if reserved and (found := reserved.search(text)):
             self._refuse_reserved(name, found[0])
 
     @cached_property
     def _reserved(self) -> re.Pattern[str] | None:
-        texts = self.reserved
-        return re.compile("|".join(map(re.escape, texts))) if texts else None
+        return _any_of(self.reserved)
+
+    @cached_property
+    def _reserved_in_prompts(self) -> re.Pattern[str] | None:
+        """Without the headings that a dialogue has as one text: its turns are checked apart."""
+        return _any_of([text for text in self.reserved if text not in _HEADINGS])
 
     @property
     def reserved(self) -> list[str]:

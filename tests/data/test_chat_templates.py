@@ -19,7 +19,8 @@ TURNS = [
     {"role": "assistant", "content": "Two."},
     {"role": "user", "content": "Three?"},
 ]
-ROW = {"prompt": TURNS, "chosen": "Four.", "rejected": "Five."}
+ANSWERS = {"chosen": "Four.", "rejected": "Five."}
+ROW = {"prompt": TURNS, **ANSWERS}
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,27 @@ def test_a_templates_marks_are_refused_in_texts(ingest: Ingest) -> None:
     found = ingest(rows, prompt_format="chat", chat_template="chatml")
     assert [(line["line"], line["reason"]) for line in found.quarantine] == [
         (2, "special_token_in_text")
+    ]
+
+
+def test_a_template_may_have_the_headings_of_dialogues(ingest: Ingest) -> None:
+    template = (
+        "{% for m in messages %}{{ '\n\nHuman: ' if m.role == 'user' else '\n\nAssistant: ' }}"
+        "{{ m.content }}{% endfor %}{{ '\n\nAssistant:' }}"
+    )
+    dialogue = "\n\nHuman: One?\n\nAssistant: Two.\n\nHuman: Three?\n\nAssistant:"
+    rows = [
+        {"prompt": dialogue, "chosen": " Four.", "rejected": " Five."},
+        {"prompt": TURNS[1:], "chosen": "Six.", "rejected": "Seven."},
+        *[{"prompt": dialogue, "completion": f"{n}.", "score": n} for n in (8, 9)],
+        {"prompt": dialogue, "chosen": " Four.\nHuman: Five?", "rejected": " Six."},
+        {"prompt": "One?\nAssistant: Two.", "chosen": " Four.", "rejected": " Six."},
+        {"prompt": [{"role": "user", "content": "One?\nHuman: Two?"}], **ANSWERS},
+    ]
+    found = ingest(rows, prompt_format="chat", chat_template=template)
+    assert [pair["prompt"] for pair in found.pairs] == [dialogue] * 3
+    assert [(line["line"], line["reason"]) for line in found.quarantine] == [
+        (line, "special_token_in_text") for line in (5, 6, 7)
     ]
 
 
