@@ -7,16 +7,34 @@ transformers' tokenizer (``dpo.data.tokenize.load_tokenizer``).
 
 from __future__ import annotations
 
-import json
-from datetime import datetime
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dpo.data.special_tokens import read_json, special_tokens
 from dpo.errors import ModelError
 
 
-class TextTokenizer:
+class _Templated:
+    """A tokenizer with a chat template, which runs the same with and without transformers."""
+
+    def __init__(self, chat_template: str | None, tokens: dict[str, str]) -> None:
+        self.chat_template = chat_template
+        self._tokens = tokens
+
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str:
+        """``messages`` as the text that the model expects: see ``chat_template.render``."""
+        # not before it is needed: Jinja takes longer to load than the tokenizer
+        from dpo.data.chat_template import render
+
+        assert not tokenize
+        template = self.chat_template or ""
+        return render(template, messages, self._tokens, open_=add_generation_prompt)
+
+
+class TextTokenizer(_Templated):
     """The part of a transformers tokenizer that ingest uses, with the same names."""
 
     def __init__(self, folder: Path) -> None:
@@ -25,44 +43,33 @@ class TextTokenizer:
         self.folder = folder
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_truncation()
-        config = _json(folder / "tokenizer_config.json")
+        config = read_json(folder / "tokenizer_config.json")
+        tokens = special_tokens(folder, config)
+        super().__init__(_template_of(folder, config), tokens)
         added = self._tokenizer.get_added_tokens_decoder().values()
         self.all_special_tokens = [token.content for token in added if token.special]
-        self._special = {
-            name: _content(config.get(name)) for name in ("bos_token", "eos_token", "pad_token")
-        }
-        self.eos_token: str = self._special["eos_token"] or ""
+        self.eos_token: str = tokens.get("eos_token", "")
         self.eos_token_id: int | None = self._tokenizer.token_to_id(self.eos_token)
-        template = folder / "chat_template.jinja"
-        self.chat_template: str | None = (
-            template.read_text(encoding="utf-8")
-            if template.is_file()
-            else config.get("chat_template")
-        )
-
-    @cached_property
-    def _template(self) -> Any:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        return environment.from_string(self.chat_template or "")
 
     def __call__(self, text: str, *, add_special_tokens: bool = False) -> dict[str, list[int]]:
         """Token ids of ``text``."""
         ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return {"input_ids": ids}
 
-    def apply_chat_template(
-        self, messages: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
-    ) -> str:
-        """``messages`` as the text that the model expects; templates run in Jinja's sandbox."""
-        assert not tokenize
-        text: str = self._template.render(
-            messages=messages, add_generation_prompt=add_generation_prompt, **self._special
-        )
-        return text
+
+class _OfTransformers(_Templated):
+    """transformers' own tokenizer, with chat templates run as they are here."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__(_usual(inner.chat_template), dict(inner.special_tokens_map))
+        self._inner = inner
+
+    def __call__(self, text: str, *, add_special_tokens: bool = False) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = self._inner(text, add_special_tokens=add_special_tokens)
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
 
 def load_text_tokenizer(folder: Path) -> Any:
@@ -74,7 +81,7 @@ def load_text_tokenizer(folder: Path) -> Any:
     if not (folder / "tokenizer.json").is_file():
         from dpo.data.tokenize import load_tokenizer
 
-        return load_tokenizer(folder)
+        return _OfTransformers(load_tokenizer(folder))
     try:
         tokenizer = TextTokenizer(folder)
     except Exception as error:
@@ -92,16 +99,16 @@ def load_text_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _refuse(message: str) -> None:
-    raise ValueError(message)
+def _template_of(folder: Path, config: Mapping[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    return _usual(config.get("chat_template"))
 
 
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return values
-
-
-def _content(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token
+def _usual(templates: Any) -> str | None:
+    """The default one of several named templates (a list or a mapping); a single one itself."""
+    if isinstance(templates, list):
+        templates = {item["name"]: item["template"] for item in templates}
+    found = templates.get("default") if isinstance(templates, Mapping) else templates
+    return found if isinstance(found, str) else None

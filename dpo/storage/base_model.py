@@ -68,7 +68,9 @@ def local_tokenizer(model: ModelConfig) -> Path:
     """
     other = model.tokenizer_name_or_path
     wanted = model if other is None else model.model_copy(update={"name_or_path": other})
-    return _without_network(wanted.name_or_path) or _from_hub(wanted, TOKENIZER_FILES)
+    # the model's kind tells the tokenizer's class where its own files do not
+    files = [*TOKENIZER_FILES, "config.json"]
+    return _without_network(wanted.name_or_path) or _from_hub(wanted, files)
 
 
 def model_fingerprint(model: ModelConfig) -> str:

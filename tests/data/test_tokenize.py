@@ -12,6 +12,7 @@ from dpo.data.rules import tokenizer_fingerprint
 from dpo.data.text_tokenizer import load_text_tokenizer
 from dpo.data.tokenize import Limits, load_tokenizer, tokenize_pair
 from dpo.errors import DataError, ModelError
+from dpo.storage.base_model import local_tokenizer
 
 GOLDEN = Path(os.environ.get("DPO_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 CASES = json.loads((GOLDEN / "tokenization.json").read_text(encoding="utf-8"))
@@ -115,6 +116,21 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ModelError, match="no end-of-sequence token"):
         load_text_tokenizer(tmp_path)
+
+
+def test_of_a_model_on_the_hub_its_kind_is_fetched_with_the_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gpt2-large names no end mark: it follows from what config.json says."""
+    asked: list[str] = []
+
+    def download(_: str, *, allow_patterns: list[str], **_options: Any) -> str:
+        asked.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert local_tokenizer(ModelConfig(name_or_path="gpt2-large")) == tmp_path
+    assert {"config.json", "tokenizer*"} <= set(asked)
 
 
 def test_the_tokenizers_fingerprint_follows_its_files_alone(tmp_path: Path) -> None:
