@@ -40,8 +40,10 @@ _KEY_IN_QUERY = re.compile(
     re.IGNORECASE,
 )
 _UNPRINTED = re.compile(
-    # C0 and C1 but newline and tab, marks of direction, separators that some take for a line's end
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]"
+    # C0 and C1 but newline and tab, marks of direction, separators that some take for a line's end,
+    # and halves of characters, which no encoding can write
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff"
+    r"\ud800-\udfff]"
 )
 
 
@@ -61,7 +63,8 @@ def holds_password(text: str) -> bool:
 def printable(text: str) -> str:
     """``text`` with control characters and marks of direction as escapes, so that it stays text.
 
-    Newlines and tabs are left. A terminal would obey the others, or show another text.
+    Newlines and tabs are left. A terminal would obey the others, or show another text. Halves of
+    characters are escaped too: they cannot be written.
     """
     return _UNPRINTED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 

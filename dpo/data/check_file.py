@@ -9,7 +9,7 @@ from typing import Any
 
 from dpo.config.compose import compose
 from dpo.data.assemble import Assembled
-from dpo.data.quarantine import NOT_FAULTY, Rejected
+from dpo.data.quarantine import NOT_FAULTY, Rejected, writable
 from dpo.data.reasons import title
 from dpo.data.stage import check_only
 from dpo.errors import DpoError, printable
@@ -40,7 +40,7 @@ def check_file(
         print(json.dumps({"readable": False, "problem": str(error)}, ensure_ascii=False))
         return error.exit_code
     found = _as_json(result)
-    text = json.dumps(found, ensure_ascii=False) if as_json else _as_text(place, found)
+    text = writable(json.dumps(found, ensure_ascii=False)) if as_json else _as_text(place, found)
     # rows are hostile texts, and this is a terminal
     print(printable(text))
     return FAULTY if any(reason not in NOT_FAULTY for reason in found["reasons"]) else 0

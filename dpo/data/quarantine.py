@@ -82,19 +82,23 @@ class Rejected:
             return orjson.dumps(values, default=str, option=orjson.OPT_APPEND_NEWLINE)
         except TypeError:
             # half characters, numbers of more than 64 bits, keys that are no text
-            text = json.dumps(values, ensure_ascii=False, default=str)
-            return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text).encode() + b"\n"
+            return writable(json.dumps(values, ensure_ascii=False, default=str)).encode() + b"\n"
 
     def start_of_value(self) -> str:
         """The first characters of the field at fault."""
         value = self.row.get(self.field) if isinstance(self.row, dict) and self.field else None
         text = "" if value is None else str(value)
-        return text[:_SHOWN_VALUE_CHARS]
+        return writable(text[:_SHOWN_VALUE_CHARS])
 
     def __str__(self) -> str:
         value = self.start_of_value()
-        found = f": {_SURROGATE.sub('?', value)!r}" if value else ""
-        return f"{self.file}, line {self.line}: {self.advice} ({self.reason}{found})"
+        found = f": {value!r}" if value else ""
+        return writable(f"{self.file}, line {self.line}: {self.advice} ({self.reason}{found})")
+
+
+def writable(text: str) -> str:
+    """``text`` with the mark of a lost character for each half of one, which no file can have."""
+    return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def moved(line: bytes, offset: int) -> bytes:

@@ -54,7 +54,7 @@ def write_report(
         "sample": sample[:: max(1, len(sample) // _SHOWN_ROWS)][:_SHOWN_ROWS],
     }
     text = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False)
-    (folder / "report.json").write_text(text, encoding="utf-8")
+    (folder / "report.json").write_text(text, encoding="utf-8", errors="replace")
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(autoescape=True, loader=loader)
     environment.filters |= {"count": "{:,}".format, "percent": _percent, "chart": _chart}

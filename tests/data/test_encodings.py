@@ -1,10 +1,12 @@
 """Text in other encodings is refused, with the byte, what it looks like and how to convert it."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from dpo.cli import main
 from dpo.data.encodings import not_utf8
 from dpo.data.readers import rows
 from dpo.errors import DataError
@@ -61,3 +63,48 @@ def test_a_document_names_the_line(tmp_path: Path) -> None:
         list(rows(path, "x.json"))
     assert "x.json, line 2" in str(caught.value)
     assert WINDOWS in str(caught.value)
+
+
+GOOD = (
+    '{"prompt": "a", "chosen": "b", "rejected": "c", "split": "test"}\n'
+    '{"prompt": "d", "chosen": "b", "rejected": "c", "split": "train"}\n'
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("x.csv", "pregunt\u00f3,buena,mala\nq,a,b\n".encode("latin-1")),
+        ("x.json", b'[{"\\ud800k": 1, "prompt": "p"}]'),
+        ("x.jsonl", b'{"prompt": "\\ud800p", "chosen": "c", "rejected": "r"}\n'),
+    ],
+)
+def test_half_characters_reach_no_report(
+    tmp_path: Path, ingest_sources: Callable[..., Outcome], name: str, data: bytes
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    (tmp_path / "good.jsonl").write_text(GOOD)
+    sources = {
+        "bad": {"path": str(tmp_path / name)},
+        "good": {"path": str(tmp_path / "good.jsonl")},
+    }
+    found = ingest_sources(sources, bad_rows="drop")
+    assert (len(found.pairs), len(found.quarantine)) == (2, 1)
+    (told,) = found.report["examples"][found.reasons[0]]
+    assert told.startswith(f"bad: {name}, line ")
+
+
+@pytest.mark.parametrize("output", ["text", "json"])
+def test_a_check_prints_what_every_terminal_can_write(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], output: str
+) -> None:
+    path = tmp_path / "v.csv"
+    path.write_bytes("prompt,chosen,rejected\nq,caf\u00e9,b\n".encode("latin-1"))
+    # capsys refuses what is not UTF-8, as a strict terminal does
+    assert main(["ingest", "--check", str(path), "--output", output]) == 1
+    text = capsys.readouterr().out
+    assert "caf\ufffd" in text
+    assert "byte 0xe9 at position 4 is not UTF-8" in text
+    if output == "json":
+        (place,) = json.loads(text)["reasons"]["broken_encoding"]["places"]
+        assert place["value"] == "caf\ufffd"
