@@ -8,7 +8,6 @@ alone know reasons. So each row becomes what they would have made of it; a test 
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -26,7 +25,8 @@ from dpo.data.formats import ASSISTANT
 from dpo.data.lines import Piece, newlines
 from dpo.data.schema import SPLIT_WORDS, TEST, TRAIN
 from dpo.data.spill import SPILL_SCHEMA
-from dpo.data.validate import CONTROLS, REPLACEMENT, Validator
+from dpo.data.text_columns import Cleanness, Mask, buffer_of, mask_of
+from dpo.data.validate import Validator
 
 _TEXTS = ("prompt", "chosen", "rejected", "sft_target", "split")
 _MESSAGE_LISTS = {"messages", "conversations", "conversation"}
@@ -40,8 +40,6 @@ _SCALARS: Mapping[type, pa.DataType] = {
     type(None): pa.string(),
 }
 _WORD_CODES = np.array([SPLIT_WORDS[word] == TEST for word in SPLIT_WORDS] + [False])
-
-Mask = npt.NDArray[np.bool_]
 
 
 class Sound(NamedTuple):
@@ -111,7 +109,7 @@ class Columns:
         if form == "hh":
             texts, fits = _dialogues(texts)
         else:
-            fits = _mask(pc.is_valid(texts.prompt))
+            fits = mask_of(pc.is_valid(texts.prompt))
         sound &= fits & self._sound_texts(texts)
         flagged = np.flatnonzero(~sound).tolist()
         if len(flagged) > _MAX_FLAGGED_SHARE * len(sound):
@@ -136,53 +134,24 @@ class Columns:
         sound = np.ones(len(chosen), dtype=bool)
         for column in (prompt, chosen, rejected, target):
             if column.null_count < len(column):
-                sound &= self._clean(column)
-        sound &= ~_mask(
+                sound &= self._cleanness.of(column)
+        sound &= ~mask_of(
             pc.equal(pc.utf8_trim_whitespace(chosen), pc.utf8_trim_whitespace(rejected))
         )
         starts = [
             pc.binary_slice(text.cast(pa.binary()), 0, self.validator.answer_bytes)
             for text in (chosen, rejected)
         ]
-        sound &= ~_mask(pc.equal(*starts))
+        sound &= ~mask_of(pc.equal(*starts))
         if (limit := self.validator.max_prompt_tokens) is not None:
-            sound &= _mask(pc.less_equal(pc.binary_length(prompt), limit))
+            sound &= mask_of(pc.less_equal(pc.binary_length(prompt), limit))
         if split.null_count < len(split):
             sound &= _all(pc.or_(pc.is_null(split), pc.is_in(split, _words())))
         return sound
 
-    def _clean(self, texts: pa.Array) -> Mask:
-        """Texts (or nulls) that are neither empty nor hold what must not be there."""
-        empty = pc.or_(pc.equal(pc.binary_length(texts), 0), pc.utf8_is_space(texts))
-        clean = ~_mask(empty)
-        raw, ends = _buffer(texts)
-        if self._looks_clean(raw):
-            return clean
-        places = [match.start() for match in self._forbidden.finditer(raw)]
-        clean[np.searchsorted(ends, places, side="right")] = False
-        return clean
-
-    def _looks_clean(self, raw: bytes) -> bool:
-        """A first look that costs little: Python's search for a class of characters is slow."""
-        codes = np.frombuffer(raw, dtype=np.uint8)
-        n_controls = np.count_nonzero(codes < 32) - np.count_nonzero(codes == ord("\n"))
-        if n_controls:
-            n_controls -= sum(np.count_nonzero(codes == ord(code)) for code in "\r\t")
-        return (
-            not n_controls
-            and b"\x7f" not in raw
-            # one byte is found many times as fast as several
-            and not any(word[:1] in raw and word in raw for word in self._words)
-        )
-
     @cached_property
-    def _words(self) -> list[bytes]:
-        return [word.encode() for word in (REPLACEMENT, *self.validator.reserved)]
-
-    @cached_property
-    def _forbidden(self) -> re.Pattern[bytes]:
-        words = b"|".join(map(re.escape, self._words))
-        return re.compile(b"[" + re.escape(CONTROLS) + b"]|" + words)
+    def _cleanness(self) -> Cleanness:
+        return Cleanness(self.validator.reserved)
 
     def _pairs(
         self, texts: _Texts, lines: npt.NDArray[np.int64]
@@ -261,7 +230,7 @@ def _json_lists(texts: Sequence[pa.Array]) -> Iterable[bytes | memoryview]:
     All rows at once: to make a list, a tuple and a JSON text of each took twice the time.
     """
     joined = pc.binary_join_element_wise(*texts, _BETWEEN)
-    raw, _ = _buffer(pc.binary_join_element_wise(joined, "", _AFTER))
+    raw, _ = buffer_of(pc.binary_join_element_wise(joined, "", _AFTER))
     for char, escaped in _ESCAPES:
         raw = raw.replace(char, escaped)
     after = _AFTER.encode()
@@ -386,11 +355,11 @@ def _dialogues(texts: _Texts) -> tuple[_Texts, Mask]:
         parts = _halved(text)
         two = pc.equal(pc.list_value_length(parts), 2).fill_null(False)
         if pc.sum(two).as_py() < len(two):
-            fits &= _mask(two)
+            fits &= mask_of(two)
             parts = _halved(pc.if_else(two, text, ASSISTANT))
         halves.append((pc.list_element(parts, 0), pc.list_element(parts, 1)))
     (start, chosen), (other_start, rejected) = halves
-    fits &= _mask(pc.equal(start, other_start))
+    fits &= mask_of(pc.equal(start, other_start))
     prompt = pc.binary_join_element_wise(start, ASSISTANT, "")
     return _Texts(prompt, chosen, rejected, pa.nulls(len(prompt), pa.string()), texts.split), fits
 
@@ -399,23 +368,8 @@ def _halved(text: pa.Array) -> pa.Array:
     return pc.split_pattern(text, ASSISTANT, max_splits=1, reverse=True)
 
 
-def _buffer(texts: pa.Array) -> tuple[bytes, npt.NDArray[np.int32]]:
-    """(the bytes of all texts, the end of each)."""
-    offsets = np.frombuffer(texts.buffers()[1], dtype=np.int32)
-    offsets = offsets[texts.offset : texts.offset + len(texts) + 1]
-    data = texts.buffers()[2]
-    raw = b"" if data is None else data.slice(int(offsets[0]), int(offsets[-1] - offsets[0]))
-    return bytes(raw), offsets[1:] - offsets[0]
-
-
-def _mask(values: pa.Array) -> Mask:
-    """Nulls are false."""
-    filled: Mask = values.fill_null(False).to_numpy(zero_copy_only=False)
-    return filled
-
-
 def _all(*values: Any) -> Mask:
     together = np.ones(len(values[0]), dtype=bool)
     for value in values:
-        together &= _mask(value)
+        together &= mask_of(value)
     return together

@@ -21,7 +21,11 @@ from dpo.data.schema import TEST, TRAIN, pair_id, prompt_digest, split_of
 from dpo.data.tokenize import Limits, tokenize_pair
 
 CONTROLS = bytes(code for code in range(32) if code not in b"\n\r\t") + b"\x7f"
+INVISIBLE = re.compile("[\\s\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]*")
+"""White space, and characters of no width."""
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_HIGH_CONTROL = re.compile(rb"\xc2[\x80-\x9f]")
+"""U+0080 to U+009F."""
 _TURN = re.compile(r"\n\n(?:Human|Assistant|System):")
 _HEADINGS = {heading[1:] for heading in (HUMAN, ASSISTANT, SYSTEM)}
 """Lines that begin a turn in the text of a dialogue; some chat templates write the same."""
@@ -162,6 +166,8 @@ class Validator:
         """
         if not text or text.isspace():
             raise RowError("empty", f"{name} is empty", name)
+        if INVISIBLE.fullmatch(text):
+            raise RowError("empty", f"{name} has nothing but characters that nobody sees", name)
         try:
             data = text.encode("utf-8")
         except UnicodeEncodeError:
@@ -176,6 +182,14 @@ class Validator:
             bad = next(char for char in text if ord(char) < 128 and ord(char) in CONTROLS)
             raise RowError(
                 "control_character", f"{name} has the control character U+{ord(bad):04X}", name
+            )
+        # one byte is found many times as fast as a class of them
+        if b"\xc2" in data and (high := _HIGH_CONTROL.search(data)):
+            raise RowError(
+                "control_character",
+                f"{name} has the control character U+{ord(high[0].decode()):04X}, as quotes and "
+                f"dashes of Windows-1252 become when read as Latin-1: {_ADVICE_ON_ENCODING}",
+                name,
             )
         reserved = self._reserved_in_prompts if name == "prompt" else self._reserved
         if reserved and (found := reserved.search(text)):

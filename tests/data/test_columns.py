@@ -19,7 +19,9 @@ from dpo.data.columns import Columns
 from dpo.data.lines import pieces
 from dpo.data.quarantine import Place
 from dpo.data.spill import KEYS, REJECTED, SPILL_SCHEMA, read_pairs
+from dpo.data.text_columns import Cleanness
 from dpo.data.tokenize import Limits
+from dpo.data.validate import INVISIBLE
 from tests.data.conftest import Outcome, good_row
 
 TOKENIZER = builtin("builtin:tiny")
@@ -61,6 +63,16 @@ TEXT = st.one_of(
                 "bell\a",
                 "del\x7f",
                 "nul\0",
+                "It\u0092s",
+                "\u0085",
+                "\u00a0\u00a3",
+                "\u200b",
+                " \ufeff\u00ad\n",
+                "\u3000\u2060\u180e",
+                "a\u200d",
+                "\u200da",
+                " " * 70 + "\u200b",
+                "\u3042 \u200b",
             ),
             *("\r\n", '"quoted" \\ back', "}\n{", "\u2028", "\U0001f600"),
             *("\n\nHuman: q\n\nAssistant: a", "\n\nHuman: q\n\nAssistant: b", "\n\nAssistant:"),
@@ -146,6 +158,16 @@ def test_real_pairs_go_the_fast_way(ingest: Callable[..., Outcome]) -> None:
         sound = columns.of_lines(piece)
         assert sound is not None
         assert sound.flagged == [7]
+
+
+def test_invisible_characters_are_found_in_columns() -> None:
+    cleanness = Cleanness([])
+    assert cleanness.of(pa.array([], pa.string())).tolist() == []
+    for char in map(chr, [*range(0x20, 0x7F), *range(0xA0, 0x3100), 0xFEFF, 0xFF21]):
+        texts = ["", "yes", f" {char}\n", None, f"{char}", f"{char}\u200b", f"a{char}", "no"]
+        seen = not INVISIBLE.fullmatch(char)
+        clean = cleanness.of(pa.array(texts)).tolist()
+        assert clean == [False, True, seen, True, seen, seen, True, True], repr(char)
 
 
 def test_nesting_that_is_deeper_than_a_stack_is_a_reason(ingest: Callable[..., Outcome]) -> None:
