@@ -6,6 +6,7 @@ for which the row is rejected. It decides nothing about other rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -137,6 +138,7 @@ def shp(row: Mapping[str, Any], min_score_ratio: float = SHP_MIN_SCORE_RATIO) ->
     scores = [number_field(row, "score_A"), number_field(row, "score_B")]
     responses = [f" {text_field(row, name)}" for name in ("human_ref_A", "human_ref_B")]
     label = row.get("labels")
+    label = {"0": 0, "1": 1}.get(label, label) if isinstance(label, str) else label
     if label not in (0, 1):
         raise RowError("wrong_type", "labels must be 0 (B is better) or 1 (A is better)", "labels")
     if min(scores) <= 0 or max(scores) / min(scores) < min_score_ratio:
@@ -163,15 +165,20 @@ def text_field(row: Mapping[str, Any], name: str) -> str:
 
 
 def number_field(row: Mapping[str, Any], name: str) -> float:
-    """The number in a field.
+    """The number in a field; CSV files have numbers as text.
 
     Raises:
-        RowError: it is missing, or not a number.
+        RowError: it is missing, or not a finite number.
     """
     value = row.get(name)
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise RowError("wrong_type", f"{name} must be a number", name)
-    return float(value)
+    try:
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            number = float(value)
+            if math.isfinite(number):
+                return number
+    except (ValueError, OverflowError):
+        pass
+    raise RowError("wrong_type", f"{name} must be a number, found {str(value)[:40]!r}", name)
 
 
 def split_field(row: Mapping[str, Any]) -> str | None:

@@ -44,6 +44,7 @@ _ANSWER_TEXTS = ("text", "response", "completion", "content", "answer")
 _SCORES = ("fine-grained_score", "overall_score", "score", "rating", "helpfulness")
 MAX_ANSWERS = 64
 """Most answers to one prompt: 2,016 pairs."""
+_BOOLEANS = {"true": 1.0, "false": 0.0}
 
 
 def messages(row: Mapping[str, Any]) -> list[Candidate]:
@@ -281,9 +282,13 @@ def _scored_candidate(
     if prompt is None:
         raise RowError("missing_field", f"the field {field} is missing", field)
     return candidate(read_messages(prompt, field), better, worse, split=split)
+    A boolean may be a text as well: CSV files have ``True``.
+
 
 
 def as_number(value: Any, field: str) -> float:
+    if isinstance(value, str):
+        value = _BOOLEANS.get(value.strip().lower(), value)
     """A finite number; a text that holds one (UltraFeedback writes ``"4"``) and a boolean too.
 
     Raises:
@@ -291,7 +296,7 @@ def as_number(value: Any, field: str) -> float:
     """
     try:
         number = float(value) if isinstance(value, int | float | str) else math.nan
-    except ValueError:
+    except (ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise RowError("wrong_type", f"{field} must be a number, found {str(value)[:40]!r}", field)

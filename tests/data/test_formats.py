@@ -91,6 +91,13 @@ def test_openai_messages_as_prompt_with_each_kind_of_answer() -> None:
     for chosen, rejected in (
         ("Yes.", "No."),
         (BOT, NO),
+def test_shp_from_csv_has_its_numbers_as_text() -> None:
+    row = {**SHP, "score_A": "2", "score_B": "5.0", "labels": "0"}
+    assert texts(row) == [("\n\nHuman: How?\n\nAssistant:", " Thus.", " So.")]
+    assert reason({**row, "labels": "B"}) == "wrong_type"
+    assert reason({**row, "score_A": "nan"}) == "wrong_type"
+
+
         ([BOT], [NO]),
         ([USER, BOT], [USER, NO]),
     ):
@@ -305,7 +312,15 @@ def test_stack_exchange_pairs_by_score_with_html_as_text() -> None:
 
 
 @pytest.mark.parametrize("name", ["completion", "response"])
-@pytest.mark.parametrize(("given", "score"), [({"label": True}, 1), ({"score": "7.5"}, 7.5)])
+@pytest.mark.parametrize(
+    ("given", "score"),
+    [
+        ({"label": True}, 1),
+        ({"score": "7.5"}, 7.5),
+        ({"label": "True"}, 1),
+        ({"label": "false"}, 0),
+    ],
+)
 def test_rated_answers(name: str, given: dict[str, Any], score: float) -> None:
     assert parse({"prompt": "p", name: "a", **given}) == [Rating("p", None, "a", score)]
     turns = parse({"prompt": [USER], name: [BOT], **given})
