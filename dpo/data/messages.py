@@ -21,6 +21,7 @@ _ROLES = {
     "model": "assistant",
 }
 _TOOLS = ("tool", "function", "function_call", "observation")
+_CALLS = ("tool_calls", "function_call")
 _HEADINGS = {"system": SYSTEM, "user": HUMAN, "assistant": ASSISTANT}
 
 
@@ -29,9 +30,11 @@ Messages = tuple[Message, ...]
 
 def is_message(value: object) -> bool:
     """Whether a value has the keys of a message."""
-    return isinstance(value, Mapping) and (
-        {"role", "content"} <= set(value) or {"from", "value"} <= set(value)
-    )
+    if not isinstance(value, Mapping):
+        return False
+    # a call of a tool may come without a content
+    said = "content" in value or any(value.get(key) for key in _CALLS)
+    return ("role" in value and said) or {"from", "value"} <= set(value)
 
 
 def read_message(value: Any, field: str) -> Message:
@@ -47,9 +50,9 @@ def read_message(value: Any, field: str) -> Message:
             field,
         )
     said = value["role"] if "role" in value else value["from"]
-    content = value["content"] if "content" in value else value["value"]
+    content = value["content"] if "content" in value else value.get("value")
     role = _ROLES.get(said.lower()) if isinstance(said, str) else None
-    if said in _TOOLS or value.get("tool_calls"):
+    if said in _TOOLS or any(value.get(key) for key in _CALLS):
         raise RowError(
             "tool_message",
             f"{field}: calls of tools and their results are no text of a dialogue: leave these "

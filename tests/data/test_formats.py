@@ -32,6 +32,8 @@ USER, BOT = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content":
 NO = {"role": "assistant", "content": "No."}
 SYSTEM = {"role": "system", "content": "Be brief."}
 HI = "\n\nHuman: Hi?\n\nAssistant:"
+CALL = {"role": "assistant", "tool_calls": [{"type": "function"}]}
+OLD_CALL = {"role": "assistant", "content": None, "function_call": {"name": "f"}}
 
 
 def share_gpt(*messages: dict[str, str]) -> list[dict[str, str]]:
@@ -161,6 +163,10 @@ def test_openai_preference_form() -> None:
         ({"prompt": [USER], "chosen": [BOT, USER, BOT], "rejected": [NO]}, "roles_out_of_order"),
         ({"prompt": [{**USER, "role": "robot"}], "chosen": "a", "rejected": "b"}, "unknown_role"),
         ({"prompt": [{**USER, "content": None}], "chosen": "a", "rejected": "b"}, "wrong_type"),
+        ({"prompt": [USER, CALL], "chosen": "a", "rejected": "b"}, "tool_message"),
+        ({"prompt": [USER], "chosen": [CALL], "rejected": [NO]}, "tool_message"),
+        ({"prompt": [USER], "chosen": CALL, "rejected": NO}, "tool_message"),
+        ({"prompt": [USER], "chosen": OLD_CALL, "rejected": NO}, "tool_message"),
         ({"prompt": [{"text": "x"}], "chosen": "a", "rejected": "b"}, "wrong_type"),
         ({"prompt": {"role": "user"}, "chosen": "a", "rejected": "b"}, "wrong_type"),
         ({"prompt": [USER], "chosen": [BOT], "rejected": None}, "missing_field"),
