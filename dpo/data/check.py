@@ -36,6 +36,7 @@ from dpo.data.spill import PartWriter, Tally
 from dpo.data.text_tokenizer import load_text_tokenizer
 from dpo.data.tokenize import Limits
 from dpo.data.validate import Validator
+from dpo.errors import DpoError
 from dpo.storage.host_memory import keep_freed_memory
 from dpo.storage.processes import FreshContext, die_with_parent
 
@@ -289,7 +290,7 @@ def _check_row(
     try:
         if row.problem:
             raise RowError("unreadable", row.problem)
-        for item in parser(row.value):
+        for item in _parsed(row.value, parser):
             try:
                 _keep(item, place.split, row.line, validator, part)
             except RowError as error:
@@ -299,6 +300,21 @@ def _check_row(
         problem = error.with_traceback(None)
     if problem is not None:
         part.reject(Rejected.of(problem, place, row.line, row.value))
+
+
+def _parsed(value: Any, parser: Parser) -> Sequence[Candidate | Rating]:
+    """What the parser makes of a row; a row that it is not made for must not end the step.
+
+    Raises:
+        RowError: the row is at fault, or the parser failed on it.
+    """
+    try:
+        return parser(value)
+    except (RowError, DpoError, MemoryError, ImportError, OSError):
+        raise
+    except Exception as error:
+        advice = f"reading the row failed with {type(error).__name__}: {str(error)[:200]}"
+        raise RowError("unreadable", f"{advice}; compare its fields with other rows'") from None
 
 
 def _keep(

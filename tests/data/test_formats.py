@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo.config.schema import Format, SourceConfig
+from dpo.data import registry
 from dpo.data.formats import Candidate, Message, Rating, RowError
 from dpo.data.registry import parser_of
+from dpo.data.shapes import messages
 from tests.data.conftest import Outcome
 
 
@@ -342,6 +344,27 @@ def test_rated_answers_refuse() -> None:
 
 @given(anything, formats)
 @settings(deadline=None, max_examples=400)
+def test_a_row_on_which_a_parser_fails_is_one_row(
+    ingest: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(row: Any) -> list[Candidate]:
+        if row["prompt"] == [USER]:
+            raise TypeError("'int' object is not subscriptable")
+        if row["prompt"] == [SYSTEM]:
+            raise MemoryError
+        return messages(row)
+
+    monkeypatch.setattr(registry, "PARSERS", {**registry.PARSERS, "messages": fail})
+    good = {"prompt": [{"role": "user", "content": "Bye?"}], "chosen": "a", "rejected": "b"}
+    found = ingest([{**good, "prompt": [USER]}, good])
+    assert [pair["chosen"] for pair in found.pairs] == [" a"]
+    (line,) = found.quarantine
+    assert (line["line"], line["reason"]) == (1, "unreadable")
+    assert "TypeError: 'int' object is not subscriptable" in line["advice"]
+    with pytest.raises(MemoryError):
+        ingest([{**good, "prompt": [SYSTEM]}])
+
+
 def test_any_row_gives_pairs_or_a_reason(row: Any, name: str) -> None:
     try:
         found = parse(row, format=name)
