@@ -115,7 +115,12 @@ def check_order(prompt: Messages, field: str) -> None:
 
 def as_text(prompt: Messages) -> str:
     """A dialogue in the form of Anthropic's data, open for the assistant's answer."""
-    return "".join(f"{_HEADINGS[turn.role]} {turn.content}" for turn in prompt) + ASSISTANT
+    return turns_as_text(prompt) + ASSISTANT
+
+
+def turns_as_text(turns: Messages) -> str:
+    """Turns in the form of Anthropic's data."""
+    return "".join(f"{_HEADINGS[turn.role]} {turn.content}" for turn in turns)
 
 
 def candidate(

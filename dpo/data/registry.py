@@ -9,8 +9,16 @@ from typing import Any
 import orjson
 
 from dpo.config.schema import SourceConfig
-from dpo.data import compared, custom, formats, shapes
+from dpo.data import annotated, compared, custom, formats, shapes
 from dpo.data.formats import ASSISTANT, Candidate, Parser, Rating, RowError, split_field
+from dpo.data.prompts import PROMPTS, framed, refuse_unread_question
+from dpo.data.verdicts import answer_names
+
+
+def _common_text(row: Mapping[str, Any]) -> Sequence[Candidate]:
+    refuse_unread_question(row)
+    return formats.common_text(row)
+
 
 PARSERS: Mapping[str, Parser] = {
     "pairs": formats.pairs,
@@ -24,11 +32,15 @@ PARSERS: Mapping[str, Parser] = {
     "rated": shapes.rated,
     "compared": compared.compared,
     "summaries": compared.summaries,
-    "argilla": compared.argilla,
-    "labelstudio": compared.label_studio,
+    "argilla": annotated.argilla,
+    "labelstudio": annotated.label_studio,
 }
 """By ``sources.NAME.format``."""
-_BY_SHAPE: Mapping[str, Parser] = {"asked": compared.asked, "common_text": formats.common_text}
+_BY_SHAPE: Mapping[str, Parser] = {
+    "asked": compared.asked,
+    "exported": annotated.exported,
+    "common_text": _common_text,
+}
 """Told by a row's keys and values only."""
 _ALIASES = {
     **{f"chosen_{word}": "chosen" for word in ("response", "answer", "text", "completion")},
@@ -69,7 +81,8 @@ def _parse(
             f"no known format has these fields: {keys}; use prompt, chosen and rejected, or set "
             "the source's format",
         )
-    return parsers[found](row)
+    # SHP's history is its prompt
+    return framed(row, parsers[found](row), history=found != "shp")
 
 
 def _mended(
@@ -113,6 +126,8 @@ def detect(row: Mapping[str, Any]) -> str | None:
         if _has_messages(row) or keys & {"messages", "conversations", "conversation"}:
             return "messages"
         return "pairs" if "prompt" in row else _without_prompt(row, keys)
+    if answer_names(row) and annotated.is_exported(row):
+        return "exported"
     if compared.is_compared(row):
         return "compared"
     for name, needed in (
@@ -127,7 +142,9 @@ def detect(row: Mapping[str, Any]) -> str | None:
             return name
     if isinstance(row.get("messages"), list) and keys & _SCORED:
         return "rated"
-    return _by_answers(keys) if keys & {"prompt", "instruction"} else None
+    if not keys & {"prompt", "instruction"}:
+        return None
+    return _by_answers(keys) or ("exported" if annotated.is_exported(row) else None)
 
 
 def _by_answers(keys: set[str]) -> str | None:
@@ -143,13 +160,16 @@ def _by_answers(keys: set[str]) -> str | None:
 
 _SCORED = frozenset({"label", "score", "rating", "helpfulness"})
 _QUESTIONS = frozenset({"question", "instruction", "input", "query"})
+_TEXT_QUESTIONS = frozenset(PROMPTS) - _QUESTIONS - {"prompt"}
 
 
 def _without_prompt(row: Mapping[str, Any], keys: set[str]) -> str:
     marked = [ASSISTANT in str(row[name]) for name in ("chosen", "rejected")]
     if any(marked):
         return "hh"
-    return "asked" if keys & _QUESTIONS else "common_text"
+    # of other kinds these are no questions
+    texts = any(isinstance(row[name], str | list) for name in keys & _TEXT_QUESTIONS)
+    return "asked" if texts or keys & _QUESTIONS else "common_text"
 
 
 def _has_messages(row: Mapping[str, Any]) -> bool:

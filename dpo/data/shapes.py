@@ -37,14 +37,15 @@ from dpo.data.messages import (
     read_message,
     read_messages,
 )
+from dpo.data.prompts import prompt_of
 
 _PROMPT_LISTS = ("prompt", "messages", "conversations", "conversation")
 _ANSWER_LISTS = ("responses", "completions", "answers", "candidates", "generations")
 _ANSWER_TEXTS = ("text", "response", "completion", "content", "answer")
 _SCORES = ("fine-grained_score", "overall_score", "score", "rating", "helpfulness")
+_BOOLEANS = {"true": 1.0, "false": 0.0}
 MAX_ANSWERS = 64
 """Most answers to one prompt: 2,016 pairs."""
-_BOOLEANS = {"true": 1.0, "false": 0.0}
 
 
 def messages(row: Mapping[str, Any]) -> list[Candidate]:
@@ -55,7 +56,10 @@ def messages(row: Mapping[str, Any]) -> list[Candidate]:
     if name is None or isinstance(row[name], str):
         given = row[name] if name else None
         return [_common_prefix(chosen, rejected, given, split)]
-    prompt = _with_system(row, read_messages(row[name], name))
+    prompt = read_messages(row[name], name)
+    if _system_of(chosen) == _system_of(rejected) and not _system_of(prompt):
+        # both answers repeat the prompt with a system message that it lacks
+        prompt = (*_system_of(chosen), *prompt)
     return [
         candidate(
             prompt,
@@ -93,17 +97,11 @@ def _answer(row: Mapping[str, Any], field: str) -> Messages:
     return read_messages(value, field)
 
 
-def _with_system(row: Mapping[str, Any], prompt: Messages) -> Messages:
-    system = row.get("system")
-    if isinstance(system, str) and system.strip() and not (prompt and prompt[0].role == "system"):
-        return (Message("system", system), *prompt)
-    return prompt
-
-
 def _last(prompt: Messages, answer: Messages, field: str) -> str:
     """The one assistant message of an answer; the prompt may be repeated before it."""
-    if answer[: len(prompt)] == prompt:
-        answer = answer[len(prompt) :]
+    turns = prompt if _system_of(answer) else prompt[len(_system_of(prompt)) :]
+    if answer[: len(turns)] == turns:
+        answer = answer[len(turns) :]
     if len(answer) != 1 or answer[0].role != "assistant":
         raise RowError(
             "roles_out_of_order",
@@ -112,6 +110,10 @@ def _last(prompt: Messages, answer: Messages, field: str) -> str:
             field,
         )
     return answer[0].content
+
+
+def _system_of(turns: Messages) -> Messages:
+    return turns[:1] if turns and turns[0].role == "system" else ()
 
 
 def _common_prefix(
@@ -142,17 +144,13 @@ def _common_prefix(
 
 def ranked(row: Mapping[str, Any]) -> list[Candidate]:
     """A prompt and a list of answers with scores or ranks."""
-    prompt_name = "prompt" if row.get("prompt") is not None else "instruction"
     name = next((key for key in _ANSWER_LISTS if row.get(key) is not None), _ANSWER_LISTS[0])
     answers = row.get(name)
     if not isinstance(answers, list) or len(answers) > MAX_ANSWERS:
         raise RowError("wrong_type", f"{name} must be a list of at most {MAX_ANSWERS}", name)
     texts = [_answer_text(answer, name) for answer in answers]
     scores = _scores(row, answers, name)
-    prompt = row.get(prompt_name)
-    if prompt_name == "instruction":
-        # UltraFeedback's instructions are what a person said, not a dialogue's text
-        prompt = [{"role": "user", "content": text_field(row, prompt_name)}]
+    prompt, prompt_name = prompt_of(row)
     scored = list(zip(scores, texts, strict=True))
     return scored_pairs(prompt, prompt_name, scored, split_field(row))
 
@@ -199,11 +197,9 @@ def rated(row: Mapping[str, Any]) -> list[Rating]:
         raise RowError("missing_field", "a score or a label is missing", score_name)
     name = next((key for key in _ANSWER_TEXTS if row.get(key) is not None), "completion")
     answer = _answer(row, name)
-    prompt = row.get("prompt")
+    prompt, _ = prompt_of(row)
     messages = None
     if not isinstance(prompt, str):
-        if prompt is None:
-            raise RowError("missing_field", "the field prompt is missing", "prompt")
         messages = read_messages(prompt, "prompt")
         check_order(messages, "prompt")
     text = as_text(messages) if messages else str(prompt)
@@ -282,18 +278,18 @@ def _scored_candidate(
     if prompt is None:
         raise RowError("missing_field", f"the field {field} is missing", field)
     return candidate(read_messages(prompt, field), better, worse, split=split)
-    A boolean may be a text as well: CSV files have ``True``.
-
 
 
 def as_number(value: Any, field: str) -> float:
-    if isinstance(value, str):
-        value = _BOOLEANS.get(value.strip().lower(), value)
     """A finite number; a text that holds one (UltraFeedback writes ``"4"``) and a boolean too.
+
+    A boolean may be a text as well: CSV files have ``True``.
 
     Raises:
         RowError: anything else.
     """
+    if isinstance(value, str):
+        value = _BOOLEANS.get(value.strip().lower(), value)
     try:
         number = float(value) if isinstance(value, int | float | str) else math.nan
     except (ValueError, OverflowError):

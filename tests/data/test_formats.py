@@ -32,10 +32,10 @@ def reason(row: Any, **source: Any) -> str:
 
 USER, BOT = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}
 NO = {"role": "assistant", "content": "No."}
-SYSTEM = {"role": "system", "content": "Be brief."}
-HI = "\n\nHuman: Hi?\n\nAssistant:"
 CALL = {"role": "assistant", "tool_calls": [{"type": "function"}]}
 OLD_CALL = {"role": "assistant", "content": None, "function_call": {"name": "f"}}
+SYSTEM = {"role": "system", "content": "Be brief."}
+HI = "\n\nHuman: Hi?\n\nAssistant:"
 
 
 def share_gpt(*messages: dict[str, str]) -> list[dict[str, str]]:
@@ -91,10 +91,6 @@ def test_shp_takes_the_better_comment_from_a_score_ratio_on() -> None:
     assert reason({**SHP, "score_A": "many"}) == "wrong_type"
 
 
-def test_openai_messages_as_prompt_with_each_kind_of_answer() -> None:
-    for chosen, rejected in (
-        ("Yes.", "No."),
-        (BOT, NO),
 def test_shp_from_csv_has_its_numbers_as_text() -> None:
     row = {**SHP, "score_A": "2", "score_B": "5.0", "labels": "0"}
     assert texts(row) == [("\n\nHuman: How?\n\nAssistant:", " Thus.", " So.")]
@@ -102,6 +98,10 @@ def test_shp_from_csv_has_its_numbers_as_text() -> None:
     assert reason({**row, "score_A": "nan"}) == "wrong_type"
 
 
+def test_openai_messages_as_prompt_with_each_kind_of_answer() -> None:
+    for chosen, rejected in (
+        ("Yes.", "No."),
+        (BOT, NO),
         ([BOT], [NO]),
         ([USER, BOT], [USER, NO]),
     ):
@@ -163,12 +163,12 @@ def test_openai_preference_form() -> None:
         ({"prompt": [], "chosen": "a", "rejected": "b"}, "roles_out_of_order"),
         ({"prompt": [USER], "chosen": [USER], "rejected": [NO]}, "roles_out_of_order"),
         ({"prompt": [USER], "chosen": [BOT, USER, BOT], "rejected": [NO]}, "roles_out_of_order"),
-        ({"prompt": [{**USER, "role": "robot"}], "chosen": "a", "rejected": "b"}, "unknown_role"),
-        ({"prompt": [{**USER, "content": None}], "chosen": "a", "rejected": "b"}, "wrong_type"),
         ({"prompt": [USER, CALL], "chosen": "a", "rejected": "b"}, "tool_message"),
         ({"prompt": [USER], "chosen": [CALL], "rejected": [NO]}, "tool_message"),
         ({"prompt": [USER], "chosen": CALL, "rejected": NO}, "tool_message"),
         ({"prompt": [USER], "chosen": OLD_CALL, "rejected": NO}, "tool_message"),
+        ({"prompt": [{**USER, "role": "robot"}], "chosen": "a", "rejected": "b"}, "unknown_role"),
+        ({"prompt": [{**USER, "content": None}], "chosen": "a", "rejected": "b"}, "wrong_type"),
         ({"prompt": [{"text": "x"}], "chosen": "a", "rejected": "b"}, "wrong_type"),
         ({"prompt": {"role": "user"}, "chosen": "a", "rejected": "b"}, "wrong_type"),
         ({"prompt": [USER], "chosen": [BOT], "rejected": None}, "missing_field"),
@@ -285,6 +285,8 @@ anything = st.recursive(
                     *("advice", "preferred_output", "non_preferred_output", "text", "pm_score"),
                     *("fields", "data", "annotations", "result", "values", "winner", "ranking"),
                     *("response_1", "response_2", "preference_strength", "system", "label"),
+                    *("context", "trajectory", "tools", "images", "preference", "user_id"),
+                    *("q.responses", "q.responses.status", "rating_1", "rating_2", "rank"),
                 ]
             ),
             inner,
@@ -342,8 +344,6 @@ def test_rated_answers_refuse() -> None:
     assert reason({"prompt": [BOT], "completion": "a", "label": True}) == "roles_out_of_order"
 
 
-@given(anything, formats)
-@settings(deadline=None, max_examples=400)
 def test_a_row_on_which_a_parser_fails_is_one_row(
     ingest: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,6 +365,8 @@ def test_a_row_on_which_a_parser_fails_is_one_row(
         ingest([{**good, "prompt": [SYSTEM]}])
 
 
+@given(anything, formats)
+@settings(deadline=None, max_examples=400)
 def test_any_row_gives_pairs_or_a_reason(row: Any, name: str) -> None:
     try:
         found = parse(row, format=name)

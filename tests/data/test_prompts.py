@@ -1,0 +1,175 @@
+"""What an answer answers: the question's field, its input, the system message, earlier turns."""
+
+from typing import Any
+
+import pytest
+
+from dpo.data.formats import Candidate, Message, Rating, RowError
+from tests.data.test_formats import BOT, HI, NO, SYSTEM, USER, parse, reason, texts
+
+PAIR = {"chosen": "The answer is 5", "rejected": "The answer is 6"}
+ASKED = ("\n\nHuman: What is 2+3?\n\nAssistant:", " The answer is 5", " The answer is 6")
+
+
+@pytest.mark.parametrize(
+    "name", ["question", "instruction", "input", "query", "context", "problem", "user_prompt"]
+)
+def test_names_of_the_question(name: str) -> None:
+    assert texts({name: "What is 2+3?", **PAIR}) == [ASKED]
+
+
+def test_a_trajectory_is_the_prompt() -> None:
+    """A row of openbmb/UltraInteract_pair."""
+    turns = [{"from": "user", "value": "What is 2+3?"}]
+    row = {"task": "Math_CoT", "dataset": "gsm8k", "trajectory": turns, "id": "1", **PAIR}
+    assert texts(row) == [ASKED]
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"riddle": "What is 2+3?"},
+        {"task": "What is 2+3?"},
+        {"topic": "Say which number two and three make together"},
+        {"dialog": [{"role": "user", "content": "What is 2+3?"}]},
+        {"system": "You are a calculator."},
+    ],
+)
+def test_a_question_under_another_name_is_not_left_out(field: dict[str, Any]) -> None:
+    with pytest.raises(RowError, match=next(iter(field))) as caught:
+        parse({**field, **PAIR})
+    assert caught.value.reason == "unknown_format"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"id": "7 a", "source": "some forum", "category": "Open QA", "model": "GPT 4 turbo"},
+        {"chosen_model": "a b", "rejected-rationale": "It says six, which is more than five."},
+        {"rationale": "Two and three make five. So the second answer is wrong.", "lang": "en"},
+        {"created": "2024-01-01 10:00:00", "score": 3, "tags": ["a b"], "metadata": {"a": "b c"}},
+        {"text": "The answer is", "note": None, "word": "sums"},
+    ],
+)
+def test_what_says_something_of_a_pair_is_no_question(fields: dict[str, Any]) -> None:
+    assert texts({**fields, **PAIR}) == [("The answer is", " 5", " 6")]
+
+
+WITH_SYSTEM = "\n\nSystem: Be brief." + HI
+RESULT = [(WITH_SYSTEM, " Yes.", " No.")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No."},
+        {"prompt": "Hi?", "chosen": [USER, BOT], "rejected": [USER, NO]},
+        {"prompt": [USER], "chosen": [USER, BOT], "rejected": [USER, NO]},
+        {"prompt": [USER], "chosen": [SYSTEM, USER, BOT], "rejected": [SYSTEM, USER, NO]},
+        {"prompt": [SYSTEM, USER], "chosen": [USER, BOT], "rejected": [USER, NO]},
+        {"chosen": [USER, BOT], "rejected": [USER, NO]},
+        {"chosen": [SYSTEM, USER, BOT], "rejected": [SYSTEM, USER, NO]},
+        {"chosen": f"{HI} Yes.", "rejected": f"{HI} No."},
+        {"prompt": HI, "chosen": " Yes.", "rejected": " No."},
+        {"prompt": WITH_SYSTEM, "chosen": " Yes.", "rejected": " No."},
+        {"prompt": "Hi?", "response_a": "No.", "response_b": "Yes.", "winner": "b"},
+        {"instruction": "Hi?", "generations": ["No.", "Yes."], "ratings": [1, 5]},
+        {"prompt": "Hi?", "responses": ["No.", "Yes."], "ranks": [2, 1]},
+    ],
+)
+def test_the_system_message_stands_before_every_kind_of_prompt(row: dict[str, Any]) -> None:
+    assert texts({"system": "Be brief.", **row}) == RESULT
+    assert texts({"system_prompt": "Be brief.", "system": "", **row}) == RESULT
+
+
+def test_a_system_message_in_both_dialogues_is_kept() -> None:
+    row = {"prompt": [USER], "chosen": [SYSTEM, USER, BOT], "rejected": [SYSTEM, USER, NO]}
+    assert texts(row) == RESULT
+    other = {**SYSTEM, "content": "Be long."}
+    assert reason({**row, "rejected": [other, USER, NO]}) == "roles_out_of_order"
+    assert reason({**row, "prompt": [other, USER]}) == "roles_out_of_order"
+
+
+def test_the_system_message_of_a_rating_and_of_a_record() -> None:
+    (rating,) = parse({"system": "Be brief.", "prompt": "Hi?", "completion": "Yes.", "score": 1})
+    messages = (Message("system", "Be brief."), Message("user", "Hi?"))
+    assert rating == Rating(WITH_SYSTEM, messages, "Yes.", 1.0)
+    fields = {"system": "Be brief.", "prompt": "Hi?", "response_1": "Yes.", "response_2": "No."}
+    record = {"fields": fields, "responses": {"preference": [{"value": "response_1"}]}}
+    assert texts(record) == RESULT
+
+
+def test_the_sft_target_of_a_text_with_a_system_message_is_an_answer() -> None:
+    row = {
+        "prompt": "Hi?",
+        "chosen": "Yes.",
+        "rejected": "No.",
+        "sft_target": "Yes!",
+        "system": "S",
+    }
+    prompt = "\n\nSystem: S" + HI
+    messages = (Message("system", "S"), Message("user", "Hi?"))
+    assert parse(row) == [Candidate(prompt, " Yes.", " No.", " Yes!", messages=messages)]
+
+
+@pytest.mark.parametrize("system", [None, "", "  ", 3, True, [], {}])
+def test_no_system_message_changes_nothing(system: Any) -> None:
+    row = {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No."}
+    assert texts({**row, "system": system}) == [("Hi?", "Yes.", "No.")]
+
+
+def test_history_is_earlier_turns() -> None:
+    """LLaMA-Factory's form."""
+    row = {"instruction": "And in German?", "input": "", "chosen": "Hallo", "rejected": "Hola"}
+    prompt = (
+        "\n\nSystem: S\n\nHuman: In French?\n\nAssistant: Salut"
+        "\n\nHuman: And in German?\n\nAssistant:"
+    )
+    for history in (
+        [["In French?", "Salut"]],
+        '[["In French?", "Salut"]]',
+        [{"role": "user", "content": "In French?"}, {"role": "assistant", "content": "Salut"}],
+    ):
+        assert texts({**row, "system": "S", "history": history}) == [(prompt, " Hallo", " Hola")]
+    text = {"prompt": "And in German?", "chosen": "Hallo", "rejected": "Hola", "system": "S"}
+    assert texts({**text, "history": [["In French?", "Salut"]]})[0][0] == prompt
+    assert texts({**text, "history": [], "system": None})[0][0] == "And in German?"
+
+
+@pytest.mark.parametrize("history", [["a", "b"], [["a"]], [["a", None]], "Said before.", {"a": 1}])
+def test_history_of_another_form_is_refused(history: Any) -> None:
+    row = {"prompt": "p", "chosen": "c", "rejected": "r", "history": history}
+    assert reason(row) == "wrong_type"
+
+
+TRANSLATE = "\n\nHuman: Translate.\n\ngood morning\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"chosen": "bonjour", "rejected": "salut"},
+        {"output_1": "bonjour", "output_2": "salut", "preference": 1},
+        {"generations": ["bonjour", "salut"], "ratings": [5, 1]},
+    ],
+)
+def test_alpacas_input_follows_the_instruction_everywhere(answers: dict[str, Any]) -> None:
+    row = {"instruction": "Translate.", "input": "good morning", **answers}
+    assert texts(row) == [(TRANSLATE, " bonjour", " salut")]
+
+
+def test_a_context_goes_with_its_question() -> None:
+    row = {"chosen": "c", "rejected": "r"}
+    prompt = "\n\nHuman: Who?\n\nAnn came.\n\nAssistant:"
+    for name in ("question", "instruction", "query"):
+        assert texts({name: "Who?", "context": "Ann came.", **row})[0][0] == prompt
+    turns = [USER, BOT]
+    (found,) = parse({"question": "Who?", "context": turns, **row})
+    assert [m.content for m in found.messages or ()] == ["Hi?", "Yes.", "Who?"]
+    assert reason({"question": "Who?", "context": ["Ann came."], **row}) == "wrong_type"
+
+
+@pytest.mark.parametrize("value", [3, 1.5, float("nan"), ["a"], {"a": 1}])
+def test_an_instruction_that_is_no_text_is_refused(value: Any) -> None:
+    row = {"instruction": value, "input": "i", "chosen": "a", "rejected": "b"}
+    assert reason(row) == "wrong_type"

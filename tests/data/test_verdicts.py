@@ -1,0 +1,171 @@
+"""What counts as a verdict, and on which answer; rows as annotation tools and arenas write them."""
+
+from typing import Any
+
+import pytest
+
+from dpo.data.formats import Rating
+from tests.data.test_formats import parse, reason, texts
+
+FIRST, SECOND = [("p", "a", "b")], [("p", "b", "a")]
+LETTERS = {"prompt": "p", "answer_a": "a", "answer_b": "b"}
+NUMBERS = {"prompt": "p", "response_1": "a", "response_2": "b"}
+
+
+@pytest.mark.parametrize("model", ["llama", "koala", "vicuna", "gemma", "Alpaca"])
+def test_a_verdict_may_name_a_model(model: str) -> None:
+    row = {**LETTERS, "model_a": "gpt-4", "model_b": model, "winner": model.lower()}
+    assert texts(row) == SECOND
+    assert texts({**row, "model_a": model, "model_b": "gpt-4"}) == FIRST
+
+
+def test_a_number_at_the_end_of_a_models_name_is_no_mark() -> None:
+    row = {**NUMBERS, "model_1": "llama-2", "model_2": "gpt-3", "preferred": "llama-2"}
+    assert texts(row) == FIRST
+    assert reason({**row, "model_2": "llama-2"}) == "unknown_verdict"
+
+
+@pytest.mark.parametrize(
+    "value", ["derecha", "idea", "not a", "worse: b", "llama", "not answer_a", "answer_a or so"]
+)
+def test_a_letter_at_the_end_of_a_text_is_no_verdict(value: str) -> None:
+    assert reason({**LETTERS, "winner": value}) == "unknown_verdict"
+
+
+@pytest.mark.parametrize("value", [-1, -2, -2.0, "-2", "+2", 1.7, 0, 3, 10**400])
+def test_numbers_that_name_no_answer_are_no_verdict(value: Any) -> None:
+    assert reason({**NUMBERS, "preference": value}) == "unknown_verdict"
+
+
+@pytest.mark.parametrize(
+    ("row", "value"),
+    [
+        (LETTERS, "Answer B"),
+        (LETTERS, "model_b"),
+        (LETTERS, "Assistant B"),
+        (LETTERS, "option-b"),
+        (LETTERS, "b"),
+        (NUMBERS, "Response: 2"),
+        (NUMBERS, "response #2"),
+        (NUMBERS, "02"),
+        (NUMBERS, 2.0),
+        (NUMBERS, "second"),
+    ],
+)
+def test_marks_with_and_without_a_noun_are_verdicts(row: dict[str, Any], value: Any) -> None:
+    assert texts({**row, "preference": value}) == SECOND
+
+
+# --- annotation tools -----------------------------------------------------------------------------
+
+FIELDS = {"prompt": "p", "response_1": "a", "response_2": "b"}
+
+
+def argilla(**questions: Any) -> dict[str, Any]:
+    """A record of version 2, each question answered by some people."""
+    responses = {
+        name: [{"value": value, "status": "submitted"} for value in values]
+        for name, values in questions.items()
+    }
+    return {"id": "1", "fields": FIELDS, "responses": responses}
+
+
+def label_studio(*results: tuple[str, str, dict[str, Any]]) -> dict[str, Any]:
+    found = [{"from_name": name, "type": kind, "value": value} for name, kind, value in results]
+    data = {"prompt": "p", "answer1": "a", "answer2": "b"}
+    return {"id": 1, "data": data, "annotations": [{"result": found}]}
+
+
+def test_a_rating_of_each_answer_is_its_score() -> None:
+    assert texts(argilla(rating_1=[5], rating_2=[2])) == FIRST
+    assert texts(argilla(response_1_quality=[1, 2], response_2_quality=[4])) == SECOND
+    assert texts(argilla(rank_1=[1], rank_2=[2])) == FIRST
+    stars = [(f"rating{n}", "rating", {"rating": stars}) for n, stars in ((1, 5), (2, 2))]
+    assert texts(label_studio(*stars)) == FIRST
+    assert reason(argilla(rating_1=[3], rating_2=[3])) == "equal_scores"
+
+
+def test_an_overall_score_counts_before_others() -> None:
+    row = argilla(overall_1=[2], overall_2=[3], helpfulness_1=[5], helpfulness_2=[1])
+    assert texts(row) == SECOND
+
+
+def test_a_number_of_errors_is_no_score() -> None:
+    assert reason(argilla(errors_1=[5], errors_2=[0])) == "unknown_verdict"
+    assert reason(argilla(toxicity_score_1=[5], toxicity_score_2=[0])) == "unknown_verdict"
+
+
+def test_a_question_about_something_else_is_no_vote() -> None:
+    assert texts(argilla(preference=["response_1"], difficulty=[2])) == FIRST
+    assert texts(argilla(preference=["response_1"], preference_confidence=[2])) == FIRST
+    assert texts(argilla(preference=["response_1"], comment=["response_2"])) == FIRST
+    assert texts(argilla(preference=["response_1"], rating_1=[1], rating_2=[5])) == FIRST
+    assert reason(argilla(difficulty=[2])) == "unknown_verdict"
+
+
+def test_the_only_question_that_names_answers_is_a_verdict() -> None:
+    assert texts(argilla(label=["response_2", "response_2"], topic=["law"])) == SECOND
+    assert reason(argilla(label=["response_2"], source=["response_1"])) == "unknown_verdict"
+
+
+def test_comments_and_marks_in_label_studio_are_no_votes() -> None:
+    left = ("pw", "pairwise", {"selected": "left"})
+    for other in (
+        ("confidence", "rating", {"rating": 2}),
+        ("severity", "choices", {"choices": ["error in 2"]}),
+        ("why", "textarea", {"text": ["A is right", "B is not"]}),
+        ("comment", "textarea", {"text": ["answer 2"]}),
+        ("preferred", "number", {"number": 2}),
+        ("choice", "labels", {"start": 0, "end": 2, "text": "2", "labels": ["2"]}),
+        ("choice", "choices", {"choices": ["answer1", "answer2"]}),
+    ):
+        assert texts(label_studio(left, other)) == FIRST, other
+
+
+def test_a_comment_beside_the_rating_of_one_answer_is_left_out() -> None:
+    row = {
+        "fields": {"prompt": "p", "response": "a"},
+        "responses": {"quality": [{"value": 4}], "comment": [{"value": "fine"}]},
+    }
+    assert parse(row) == [Rating("p", None, "a", 4.0)]
+    row["responses"]["difficulty"] = [{"value": 1}]
+    assert parse(row) == [Rating("p", None, "a", 4.0)]
+
+
+@pytest.mark.parametrize("result", [True, 3, "x", {"a": 1}, [None], [{"value": 1}]])
+def test_results_of_another_form_are_no_verdict(result: Any) -> None:
+    row = {"data": FIELDS, "annotations": [{"result": result}]}
+    assert reason(row) == "not_annotated"
+
+
+def test_argillas_data_sets_of_version_1() -> None:
+    def row(*people: tuple[Any, str]) -> dict[str, Any]:
+        said = [
+            {"user_id": str(n), "value": value, "status": status}
+            for n, (value, status) in enumerate(people)
+        ]
+        return {**FIELDS, "preference": said, "preference-suggestion": None, "external_id": "x"}
+
+    one, two = ("response_1", "submitted"), ("response_2", "submitted")
+    assert texts(row(one)) == FIRST
+    assert texts(row(two, one, two)) == SECOND
+    assert texts(row(one, (None, "discarded"))) == FIRST
+    assert reason(row(one, two)) == "equal_scores"
+    assert reason(row()) == "not_annotated"
+    assert reason(row((None, "discarded"))) == "not_annotated"
+    ranking = {"rank": [2, 1], "value": ["response_1", "response_2"]}
+    assert texts(row((ranking, "submitted"))) == SECOND
+
+
+def test_argillas_data_sets_of_version_2() -> None:
+    row = {
+        **FIELDS,
+        **{"id": "1", "status": "completed", "preference.suggestion": "response_1"},
+        "preference.responses": ["response_1", "response_2"],
+        "preference.responses.users": ["u", "v"],
+        "preference.responses.status": ["discarded", "submitted"],
+    }
+    assert texts(row) == SECOND
+    assert reason({**row, "preference.responses": []}) == "not_annotated"
+    rated = {"prompt": "p", "response": "a", "quality.responses": [4, 2]}
+    assert parse(rated) == [Rating("p", None, "a", 3.0)]
