@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpo.data.compared import scored
+from dpo.data.fields import refuse_media
 from dpo.data.formats import Candidate, Rating, RowError
 from dpo.data.prompts import PROMPTS, framed
 from dpo.data.shapes import as_number, rated
@@ -170,6 +171,7 @@ def _of_result(result: Mapping[str, Any], value: Mapping[str, Any]) -> Iterator[
 def _annotated(
     row: Mapping[str, Any], fields: Mapping[str, Any], found: Sequence[Said]
 ) -> Sequence[Candidate | Rating]:
+    refuse_media(fields)
     said = [item for item in found if item.value is not None]
     if not said:
         raise RowError("not_annotated", "nobody has judged this record yet", "responses")

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pj
 
-from dpo.data import repeats
+from dpo.data import repeats, suspects
 from dpo.data.formats import ASSISTANT
 from dpo.data.lines import Piece, newlines
 from dpo.data.schema import SPLIT_WORDS, TEST, TRAIN
@@ -111,6 +111,7 @@ class Columns:
         else:
             fits = mask_of(pc.is_valid(texts.prompt))
         sound &= fits & self._sound_texts(texts)
+        sound &= ~(suspects.other_fields(table) | suspects.names_of_fields(table, _TEXTS))
         flagged = np.flatnonzero(~sound).tolist()
         if len(flagged) > _MAX_FLAGGED_SHARE * len(sound):
             return None

@@ -16,6 +16,8 @@ TITLES: Mapping[str, str] = {
     "roles_out_of_order": "A dialogue's turns are out of order",
     "unknown_role": "A turn has a role that is not known",
     "tool_message": "A dialogue calls tools",
+    "not_text": "The row has an image, a sound or a film",
+    "list_as_text": "A list of messages was saved as text",
     "text_before_first_turn": "A dialogue begins with text that nobody says",
     "chat_template_refuses": "The model's chat template does not take the dialogue",
     "custom_format_failed": "Your own function made no pair of the row",

@@ -10,6 +10,7 @@ import orjson
 
 from dpo.config.schema import SourceConfig
 from dpo.data import annotated, compared, custom, formats, shapes
+from dpo.data.fields import named_texts, opened, refuse_media
 from dpo.data.formats import ASSISTANT, Candidate, Parser, Rating, RowError, split_field
 from dpo.data.prompts import PROMPTS, framed, refuse_unread_question
 from dpo.data.verdicts import answer_names
@@ -69,7 +70,8 @@ def _parse(
         raise RowError("wrong_type", f"expected an object with fields, found a {kind}")
     if "reason" in row and row.keys() >= _QUARANTINE_KEYS:
         return _mended(row, parsers, format_name)
-    row = renamed(row)
+    row = named_texts(opened(renamed(row)))
+    refuse_media(row)
     found = detect(row) if format_name == "auto" else _by_values(format_name, row)
     if found is None:
         keys = ", ".join(map(str, list(row)[:8])) or "no fields"

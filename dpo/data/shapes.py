@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
+from dpo.data.fields import refuse_media
 from dpo.data.formats import (
     ASSISTANT,
     HUMAN,
@@ -74,6 +75,7 @@ def openai(row: Mapping[str, Any]) -> list[Candidate]:
     """``{input: {messages}, preferred_output, non_preferred_output}``."""
     given = row.get("input")
     if isinstance(given, Mapping):
+        refuse_media(given)
         given = given.get("messages")
     return messages(
         {

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dpo.data.suspects import lists_as_text
 from dpo.data.validate import CONTROLS, INVISIBLE, REPLACEMENT
 
 _SPACES = b"\t\n\v\f\r\x1c\x1d\x1e\x1f "
@@ -42,6 +43,7 @@ class Cleanness:
         raw, ends = buffer_of(texts)
         codes = np.frombuffer(raw, dtype=np.uint8)
         clean[_unseen(raw, codes, ends)] = False
+        clean[lists_as_text(raw, ends)] = False
         places = _high_controls(raw, codes).tolist()
         if not self._looks_clean(raw, codes):
             places += [match.start() for match in self._forbidden.finditer(raw)]

@@ -76,6 +76,8 @@ TEXT = st.one_of(
             ),
             *("\r\n", '"quoted" \\ back', "}\n{", "\u2028", "\U0001f600"),
             *("\n\nHuman: q\n\nAssistant: a", "\n\nHuman: q\n\nAssistant: b", "\n\nAssistant:"),
+            *('[{"role": "user", "content": "q"}]', "[{'role': 'user', 'content': 'q'}]"),
+            *('{"role": "assistant", "content": "b"}', '[{"from": "gpt", "value": "b"}', "[{}]"),
             *("\n\nHuman: q\n\nAssistant:", "\n\nHuman: z\n\nAssistant: c\n\nAssistant: d"),
         ]
     ),
@@ -94,6 +96,13 @@ ROW = st.one_of(
             "messages": VALUE,
             "reason": st.none() | TEXT,
             "Prompt": VALUE,
+            "system": VALUE,
+            "history": VALUE,
+            "images": VALUE,
+            "tools": VALUE,
+            # texts that chosen and rejected may have
+            "a": VALUE,
+            "b": VALUE,
         },
     ),
     st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "id"]), VALUE),

@@ -1,0 +1,143 @@
+"""Fields that are no text, and texts that stand for something else."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.data.conftest import Outcome, good_row
+from tests.data.test_columns import both
+from tests.data.test_formats import BOT, HI, NO, USER, reason, texts
+
+ROW = {"prompt": "p", "chosen": "c", "rejected": "r"}
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"image": {"bytes": "x", "path": None}},
+        {"images": ["a.jpg"]},
+        {"video": "a.mp4"},
+        {"videos": [{"path": "a"}]},
+        {"audio": b"\0"},
+        {"audios": '["a.wav"]'},
+    ],
+)
+def test_rows_with_images_sound_and_films_are_refused(field: dict[str, Any]) -> None:
+    assert reason({**ROW, **field}) == "not_text"
+    turns = {"conversations": [USER], "chosen": BOT, "rejected": NO}
+    assert reason({**turns, **field}) == "not_text"
+    fields = {"prompt": "p", "response_1": "a", "response_2": "b", **field}
+    record = {"fields": fields, "responses": {"preference": [{"value": "response_1"}]}}
+    assert reason(record) == "not_text"
+
+
+def test_rows_with_tools_are_refused() -> None:
+    tools = [{"type": "function", "function": {"name": "get_weather"}}]
+    assert reason({**ROW, "tools": tools}) == "tool_message"
+    assert reason({**ROW, "tools": json.dumps(tools)}) == "tool_message"
+    output = {"preferred_output": [BOT], "non_preferred_output": [NO]}
+    row = {"input": {"messages": [USER], "tools": tools}, **output}
+    assert reason(row) == "tool_message"
+
+
+@pytest.mark.parametrize("nothing", [None, "", "[]", "null", [], {}, False, [None], float("nan")])
+def test_empty_fields_of_images_and_tools_change_nothing(nothing: Any) -> None:
+    row = {**ROW, "images": nothing, "tools": nothing, "image": {"bytes": nothing}}
+    assert texts(row) == [("p", "c", "r")]
+
+
+DIALOGUES = {"chosen": [USER, BOT], "rejected": [USER, NO]}
+
+
+def as_json(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value if isinstance(value, str) else json.dumps(value) for key, value in row.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        DIALOGUES,
+        {"prompt": "Hi?", **DIALOGUES},
+        {"prompt": [USER], "chosen": "Yes.", "rejected": "No."},
+        {"prompt": [USER], "chosen": [BOT], "rejected": [NO]},
+        {"prompt": [USER], "chosen": BOT, "rejected": NO},
+    ],
+)
+def test_lists_of_messages_kept_as_json_are_opened(row: dict[str, Any]) -> None:
+    assert texts(as_json(row)) == texts(row) == [(HI, " Yes.", " No.")]
+
+
+def test_lists_of_messages_in_csv(ingest: Callable[..., Outcome], tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["chosen", "rejected"])
+        writer.writeheader()
+        writer.writerow(as_json(DIALOGUES))
+        # what pandas writes
+        writer.writerow({key: str(value) for key, value in DIALOGUES.items()})
+    found = ingest([], {"path": str(path)})
+    assert [(p["prompt"], p["chosen"]) for p in found.pairs] == [(HI, " Yes.")]
+    assert [(line["line"], line["reason"]) for line in found.quarantine] == [(3, "list_as_text")]
+
+
+def test_a_list_that_is_cut_short_is_refused() -> None:
+    row = as_json(DIALOGUES)
+    assert reason({**row, "chosen": row["chosen"][:-5]}) == "list_as_text"
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        ('[{"role": "user", "content": "Hi?"}]', "I cannot write JSON."),
+        ('{"value": 3}', '{"value": 4}'),
+        ("{'value': 3}", "{'value': 4}"),
+        ('[{"name": "a"}]', '[{"name": "b"}]'),
+        ('["a"]', '["b"]'),
+    ],
+)
+def test_answers_in_json_stay_texts(answers: tuple[str, str]) -> None:
+    row = {"prompt": "Write JSON.", "chosen": answers[0], "rejected": answers[1]}
+    assert texts(row) == [("Write JSON.", *answers)]
+
+
+@pytest.mark.parametrize("dialogue", [json.dumps([USER]), str([USER])])
+def test_a_prompt_that_begins_with_a_list_and_goes_on_stays_a_text(dialogue: str) -> None:
+    prompt = f"{dialogue}\nSum this up."
+    assert texts({**ROW, "prompt": prompt}) == [(prompt, "c", "r")]
+
+
+def test_names_of_other_fields_give_way_to_their_texts() -> None:
+    row = {"prompt": "p", "response_1": "a", "response_2": "b"}
+    assert texts({**row, "chosen": "response_1", "rejected": "response_2"}) == [("p", "a", "b")]
+    assert texts({**row, "chosen": "response_2", "rejected": "response_1"}) == [("p", "b", "a")]
+    assert texts({**ROW, "chosen": "prompt", "rejected": "split"}) == [("p", "prompt", "split")]
+    assert texts({**ROW, "c": 1, "r": 2}) == [("p", "c", "r")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**ROW, "system": "Be brief."},
+        {**ROW, "system_prompt": "Be brief."},
+        {**ROW, "history": "Before."},
+        {**ROW, "images": "a.jpg"},
+        {**ROW, "tools": '[{"name": "f"}]'},
+        {**ROW, "c": "text of c", "r": "text of r"},
+        as_json(DIALOGUES),
+        {**ROW, **as_json(DIALOGUES)},
+        {**ROW, "prompt": json.dumps([USER])},
+        {**ROW, "prompt": str([USER])},
+    ],
+)
+def test_whole_columns_leave_such_rows_to_the_parser(row: dict[str, Any]) -> None:
+    """One row among others that go the fast way, with the same fields."""
+    others = [{**dict.fromkeys(row), **good_row(number)} for number in range(30)]
+    data = "".join(json.dumps(item) + "\n" for item in [*others, row, *others[:9]]).encode()
+    fast, slow = both(data, {})
+    assert fast == slow
