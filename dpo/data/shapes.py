@@ -54,10 +54,13 @@ def messages(row: Mapping[str, Any]) -> list[Candidate]:
     split = split_field(row)
     chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
     name = next((key for key in _PROMPT_LISTS if row.get(key) is not None), None)
-    if name is None or isinstance(row[name], str):
-        given = row[name] if name else None
+    given = row[name] if name else None
+    if name is None and len(chosen) == len(rejected) == 1:
+        # two answers alone: the question has another name
+        given, name = prompt_of(row, needed=False)
+    if given is None or isinstance(given, str):
         return [_common_prefix(chosen, rejected, given, split)]
-    prompt = read_messages(row[name], name)
+    prompt = read_messages(given, name or "prompt")
     if _system_of(chosen) == _system_of(rejected) and not _system_of(prompt):
         # both answers repeat the prompt with a system message that it lacks
         prompt = (*_system_of(chosen), *prompt)

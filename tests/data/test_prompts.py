@@ -18,6 +18,12 @@ def test_names_of_the_question(name: str) -> None:
     assert texts({name: "What is 2+3?", **PAIR}) == [ASKED]
 
 
+@pytest.mark.parametrize("name", ["question", "context", "problem"])
+def test_the_question_of_answers_that_are_messages(name: str) -> None:
+    assert texts({name: "Hi?", "chosen": [BOT], "rejected": [NO]}) == [(HI, " Yes.", " No.")]
+    assert texts({name: [USER], "chosen": BOT, "rejected": NO}) == [(HI, " Yes.", " No.")]
+
+
 def test_a_trajectory_is_the_prompt() -> None:
     """A row of openbmb/UltraInteract_pair."""
     turns = [{"from": "user", "value": "What is 2+3?"}]
