@@ -314,7 +314,8 @@ def _parsed(value: Any, parser: Parser) -> Sequence[Candidate | Rating]:
         raise
     except Exception as error:
         advice = f"reading the row failed with {type(error).__name__}: {str(error)[:200]}"
-        raise RowError("unreadable", f"{advice}; compare its fields with other rows'") from None
+    # out here, or the reason would hold the error as its context, and with it the frames
+    raise RowError("unreadable", f"{advice}; compare its fields with other rows'")
 
 
 def _keep(
