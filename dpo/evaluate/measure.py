@@ -43,6 +43,8 @@ class Models:
     sft: Path
     policy: Path
     published: Path | None = None
+    published_base: Path | None = None
+    """Of a published adapter."""
 
 
 @dataclass
@@ -111,10 +113,10 @@ class Measurement:
                 self._finish(ours, theirs, kl_ours, self._score(sft, kl_answers))
                 del sft
             if models.published:
-                self._published(models.published, bar)
+                self._published(models.published, models.published_base, bar)
         return result
 
-    def _load(self, folder: Path) -> Any:
+    def _load(self, folder: Path, base: Path | None = None) -> Any:
         settings = self.config.model
         # not compiled: answers have other shapes with every token
         load = partial(
@@ -125,6 +127,7 @@ class Measurement:
             trust_remote_code=settings.trust_remote_code,
             kernels=settings.kernels,
             output_layer=settings.output_layer,
+            base=base,
         )
         if not dist.is_initialized():
             return load()
@@ -228,8 +231,8 @@ class Measurement:
                 seed=self.config.seed,
             )
 
-    def _published(self, folder: Path, bar: Bar) -> None:
-        model, tokenizer = self._load(folder), load_tokenizer(folder)
+    def _published(self, folder: Path, base: Path | None, bar: Bar) -> None:
+        model, tokenizer = self._load(folder, base), load_tokenizer(folder)
         # log-probabilities of other tokens could not be compared; answers can
         if tokenizer.get_vocab() == self.tokenizer.get_vocab():
             self.result.published = self._pairs(model, bar)

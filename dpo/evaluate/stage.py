@@ -30,6 +30,7 @@ from dpo.evaluate.judge import Match, check_service, judge
 from dpo.evaluate.measure import Measured, Measurement, Models
 from dpo.evaluate.parts import in_part
 from dpo.evaluate.report import write_reports
+from dpo.modeling.lora import SFT_CHECKPOINT, base_of, is_adapter
 from dpo.storage.manifest import Manifest, read_manifest, staged, write_manifest
 from dpo.storage.progress import track
 from dpo.storage.provenance import made_by
@@ -85,6 +86,7 @@ def run_evaluate(
     if config.evaluation.judge.url and not dist.is_initialized():
         # before hours of measuring
         check_service(config.evaluation.judge)
+    published_base = _base_of_published(published, sft)
     if is_shared(config):
         paths = {"output": output, "pairs": pairs, "sft": sft, "policy": policy}
         paths["reference"] = reference
@@ -94,7 +96,7 @@ def run_evaluate(
         return read_manifest(output, stage="evaluate")
     given = _read(config, pairs=pairs, sft=sft, policy=policy, reference=reference)
     measurement = Measurement(config, given.rows, given.examples, given.tokenizer)
-    measured = measurement.run(Models(sft, policy, published))
+    measured = measurement.run(Models(sft, policy, published, published_base))
     if not is_first():
         return Manifest("evaluate", (), "")
     held_out = HeldOut(
@@ -132,6 +134,27 @@ def run_evaluate(
             code=code,
             details=_details(result),
         )
+
+
+def _base_of_published(published: Path | None, sft: Path) -> Path | None:
+    """What a published adapter is opened on; None where it can be found by its name.
+
+    Raises:
+        ConfigError: it was trained on another SFT model.
+    """
+    if published is None or not is_adapter(published):
+        return None
+    name, own = base_of(published), read_manifest(sft, verify=False).content_hash
+    if name == f"{SFT_CHECKPOINT}{own}":
+        return sft
+    if name.startswith(SFT_CHECKPOINT):
+        raise ConfigError(
+            f"the published version is an adapter of another SFT model, {name}; this run's is "
+            f"{own[:12]}",
+            where="evaluation.published",
+            fix="compare with a version that was published merged (publish.lora=merged)",
+        )
+    return None
 
 
 def _read(config: RunConfig, *, pairs: Path, sft: Path, policy: Path, reference: Path) -> _Inputs:

@@ -12,7 +12,7 @@ import torch
 
 from dpo.config.schema import ModelConfig
 from dpo.data.tokenize import load_tokenizer
-from dpo.errors import ModelError
+from dpo.errors import ArtifactError, ModelError
 from dpo.modeling.folder import check_folder
 from dpo.modeling.kernels import apply_kernels
 from dpo.modeling.lora import CONFIG as ADAPTER_CONFIG
@@ -20,7 +20,7 @@ from dpo.modeling.lora import base_of, is_adapter, merge_saved
 from dpo.modeling.precision import DTYPES
 from dpo.modeling.quiet import quiet
 from dpo.storage.base_model import local_model, local_tokenizer
-from dpo.storage.manifest import MANIFEST, read_manifest
+from dpo.storage.manifest import read_manifest
 
 Weights = Literal["device", "cpu", "none"]
 """Where a loaded model's weights are."""
@@ -40,6 +40,7 @@ def load_model(
     compiled: bool = False,
     output_layer: str = "tiled",
     weights: Weights = "device",
+    base: Path | None = None,
 ) -> Any:
     """A model in evaluation mode (no dropout, as the paper trains), with gradients.
 
@@ -55,6 +56,7 @@ def load_model(
         output_layer: As ``model.output_layer``.
         weights: ``device``; or, for a model that is spread over processes, ``cpu``, or ``none``: on
             the meta device, without values (as far as its class can be made there, else ``cpu``).
+        base: Folder of an adapter's base, where it is not to be looked for.
 
     Raises:
         ModelError: the folder holds no causal model that transformers can load.
@@ -62,8 +64,8 @@ def load_model(
     """
     quiet()
     if is_adapter(folder):
-        base = load_model(
-            _base_folder(folder),
+        model = load_model(
+            base or _base_folder(folder),
             dtype,
             device=device,
             trust_remote_code=trust_remote_code,
@@ -71,7 +73,7 @@ def load_model(
             weights=weights,
         )
         # merged weights have the base's names and shapes
-        return base if _has_no_values(base) else merge_saved(base, folder).eval()
+        return model if _has_no_values(model) else merge_saved(model, folder).eval()
     check_folder(folder)
     model = _shell(folder, dtype, trust_remote_code) if weights == "none" else None
     if model is None:
@@ -179,10 +181,12 @@ def _base_folder(adapter: Path) -> Path:
 
 def _check_base(adapter: Path, base: Path) -> None:
     """Refuse a base that has changed since the adapter was trained on it, as far as is known."""
-    if not ((adapter / MANIFEST).is_file() and (base / MANIFEST).is_file()):
+    try:
+        trained_on = read_manifest(adapter, verify=False).inputs.get("base")
+        found = read_manifest(base, verify=False).content_hash
+    except ArtifactError:
+        # one of them is no checkpoint of ours: a model of the hub, a published version
         return
-    trained_on = read_manifest(adapter, verify=False).inputs.get("base")
-    found = read_manifest(base, verify=False).content_hash
     if trained_on and trained_on != found:
         raise ModelError(
             f"the adapter was trained on other weights ({trained_on[:12]}) than its base has now "

@@ -11,7 +11,8 @@ from dpo.config.compose import compose
 from dpo.config.stages import restrict, stage_json
 from dpo.data.log_probs import read_log_probs
 from dpo.data.stage import run_ingest
-from dpo.errors import DataError
+from dpo.errors import ConfigError, DataError
+from dpo.evaluate.measure import Measurement
 from dpo.evaluate.stage import run_evaluate
 from dpo.modeling import load
 from dpo.storage.manifest import read_manifest
@@ -194,6 +195,29 @@ def test_a_published_version_that_is_the_policy_is_as_good(whole):
     assert improvement["reward_accuracy"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     for sample in json.loads((output / "samples.json").read_text(encoding="utf-8")):
         assert sample["published"] == sample["policy"]
+
+
+@pytest.mark.parametrize("base", ["this SFT model", "another"])
+def test_a_published_adapter_is_opened_on_the_sft_model_it_was_trained_on(
+    trained, tmp_path, base, monkeypatch
+):
+    """As ``dpo publish publish.lora=adapter`` writes it: the base is a content hash, no path."""
+    config = compose([*SETTINGS, "lora.enabled=true", "lora.save=adapter", "n_examples=8"]).config
+    published = tmp_path / "published"
+    paths = {"pairs": trained / "data", "base": trained / "sft", "reference": trained / "ref"}
+    run_train(restrict(config, "preference"), published, **paths)
+    path = published / "adapter_config.json"
+    values = json.loads(path.read_text())
+    own = read_manifest(trained / "sft").content_hash if base == "this SFT model" else "0" * 64
+    path.write_text(json.dumps({**values, "base_model_name_or_path": f"sft-checkpoint-{own}"}))
+    (published / "manifest.json").unlink()
+    if base == "another":
+        monkeypatch.setattr(Measurement, "run", pytest.fail)
+        with pytest.raises(ConfigError, match="an adapter of another SFT model"):
+            evaluate(trained, tmp_path / "out", published=published)
+        return
+    found = evaluate(trained, tmp_path / "out", published=published)
+    assert found["published"]["reward_margin"]["value"] != 0
 
 
 def test_the_log_probabilities_before_are_those_of_the_sft_model(trained, whole, tmp_path):
