@@ -21,6 +21,7 @@ from dpo.errors import ArtifactError, ConfigError, ModelError
 from dpo.publish import adapter, card
 from dpo.publish.tensors import INDEX, SINGLE, model_tensors, read_tensors, write_model
 from dpo.storage.base_model import is_here, local_model
+from dpo.storage.lineage import base_model
 from dpo.storage.manifest import MANIFEST, FileEntry, Manifest, read_manifest, sha256_file
 
 _LEFT_OUT = {
@@ -68,15 +69,21 @@ def gathered(policy: Path, config: RunConfig) -> Iterator[tuple[Path, list[FileE
     with tempfile.TemporaryDirectory(prefix="dpo-publish-") as temporary:
         folder = Path(temporary)
         known = _link(policy, folder, manifest)
+        base = _began_with(manifest, config)
         _choose_weights(policy, folder, config, manifest)
         _complete(folder)
-        base = config.model.name_or_path
         name, license_ = config.publish.name, config.publish.license
         text = card.model_card(policy, manifest, name, base, license_, folder)
         card.check_card(text, str(policy))
         (folder / card.FILE).write_text(text, encoding="utf-8")
         check_folder(folder)
         yield folder, _entries(folder, known)
+
+
+def _began_with(manifest: Manifest, config: RunConfig) -> str:
+    """The base model: of the lineage where one was recorded, else what the run was asked for."""
+    recorded = manifest.lineage or manifest.settings
+    return base_model(manifest) if recorded else config.model.name_or_path
 
 
 def _link(policy: Path, folder: Path, manifest: Manifest) -> dict[str, FileEntry]:
@@ -126,7 +133,7 @@ def _choose_weights(policy: Path, folder: Path, config: RunConfig, manifest: Man
 def _adapter_alone(folder: Path, config: RunConfig, manifest: Manifest) -> None:
     for path in [*folder.glob("model*.safetensors"), folder / INDEX, folder / "config.json"]:
         path.unlink(missing_ok=True)
-    base = card.shown_base(config.model.name_or_path)
+    base = card.shown_base(_began_with(manifest, config))
     if sft := manifest.inputs.get("base"):
         # it changes the SFT model, not the model of the hub: a name that loads would be a wrong one
         base = f"sft-checkpoint-{sft}"

@@ -1,4 +1,4 @@
-"""Where the outputs of a run lie, for a later run that starts from them.
+"""Where the outputs of a run lie, for a later run that starts from them; and where a model began.
 
 Kubeflow's run API tells no URI of an artifact and they cannot be derived, so the evaluation, which
 reads all of them, notes them beside its own output.
@@ -9,6 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from dpo.storage.manifest import Manifest
 
 FILE = "sources.json"
 """Not part of the output's content: the same evaluation may come from other places."""
@@ -26,3 +29,17 @@ def read_sources(folder: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     return {str(name): str(uri) for name, uri in json.loads(path.read_text("utf-8")).items()}
+
+
+def base_model(manifest: Manifest) -> str:
+    """Hub id or folder of the model at the root of a checkpoint's lineage; empty where none tells.
+
+    The checkpoint's own settings say what its run was asked for, which need not be what the
+    checkpoint that it started from had been made of.
+    """
+    settings: Mapping[str, Any] = manifest.settings
+    parents: Mapping[str, str] = manifest.inputs
+    while manifest.lineage and (parent := parents.get("base") or parents.get("policy")):
+        record = manifest.lineage.get(parent, {})
+        settings, parents = record.get("configuration", {}), record.get("parents", {})
+    return str((settings.get("model") or {}).get("name_or_path") or "")

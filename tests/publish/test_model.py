@@ -386,6 +386,45 @@ def test_a_base_model_of_ones_own_leaves_no_path_in_the_card(tmp_path):
     assert "license_name" in found
 
 
+def made_of(folder, base, *, before):
+    """A policy whose own settings name ``gpt2``, of a chain of artifacts that began with ``base``.
+
+    ``before``: the input by which each artifact names the one before it, the policy's first.
+    """
+    lineage, hashes = {}, ["a" * 64, "b" * 64, "c" * 64]
+    for number, hash_ in enumerate(hashes[: len(before)]):
+        first = number == len(before) - 1
+        settings = {"model": {"name_or_path": base if first else "gpt2"}}
+        parents = {} if first else {before[number + 1]: hashes[number + 1]}
+        lineage[hash_] = {"step": "sft", "configuration": settings, "parents": parents}
+    checkpoint(folder)
+    settings = {"model": {"name_or_path": "gpt2"}}
+    (folder / "manifest.json").unlink()
+    parents = {before[0]: hashes[0]} if before else {}
+    write_manifest(folder, "preference", settings=settings, inputs=parents, lineage=lineage)
+    return folder
+
+
+@pytest.mark.parametrize("before", [["base"], ["base", "policy", "base"]])
+def test_the_card_names_the_base_that_the_weights_began_with(tmp_path, before):
+    policy = made_of(tmp_path / "policy", "org/began-with", before=before)
+    published(policy, tmp_path / "out", "model=smollm2")
+    metadata = yaml.safe_load((tmp_path / "out/README.md").read_text().split("---")[1])
+    assert metadata["base_model"] == "org/began-with"
+    assert metadata["license"] == "other"
+
+
+def test_the_card_names_no_base_where_the_lineage_does_not_reach_it(tmp_path):
+    policy = made_of(tmp_path / "policy", "org/began-with", before=["base", "base"])
+    manifest = json.loads((policy / "manifest.json").read_text())
+    del manifest["lineage"]["b" * 64]
+    (policy / "manifest.json").write_text(json.dumps(manifest))
+    published(policy, tmp_path / "out", "model=smollm2")
+    text = (tmp_path / "out/README.md").read_text()
+    assert "base_model" not in text
+    assert "Base model: a model of one's own" in text
+
+
 def test_a_header_that_claims_too_much_is_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", 1 << 62) + b"{}")
