@@ -2,6 +2,8 @@
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 PRESET ?= quick
+# an earlier run brings all of its parameters; a preset that somebody names beside it is refused
+RUN_PRESET = $(if $(filter --from --from=%,$(ARGS)),$(if $(filter command line environment,$(origin PRESET)),--preset $(PRESET)),--preset $(PRESET))
 PORT ?= 8000
 TOY_DATA := toy-data/community.json
 BIN := .venv/bin
@@ -40,7 +42,7 @@ $(READY): images/requirements.lock pyproject.toml
 
 .PHONY: run
 run: setup ## Run the whole pipeline here (PRESET, SET, STORE, ARGS)
-	@$(BIN)/python pipelines/submit.py --local --preset $(PRESET) $(if $(STORE),--store '$(STORE)') $(foreach s,$(SET),--set '$(s)') $(ARGS)
+	@$(BIN)/python pipelines/submit.py --local $(RUN_PRESET) $(if $(STORE),--store '$(STORE)') $(foreach s,$(SET),--set '$(s)') $(ARGS)
 
 .PHONY: api
 api: setup ## The service and a worker on port 8000 (PORT, PRESET, SET, STORE, ARGS)

@@ -61,14 +61,15 @@ def run_pipeline(
 
     Args:
         preset: A shipped set of parameters; None takes the pipeline's defaults, which are those
-            of ``quick``, or those of ``start_from``.
+            of ``quick``, or those of ``start_from``, beside which a preset is refused.
         settings: Pipeline parameters (``preference_beta``) or configuration keys (``loss.beta``,
             ``sft.lr``) and their values.
         where: ``processes`` or ``docker`` on this machine, or ``cluster``.
         store: Where to publish; ``published`` in the runs folder for ``processes``.
         rerun: Steps to run although they are cached, and what follows.
         start_from: Id of an earlier run: its parameters, and its pairs, SFT model and
-            log-probabilities, but for steps in ``rerun`` and what follows them.
+            log-probabilities, but for steps in ``rerun`` or whose settings change, and what
+            follows them.
         data_uri: An earlier output of ingest to use instead of ``datasets``, verified.
         sft_model_uri: A model to use instead of SFT, verified.
         reference_uri: Log-probabilities to use instead of scoring, verified.
@@ -118,15 +119,22 @@ def run_pipeline(
         local=not on_cluster,
         store=store,
         endpoint=(endpoint, namespace),
+        preset_name=preset,
     )
     uris = zip(STARTS, (data_uri, sft_model_uri, reference_uri), strict=True)
-    begin |= {name: uri for name, uri in uris if uri}
     values = parameters(
         begin,
         preset_name=preset,
-        assignments=[f"{key}={_assigned(value)}" for key, value in (settings or {}).items()],
+        assignments=[
+            *(f"{name}={uri}" for name, uri in uris if uri),
+            *(f"{key}={_assigned(value)}" for key, value in (settings or {}).items()),
+        ],
         store=store or (local_store(runs) if where == "processes" else None),
     )
+    values, reasons = start.renewed(begin, values)
+    console = console or Console(stderr=True)
+    for line in start.told(start_from, reasons):
+        console.print(line, markup=False, highlight=False)
     for candidate in parse_sweep(varied):
         parameters(values, assignments=assignments_of(candidate))
     require_store(values)
@@ -134,7 +142,6 @@ def run_pipeline(
     package.set_uncached(documents, list(rerun))
     if on_cluster:
         package.keep_checkpoints(documents, str(values["publish_store"]))
-    console = console or Console(stderr=True)
     if not on_cluster:
         job = Job(documents, values, runs, runner=where)
         return run_here(job, console, timeout_seconds=timeout_seconds)

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo.config.parameters import STARTS
-from dpo.errors import PipelineError, RequestError
+from dpo.config.parameters import STARTS, stage_configs
+from dpo.config.reuse import differing, shown
+from dpo.config.stages import stage_settings
+from dpo.errors import ConfigError, PipelineError, RequestError
 from dpo.storage.runs import read_run_manifest
 from pipelines import cluster
 from pipelines.history import INPUTS
@@ -23,6 +25,7 @@ def beginning(
     local: bool,
     store: str | None,
     endpoint: tuple[str | None, str | None],
+    preset_name: str | None = None,
 ) -> dict[str, Any]:
     """Parameters to begin with: the package's, and over them those of an earlier run.
 
@@ -34,12 +37,20 @@ def beginning(
         local: The new run is to be on this machine.
         store: Where to publish, and where the earlier run did if it was no local run.
         endpoint: Kubeflow's URL and namespace, to ask for the earlier run's store.
+        preset_name: A preset that was asked for as well.
 
     Raises:
+        ConfigError: a preset besides the earlier run.
         RequestError: the earlier run is not known, or left no artifacts.
     """
     begin = dict(defaults)
     if run_id:
+        if preset_name:
+            raise ConfigError(
+                f"the preset {preset_name} and the run {run_id} to start from both say what all "
+                "parameters are",
+                fix="leave out one of the two; --set changes single parameters of the earlier run",
+            )
         earlier = earlier_run(run_id, runs, local=local, store=store, endpoint=endpoint)
         begin |= base(earlier, defaults, rerun)
     if store:
@@ -130,3 +141,46 @@ def base(
     for name, step in STARTS.items():
         values[name] = "" if step in again else str(sources.get(step, ""))
     return values
+
+
+def renewed(
+    begin: Mapping[str, Any], values: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """``values`` without the earlier run's artifacts that do not hold for them.
+
+    An artifact was made with the earlier run's settings. Where this run asks for others, its step
+    runs, and so do those that follow it.
+
+    Args:
+        begin: From ``beginning``.
+        values: Parameters of the new run, made of ``begin``.
+
+    Returns:
+        The parameters, and why each step that the earlier run's artifact would spare runs all the
+        same.
+    """
+    taken = {step: name for name, step in STARTS.items() if begin.get(name)}
+    if not taken:
+        return dict(values), {}
+    made, asked = stage_configs(begin), stage_configs(values)
+    kept, new = dict(values), []
+    reasons: dict[str, str] = {}
+    for name, step in STARTS.items():
+        if values[name] != begin[name]:
+            # one that was given for this run; what the earlier run made of another does not follow
+            new.append(step)
+            continue
+        upstream = [other for other in INPUTS[step] if other in new]
+        changes = differing(
+            step, stage_settings(made[step], step), stage_settings(asked[step], step)
+        )
+        if step in taken and (changes or upstream):
+            kept[name] = ""
+            new.append(step)
+            reasons[step] = shown(changes) or f"reads the new output of {upstream[0]}"
+    return kept, reasons
+
+
+def told(run_id: str | None, reasons: Mapping[str, str]) -> list[str]:
+    """What ``renewed`` found, one line a step."""
+    return [f"{step} runs although it starts from {run_id}: {why}" for step, why in reasons.items()]

@@ -77,8 +77,9 @@ def parser() -> Arguments:
         "--from",
         dest="start_from",
         metavar="RUN_ID",
-        help="start from an earlier run: its parameters, and its pairs, SFT model and "
-        "log-probabilities, but for steps named in --rerun and what follows them",
+        help="start from an earlier run: its parameters (so no --preset), and its pairs, SFT model "
+        "and log-probabilities, but for steps that are named in --rerun or whose settings --set "
+        "changes, and what follows them",
     )
     what.add_argument(
         "--sweep",
@@ -211,6 +212,7 @@ def _run(options: argparse.Namespace) -> int:
         local=bool(options.local),
         store=options.store,
         endpoint=(options.endpoint, options.namespace),
+        preset_name=options.preset,
     )
     values = parameters(
         begin,
@@ -218,6 +220,9 @@ def _run(options: argparse.Namespace) -> int:
         assignments=options.assignments,
         store=store,
     )
+    values, reasons = start.renewed(begin, values)
+    for line in start.told(options.start_from, reasons):
+        print(line, file=sys.stderr)
     for candidate in parse_sweep(options.sweep):
         parameters(values, assignments=assignments_of(candidate))
     if needs_a_store(options):

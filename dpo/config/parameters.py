@@ -84,6 +84,9 @@ STARTS: Mapping[str, Stage] = {
 }
 """Parameters that name an earlier artifact, and the step whose work it spares; empty means none."""
 
+DEFAULT_MODEL = "smollm2"
+"""What ``model`` is where nobody chose one (a test compares it with the form)."""
+
 _SHARED_SECTIONS = {"model", "datasets", "sources", "trainer", "wandb", "lora"}
 _SHARED_KEYS = {parameter.key for parameter in PARAMETERS.values() if len(parameter.sides) == 2} | {
     "truncation_mode",

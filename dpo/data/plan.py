@@ -14,6 +14,7 @@ from typing import Any
 from dpo.config.parameters import STARTS, stage_configs
 from dpo.config.schema import RunConfig
 from dpo.config.stages import Stage, stage_json
+from dpo.data.given import check_fits
 from dpo.data.rules import tokenizer_fingerprint
 from dpo.data.sources import data_fingerprint, source_fingerprints
 from dpo.errors import ConfigError
@@ -90,7 +91,9 @@ def _sources(
     sources: dict[Stage, dict[str, str]] = {}
     for name, stage in STARTS.items():
         if uri := str(parameters.get(name) or ""):
-            sources[stage] = {"artifact": read_artifact(uri, stage).content_hash}
+            manifest = read_artifact(uri, stage)
+            check_fits(name, uri, manifest, configs, parameters)
+            sources[stage] = {"artifact": manifest.content_hash}
     if "ingest" not in sources:
         data = data_fingerprint(source_fingerprints(configs["ingest"]))
         # texts are checked against the tokenizer, which may also bring the chat template
