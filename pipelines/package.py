@@ -30,7 +30,7 @@ from pipelines.deployment import (
     with_store,
 )
 from pipelines.pods import deploy
-from pipelines.request import preset, presets
+from pipelines.request import check_candidates, parameters, preset, presets
 from pipelines.steps import SELECT, STEPS, TASKS, step_of
 from pipelines.sweep import NO_SWEEP, Sweep, compiled_with, parse_sweep
 
@@ -316,6 +316,7 @@ def _write_for_cluster(options: argparse.Namespace) -> int:
     documents = deployed_package(deployment, sweep, options.ingest_shards)
     if options.preset:
         set_defaults(documents, preset(options.preset))
+    check_candidates(parameters(defaults(documents)), sweep.candidates)
     save_package(documents, options.output)
     print(f"wrote {options.output}: upload it in the Kubeflow UI under Pipelines")
     folder = options.output.parent / "components"

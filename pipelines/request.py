@@ -11,7 +11,10 @@ import yaml
 from dpo.config.describe import suggestion
 from dpo.config.parameters import OVERRIDES, check_names, route, stage_configs, typed
 from dpo.config.places import config_dir
+from dpo.config.reuse import differing, shown
+from dpo.config.stages import stage_settings
 from dpo.errors import ConfigError, holds_password
+from pipelines.sweep import assignments_of
 
 
 def presets() -> list[str]:
@@ -72,6 +75,31 @@ def parameters(
     values = {name: typed(name, value, defaults[name]) for name, value in values.items()}
     stage_configs(values)
     return values
+
+
+def check_candidates(values: Mapping[str, Any], candidates: Iterable[str]) -> None:
+    """Refuse a sweep of which a candidate could not be trained.
+
+    Args:
+        values: Parameters of the run, checked.
+        candidates: From ``parse_sweep``.
+
+    Raises:
+        ConfigError: settings that cannot work, or that need other log-probabilities than the ones
+            that all candidates share.
+    """
+    scored: dict[str, Any] = {}
+    for candidate in candidates:
+        varied = assignments_of(candidate)
+        asked = stage_configs(parameters(values, assignments=varied))["reference"]
+        scored = scored or stage_settings(stage_configs(values)["reference"], "reference")
+        if changes := differing("reference", scored, stage_settings(asked, "reference")):
+            raise ConfigError(
+                "all candidates of a sweep share the reference step's log-probabilities, which do "
+                f"not hold for {' '.join(varied)}: {shown(changes)}",
+                where="--sweep",
+                fix=f"leave out what changes {next(iter(changes))}, or start a run for each value",
+            )
 
 
 def local_store(runs: Path) -> str:

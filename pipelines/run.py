@@ -25,8 +25,8 @@ from pipelines.deployment import image_assignments, load_deployment, with_images
 from pipelines.local import Job, run_local
 from pipelines.outcome import Outcome, read_outputs
 from pipelines.pods import booked
-from pipelines.request import local_store, parameters
-from pipelines.sweep import Sweep, assignments_of, parse_sweep
+from pipelines.request import check_candidates, local_store, parameters
+from pipelines.sweep import Sweep, parse_sweep
 
 Where = Literal["processes", "docker", "cluster"]
 
@@ -135,8 +135,7 @@ def run_pipeline(
     console = console or Console(stderr=True)
     for line in start.told(start_from, reasons):
         console.print(line, markup=False, highlight=False)
-    for candidate in parse_sweep(varied):
-        parameters(values, assignments=assignments_of(candidate))
+    check_candidates(values, parse_sweep(varied))
     require_store(values)
     check_booked(values, booked(documents))
     package.set_uncached(documents, list(rerun))

@@ -33,7 +33,7 @@ from pipelines.local import Job
 from pipelines.on_cluster import add_options, needs_a_store, run_on_cluster
 from pipelines.outcome import Outcome, show
 from pipelines.pods import booked
-from pipelines.request import local_store, parameters, presets
+from pipelines.request import check_candidates, local_store, parameters, presets
 from pipelines.run import (
     Where,
     obtain_model,
@@ -42,7 +42,7 @@ from pipelines.run import (
     run_here,
     runs_folder,
 )
-from pipelines.sweep import assignments_of, parse_sweep
+from pipelines.sweep import parse_sweep
 
 INTERRUPTED = 130
 
@@ -223,8 +223,7 @@ def _run(options: argparse.Namespace) -> int:
     values, reasons = start.renewed(begin, values)
     for line in start.told(options.start_from, reasons):
         print(line, file=sys.stderr)
-    for candidate in parse_sweep(options.sweep):
-        parameters(values, assignments=assignments_of(candidate))
+    check_candidates(values, parse_sweep(options.sweep))
     if needs_a_store(options):
         require_store(values)
         check_booked(values, booked(documents))

@@ -15,10 +15,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from dpo.config.parameters import route
+from dpo.config.parameters import PARAMETERS, route
+from dpo.config.stages import OUT_OF_BAND, STAGE_KEYS
 from dpo.errors import ConfigError
 
 _MOST_CANDIDATES = 32
+_VARIED = STAGE_KEYS["preference"] - OUT_OF_BAND - {"n_eval_examples"}
+"""Candidates are compared by one measure, so they differ in their training alone."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ def parse_sweep(assignments: Iterable[str]) -> tuple[str, ...]:
     axes = [_axis(assignment) for assignment in assignments]
     if not axes:
         return ()
+    keys = [axis[0].partition("=")[0] for axis in axes]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise ConfigError(
+            f"--sweep varies {twice[0]} twice", fix=f"name all its values in one: {twice[0]}=V,V"
+        )
     combinations = [list(items) for items in itertools.product(*axes)]
     if len(combinations) > _MOST_CANDIDATES:
         raise ConfigError(
@@ -68,25 +76,34 @@ def parse_sweep(assignments: Iterable[str]) -> tuple[str, ...]:
 
 def _axis(assignment: str) -> list[str]:
     key, _, text = assignment.partition("=")
-    key = {"preference_loss": "loss", "preference_beta": "loss.beta"}.get(
-        key, key.removeprefix("preference.")
-    )
+    parameter = PARAMETERS.get(key)
+    if parameter and parameter.sides == ("preference",):
+        key = parameter.key
+    key = key.removeprefix("preference.")
     values = [value.strip() for value in text.split(",") if value.strip()]
     if not key or not values:
         raise ConfigError(
             f"--sweep {assignment} is not KEY=VALUE,VALUE", fix="such as loss.beta=0.05,0.1,0.5"
         )
-    if len(set(values)) != len(values):
+    if len({_meant(value) for value in values}) != len(values):
         raise ConfigError(f"--sweep {assignment} names a value twice", fix="name each once")
     for value in values:
         # refuses what is no setting of preference training
         name, _ = route(f"{key}={value}" if key.startswith("loss") else f"preference.{key}={value}")
-        if not name.startswith("preference_"):
+        if not name.startswith("preference_") or key.partition(".")[0] not in _VARIED:
             raise ConfigError(
                 f"--sweep varies preference training, and {key} is not of it",
                 fix="vary loss, loss.beta, lr or another setting of it",
             )
     return [f"{key}={value}" for value in values]
+
+
+def _meant(value: str) -> str:
+    """One text for all spellings of a number."""
+    try:
+        return repr(float(value))
+    except ValueError:
+        return value
 
 
 def assignments_of(candidate: str) -> list[str]:

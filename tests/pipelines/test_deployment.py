@@ -517,7 +517,7 @@ def test_a_sweep_is_deployed_like_any_other_run():
         (["loss.bta=0.1,0.2"], "loss.bta"),
         (["loss.beta=0.1,0.1"], "names a value twice"),
         (["gate.force=true,false"], "is not of it"),
-        (["loss.beta=" + ",".join(f"0.{n}" for n in range(1, 40))], "39 candidates"),
+        (["loss.beta=" + ",".join(f"0.{n:02}" for n in range(1, 40))], "39 candidates"),
     ],
 )
 def test_a_sweep_that_cannot_work(sweep, words, capsys, monkeypatch):
