@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from dpo.config.base import Recorded, Section
 from dpo.config.describe import suggestion, validation_error
@@ -22,8 +22,20 @@ from dpo.config.nodes import NodesOptions
 from dpo.config.places import config_dir
 from dpo.errors import ConfigError
 from dpo.storage.store import open_store
+from pipelines.resources import LabelKey, LabelValue, Name, Resources
 from pipelines.steps import Step
 
+SecretKey = Annotated[str, Field(pattern=r"^[-._a-zA-Z0-9]+$", max_length=253)]
+"""Key of a Secret."""
+Variable = Annotated[str, Field(pattern=r"^[-._a-zA-Z][-._a-zA-Z0-9]*$")]
+"""Name of an environment variable, as every Kubernetes takes it."""
+
+_HOST = r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]+)?"
+_PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+_IMAGE = re.compile(
+    rf"(?:{_HOST}/)?{_PART}(?:/{_PART})*(?::\w[\w.-]{{0,127}})?(?:@sha256:[0-9a-f]{{64}})?",
+    re.ASCII,
+)
 _FIX = "config/schemas/deployment.json describes every key"
 
 DATA_STEPS = ("fingerprint", "ingest", "gate", "select", "publish", "finish")
@@ -32,87 +44,6 @@ CHECKPOINTED_STEPS = ("sft", "preference")
 """Steps that train: they keep checkpoints, and can spread over several nodes."""
 CHECKPOINTS_VARIABLE = "DPO_CHECKPOINTS"
 """Read by dpo.train.place."""
-
-Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|[kMGTPE]|[KMGTPE]i)?$")]
-"""An amount as Kubernetes writes it: 500m, 2, 16Gi."""
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
-"""Name of a Kubernetes object."""
-
-_WEEK_SECONDS = 7 * 24 * 3600
-
-
-class Toleration(Section):
-    """A taint that the pod accepts."""
-
-    key: str
-    """Key of the taint."""
-    operator: Literal["Exists", "Equal"] = "Exists"
-    """Exists accepts any value."""
-    value: str = ""
-    """Value of the taint, for Equal."""
-    effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = ""
-    """Effect of the taint; empty accepts all."""
-
-
-class NodeRequirement(Section):
-    """A node label that must hold, one term of the required node affinity."""
-
-    key: str
-    """Label of the node."""
-    operator: Literal["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"] = "In"
-    """How the label is compared."""
-    values: list[str] = []
-    """What it is compared with."""
-
-
-class Resources(Section):
-    """What the pod of a step asks for, where it may run and how often it is tried."""
-
-    cpu: Quantity = "1"
-    """CPU request, in cores."""
-    cpu_limit: Quantity | None = None
-    """CPU limit, in cores; none by default, because throttling slows more than it protects."""
-    memory: Quantity = "2Gi"
-    """Memory request and, unless ``memory_limit`` says otherwise, limit."""
-    memory_limit: Quantity | None = None
-    """Memory limit, where it is to differ from the request."""
-    gpus: int = Field(0, ge=0, le=16)
-    """GPUs of the pod; 0 asks for none."""
-    gpu_resource: str = "nvidia.com/gpu"
-    """Resource name under which the nodes offer their GPUs."""
-    gpu_memory_gib: float | None = Field(None, gt=0)
-    """Memory of one GPU: a run that cannot fit is refused before a GPU is booked."""
-    shared_memory: Quantity | None = None
-    """Size of ``/dev/shm`` in memory; counts towards the memory limit."""
-    node_selector: dict[str, str] = {}
-    """Labels that the node must have."""
-    affinity: list[NodeRequirement] = []
-    """Further requirements on the node, all of which must hold."""
-    tolerations: list[Toleration] = []
-    """Taints that the pod accepts."""
-    queue: Name | None = None
-    """Kueue queue that admits the pod."""
-    queue_priority: Name | None = None
-    """Kueue workload priority class."""
-    timeout_seconds: int = Field(0, ge=0)
-    """The pod is ended when it takes longer; 0 sets no limit."""
-    retries: int = Field(0, ge=0, le=50)
-    """Further attempts after a failure. A deleted or evicted pod is not tried again by Kubeflow."""
-    retry_wait_seconds: int = Field(60, ge=0)
-    """Wait before the second attempt; doubles with each attempt."""
-    retry_until_seconds: int = Field(_WEEK_SECONDS, ge=1)
-    """No attempt begins later than this after the first began; must exceed the training time."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Resources:
-        if self.queue_priority and not self.queue:
-            raise ValueError("queue_priority is set without queue: name the Kueue queue as well")
-        if self.retries and self.timeout_seconds >= self.retry_until_seconds:
-            raise ValueError(
-                f"retry_until_seconds={self.retry_until_seconds} is not longer than one attempt "
-                f"may take (timeout_seconds={self.timeout_seconds}): no retry would ever begin"
-            )
-        return self
 
 
 class Images(Section):
@@ -136,13 +67,23 @@ class Images(Section):
             )
         return image
 
+    @field_validator("data", "train")
+    @classmethod
+    def _readable(cls, image: str) -> str:
+        if image and not _IMAGE.fullmatch(image):
+            raise ValueError(
+                f"image {image!r} is no name that a node could ask a registry for: write "
+                "host/path/name:tag with the path in small letters"
+            )
+        return image
+
 
 class SecretEnv(Section):
     """A Secret of the run's namespace whose keys become environment variables."""
 
     name: Name
     """Name of the Secret."""
-    keys: dict[str, str] = {
+    keys: dict[SecretKey, Variable] = {
         "AWS_ACCESS_KEY_ID": "AWS_ACCESS_KEY_ID",
         "AWS_SECRET_ACCESS_KEY": "AWS_SECRET_ACCESS_KEY",  # nosec B105
     }
@@ -165,7 +106,7 @@ class ModelCache(Section):
 
     claim: Name
     """PersistentVolumeClaim; ReadWriteMany where steps of several nodes use it at once."""
-    mount_path: str = Field("/cache", pattern=r"^/[^\s]+$")
+    mount_path: str = Field("/cache", pattern=r"^/[^\s:]+$")
     """Where it is mounted; DPO_CACHE_DIR and HF_HOME point into it."""
 
 
@@ -189,11 +130,11 @@ class Deployment(Recorded):
     checkpoint_uri: str = ""
     """Where training keeps checkpoints, so that a new pod goes on from the last one: a store
     (``s3://bucket/prefix``) or a mounted folder. Empty takes ``checkpoints`` in the run's store."""
-    environment: dict[str, str] = {}
+    environment: dict[Variable, str] = {}
     """Variables of every step, such as AWS_ENDPOINT_URL; never a secret."""
     model_cache: ModelCache | None = None
     """Volume for base models, mounted where they are read."""
-    labels: dict[str, str] = {}
+    labels: dict[LabelKey, LabelValue] = {}
     """Labels of every pod."""
     data: Resources = Resources()
     """fingerprint, ingest, gate and publish."""
@@ -216,11 +157,15 @@ class Deployment(Recorded):
                 )
         return variables
 
-    @field_validator("store")
+    @field_validator("store", "checkpoint_uri")
     @classmethod
-    def _store_urls(cls, url: str) -> str:
-        if url:
-            open_store(url)
+    def _store_urls(cls, url: str, told: ValidationInfo) -> str:
+        is_folder = told.field_name == "checkpoint_uri" and url.startswith("/")
+        try:
+            if url and not is_folder:
+                open_store(url)
+        except ConfigError as error:
+            raise ConfigError(error.found, where=told.field_name, fix=error.fix) from None
         return url
 
     @property
@@ -233,8 +178,13 @@ class Deployment(Recorded):
 
     @model_validator(mode="after")
     def _steps_fit(self) -> Deployment:
-        for step in self.steps:
-            self.resources(step)
+        cache = self.model_cache.mount_path.rstrip("/") if self.model_cache else ""
+        for step in (*DATA_STEPS, *TRAIN_STEPS):
+            if self.resources(step).shared_memory and cache == "/dev/shm":  # nosec B108
+                raise ValueError(
+                    f"model_cache.mount_path={cache} is where the shared_memory of step {step} is "
+                    "mounted: choose another folder"
+                )
         return self
 
     def resources(self, step: str) -> Resources:

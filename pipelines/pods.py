@@ -15,8 +15,8 @@ from pipelines.deployment import (
     DATA_STEPS,
     TRAIN_STEPS,
     Deployment,
-    Resources,
 )
+from pipelines.resources import Resources
 from pipelines.steps import DISPLAY_NAMES, step_of
 
 _LAUNCHING_CPU, _LAUNCHING_MEMORY = "500m", "2Gi"

@@ -13,11 +13,11 @@ from pipelines.deployment import (
     DATA_STEPS,
     TRAIN_STEPS,
     Deployment,
-    Resources,
     load_deployment,
     names,
 )
 from pipelines.pods import booked
+from pipelines.resources import Resources
 from pipelines.steps import DISPLAY_NAMES
 from pipelines.submit import main
 from pipelines.sweep import Sweep, parse_sweep
@@ -250,7 +250,28 @@ def test_retries_reach_steps_inside_conditions_and_outlast_the_training():
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("train.memory=8GB", "train.memory='8GB'"),
+        ("train.memory=8GB", "'8GB' is no amount of memory"),
+        ("train.memory=4096m", "counts thousandths of a byte: write for example 4096Mi"),
+        ("train.memory=true", "train.memory=True"),
+        ("train.cpu=2Gi", "counts bytes, not CPU cores"),
+        ("train.cpu=.inf", "no amount of CPU"),
+        ("train.tolerations=[{key: spot, operator: Exists, value: x}]", "write operator Equal"),
+        ("train.tolerations=[{key: '', operator: Equal}]", "its operator is Exists"),
+        ("train.tolerations=[{key: a b}]", "train.tolerations.0.key"),
+        ("train.affinity=[{key: zone}]", "operator In takes one or more as values, not []"),
+        ("train.affinity=[{key: zone, operator: Exists, values: [x]}]", "takes none as values"),
+        ("train.affinity=[{key: cores, operator: Gt, values: [x]}]", "takes one integer as values"),
+        ("train.node_selector={a b: c}", "train.node_selector.a b"),
+        ("labels={team: a b}", "labels.team='a b'"),
+        ("labels={-team: a}", "labels.-team"),
+        ("train={gpus: 1, gpu_resource: gpu}", "write it with its domain"),
+        ("train={gpus: 1, gpu_resource: ''}", "write it with its domain"),
+        ("environment={1A: x}", "environment.1A"),
+        ("store_secret={name: s, keys: {a: B C}}", "store_secret.keys.a='B C'"),
+        ("model_cache={claim: c, mount_path: /dev/shm/}", "shared_memory of step sft"),
+        ("checkpoint_uri=foo", "where: checkpoint_uri"),
+        ("images.data=D:1", "image 'D:1' is no name"),
+        ("images.data='a b:1'", "image 'a b:1' is no name"),
         ("train.gpus=-1", "train.gpus=-1"),
         ("train.gpu=1", "unknown key train.gpu (did you mean gpus?)"),
         ("images.data=registry.test/data", "names no fixed version"),
@@ -270,6 +291,46 @@ def test_what_cannot_work_is_refused(assignment, message):
     with pytest.raises(ConfigError) as caught:
         load_deployment("cpu", [assignment])
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("amount", "compiled"),
+    [
+        ("16Gi", "16Gi"),
+        ("1.5Gi", "1536Mi"),
+        ("2000000000", "2000000000"),
+        ("4000000k", "4000000000"),
+        ("1.5G", "1500000000"),
+        ("1e9", "1000000000"),
+        # 2**30 / 10 = 107374182.4 bytes, which Kubernetes rounds up
+        ("0.1Gi", "107374183"),
+    ],
+)
+def test_memory_as_kubernetes_writes_it_becomes_what_kfp_takes(amount, compiled):
+    train = load_deployment("", [f"train.memory={amount}"]).train
+    assert train.memory == compiled
+    assert Resources.model_validate(train.model_dump()) == train
+
+
+@pytest.mark.parametrize(
+    ("amount", "compiled"),
+    [("2", "2"), ("0.5", "0.5"), ("500m", "500m"), ("1k", "1000"), ("0", "0"), ("'4'", "4")],
+)
+def test_cpu_may_be_written_as_a_number(amount, compiled):
+    assert load_deployment("", [f"train.cpu={amount}"]).train.cpu == compiled
+
+
+def test_a_toleration_with_a_value_asks_for_that_value():
+    given = ["{key: spot, value: 'true'}", "{key: spot}", "{key: '', operator: Exists}"]
+    found = load_deployment("", [f"train.tolerations=[{', '.join(given)}]"]).train.tolerations
+    assert [one.operator for one in found] == ["Equal", "Exists", "Exists"]
+
+
+@pytest.mark.parametrize(
+    "image", ["x:1", "dpo_data:12ab", "localhost:5000/a/b-c.d:1.2", f"[::1]:5/x@sha256:{'0' * 64}"]
+)
+def test_images_that_registries_know(image):
+    assert load_deployment("", [f"images.data='{image}'"]).images.data == image
 
 
 def test_an_unknown_deployment_names_the_choices():
