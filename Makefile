@@ -192,7 +192,7 @@ format: setup ## Let ruff format and fix
 
 .PHONY: pipeline
 pipeline: setup ## Compile the pipeline; for a cluster: REGISTRY, or DATA_IMAGE and TRAIN_IMAGE; DEPLOYMENT=cpu|gpu|spot|FILE, DEPLOY
-ifeq ($(strip $(DEPLOYMENT)$(REGISTRY)$(DATA_IMAGE)$(TRAIN_IMAGE)$(DEPLOY)),)
+ifeq ($(strip $(DEPLOYMENT)$(REGISTRY)$(DATA_IMAGE)$(TRAIN_IMAGE)$(DEPLOY)$(ARGS)),)
 	@$(BIN)/python -m pipelines.package
 else
 	@$(if $(REGISTRY),$(BIN)/python images/build.py pushed --registry '$(REGISTRY)')

@@ -37,21 +37,40 @@ def overlays() -> list[str]:
     return sorted(path.name for path in OVERLAYS.iterdir())
 
 
-def write_overlay(overlay: str, deployment: str, built: Path = BUILT_IMAGES) -> Path:
-    """Folder to apply: the overlay itself, or one over it with the images that were built.
+def check_overlay(overlay: str) -> None:
+    """Refuse a name that no overlay has.
 
     Raises:
-        ConfigError: no such overlay or deployment.
+        ConfigError: with the names.
     """
     if overlay not in overlays():
         raise ConfigError(
             f"there is no overlay {overlay!r}", fix=f"OVERLAY is one of {', '.join(overlays())}"
         )
-    if not built.is_file():
+
+
+def write_overlay(overlay: str, deployment: str, built: Path = BUILT_IMAGES) -> Path:
+    """Folder to apply: the overlay itself, or one over it with the images that were built.
+
+    Raises:
+        ConfigError: no such overlay or deployment, or a deployment without images.
+    """
+    check_overlay(overlay)
+    chosen = load_deployment(deployment)
+    names: dict[str, str] = {}
+    if built.is_file():
+        names = json.loads(built.read_text(encoding="utf-8"))
+        chosen = with_images(chosen, built)
+    elif not deployment:
         return OVERLAYS / overlay
-    names: dict[str, str] = json.loads(built.read_text(encoding="utf-8"))
+    elif not (chosen.images.data and chosen.images.train):
+        raise ConfigError(
+            f"the deployment {deployment} names no images: the service could start no run with it",
+            where=str(built),
+            fix="run `make images-push REGISTRY=...`, or name images.data and images.train in a "
+            "deployment of yours",
+        )
     TARGET.mkdir(parents=True, exist_ok=True)
-    chosen = with_images(load_deployment(deployment), built)
     settings = chosen.model_dump(mode="json", exclude_defaults=True)
     (TARGET / "deployment.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     variables = {
@@ -148,10 +167,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--undo", action="store_true")
     options: Any = parser.parse_args(arguments)
     try:
-        folder = write_overlay(options.overlay, options.deployment)
         if options.undo:
+            check_overlay(options.overlay)
             remove(options.kubectl, options.overlay)
             return 0
+        folder = write_overlay(options.overlay, options.deployment)
         apply(options.kubectl, folder)
         for name in missing_secrets(options.kubectl, options.overlay):
             print(

@@ -289,6 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Compile into the repository, compare with what is there, or write a package for a cluster."""
     options = _parser().parse_args(arguments)
     try:
+        _check_options(options)
         if options.output:
             return _write_for_cluster(options)
     except DpoError as error:
@@ -300,6 +301,24 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"wrote {PACKAGE.name}")
     _schema_file().write_text(deployment_schema(), encoding="utf-8")
     return 0
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """Refuse what would be passed over in silence.
+
+    Raises:
+        ConfigError: a setting of a package for a cluster, and none is written.
+    """
+    usual = vars(_parser().parse_args([]))
+    given = [name for name, value in vars(options).items() if value != usual[name]]
+    if options.check and given != ["check"]:
+        raise ConfigError("--check compares only", fix="leave out --check or all other options")
+    if given and not options.check and not options.output:
+        raise ConfigError(
+            f"--{given[0].replace('_', '-')} is of a package for a cluster, and the copy in the "
+            "repository has no such settings",
+            fix="say with --output FILE where to write one, such as build/preference_pipeline.yaml",
+        )
 
 
 def _write_for_cluster(options: argparse.Namespace) -> int:

@@ -38,6 +38,21 @@ def test_images_of_ours_are_put_in_and_given_to_the_service(tmp_path, monkeypatc
     assert given["train"]["gpus"] == 1
 
 
+def test_a_deployment_is_never_passed_over(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(deploy, "TARGET", tmp_path / "deploy")
+    none = tmp_path / "none.json"
+    with pytest.raises(ConfigError, match="there is no deployment gpus"):
+        deploy.write_overlay("dev", "gpus", none)
+    with pytest.raises(ConfigError, match="the deployment gpu names no images"):
+        deploy.write_overlay("dev", "gpu", none)
+    own = tmp_path / "own.yaml"
+    own.write_text("images: {data: r/data:1, train: r/train:2}\n")
+    folder = deploy.write_overlay("dev", str(own), none)
+    given = yaml.safe_load((folder / "deployment.yaml").read_text())
+    assert given["images"] == {"data": "r/data:1", "train": "r/train:2"}
+    assert yaml.safe_load((folder / "kustomization.yaml").read_text())["images"] == []
+
+
 @pytest.mark.parametrize("name", ["", "production", "../base"])
 def test_another_overlay_is_named_with_the_choices(name, tmp_path):
     with pytest.raises(ConfigError, match="dev, gpu, local, multi-user"):

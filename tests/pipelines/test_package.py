@@ -43,6 +43,22 @@ def test_check_reports_drift(monkeypatch, tmp_path, capsys):
     assert "run `make pipeline`" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--deployment", "gpu", "--nodes", "2"], "--deployment is of a package for a cluster"),
+        (["--nodes", "2"], "--nodes is of a package for a cluster"),
+        (["--ingest-shards", "3"], "--ingest-shards is of"),
+        (["--check", "--preset", "full"], "--check compares only"),
+    ],
+)
+def test_options_of_a_package_for_a_cluster_leave_the_repository_alone(arguments, words, capsys):
+    before = package.PACKAGE.stat().st_mtime_ns
+    assert package.main(arguments) == 2
+    assert words in capsys.readouterr().err
+    assert package.PACKAGE.stat().st_mtime_ns == before
+
+
 def test_every_step_is_there(documents):
     steps = {name for name in tasks(documents) if not name.startswith(("condition", "exit"))}
     assert steps == set(package.STEPS)
