@@ -23,11 +23,12 @@ from dpo.errors import RequestError
 from dpo.storage.runs import MANIFEST_NAME
 from dpo.storage.store import Store, open_store
 from pipelines import cluster
-from pipelines.history import INPUTS, changes
+from pipelines.history import INPUTS, changes, steps_of
 from pipelines.start import known_run
-from pipelines.steps import STEPS
+from pipelines.steps import SELECT, TASKS
 from pipelines.watch import step_states
 
+_ENDED_EARLY = {"failed": "it failed", "skipped": "a step before it failed"}
 _DATA_IMAGE_STEPS = {"ingest", "gate", "publish"}
 
 
@@ -93,7 +94,7 @@ def explain(run: Told, before: Told | None) -> list[Line]:
     """For every step what became of it and what differs from ``before``."""
     lines: list[Line] = []
     new: list[str] = []
-    for step in STEPS:
+    for step in TASKS if SELECT in run.states else steps_of(run.plan):
         state = run.states.get(step, "unknown")
         changed = _changed(step, run, before)
         upstream = [name for name in INPUTS.get(step, ()) if name in new]
@@ -130,6 +131,8 @@ def _reason(
         parts.append(f"reads the new output of {', '.join(upstream)}")
     if parts:
         return "; ".join(parts)
+    if state in _ENDED_EARLY:
+        return _ENDED_EARLY[state]
     if before is None:
         return "no earlier run to compare with"
     if state == "done":

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.steps import STEPS
+from pipelines.steps import SELECT, STEPS, TASKS
 
 INPUTS: Mapping[str, tuple[str, ...]] = {
     "ingest": (),
@@ -17,8 +17,11 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
     "reference": ("ingest", "sft"),
     "preference": ("ingest", "sft", "reference"),
     "evaluate": ("ingest", "sft", "reference", "preference"),
+    SELECT: ("preference", "evaluate"),
 }
 """Which cached steps each cached step reads from."""
+_SWEPT = ("preference", "evaluate")
+"""The steps that a sweep runs once for each candidate."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,25 @@ class Expectation:
     reason: str
 
 
+def with_candidates(plan: Mapping[str, str], candidates: Sequence[str]) -> dict[str, str]:
+    """The plan of a run with a sweep: what its candidates change belongs to the swept steps."""
+    changes = json.dumps(sorted(" ".join(json.loads(candidate)) for candidate in candidates))
+    return {**plan, **({f"{step}_candidates": changes for step in _SWEPT} if candidates else {})}
+
+
+def steps_of(plan: Mapping[str, str]) -> tuple[str, ...]:
+    """The steps of a planned run in the order in which they run."""
+    return TASKS if f"{_SWEPT[0]}_candidates" in plan else STEPS
+
+
 def step_keys(plan: Mapping[str, str]) -> dict[str, str]:
     """One key for all that a step's result depends on: settings, fingerprints, steps before it."""
     keys: dict[str, str] = {}
     for step, inputs in INPUTS.items():
         digest = hashlib.sha256()
-        for part in (plan[f"{step}_settings"], plan[f"{step}_fingerprint"]):
+        names = [f"{step}_{part}" for part in ("settings", "fingerprint", "candidates")]
+        parts = [plan[name] for name in names if name in plan]
+        for part in parts:
             digest.update(part.encode() + b"\0")
         for name in inputs:
             digest.update(keys[name].encode())
@@ -54,7 +70,7 @@ def expectations(
     forced = set(rerun)
     running: list[str] = []
     result = []
-    for step in STEPS:
+    for step in steps_of(plan):
         if step not in INPUTS:
             result.append(Expectation(step, True, "never cached"))
             continue
@@ -133,7 +149,15 @@ def changes(step: str, plan: Mapping[str, str], before: Mapping[str, str]) -> li
             else:
                 values = f"{json.dumps(then.get(key))} → {json.dumps(now.get(key))}"
                 found.append(Change("configuration", f"{key}: {values}"))
+    varied = [_varied(step, p) for p in (before, plan)]
+    if varied[0] != varied[1]:
+        found.append(Change("configuration", f"candidates: {varied[0]} → {varied[1]}"))
     return found
+
+
+def _varied(step: str, plan: Mapping[str, str]) -> str:
+    """What the candidates of a sweep change, in words."""
+    return ", ".join(json.loads(plan.get(f"{step}_candidates", "[]"))) or "none"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

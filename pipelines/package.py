@@ -50,6 +50,14 @@ def steps_of(documents: list[dict[str, Any]]) -> tuple[str, ...]:
     return TASKS if f"comp-{SELECT}" in documents[0]["components"] else STEPS
 
 
+def candidates_of(documents: list[dict[str, Any]]) -> tuple[str, ...]:
+    """What the candidates of a package's sweep change, as ``parse_sweep`` returned it."""
+    for component in documents[0]["components"].values():
+        if task := component.get("dag", {}).get("tasks", {}).get(SELECT):
+            return tuple(task["inputs"]["parameters"]["candidates"]["runtimeValue"]["constant"])
+    return ()
+
+
 def local_package(sweep: Sweep, n_shards: int = 1) -> list[dict[str, Any]]:
     """The documents of a package with a sweep or a shared ingest, to run on this machine."""
     with tempfile.TemporaryDirectory() as folder, _varied(sweep, n_shards):

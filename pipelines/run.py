@@ -261,7 +261,10 @@ def run_here(job: Job, console: Console, *, timeout_seconds: float | None = None
     from dpo.data.plan import plan_run
 
     obtain_model(job.parameters)
-    plan = plan_run(job.parameters, key_only=job.runner == "processes")
+    plan = history.with_candidates(
+        plan_run(job.parameters, key_only=job.runner == "processes"),
+        package.candidates_of(job.documents),
+    )
     try:
         run = run_local(job, console, timeout_seconds=timeout_seconds)
     except TimeoutError:

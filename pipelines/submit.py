@@ -325,6 +325,7 @@ def _dry_run(
 
     obtain_model(values)
     plan = plan_run(values, key_only=options.local != "docker")
+    plan = history.with_candidates(plan, package.candidates_of(documents))
     expected = history.expectations(plan, runs / "history", rerun)
     if options.output == "json":
         steps = {e.step: {"runs": e.runs, "reason": e.reason} for e in expected}

@@ -1,0 +1,72 @@
+"""What is expected to run, from the plans of earlier runs; with a sweep, of all its candidates."""
+
+import json
+
+from pipelines import history, package
+from pipelines.explain import Told, explain
+from pipelines.sweep import Sweep, parse_sweep
+
+PLAN = {
+    f"{step}_{part}": json.dumps({part: step})
+    for step in ("ingest", "sft", "reference", "preference", "evaluate")
+    for part in ("settings", "fingerprint")
+}
+DONE = dict.fromkeys(("ingest", "sft", "reference", "preference", "evaluate", "select"), "done")
+
+
+def swept(*assignments):
+    return history.with_candidates(PLAN, parse_sweep(assignments))
+
+
+def remembered(folder, *runs):
+    """A history of runs, each a plan and the states that its steps ended in."""
+    for number, (plan, states) in enumerate(runs):
+        place = folder / f"run-{number}"
+        place.mkdir()
+        history.remember(place, plan, states)
+    return folder
+
+
+def expected(plan, folder):
+    return {e.step: e.reason for e in history.expectations(plan, folder) if e.runs}
+
+
+def test_a_sweep_that_was_never_run_trains_its_candidates(tmp_path):
+    remembered(tmp_path, (PLAN, DONE))
+    reasons = expected(swept("loss.beta=0.3,0.7"), tmp_path)
+    assert [*reasons] == [
+        *("fingerprint", "preference", "evaluate", "select", "gate", "publish", "finish")
+    ]
+    assert reasons["preference"] == "candidates: none → loss.beta=0.3, loss.beta=0.7"
+    assert reasons["select"] == "reads the new output of preference"
+
+
+def test_a_sweep_that_was_run_is_cached_in_any_order_and_a_run_without_it_is_not(tmp_path):
+    remembered(tmp_path, (swept("loss.beta=0.3,0.7"), DONE))
+    never = {"fingerprint", "gate", "publish", "finish"}
+    assert {*expected(swept("loss.beta=0.7,0.3"), tmp_path)} == never
+    assert {*expected(PLAN, tmp_path)} == {*never, "preference", "evaluate"}
+    assert {*expected(swept("loss.beta=0.3,0.9"), tmp_path)} >= {"preference", "select"}
+
+
+def test_a_plan_without_a_sweep_keeps_its_keys():
+    assert history.with_candidates(PLAN, ()) == PLAN
+
+
+def test_explain_names_the_candidates_and_what_failed():
+    states = dict.fromkeys(("ingest", "sft", "reference"), "cached")
+    states |= {"preference": "failed", "evaluate": "skipped", "select": "skipped"}
+    before = Told("a", PLAN, DONE, {})
+    failed = Told("b", swept("loss.beta=0.3,0.7"), states, {})
+    lines = {line.step: line.reason for line in explain(failed, before)}
+    assert lines["preference"] == "configuration: candidates: none → loss.beta=0.3, loss.beta=0.7"
+    assert lines["select"] == "reads the new output of preference, evaluate"
+    again = {line.step: line.reason for line in explain(failed, failed)}
+    assert again["preference"] == "it failed"
+    assert again["sft"] == "nothing that it reads changed"
+
+
+def test_a_package_tells_its_candidates_also_where_ingest_is_shared():
+    candidates = parse_sweep(["loss.beta=0.3,0.7"])
+    assert package.candidates_of(package.local_package(Sweep(candidates, 1), 3)) == candidates
+    assert package.candidates_of(package.load_package()) == ()
