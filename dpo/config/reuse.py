@@ -17,6 +17,8 @@ _HOW = OUT_OF_BAND | {
     *("sample_during_eval", "n_eval_model_samples"),
 }
 """How the work is spread over devices and watched: an output made otherwise is as good."""
+_KERNELS = {"model.kernels", "model.output_layer", "model.compile", "model.block_name"}
+"""Other ways to the same numbers."""
 _TOKENIZER = {"model.name_or_path", "model.tokenizer_name_or_path", "model.revision"}
 """All that ingest reads of a model."""
 
@@ -43,7 +45,7 @@ def _decides(stage: Stage, key: str) -> bool:
     section = key.partition(".")[0]
     if stage == "ingest" and section == "model":
         return key in _TOKENIZER
-    return section not in _HOW
+    return section not in _HOW and key not in _KERNELS
 
 
 def _covers(key: str, then: Any, now: Any, asked: Mapping[str, Any]) -> bool:

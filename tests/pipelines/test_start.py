@@ -53,6 +53,8 @@ def begun(runs, defaults):
         ("preference_n_examples=16", [*URIS]),
         ("preference_loss=simpo", [*URIS]),
         ("trainer=FSDPTrainer", [*URIS]),
+        ("model.compile=true", [*URIS]),
+        ("model.compute_dtype=float32", ["data_uri"]),
         ("preference_n_examples=48", ["data_uri", "sft_model_uri"]),
         ("evaluate_n_pairs=50", ["data_uri", "sft_model_uri"]),
         ("sft.lr=1e-4", ["data_uri"]),
