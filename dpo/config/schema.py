@@ -297,12 +297,27 @@ class GateConfig(Section):
     """Publish although a rule fails; recorded in the verdict."""
 
 
+_LAYOUT = {"runs", "communities", "data", "publishing", "retiring", "latest.json", "manifest.json"}
+"""What a store itself calls its folders and files (dpo/publish/README.md)."""
+
+
+def _free_name(value: str) -> str:
+    """Not a name that stands for something else in a store; 64 hex digits are a version's."""
+    if value in _LAYOUT or re.fullmatch(r"[0-9a-f]{64}", value):
+        raise ValueError(
+            f"publish.name={value} is what the store itself calls a part of it: choose another name"
+        )
+    return value
+
+
 class PublishConfig(Section):
     """Where the model goes."""
 
     store: str | None = None
     """``file://``, ``s3://``, ``minio://`` or ``gs://`` URL with bucket and optional prefix."""
-    name: str = Field("policy", pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")
+    name: Annotated[str, AfterValidator(_free_name)] = Field(
+        "policy", pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$"
+    )
     """Name under which the model is published."""
     create_bucket: bool = False
     """Create the bucket where it does not exist."""

@@ -80,17 +80,18 @@ def list_versions(url: str, *, details: bool = True) -> list[Version]:
 
 def _list(store: Store, *, details: bool) -> list[Version]:
     found: dict[tuple[str, str], Version] = {}
-    names: set[str] = set()
-    for key, state in store.scan():
-        if match := _LATEST_KEY.match(key):
-            names.add(match["name"] or "")
-            continue
+    scanned = list(store.scan())
+    names = {match["name"] or "" for key, _ in scanned if (match := _LATEST_KEY.match(key))}
+    for key, state in scanned:
         match = _VERSION_KEY.match(key)
         if match is None:
             continue
-        name, hash_ = match["name"] or "", match["hash"]
+        name, mark, hash_ = match["name"] or "", match["mark"], match["hash"]
+        if name in (PUBLISHING, RETIRING) and name not in names:
+            # the store's URL ends in the model's name: what is read as a name is the mark's folder
+            name, mark = "", name
         version = found.setdefault((name, hash_), Version(name, hash_))
-        if match["mark"] or not match["path"]:
+        if mark or not match["path"]:
             continue
         version.files.append(match["path"])
         version.size += state.size
@@ -185,15 +186,16 @@ def _remove(store: Store, version: Version, grace_seconds: float, result: Retain
         start = time.monotonic()
         # without its manifest it is no version any more, whatever happens next
         at.delete(f"{name}/{hash_}/{MANIFEST}")
-        written = list(version.files)
-        for lease in leases(at, name, hash_):
-            written += lease.files
-            at.delete(lease.key)
+        ended = leases(at, name, hash_)
         for key in list(at.list(f"{name}/{hash_}/")):
             if time.monotonic() - start > _LONGEST_REMOVAL_SECONDS:
                 break
             at.delete(key)
-        result.unfinished += _discard(at, name, version, written)
+        written = [path for lease in ended for path in lease.files]
+        result.unfinished += _discard(at, name, version, [*version.files, *written])
+        # the marks say which uploads there may be: a clean-up that is killed needs them again
+        for lease in ended:
+            at.delete(lease.key)
     result.removed.append(version)
 
 

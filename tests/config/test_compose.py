@@ -153,6 +153,9 @@ def test_own_models_from_any_folder(tmp_path, monkeypatch):
         ("n_epochs=null", ["n_epochs", "n_examples"]),
         ("max_prompt_length=512", ["max_prompt_length", "max_length"]),
         ("gradient_accumulation_steps=3", ["batch_size", "gradient_accumulation_steps"]),
+        ("publish.name=runs", ["publish.name=runs", "choose another name"]),
+        ("publish.name=publishing", ["publish.name=publishing", "choose another name"]),
+        (f"publish.name={'a' * 64}", ["choose another name"]),
         ("lr", ["key=value"]),
     ],
 )

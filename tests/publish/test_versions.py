@@ -144,6 +144,45 @@ def test_the_mark_of_a_killed_publisher_ends(url, tmp_path):
     assert mark not in set(store.list())
 
 
+def test_a_clean_up_of_one_name_leaves_what_is_being_written(url, tmp_path):
+    """The URL ends in the name, so a mark's key begins with ``publishing/``."""
+    store = open_store(url)
+    publish(url, tmp_path, 1)
+    store.write(f"policy/{'a' * 64}/half", b"half")
+    with being_written(store, "policy", "a" * 64, ["half"], 60):
+        assert [v.name for v in list_versions(f"{url}/policy")] == ["", ""]
+        for _ in range(2):
+            result = retain(f"{url}/policy", keep=1, grace_hours=0)
+            assert (hashes(result.busy), result.removed) == (["a" * 64], [])
+        assert store.read(f"policy/{'a' * 64}/half") == b"half"
+        assert any(key.startswith("policy/publishing/") for key in store.list())
+
+
+@pytest.mark.minio
+@pytest.mark.parametrize("below", ["", "/policy"])
+def test_a_clean_up_discards_the_uploads_of_a_killed_publisher(bucket_url, below):
+    url, hash_ = f"{bucket_url}/team", "b" * 64
+    store = open_store(url)
+    store.check(create=True)
+    mark = {"files": ["model.safetensors"], "seconds": 0}
+    store.write(f"policy/publishing/{hash_}/killed.json", json.dumps(mark).encode())
+    store._begin(f"policy/{hash_}/model.safetensors", "0" * 64)
+    time.sleep(1.1)
+    assert retain(f"{url}{below}", keep=1, grace_hours=0).unfinished == 1
+    assert store.discard_unfinished(f"policy/{hash_}/model.safetensors", 0) == 0
+    assert list(store.list()) == []
+
+
+def test_a_model_that_was_named_as_a_mark_is_a_model(url, tmp_path):
+    """Such names are refused by now; what was published stays what it is."""
+    done = publish(url, tmp_path, 1, name="publishing")
+    found = list_versions(url)
+    assert [(v.name, v.content_hash, v.complete) for v in found] == [
+        ("publishing", done.content_hash, True)
+    ]
+    assert retain(url, keep=1, grace_hours=0).removed == []
+
+
 def test_a_publisher_waits_for_the_clean_up(url, tmp_path):
     """The clean-up removes the very version that is published again."""
     store = open_store(url)
