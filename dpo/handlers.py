@@ -150,18 +150,22 @@ def _gate(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
 
 def _publish(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
     from dpo.config.stages import restrict
-    from dpo.publish.runs import record_verdict
-    from dpo.publish.stage import run_publish
+    from dpo.publish.runs import record_verdict, refuse_other_policy
+    from dpo.publish.stage import approved_inputs, run_publish
 
     config = restrict(composed.config, "publish")
     run_id = composed.config.exp_name
-    record_verdict(config.publish, run_id, evaluation=paths["evaluation"], verdict=paths["verdict"])
+    policy, evaluation, verdict = paths["policy"], paths["evaluation"], paths["verdict"]
+    # what is recorded of another run stays: single steps have one run id unless they are given one
+    trained = approved_inputs(policy, evaluation, verdict)[0]
+    refuse_other_policy(config.publish, run_id, trained.content_hash)
+    record_verdict(config.publish, run_id, evaluation=evaluation, verdict=verdict)
     run_publish(
         config,
         paths["output"],
-        policy=paths["policy"],
-        evaluation=paths["evaluation"],
-        verdict=paths["verdict"],
+        policy=policy,
+        evaluation=evaluation,
+        verdict=verdict,
         run_id=run_id,
     )
     print((paths["output"] / "published.json").read_text(encoding="utf-8"))

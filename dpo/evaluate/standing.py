@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dpo.errors import ArtifactError, DpoError, ObjectMissing
+from dpo.errors import DpoError, ObjectMissing
 from dpo.storage.manifest import MANIFEST
 from dpo.storage.published import read_latest, read_version
-from dpo.storage.runs import run_prefix
+from dpo.storage.runs import parse_run, policy_of_run, run_prefix
 from dpo.storage.store import Store, open_store
 
 _CARD = "README.md"
@@ -34,7 +34,7 @@ class Standing:
     files: Mapping[str, str] | None = None
     """sha256 of its files by path."""
     policy: str = ""
-    """Content hash of the policy that it was made of."""
+    """Content hash of the policy that it was made of, where that is known."""
     problem: str = ""
     """Why it, or its figures, cannot be read; one line."""
 
@@ -65,21 +65,26 @@ def _of_version(store: Store, name: str, content_hash: str) -> Standing:
     if not run_id:
         problem = "no run in the store says that it published it"
         return Standing(content_hash, files=files, problem=problem)
+    policy = str(version.get("policy") or "")
     try:
-        values = _run_manifest(store, run_id)
-        policy = str((values.get("policy") or {}).get("content_hash", ""))
-        return Standing(content_hash, run_id, dict(values["evaluation"]), files, policy)
-    except (DpoError, ValueError, KeyError, TypeError) as error:
+        key = f"{run_prefix(run_id)}/{MANIFEST}"
+        run = parse_run(store.read(key), store.url(key))
+        policy = policy or _policy_published(run, content_hash)
+        if policy and policy_of_run(run) not in (policy, ""):
+            problem = f"its run {run_id} was used again for another policy"
+            return Standing(content_hash, run_id, None, files, policy, problem)
+        return Standing(content_hash, run_id, dict(run["evaluation"]), files, policy)
+    except (DpoError, ValueError, KeyError, TypeError, AttributeError) as error:
         found = error.found if isinstance(error, DpoError) else repr(error)
         problem = f"the figures of its run {run_id} cannot be read: {found}"
-        return Standing(content_hash, run_id, files=files, problem=problem)
+        return Standing(content_hash, run_id, None, files, policy, problem)
 
 
-def _run_manifest(store: Store, run_id: str) -> dict[str, Any]:
-    values = json.loads(store.read(f"{run_prefix(run_id)}/{MANIFEST}"))
-    if not isinstance(values, dict):
-        raise ArtifactError("its manifest is no JSON object", where=run_id)
-    return values
+def _policy_published(run: Mapping[str, Any], content_hash: str) -> str:
+    """The policy of a version whose own manifest names none (format 1)."""
+    if (run.get("published") or {}).get("content_hash") != content_hash:
+        return ""
+    return str((run.get("policy") or {}).get("content_hash") or "")
 
 
 def _run_of(store: Store, content_hash: str) -> str:

@@ -17,7 +17,7 @@ from dpo.errors import ArtifactError
 from dpo.publish.verify import find_version
 from dpo.storage.manifest import MANIFEST
 from dpo.storage.published import LATEST, read_version
-from dpo.storage.runs import upgrade_run
+from dpo.storage.runs import parse_run
 from dpo.storage.store import Store, open_store
 
 _ORDER = ("ingest", "sft", "reference", "preference", "evaluate", "gate", "publish")
@@ -168,7 +168,7 @@ def _sources_of(entry: Mapping[str, Any], community: str) -> list[str]:
 def _runs(store: Store, keys: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     for key in keys:
         if _RUN_KEY.match(key):
-            yield key, upgrade_run(json.loads(store.read(key)), store.url(key))
+            yield key, parse_run(store.read(key), store.url(key))
 
 
 def _of_run(run: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

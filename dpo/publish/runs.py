@@ -13,7 +13,13 @@ from dpo.config.schema import PublishConfig
 from dpo.errors import ConfigError
 from dpo.storage.lineage import read_sources
 from dpo.storage.manifest import read_manifest, sha256_file
-from dpo.storage.runs import artifact_records, run_prefix, write_run_manifest
+from dpo.storage.runs import (
+    artifact_records,
+    policy_of_run,
+    run_prefix,
+    stored_run_manifest,
+    write_run_manifest,
+)
 from dpo.storage.store import Store, open_store
 
 IMAGES_VARIABLE = "DPO_IMAGES"
@@ -56,6 +62,31 @@ def record_plan(parameters: Mapping[str, Any], run_id: str, plan: Mapping[str, s
         plan=dict(plan),
         images=json.loads(os.environ.get(IMAGES_VARIABLE) or "{}"),
     )
+
+
+def refuse_other_policy(publish: PublishConfig, run_id: str, policy: str) -> None:
+    """Make sure that what is recorded under ``run_id`` will not be overwritten by another's.
+
+    The gate measures improvement by the record of the run that published a version.
+
+    Args:
+        publish: Settings.
+        run_id: Of the run that is to be recorded.
+        policy: Content hash of its policy.
+
+    Raises:
+        ConfigError: a run of another policy has this id.
+        StoreError: the store refuses or does not answer.
+    """
+    store = configured_store(publish)
+    known = policy_of_run(stored_run_manifest(store, run_id))
+    if known not in (policy, ""):
+        raise ConfigError(
+            f"run {run_id} in the store is of another policy, {known[:12]}; this one is "
+            f"{policy[:12]}",
+            where=store.url(run_prefix(run_id)),
+            fix="choose a name for this run: exp_name=NAME",
+        )
 
 
 def record_verdict(publish: PublishConfig, run_id: str, *, evaluation: Path, verdict: Path) -> None:

@@ -48,11 +48,7 @@ def run_publish(
         ArtifactError: an input is incomplete, refused, or not of the same run.
         StoreError: the store refuses or does not answer.
     """
-    # the policy's files are compared with its manifest while they are sent
-    trained = read_manifest(policy, stage="preference", verify=False)
-    judged = read_manifest(evaluation, stage="evaluate")
-    decided = read_manifest(verdict, stage="gate")
-    _refuse_mismatch(trained, judged, decided, verdict)
+    trained, judged, decided = approved_inputs(policy, evaluation, verdict)
     store = configured_store(config.publish)
     settings = config.publish
     with gathered(policy, config) as (folder, files):
@@ -111,7 +107,18 @@ def _registry_facts(run_id: str, trained: Manifest, evaluation: Path) -> dict[st
     return facts
 
 
-def _refuse_mismatch(trained: Manifest, judged: Manifest, decided: Manifest, where: Path) -> None:
+def approved_inputs(
+    policy: Path, evaluation: Path, verdict: Path
+) -> tuple[Manifest, Manifest, Manifest]:
+    """The manifests of a policy, its evaluation and its verdict.
+
+    Raises:
+        ArtifactError: one is incomplete or not of the others' run, or the gate refused the policy.
+    """
+    # the policy's files are compared with its manifest while they are sent
+    trained = read_manifest(policy, stage="preference", verify=False)
+    judged = read_manifest(evaluation, stage="evaluate")
+    decided = read_manifest(verdict, stage="gate")
     if judged.inputs.get("policy") != trained.content_hash:
         problem = "the evaluation is of another policy"
     elif decided.inputs.get("evaluation") != judged.content_hash:
@@ -119,9 +126,9 @@ def _refuse_mismatch(trained: Manifest, judged: Manifest, decided: Manifest, whe
     elif not decided.details.get("approved"):
         problem = "the gate refused this policy"
     else:
-        return
+        return trained, judged, decided
     raise ArtifactError(
         f"nothing was published: {problem}",
-        where=str(where),
+        where=str(verdict),
         fix="pass the outputs of one run; gate.force=true overrides a refusal and is recorded",
     )

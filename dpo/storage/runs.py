@@ -69,7 +69,7 @@ def write_run_manifest(store: Store, run_id: str, **values: Any) -> None:
     for _ in range(_CONFLICT_TRIES):
         found = store.stat(key)
         try:
-            known = upgrade_run(json.loads(store.read(key)), store.url(key)) if found else {}
+            known = parse_run(store.read(key), store.url(key)) if found else {}
         except ObjectMissing:
             continue
         added = {k: {**known.get(k, {}), **values[k]} for k in _MERGED if k in values}
@@ -88,7 +88,7 @@ def write_run_manifest(store: Store, run_id: str, **values: Any) -> None:
 def stored_run_manifest(store: Store, run_id: str) -> dict[str, Any]:
     """What the run's manifest holds so far; empty where there is none."""
     key = f"{run_prefix(run_id)}/{MANIFEST_NAME}"
-    return upgrade_run(json.loads(store.read(key)), store.url(key)) if store.stat(key) else {}
+    return parse_run(store.read(key), store.url(key)) if store.stat(key) else {}
 
 
 def read_run_manifest(url: str, run_id: str) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def read_run_manifest(url: str, run_id: str) -> dict[str, Any]:
     store = open_store(url)
     key = f"{run_prefix(run_id)}/{MANIFEST_NAME}"
     try:
-        return upgrade_run(json.loads(store.read(key)), store.url(key))
+        return parse_run(store.read(key), store.url(key))
     except ObjectMissing:
         raise PipelineError(
             f"run {run_id} left no manifest in the store",
@@ -110,12 +110,31 @@ def read_run_manifest(url: str, run_id: str) -> dict[str, Any]:
         ) from None
 
 
-def upgrade_run(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A run's manifest of any format that there was, in the newest one.
+def policy_of_run(run: Mapping[str, Any]) -> str:
+    """Content hash of the policy that a run evaluated; empty where its manifest does not say."""
+    evaluated = (run.get("artifacts") or {}).get("evaluate") or {}
+    figures = (run.get("evaluation") or {}).get("policy") or {}
+    hash_ = (evaluated.get("parents") or {}).get("policy") or figures.get("content_hash")
+    return str(hash_ or "")
+
+
+def parse_run(text: bytes, where: str) -> dict[str, Any]:
+    """A run's manifest from its text, whatever its format, in the newest one.
 
     Raises:
-        ArtifactError: it is of a newer version of this package.
+        ArtifactError: it cannot be read, or is of a newer version of this package.
     """
+    try:
+        return _upgraded(json.loads(text), where)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(
+            f"the run's manifest cannot be read: {error!r}",
+            where=where,
+            fix="restore it, or remove it: the run is then unknown here",
+        ) from None
+
+
+def _upgraded(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     version = values.get("format_version", 1)
     if version > FORMAT_VERSION:
         raise ArtifactError(

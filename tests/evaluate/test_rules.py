@@ -280,6 +280,26 @@ def test_a_version_made_of_the_same_policy_is_unchanged(store_url, tmp_path):
     assert judged_against(store_url, tmp_path, "gate.min_reward_accuracy=0.9").unchanged
 
 
+def test_a_run_that_was_used_again_says_nothing_of_the_version(store_url, tmp_path):
+    """The store has the version of one policy, and its run the figures of the one judged here."""
+    store = publish(store_url, accuracy=0.1, policy="policy")
+    key = f"policy/{HASH}/manifest.json"
+    version = json.loads(store.read(key))
+    store.write(key, json.dumps({**version, "policy": "other"}).encode())
+    run = json.loads(store.read("runs/run-1/manifest.json"))
+    run["evaluation"]["policy"] = {"content_hash": "policy"}
+    store.write("runs/run-1/manifest.json", json.dumps(run).encode())
+    settings = ["gate.min_improvement=0.5", "gate.min_reward_accuracy=0.99"]
+    verdict = judged_against(store_url, tmp_path, *settings)
+    assert (verdict.approved, verdict.unchanged) == (False, False)
+    assert "used again for another policy" in rule(verdict, "min_improvement").explanation
+    # and the version's own policy is known all the same
+    store.write(key, json.dumps({**version, "policy": "policy"}).encode())
+    run["evaluation"]["policy"] = {"content_hash": "other"}
+    store.write("runs/run-1/manifest.json", json.dumps(run).encode())
+    assert judged_against(store_url, tmp_path, *settings).unchanged
+
+
 @pytest.mark.parametrize(
     "files",
     [

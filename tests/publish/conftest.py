@@ -8,9 +8,11 @@ import pytest
 
 from dpo.publish.verify import verify
 from dpo.publish.version import publish_files
+from dpo.storage import provenance
 from dpo.storage.manifest import FileEntry
 from dpo.storage.published import read_latest
 from dpo.storage.store import open_store
+from tests.publish.pipeline import Pipeline
 
 MIB = 1 << 20
 
@@ -55,3 +57,12 @@ def check_store(url, allowed):
     assert latest.content_hash in {published.content_hash for published in allowed}
     assert verify(f"{url}/policy")["content_hash"] == latest.content_hash
     return latest
+
+
+@pytest.fixture
+def pipeline(tmp_path, monkeypatch):
+    monkeypatch.setenv("DPO_IMAGE", "registry/train@sha256:" + "9" * 64)
+    monkeypatch.setenv("DPO_COMMIT", "0123abc")
+    provenance._constant.cache_clear()
+    yield Pipeline(tmp_path, f"file://{tmp_path}/store")
+    provenance._constant.cache_clear()

@@ -1,113 +1,20 @@
-"""Where models come from, what was made of a community's data, signatures, runs' manifests."""
+"""Where models come from, what was made of a community's data, and runs' manifests."""
 
 import json
-import shutil
-import subprocess
 import threading
 
 import pytest
 
 from dpo.cli import main
-from dpo.config.compose import compose
-from dpo.config.places import builtin
-from dpo.config.stages import restrict
-from dpo.errors import ArtifactError, ConfigError
+from dpo.errors import ArtifactError
 from dpo.publish.lineage import chain, dependents, forget
-from dpo.publish.runs import record_verdict
-from dpo.publish.stage import run_publish
 from dpo.publish.verify import verify
-from dpo.storage import provenance
 from dpo.storage.adopt import adopt
 from dpo.storage.fingerprint import path_fingerprint
-from dpo.storage.manifest import read_manifest, staged, write_manifest
+from dpo.storage.manifest import read_manifest
 from dpo.storage.runs import artifact_records, read_run_manifest, write_run_manifest
 from dpo.storage.store import open_store
-
-
-def output(folder, stage, files, **manifest):
-    with staged(folder) as partial:
-        for name, content in files.items():
-            (partial / name).write_text(json.dumps(content), encoding="utf-8")
-        write_manifest(partial, stage, **manifest)
-    return read_manifest(folder)
-
-
-def source(path=None, **values):
-    return {"format": "custom", "path": path, **values}
-
-
-class Pipeline:
-    """Runs of ingest, SFT, reference, preference, evaluate, gate and publish, with no training."""
-
-    def __init__(self, folder, root):
-        self.folder, self.root = folder, root
-
-    def run(self, run_id, data, *, store=None, weight=0, base=""):
-        """One run; ``base`` is the fingerprint of the model that SFT starts from."""
-        place, store = self.folder / run_id, store or self.root
-        settings = {"datasets": ["novalto"], "sources": {"novalto": data}}
-        prints = {"novalto": f"etag:{run_id}"}
-        pairs = output(
-            place / "pairs",
-            "ingest",
-            {"rows.json": run_id},
-            settings=settings,
-            details={"sources": prints},
-            code="c" * 64,
-        )
-        provenance.note({"model": base})
-        sft = output(
-            place / "sft", "sft", {"w.json": [run_id, 1]}, inputs={"pairs": pairs.content_hash}
-        )
-        provenance.note({})
-        policy = self._policy(place, pairs, sft, weight)
-        figures = {"evaluation.json": {"n_pairs": 1}, "report.html": "<p>", "samples.json": []}
-        judged = output(
-            place / "evaluation", "evaluate", figures, inputs={"policy": policy.content_hash}
-        )
-        output(
-            place / "verdict",
-            "gate",
-            {"verdict.json": {"approved": True}},
-            inputs={"evaluation": judged.content_hash},
-            details={"approved": True},
-        )
-        config = compose([f"publish.store='{store}'", "model=tiny"]).config
-        paths = {"evaluation": place / "evaluation", "verdict": place / "verdict"}
-        record_verdict(restrict(config, "gate").publish, run_id, **paths)
-        run_publish(
-            restrict(config, "publish"),
-            place / "out",
-            policy=place / "policy",
-            run_id=run_id,
-            **paths,
-        )
-        return json.loads((place / "out/published.json").read_text())
-
-    def _policy(self, place, pairs, sft, weight):
-        with staged(place / "policy") as partial:
-            shutil.copytree(builtin("builtin:tiny"), partial, dirs_exist_ok=True)
-            data = bytearray((partial / "model.safetensors").read_bytes())
-            data[-1] = weight
-            (partial / "model.safetensors").write_bytes(data)
-            loss = {"name": "dpo", "beta": 0.1}
-            record = {
-                "config": {"loss": loss, "optimizer": "AdamW", "lr": 1e-5},
-                **{"examples": 8, "steps": 2, "data_fingerprint": pairs.content_hash},
-            }
-            (partial / "run.json").write_text(json.dumps(record), encoding="utf-8")
-            inputs = {"pairs": pairs.content_hash, "base": sft.content_hash}
-            write_manifest(partial, "preference", inputs=inputs)
-        return read_manifest(place / "policy")
-
-
-@pytest.fixture
-def pipeline(tmp_path, monkeypatch):
-    monkeypatch.setenv("DPO_IMAGE", "registry/train@sha256:" + "9" * 64)
-    monkeypatch.setenv("DPO_COMMIT", "0123abc")
-    provenance._constant.cache_clear()
-    yield Pipeline(tmp_path, f"file://{tmp_path}/store")
-    provenance._constant.cache_clear()
+from tests.publish.pipeline import output, source
 
 
 def test_the_chain_leads_from_the_model_to_the_data(pipeline):
@@ -278,127 +185,6 @@ def test_a_model_that_began_from_a_published_one_depends_on_its_data_too(pipelin
     runs = dependents(pipeline.root, "acme").runs
     assert f"{pipeline.root}/runs/adopting" in runs
     assert f"{pipeline.root}/runs/adopting" not in dependents(pipeline.root, "acme-2").runs
-
-
-# --- signatures ---
-
-
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory):
-    """Two key pairs made by openssl, as the documentation says: (private, public) each."""
-    folder = tmp_path_factory.mktemp("keys")
-    made = []
-    for number in range(2):
-        path = folder / f"{number}.pem"
-        openssl("genpkey", "-algorithm", "ed25519", "-out", str(path))
-        made.append((path.read_text(), openssl("pkey", "-in", str(path), "-pubout")))
-    return made
-
-
-def openssl(*arguments):
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is needed to make keys: apt-get install openssl")
-    done = subprocess.run(["openssl", *arguments], capture_output=True, text=True, check=True)
-    return done.stdout
-
-
-def test_a_signed_model_is_verified_with_the_public_key(pipeline, keys, monkeypatch):
-    monkeypatch.setenv("DPO_SIGNING_KEY", keys[0][0])
-    pipeline.run("run-1", source("pairs.jsonl"))
-    monkeypatch.delenv("DPO_SIGNING_KEY")
-    assert "was not checked" in verify(f"{pipeline.root}/policy")["signed"]
-    monkeypatch.setenv("DPO_TRUSTED_KEYS", keys[1][1] + keys[0][1])
-    assert "which is trusted" in verify(f"{pipeline.root}/policy")["signed"]
-
-
-def test_another_key_no_signature_and_a_changed_manifest_are_refused(
-    pipeline, keys, monkeypatch, capsys
-):
-    published = pipeline.run("run-1", source("pairs.jsonl"))
-    url = f"{pipeline.root}/policy"
-    monkeypatch.setenv("DPO_TRUSTED_KEYS", keys[1][1])
-    with pytest.raises(ArtifactError, match="is not signed"):
-        verify(url)
-    monkeypatch.setenv("DPO_SIGNING_KEY", keys[0][0])
-    # publishing again signs what is there; no file moves
-    assert pipeline.run("run-1", source("pairs.jsonl"))["bytes_moved"] == 0
-    assert "which is trusted" in verify(url)["signed"]
-    monkeypatch.delenv("DPO_SIGNING_KEY")
-    with pytest.raises(ArtifactError, match="not trusted here"):
-        verify(url)
-    monkeypatch.setenv("DPO_TRUSTED_KEYS", keys[0][1])
-    store = open_store(pipeline.root)
-    key = f"policy/{published['content_hash']}/manifest.json"
-    manifest = json.loads(store.read(key))
-    store.write(key, json.dumps({**manifest, "run_id": "another"}).encode())
-    assert main(["verify", url]) == 1
-    assert "signature is wrong" in capsys.readouterr().err
-
-
-def test_what_latest_json_names_is_signed(pipeline, keys, monkeypatch, tmp_path, capsys):
-    """Pointed elsewhere by hand, unsigned, or copied from another name: verify and pull refuse."""
-    monkeypatch.setenv("DPO_SIGNING_KEY", keys[0][0])
-    first = pipeline.run("run-1", source("pairs.jsonl"))
-    second = pipeline.run("run-2", source("others.jsonl"), weight=1)
-    assert first["content_hash"] != second["content_hash"]
-    monkeypatch.delenv("DPO_SIGNING_KEY")
-    monkeypatch.setenv("DPO_TRUSTED_KEYS", keys[0][1])
-    store, url = open_store(pipeline.root), f"{pipeline.root}/policy"
-    assert verify(url)["content_hash"] == second["content_hash"]
-    text = store.read("policy/latest.json")
-    latest = json.loads(text)
-    # the older version is validly signed; that it is the latest is not
-    forged = {**latest, "content_hash": first["content_hash"]}
-    store.write("policy/latest.json", json.dumps(forged).encode())
-    assert main(["verify", url]) == 1
-    assert "latest.json's signature is wrong" in capsys.readouterr().err
-    assert main(["pull", url, f"output={tmp_path / 'pulled'}"]) == 1
-    assert "latest.json's signature is wrong" in capsys.readouterr().err
-    assert not (tmp_path / "pulled").exists()
-    del forged["signature"]
-    store.write("policy/latest.json", json.dumps(forged).encode())
-    with pytest.raises(ArtifactError, match=r"latest\.json is not signed"):
-        verify(url)
-    # one version, named in full, needs no latest.json
-    assert verify(f"{url}/{first['content_hash']}")["content_hash"] == first["content_hash"]
-    store.write("other/latest.json", text)
-    with pytest.raises(ArtifactError, match="that of another model, policy"):
-        verify(f"{pipeline.root}/other")
-
-
-def test_rollback_signs_and_publishing_again_signs_what_was_not(
-    pipeline, keys, monkeypatch, capsys
-):
-    first = pipeline.run("run-1", source("pairs.jsonl"))
-    pipeline.run("run-2", source("others.jsonl"), weight=1)
-    url = f"{pipeline.root}/policy"
-    monkeypatch.setenv("DPO_SIGNING_KEY", keys[0][0])
-    assert pipeline.run("run-2", source("others.jsonl"), weight=1)["bytes_moved"] == 0
-    assert "which is trusted" in verify(url)["signed"]
-    # the version before was published without the key
-    assert main(["publish", "--rollback", url]) == 0
-    with pytest.raises(ArtifactError, match="the manifest is not signed"):
-        verify(url)
-    assert pipeline.run("run-1", source("pairs.jsonl"))["bytes_moved"] == 0
-    assert verify(url)["content_hash"] == first["content_hash"]
-    monkeypatch.delenv("DPO_SIGNING_KEY")
-    capsys.readouterr()
-    pipeline.run("run-2", source("others.jsonl"), weight=1)
-    assert "latest.json was signed and is no more" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("key", ["planted-secret", "-----BEGIN PRIVATE KEY-----\nx\n-----END"])
-def test_a_key_that_is_none_is_refused(pipeline, monkeypatch, key):
-    monkeypatch.setenv("DPO_SIGNING_KEY", key)
-    with pytest.raises(ConfigError, match="DPO_SIGNING_KEY is not an Ed25519") as caught:
-        pipeline.run("run-1", source("pairs.jsonl"))
-    assert "planted" not in str(caught.value)
-
-
-def test_a_key_on_one_line_is_read(pipeline, keys, monkeypatch):
-    monkeypatch.setenv("DPO_SIGNING_KEY", keys[0][0].replace("\n", "\\n"))
-    pipeline.run("run-1", source("pairs.jsonl"))
-    assert "which is trusted" in verify(f"{pipeline.root}/policy")["signed"]
 
 
 # --- the commands ---

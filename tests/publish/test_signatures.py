@@ -1,0 +1,131 @@
+"""Signatures of manifests and of ``latest.json``: what no trusted key signed is refused."""
+
+import json
+import shutil
+import subprocess
+
+import pytest
+
+from dpo.cli import main
+from dpo.errors import ArtifactError, ConfigError
+from dpo.publish.verify import verify
+from dpo.storage.store import open_store
+from tests.publish.pipeline import source
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    """Two key pairs made by openssl, as the documentation says: (private, public) each."""
+    folder = tmp_path_factory.mktemp("keys")
+    made = []
+    for number in range(2):
+        path = folder / f"{number}.pem"
+        openssl("genpkey", "-algorithm", "ed25519", "-out", str(path))
+        made.append((path.read_text(), openssl("pkey", "-in", str(path), "-pubout")))
+    return made
+
+
+def openssl(*arguments):
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is needed to make keys: apt-get install openssl")
+    done = subprocess.run(["openssl", *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_a_signed_model_is_verified_with_the_public_key(pipeline, keys, monkeypatch):
+    monkeypatch.setenv("DPO_SIGNING_KEY", keys[0][0])
+    pipeline.run("run-1", source("pairs.jsonl"))
+    monkeypatch.delenv("DPO_SIGNING_KEY")
+    assert "was not checked" in verify(f"{pipeline.root}/policy")["signed"]
+    monkeypatch.setenv("DPO_TRUSTED_KEYS", keys[1][1] + keys[0][1])
+    assert "which is trusted" in verify(f"{pipeline.root}/policy")["signed"]
+
+
+def test_another_key_no_signature_and_a_changed_manifest_are_refused(
+    pipeline, keys, monkeypatch, capsys
+):
+    published = pipeline.run("run-1", source("pairs.jsonl"))
+    url = f"{pipeline.root}/policy"
+    monkeypatch.setenv("DPO_TRUSTED_KEYS", keys[1][1])
+    with pytest.raises(ArtifactError, match="is not signed"):
+        verify(url)
+    monkeypatch.setenv("DPO_SIGNING_KEY", keys[0][0])
+    # publishing again signs what is there; no file moves
+    assert pipeline.run("run-1", source("pairs.jsonl"))["bytes_moved"] == 0
+    assert "which is trusted" in verify(url)["signed"]
+    monkeypatch.delenv("DPO_SIGNING_KEY")
+    with pytest.raises(ArtifactError, match="not trusted here"):
+        verify(url)
+    monkeypatch.setenv("DPO_TRUSTED_KEYS", keys[0][1])
+    store = open_store(pipeline.root)
+    key = f"policy/{published['content_hash']}/manifest.json"
+    manifest = json.loads(store.read(key))
+    store.write(key, json.dumps({**manifest, "run_id": "another"}).encode())
+    assert main(["verify", url]) == 1
+    assert "signature is wrong" in capsys.readouterr().err
+
+
+def test_what_latest_json_names_is_signed(pipeline, keys, monkeypatch, tmp_path, capsys):
+    """Pointed elsewhere by hand, unsigned, or copied from another name: verify and pull refuse."""
+    monkeypatch.setenv("DPO_SIGNING_KEY", keys[0][0])
+    first = pipeline.run("run-1", source("pairs.jsonl"))
+    second = pipeline.run("run-2", source("others.jsonl"), weight=1)
+    assert first["content_hash"] != second["content_hash"]
+    monkeypatch.delenv("DPO_SIGNING_KEY")
+    monkeypatch.setenv("DPO_TRUSTED_KEYS", keys[0][1])
+    store, url = open_store(pipeline.root), f"{pipeline.root}/policy"
+    assert verify(url)["content_hash"] == second["content_hash"]
+    text = store.read("policy/latest.json")
+    latest = json.loads(text)
+    # the older version is validly signed; that it is the latest is not
+    forged = {**latest, "content_hash": first["content_hash"]}
+    store.write("policy/latest.json", json.dumps(forged).encode())
+    assert main(["verify", url]) == 1
+    assert "latest.json's signature is wrong" in capsys.readouterr().err
+    assert main(["pull", url, f"output={tmp_path / 'pulled'}"]) == 1
+    assert "latest.json's signature is wrong" in capsys.readouterr().err
+    assert not (tmp_path / "pulled").exists()
+    del forged["signature"]
+    store.write("policy/latest.json", json.dumps(forged).encode())
+    with pytest.raises(ArtifactError, match=r"latest\.json is not signed"):
+        verify(url)
+    # one version, named in full, needs no latest.json
+    assert verify(f"{url}/{first['content_hash']}")["content_hash"] == first["content_hash"]
+    store.write("other/latest.json", text)
+    with pytest.raises(ArtifactError, match="that of another model, policy"):
+        verify(f"{pipeline.root}/other")
+
+
+def test_rollback_signs_and_publishing_again_signs_what_was_not(
+    pipeline, keys, monkeypatch, capsys
+):
+    first = pipeline.run("run-1", source("pairs.jsonl"))
+    pipeline.run("run-2", source("others.jsonl"), weight=1)
+    url = f"{pipeline.root}/policy"
+    monkeypatch.setenv("DPO_SIGNING_KEY", keys[0][0])
+    assert pipeline.run("run-2", source("others.jsonl"), weight=1)["bytes_moved"] == 0
+    assert "which is trusted" in verify(url)["signed"]
+    # the version before was published without the key
+    assert main(["publish", "--rollback", url]) == 0
+    with pytest.raises(ArtifactError, match="the manifest is not signed"):
+        verify(url)
+    assert pipeline.run("run-1", source("pairs.jsonl"))["bytes_moved"] == 0
+    assert verify(url)["content_hash"] == first["content_hash"]
+    monkeypatch.delenv("DPO_SIGNING_KEY")
+    capsys.readouterr()
+    pipeline.run("run-2", source("others.jsonl"), weight=1)
+    assert "latest.json was signed and is no more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["planted-secret", "-----BEGIN PRIVATE KEY-----\nx\n-----END"])
+def test_a_key_that_is_none_is_refused(pipeline, monkeypatch, key):
+    monkeypatch.setenv("DPO_SIGNING_KEY", key)
+    with pytest.raises(ConfigError, match="DPO_SIGNING_KEY is not an Ed25519") as caught:
+        pipeline.run("run-1", source("pairs.jsonl"))
+    assert "planted" not in str(caught.value)
+
+
+def test_a_key_on_one_line_is_read(pipeline, keys, monkeypatch):
+    monkeypatch.setenv("DPO_SIGNING_KEY", keys[0][0].replace("\n", "\\n"))
+    pipeline.run("run-1", source("pairs.jsonl"))
+    assert "which is trusted" in verify(f"{pipeline.root}/policy")["signed"]
