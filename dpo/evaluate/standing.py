@@ -60,6 +60,9 @@ def _of_version(store: Store, name: str, content_hash: str) -> Standing:
     version = read_version(store, f"{name}/{content_hash}")
     if version is None:
         return Standing(content_hash, problem=f"version {content_hash[:12]} is not complete")
+    if version["content_hash"] != content_hash:
+        problem = f"another version lies in the place of {content_hash[:12]}"
+        return Standing(content_hash, problem=problem)
     files = {entry["path"]: entry["sha256"] for entry in version["files"]}
     run_id = str(version["run_id"]) or _run_of(store, content_hash)
     if not run_id:

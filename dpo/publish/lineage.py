@@ -62,7 +62,7 @@ def chain(url: str) -> tuple[dict[str, Any], list[Mapping[str, Any]]]:
     Raises:
         ArtifactError: nothing is published there, or its lineage was not recorded.
     """
-    _, _, manifest = find_version(url)
+    manifest = find_version(url).manifest
     records = _records(manifest)
     if not records:
         raise ArtifactError(

@@ -69,7 +69,7 @@ def check(manifest: Mapping[str, Any], where: str, what: str = "the manifest") -
         ConfigError: a key that is set cannot be read.
     """
     keys = _trusted()
-    key_id = manifest.get(SIGNATURE, {}).get("key_id", "")
+    key_id = _signature(manifest).get("key_id", "")
     if not keys:
         if key_id:
             return f"signed by key {key_id}, which was not checked: {TRUSTED_KEYS} is not set"
@@ -97,7 +97,7 @@ def _untrusted(key_id: str, what: str) -> str:
 def _signer(manifest: Mapping[str, Any], keys: Mapping[str, Any]) -> str | None:
     from Crypto.Signature import eddsa  # nosec B413
 
-    signature = manifest.get(SIGNATURE) or {}
+    signature = _signature(manifest)
     key = keys.get(signature.get("key_id", ""))
     if key is None or signature.get("algorithm") != _ALGORITHM:
         return None
@@ -107,7 +107,15 @@ def _signer(manifest: Mapping[str, Any], keys: Mapping[str, Any]) -> str | None:
         eddsa.new(key, "rfc8032").verify(_canonical(bare), value)
     except ValueError:
         return None
-    return str(signature["key_id"])
+    return signature["key_id"]
+
+
+def _signature(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The texts of a signature; none where there is something else in its place."""
+    found = manifest.get(SIGNATURE)
+    if not isinstance(found, dict):
+        return {}
+    return {key: value for key, value in found.items() if isinstance(value, str)}
 
 
 def _trusted() -> dict[str, Any]:

@@ -78,7 +78,7 @@ def publish_files(
     prefix = f"{name}/{version}"
     url = store.url(prefix)
     latest = read_latest(store, name)
-    if latest and _names(latest, name, version) and _is_whole(store, files, prefix):
+    if latest and _names(latest, name, version) and _is_whole(store, files, name, version):
         message("publish", f"{name} {version[:12]} is published already: no bytes moved")
         return Published(name, version, url, unchanged=True, bytes_moved=0, files=len(files))
     paths = [entry.path for entry in files]
@@ -86,17 +86,21 @@ def publish_files(
     store.deadline = min(store.deadline or end, end)
     with being_written(store, name, version, [*paths, MANIFEST], deadline_seconds):
         moved = 0
-        if not _is_whole(store, files, prefix):
+        if not _is_whole(store, files, name, version):
             moved = _upload(store, folder, files, prefix)
             _write_manifest(store, prefix, _manifest(name, version, files, facts or {}))
         point_latest(store, name, version)
     return Published(name, version, url, unchanged=False, bytes_moved=moved, files=len(files))
 
 
-def _is_whole(store: Store, files: Sequence[FileEntry], prefix: str) -> bool:
+def _is_whole(store: Store, files: Sequence[FileEntry], name: str, version: str) -> bool:
     """Manifest, signature and every file are there: a damaged version is repaired, not trusted."""
+    prefix = f"{name}/{version}"
     manifest = read_version(store, prefix)
     if manifest is None or not is_trusted(manifest):
+        return False
+    told = {entry["path"]: entry["sha256"] for entry in manifest["files"]}
+    if (manifest["name"], manifest["content_hash"], content_hash(told)) != (name, version, version):
         return False
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
         return all(

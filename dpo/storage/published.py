@@ -24,6 +24,7 @@ LATEST_FORMAT = 3
 VERSION_FORMAT = 2
 """1 had no ``run_id``, no ``lineage`` and no ``signature``."""
 HASH = re.compile(r"[0-9a-f]{64}")
+_FIX = "remove it, then publish the model again: no file moves"
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,13 @@ def read_latest(store: Store, name: str = "") -> Latest | None:
         values = _parsed(store.read(key), LATEST_FORMAT, store.url(key))
     except ObjectMissing:
         return None
-    content_hash = values.get("content_hash")
+    content_hash, previous = values.get("content_hash"), values.get("previous", [])
     if not (isinstance(content_hash, str) and HASH.fullmatch(content_hash)):
-        raise ArtifactError(
-            "latest.json names no version", where=store.url(key), fix="publish the model again"
-        )
-    previous = tuple(hash_ for hash_ in values.get("previous", []) if HASH.fullmatch(str(hash_)))
-    return Latest(content_hash, previous, found.etag, values)
+        raise ArtifactError("latest.json names no version", where=store.url(key), fix=_FIX)
+    if not isinstance(previous, list) or not isinstance(values.get("name", ""), str):
+        raise _unreadable("what it names is no list of versions, or no model", store.url(key))
+    earlier = tuple(hash_ for hash_ in previous if HASH.fullmatch(str(hash_)))
+    return Latest(content_hash, earlier, found.etag, values)
 
 
 def read_version(store: Store, prefix: str = "") -> dict[str, Any] | None:
@@ -81,17 +82,45 @@ def read_version(store: Store, prefix: str = "") -> dict[str, Any] | None:
         return None
     if not {"name", "content_hash", "files"} <= set(values):
         return None
+    if problem := _problem_of_version(values):
+        raise _unreadable(problem, store.url(key))
     return {"run_id": "", "lineage": {}, "provenance": {}, **values}
+
+
+def _problem_of_version(values: Mapping[str, Any]) -> str:
+    """What is not of its type in a version's manifest, so that no reader stumbles over it."""
+    wrong = [name for name in ("name", "content_hash") if not isinstance(values[name], str)]
+    wrong += [name for name in ("lineage", "provenance") if not _is_object(values.get(name))]
+    if wrong:
+        return f"{wrong[0]} is not of its type"
+    files = values["files"]
+    if not isinstance(files, list):
+        return "files is no list"
+    for number, entry in enumerate(files):
+        types = {"path": str, "size": int, "sha256": str}
+        if not isinstance(entry, dict) or any(
+            not isinstance(entry.get(key), type_) for key, type_ in types.items()
+        ):
+            return f"entry {number} of files has no path, size and sha256"
+    if len({entry["path"] for entry in files}) < len(files):
+        return "it names a file twice"
+    return ""
+
+
+def _is_object(value: object) -> bool:
+    return value is None or isinstance(value, dict)
+
+
+def _unreadable(problem: str, where: str) -> ArtifactError:
+    return ArtifactError(f"it cannot be read: {problem}", where=where, fix=_FIX)
 
 
 def _parsed(text: bytes, newest: int, where: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
         version = int(values["format_version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(
-            f"it cannot be read: {error!r}", where=where, fix="publish the model again"
-        ) from None
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise _unreadable(repr(error), where) from None
     if version > newest:
         raise ArtifactError(
             f"it has format {version}; this version reads up to {newest}",

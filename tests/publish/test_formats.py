@@ -135,3 +135,37 @@ def test_latest_cannot_lead_elsewhere(tmp_path, hash_):
     store.write("policy/latest.json", text.encode())
     with pytest.raises(ArtifactError, match="names no version"):
         read_latest(store, "policy")
+
+
+_VERSION = {"format_version": 2, "name": "policy", "content_hash": "a" * 64, "files": []}
+_ENTRY = {"path": "w", "size": 1, "sha256": "b" * 64}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": None},
+        {"files": ["w"]},
+        {"files": [{"path": "w", "size": 1}]},
+        {"files": [{**_ENTRY, "size": "1"}]},
+        {"files": [_ENTRY, _ENTRY]},
+        {"name": 5},
+        {"content_hash": None},
+        {"lineage": []},
+        {"provenance": "x"},
+    ],
+)
+def test_a_version_with_a_value_of_another_type_cannot_be_read(tmp_path, change):
+    store = open_store(f"file://{tmp_path}")
+    store.write("v/manifest.json", json.dumps({**_VERSION, **change}).encode())
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        read_version(store, "v")
+
+
+@pytest.mark.parametrize("change", [{"previous": None}, {"previous": "a"}, {"name": 5}])
+def test_latest_with_a_value_of_another_type_cannot_be_read(tmp_path, change):
+    store = open_store(f"file://{tmp_path}")
+    latest = {"format_version": 3, "content_hash": "a" * 64, **change}
+    store.write("policy/latest.json", json.dumps(latest).encode())
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        read_latest(store, "policy")

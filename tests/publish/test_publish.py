@@ -1,5 +1,6 @@
 """Publishing to a folder and to a real MinIO server; reading back; refusing what does not fit."""
 
+import hashlib
 import json
 import shutil
 
@@ -12,7 +13,7 @@ from dpo.errors import ArtifactError, ObjectMissing, StoreError
 from dpo.publish.runs import record_verdict
 from dpo.publish.stage import run_publish
 from dpo.publish.verify import pull, verify
-from dpo.storage.manifest import read_manifest, staged, write_manifest
+from dpo.storage.manifest import content_hash, read_manifest, staged, write_manifest
 from dpo.storage.runs import read_run_manifest
 from dpo.storage.store import open_store
 
@@ -157,17 +158,44 @@ def test_pulling_into_a_used_folder_is_refused(run, url):
     assert [path.name for path in (run / "pulled").iterdir()] == ["mine.txt"]
 
 
-def test_a_manifest_cannot_write_outside_the_target(run, tmp_path):
-    url = f"file://{tmp_path}/store"
-    published = publish(run, url)
-    store = open_store(url)
-    key = f"policy/{published['content_hash']}/manifest.json"
-    manifest = json.loads(store.read(key))
-    manifest["files"][0]["path"] = "../../escaped"
-    store.write(key, json.dumps(manifest).encode())
+def test_a_manifest_cannot_write_outside_the_target(tmp_path):
+    store = open_store(f"file://{tmp_path}/store")
+    entry = {"path": "../../escaped", "size": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+    version = content_hash({entry["path"]: entry["sha256"]})
+    manifest = {"format_version": 2, "name": "policy", "content_hash": version, "files": [entry]}
+    store.write(f"policy/{version}/manifest.json", json.dumps(manifest).encode())
     with pytest.raises(StoreError, match="escaped"):
-        pull(f"{url}/policy", run / "a/b/pulled")
-    assert not (run / "a/escaped").exists()
+        pull(f"{store.root}/policy/{version}", tmp_path / "a/b/pulled")
+    assert not (tmp_path / "a/escaped").exists()
+
+
+def test_another_version_in_a_versions_place_is_refused(run, url):
+    """Its own manifest and files fit together, but it is not what ``latest.json`` names."""
+    published = publish(run, url)
+    entry = {"path": "w", "size": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+    version = content_hash({"w": entry["sha256"]})
+    manifest = {"format_version": 2, "name": "policy", "content_hash": version, "files": [entry]}
+    store, place = open_store(url), f"policy/{published['content_hash']}"
+    store.write(f"{place}/w", b"x")
+    store.write(f"{place}/manifest.json", json.dumps(manifest).encode())
+    for address in (f"{url}/policy", published["url"]):
+        with pytest.raises(ArtifactError, match=f"another version, {version[:12]}, in the place"):
+            verify(address)
+        with pytest.raises(ArtifactError, match="another version"):
+            pull(address, run / "pulled")
+    assert not (run / "pulled").exists()
+    # publishing again puts the right manifest there; its files were there all along
+    assert publish(run, url, out="again")["bytes_moved"] == 0
+    assert verify(f"{url}/policy")["content_hash"] == published["content_hash"]
+
+
+def test_a_manifest_that_is_not_of_its_files_is_not_pulled(tmp_path):
+    store = open_store(f"file://{tmp_path}/store")
+    manifest = {"format_version": 2, "name": "policy", "content_hash": "a" * 64, "files": []}
+    store.write(f"policy/{'a' * 64}/manifest.json", json.dumps(manifest).encode())
+    with pytest.raises(ArtifactError, match="not that of its files"):
+        pull(f"{store.root}/policy/{'a' * 64}", tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
 
 
 def mismatch(run, name, stage, **manifest):

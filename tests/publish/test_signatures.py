@@ -8,7 +8,9 @@ import pytest
 
 from dpo.cli import main
 from dpo.errors import ArtifactError, ConfigError
-from dpo.publish.verify import verify
+from dpo.publish.lineage import chain
+from dpo.publish.signing import check
+from dpo.publish.verify import pull, verify
 from dpo.storage.store import open_store
 from tests.publish.pipeline import source
 
@@ -94,6 +96,45 @@ def test_what_latest_json_names_is_signed(pipeline, keys, monkeypatch, tmp_path,
     store.write("other/latest.json", text)
     with pytest.raises(ArtifactError, match="that of another model, policy"):
         verify(f"{pipeline.root}/other")
+
+
+def test_a_signed_version_of_another_name_is_refused_in_this_ones_place(
+    pipeline, keys, monkeypatch
+):
+    """Both are signed by the same key; whoever can write to the store puts one over the other."""
+    monkeypatch.setenv("DPO_SIGNING_KEY", keys[0][0])
+    good = pipeline.run("run-1", source("pairs.jsonl"))
+    elsewhere = f"{pipeline.root}/elsewhere"
+    other = pipeline.run("run-2", source("others.jsonl"), weight=1, store=elsewhere)
+    monkeypatch.delenv("DPO_SIGNING_KEY")
+    monkeypatch.setenv("DPO_TRUSTED_KEYS", keys[0][1])
+    root, url = pipeline.folder / "store", f"{pipeline.root}/policy"
+    theirs = root / "elsewhere/policy" / other["content_hash"]
+    shutil.rmtree(root / "policy" / good["content_hash"])
+    shutil.copytree(theirs, root / "policy" / good["content_hash"])
+    for refused in (verify, chain, lambda url: pull(url, pipeline.folder / "pulled")):
+        with pytest.raises(ArtifactError, match="another version"):
+            refused(url)
+    # nor does another name lend itself to it
+    shutil.copytree(theirs, root / "safe" / other["content_hash"])
+    with pytest.raises(ArtifactError, match="that of another model, policy"):
+        verify(f"{pipeline.root}/safe/{other['content_hash']}")
+
+
+def test_the_lineage_of_an_unsigned_version_is_refused(pipeline, keys, monkeypatch):
+    made = pipeline.run("run-1", source("pairs.jsonl"))
+    monkeypatch.setenv("DPO_TRUSTED_KEYS", keys[0][1])
+    with pytest.raises(ArtifactError, match="the manifest is not signed"):
+        chain(made["url"])
+
+
+@pytest.mark.parametrize("signature", [None, "x", {"key_id": 5}, {"algorithm": "ed25519"}])
+def test_a_signature_that_is_none_is_no_signature(signature, keys, monkeypatch):
+    values = {"name": "policy", "signature": signature}
+    assert check(values, "here") == "not signed"
+    monkeypatch.setenv("DPO_TRUSTED_KEYS", keys[0][1])
+    with pytest.raises(ArtifactError, match="is not signed"):
+        check(values, "here")
 
 
 def test_rollback_signs_and_publishing_again_signs_what_was_not(
