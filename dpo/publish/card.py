@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from dpo.errors import ArtifactError
+from dpo.publish.adapter import CONFIG
 from dpo.storage.manifest import Manifest
 
 FILE = "README.md"
@@ -25,6 +26,9 @@ _FORBIDDEN = {
     "an absolute path": re.compile(r"(?:^|[\s`(\"'])(?:/[\w.-]+){2,}|[A-Za-z]:\\\\|file://"),
     "an image": re.compile(r"!\[|<img"),
 }
+_USE = """\
+`AutoModelForCausalLM.from_pretrained(folder)` of transformers loads it, and so does vLLM
+(`vllm serve folder`)."""
 _LIMITS = (
     "Trained on preferences of people, it may repeat their mistakes and be wrong or offensive. "
     "Measure it on your own data before you rely on it."
@@ -67,13 +71,16 @@ def model_card(
     config = run["config"]
     loss = config["loss"]
     license_ = license_ or _license_of(base)
+    sft = manifest.inputs.get("base", "")
+    alone = _is_adapter(model or policy)
     metadata: dict[str, Any] = {
-        "library_name": "transformers",
+        "library_name": "peft" if alone else "transformers",
         "pipeline_tag": "text-generation",
         "license": license_,
         "tags": ["preference-fine-tuning", loss["name"]],
     }
-    if _is_hub_id(base):
+    # an adapter of an SFT model is none of the hub's: whoever followed the name would load another
+    if _is_hub_id(base) and not (alone and sft):
         metadata["base_model"] = base
     hub_data = [entry[0] for key, entry in _DATA.items() if key in _data_names(manifest)]
     if hub := sorted(item for item in hub_data if _HUB_ID.fullmatch(item)):
@@ -92,8 +99,7 @@ then {_loss_name(loss)}.
 
 ## Use
 
-`AutoModelForCausalLM.from_pretrained(folder)` of transformers loads it, and so does vLLM
-(`vllm serve folder`). The tokenizer has a chat template.
+{_use_of_adapter(base, sft) if alone else _USE} The tokenizer has a chat template.
 
 ## Data
 
@@ -102,7 +108,7 @@ then {_loss_name(loss)}.
 
 ## Training
 
-- Base model: {shown_base(base)}
+- Base model: {_base_of_adapter(base, sft) if alone else shown_base(base)}
 - Architecture: {", ".join(_architectures(model or policy))}
 - Loss: {_options(loss)}
 - {run["examples"]} pairs in {run["steps"]} optimiser steps, {config["optimizer"]}, learning rate
@@ -126,6 +132,34 @@ Text generation in the form of its training data, after an evaluation for the us
 
 {_LIMITS}
 """
+
+
+def _is_adapter(model: Path) -> bool:
+    """Whether the folder holds an adapter alone."""
+    return (model / CONFIG).is_file() and not (model / "config.json").is_file()
+
+
+def _base_of_adapter(base: str, sft: str) -> str:
+    """What an adapter is added to: the SFT model where there is one, which has no name of a hub."""
+    if not sft:
+        return shown_base(base)
+    return f"the SFT checkpoint with content hash `{sft}`, trained from {shown_base(base)}"
+
+
+def _use_of_adapter(base: str, sft: str) -> str:
+    whole = (
+        "The weights of the model that the SFT checkpoint began from do not fit it." if sft else ""
+    )
+    return f"""\
+This is a LoRA adapter, which needs its base: {_base_of_adapter(base, sft)}. With the folder of that
+base as `base` and this one as `folder`, transformers and peft load it:
+
+```python
+model = AutoModelForCausalLM.from_pretrained(base)
+model = PeftModel.from_pretrained(model, folder)
+```
+
+{whole}""".rstrip()
 
 
 def check_card(text: str, where: str) -> None:

@@ -115,7 +115,13 @@ def _choose_weights(policy: Path, folder: Path, config: RunConfig, manifest: Man
     """Adapter alone, merged, or the weights as they are; in shards of bounded size."""
     has_adapter = (folder / adapter.CONFIG).is_file()
     has_model = (folder / SINGLE).is_file() or (folder / INDEX).is_file()
-    if has_adapter and config.publish.lora == "adapter":
+    if config.publish.lora == "adapter":
+        if not has_adapter:
+            raise ConfigError(
+                "publish.lora=adapter: the checkpoint holds no adapter",
+                where=str(policy),
+                fix="train with lora.enabled=true lora.save=adapter, or leave publish.lora out",
+            )
         _adapter_alone(folder, config, manifest)
         return
     max_bytes = config.publish.max_shard_mib << 20

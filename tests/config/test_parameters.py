@@ -123,3 +123,12 @@ def test_settings_survive_their_json():
     assert stage_json(load_stage("preference", stage_json(config, "preference")), "preference") == (
         stage_json(config, "preference")
     )
+
+
+@pytest.mark.parametrize("lora", [[], ["lora.enabled=true"], ["lora.save=adapter"]])
+def test_an_adapter_that_is_not_written_cannot_be_published_alone(lora):
+    with pytest.raises(ConfigError, match="writes no adapter"):
+        stage_configs({**TINY, "preference_overrides": ["publish.lora=adapter", *lora]})
+    written = ["publish.lora=adapter", "lora.enabled=true", "lora.save=adapter"]
+    configs = stage_configs({**TINY, "preference_overrides": written})
+    assert configs["publish"].publish.lora == "adapter"

@@ -299,6 +299,7 @@ def test_an_adapter_alone_names_its_base_and_no_path(tmp_path, tiny_model):
     assert "model.safetensors" not in names
     config = json.loads((tmp_path / "model/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "builtin:tiny"
+    assert "- Base model: builtin:tiny\n" in (tmp_path / "model/README.md").read_text()
 
     def load(folder):
         return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), folder)
@@ -315,6 +316,18 @@ def test_an_adapter_of_an_sft_model_does_not_pretend_to_fit_the_hubs(tmp_path, t
     published(policy, tmp_path / "model", "publish.lora=adapter")
     config = json.loads((tmp_path / "model/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == f"sft-checkpoint-{'a' * 64}"
+    readme = (tmp_path / "model/README.md").read_text()
+    metadata = yaml.safe_load(readme.split("---")[1])
+    assert metadata["library_name"] == "peft"
+    assert "base_model" not in metadata
+    assert f"Base model: the SFT checkpoint with content hash `{'a' * 64}`" in readme
+    assert "PeftModel.from_pretrained(model, folder)" in readme
+    assert "vllm" not in readme.lower()
+
+
+def test_a_checkpoint_without_an_adapter_is_not_published_as_one(tmp_path):
+    with pytest.raises(ConfigError, match="the checkpoint holds no adapter"):
+        published(checkpoint(tmp_path / "policy"), tmp_path / "model", "publish.lora=adapter")
 
 
 def test_an_adapter_whose_base_is_gone_is_not_merged(tmp_path, tiny_model):
