@@ -151,8 +151,8 @@ def _use_of_adapter(base: str, sft: str) -> str:
         "The weights of the model that the SFT checkpoint began from do not fit it." if sft else ""
     )
     return f"""\
-This is a LoRA adapter, which needs its base: {_base_of_adapter(base, sft)}. With the folder of that
-base as `base` and this one as `folder`, transformers and peft load it:
+This is a LoRA adapter, which needs its base: {_base_of_adapter(base, sft)}.
+With the folder of that base as `base` and this one as `folder`, transformers and peft load it:
 
 ```python
 model = AutoModelForCausalLM.from_pretrained(base)

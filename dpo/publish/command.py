@@ -169,9 +169,10 @@ def _forget(given: Given) -> int:
 
 def _print_dependents(given: Given, found: lineage.Dependents, community: str) -> int:
     store = open_store(given.url)
+    code = 1 if found.unread else 0
     if _as_json(given):
         print(json.dumps({**asdict(found), "fingerprints": sorted(found.fingerprints)}, indent=1))
-        return 0
+        return code
     for url in found.data if "reports" not in given.settings else []:
         print(f"data      {url}")
     for print_ in sorted(found.fingerprints):
@@ -186,7 +187,9 @@ def _print_dependents(given: Given, found: lineage.Dependents, community: str) -
         print(f"artifact  {step} {hash_[:_SHOWN]}")
     if not (found.models or found.runs or found.artifacts):
         print(f"nothing below this URL was made of the data of {community}")
-    return 0
+    for url, problem in found.unread.items():
+        print(f"not known {url}  {problem}")
+    return code
 
 
 def _as_json(given: Given) -> bool:

@@ -7,16 +7,15 @@ fingerprints of the sources. Nothing else is asked, so a chain can be read years
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from dpo.errors import ArtifactError
+from dpo.errors import ArtifactError, ObjectMissing
 from dpo.publish.verify import find_version
 from dpo.storage.manifest import MANIFEST
-from dpo.storage.published import LATEST, read_version
+from dpo.storage.published import read_latest, read_version
 from dpo.storage.runs import parse_run
 from dpo.storage.store import Store, open_store
 
@@ -29,6 +28,10 @@ _COMMUNITY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TEXT_OF_DATA = ("report.html", "report.md", "samples.json", "pairs.json")
 """Files of a run that show prompts and answers."""
 
+Records = Mapping[str, Mapping[str, Any]]
+"""Of artifacts, by content hash."""
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Model:
@@ -38,7 +41,7 @@ class Model:
     name: str
     content_hash: str
     run_id: str
-    records: Mapping[str, Mapping[str, Any]]
+    records: Records
     """Of the policy and of everything before it, by content hash."""
 
 
@@ -54,6 +57,8 @@ class Dependents:
     """URLs of runs that read it, with those of their files that show text of it."""
     artifacts: dict[str, str] = field(default_factory=dict)
     """Steps of the artifacts made of it, by content hash; the pipeline keeps them elsewhere."""
+    unread: dict[str, str] = field(default_factory=dict)
+    """URLs of manifests that cannot be read, and why: whether they depend on it is not known."""
 
 
 def chain(url: str) -> tuple[dict[str, Any], list[Mapping[str, Any]]]:
@@ -63,7 +68,7 @@ def chain(url: str) -> tuple[dict[str, Any], list[Mapping[str, Any]]]:
         ArtifactError: nothing is published there, or its lineage was not recorded.
     """
     manifest = find_version(url).manifest
-    records = _records(manifest)
+    records = _walked(lambda: _records(manifest), url)
     if not records:
         raise ArtifactError(
             "this version does not say where it comes from: it was published before that was "
@@ -78,8 +83,8 @@ def _step_number(entry: Mapping[str, Any]) -> int:
     return _ORDER.index(entry["step"]) if entry["step"] in _ORDER else len(_ORDER)
 
 
-def _records(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    records: dict[str, Mapping[str, Any]] = dict(manifest.get("lineage") or {})
+def _records(manifest: Mapping[str, Any]) -> Records:
+    records = dict(manifest.get("lineage") or {})
     if own := manifest.get("provenance"):
         records[own["content_hash"]] = own
     return records
@@ -89,7 +94,8 @@ def dependents(url: str, community: str) -> Dependents:
     """Everything below a store's URL that was made of a community's data.
 
     A model made from such a model counts as well: its base model's fingerprint is that of the
-    published files, or the hash of an artifact in the chain.
+    published files, or the hash of an artifact in the chain. A manifest that cannot be read keeps
+    nothing else from being found.
 
     Raises:
         ArtifactError: not a community's name.
@@ -103,11 +109,11 @@ def dependents(url: str, community: str) -> Dependents:
     data = re.compile(rf"(?:^|/)communities/{re.escape(community)}/data/")
     found.data = [store.url(key) for key in keys if data.search(key)]
     tainted: set[str] = set()
-    runs = dict(_runs(store, keys))
-    models = [model for key in keys if (model := _model(store, key))]
+    runs = dict(_readable(store, keys, _run, found))
+    models = [model for _, model in _readable(store, keys, _model, found)]
     while True:
         before = len(tainted)
-        for records in (*(_of_run(run) for run in runs.values()), *(m.records for m in models)):
+        for records in (*runs.values(), *(model.records for model in models)):
             _spread(records, community, tainted, found)
         for model in models:
             if tainted & {model.content_hash, *model.records}:
@@ -115,17 +121,18 @@ def dependents(url: str, community: str) -> Dependents:
         if len(tainted) == before:
             break
     found.models = [model for model in models if model.content_hash in tainted]
-    for key, run in runs.items():
-        if tainted & set(_of_run(run)):
+    stored = set(keys)
+    for key, records in runs.items():
+        if tainted & set(records):
             folder = key.removesuffix(MANIFEST)
-            texts = [store.url(f"{folder}{name}") for name in _TEXT_OF_DATA]
-            present = [text for text in texts if text.removeprefix(f"{store.root}/") in set(keys)]
+            texts = [f"{folder}{name}" for name in _TEXT_OF_DATA]
+            present = [store.url(text) for text in texts if text in stored]
             found.runs[store.url(folder.rstrip("/"))] = present
     return found
 
 
 def _spread(
-    records: Mapping[str, Mapping[str, Any]],
+    records: Records,
     community: str,
     tainted: set[str],
     found: Dependents,
@@ -165,14 +172,50 @@ def _sources_of(entry: Mapping[str, Any], community: str) -> list[str]:
     ]
 
 
-def _runs(store: Store, keys: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _readable(
+    store: Store, keys: list[str], read: Callable[[Store, str], T | None], found: Dependents
+) -> Iterator[tuple[str, T]]:
+    """What ``read`` makes of the keys that it knows; those that it cannot read are noted."""
     for key in keys:
-        if _RUN_KEY.match(key):
-            yield key, parse_run(store.read(key), store.url(key))
+        try:
+            value = read(store, key)
+        except ObjectMissing:
+            # removed since the store was listed
+            continue
+        except ArtifactError as error:
+            found.unread[store.url(key)] = error.found
+            continue
+        if value is not None:
+            yield key, value
 
 
-def _of_run(run: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def _run(store: Store, key: str) -> Records | None:
+    if not _RUN_KEY.match(key):
+        return None
+    run = parse_run(store.read(key), store.url(key))
+    return _walked(lambda: _of_run(run), store.url(key))
+
+
+def _of_run(run: Mapping[str, Any]) -> Records:
     return {entry["content_hash"]: entry for entry in (run.get("artifacts") or {}).values()}
+
+
+def _walked(read: Callable[[], Records], where: str) -> Records:
+    """The records that ``read`` gives, each of which can be followed to what it was made of.
+
+    Raises:
+        ArtifactError: one is no record.
+    """
+    try:
+        records = read()
+        _spread(records, "", set(), Dependents())
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ArtifactError(
+            f"where it comes from cannot be read: {error!r}",
+            where=where,
+            fix="restore the manifest, or remove it",
+        ) from None
+    return records
 
 
 def _model(store: Store, key: str) -> Model | None:
@@ -182,10 +225,10 @@ def _model(store: Store, key: str) -> Model | None:
         return None
     return Model(
         store.url(match["prefix"]),
-        str(manifest["name"]),
-        str(manifest["content_hash"]),
+        manifest["name"],
+        manifest["content_hash"],
         str(manifest["run_id"]),
-        _records(manifest),
+        _walked(lambda: _records(manifest), store.url(key)),
     )
 
 
@@ -193,7 +236,8 @@ def forget(url: str, community: str, *, reports: bool = False) -> Dependents:
     """Remove a community's data below a store's URL; returns what still depends on it.
 
     Removed is ``communities/<name>/data/``, where the service keeps what was posted. Models, runs
-    and artifacts stay: which of them may is not for a command to decide.
+    and artifacts stay: which of them may is not for a command to decide. Manifests that cannot be
+    read are in ``unread``; the data goes all the same.
 
     Args:
         url: Of the store.
@@ -226,7 +270,8 @@ def _owner(url: str) -> str | None:
 def is_latest(store: Store, model: Model) -> bool:
     """Whether readers of the model's name get this version now."""
     prefix = model.url.removeprefix(f"{store.root}/").rpartition("/")[0]
-    key = f"{prefix}/{LATEST}" if prefix else LATEST
-    if store.stat(key) is None:
+    try:
+        latest = read_latest(store, prefix)
+    except ArtifactError:
         return False
-    return bool(json.loads(store.read(key)).get("content_hash") == model.content_hash)
+    return bool(latest and latest.content_hash == model.content_hash)

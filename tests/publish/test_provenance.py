@@ -34,6 +34,16 @@ def test_the_chain_leads_from_the_model_to_the_data(pipeline):
         assert entry["made_by"]["processor"]
 
 
+def test_a_lineage_that_is_none_is_said(pipeline, capsys):
+    published = pipeline.run("run-1", source("pairs.jsonl"))
+    key = f"policy/{published['content_hash']}/manifest.json"
+    store = open_store(pipeline.root)
+    manifest = json.loads(store.read(key))
+    store.write(key, json.dumps({**manifest, "lineage": {"h": "x"}}).encode())
+    assert main(["lineage", published["url"]]) == 1
+    assert "where it comes from cannot be read" in capsys.readouterr().err
+
+
 def test_the_runs_manifest_links_every_artifact(pipeline):
     published = pipeline.run("run-1", source("pairs.jsonl"))
     run = read_run_manifest(pipeline.root, "run-1")
@@ -144,6 +154,39 @@ def test_forgetting_leaves_the_reports_of_another_community_with_equal_data(pipe
     # and it is said that it is there
     (told,) = [texts for run, texts in found.runs.items() if run.endswith("other-run")]
     assert [text.rpartition("/")[2] for text in told] == ["report.html"]
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("runs/broken/manifest.json", b"{"),
+        ("runs/broken/manifest.json", b"[]"),
+        ("runs/broken/manifest.json", b'{"format_version": 99}'),
+        ("runs/broken/manifest.json", b'{"format_version": 2, "artifacts": {"ingest": 5}}'),
+        (
+            "runs/broken/manifest.json",
+            b'{"format_version": 2, "artifacts": {"i": {"step": "ingest", "content_hash": "h", '
+            b'"configuration": {"sources": {"s": "x"}}}}}',
+        ),
+        (f"policy/{'a' * 64}/manifest.json", b"{"),
+        (
+            f"policy/{'a' * 64}/manifest.json",
+            b'{"format_version": 2, "name": "p", "content_hash": "h", "files": [], '
+            b'"lineage": {"h": {}}}',
+        ),
+    ],
+)
+def test_one_broken_manifest_keeps_no_data_from_being_forgotten(
+    pipeline, communities, capsys, key, text
+):
+    store = open_store(pipeline.root)
+    store.write(key, text)
+    code, out, _ = run_command(capsys, "lineage", pipeline.root, "community=acme")
+    assert (code, out.count("\nmodel ")) == (1, 3)
+    code, out, _ = run_command(capsys, "forget", pipeline.root, "community=acme")
+    assert code == 1
+    assert f"not known {pipeline.root}/{key}" in out
+    assert "communities/acme/data/acme.jsonl" not in set(store.list())
 
 
 def test_a_name_is_not_the_beginning_of_another(pipeline):
