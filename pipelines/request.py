@@ -104,4 +104,4 @@ def check_candidates(values: Mapping[str, Any], candidates: Iterable[str]) -> No
 
 def local_store(runs: Path) -> str:
     """The folder that local runs publish to unless told otherwise."""
-    return (runs / "published").absolute().as_uri()
+    return (runs / "published").resolve().as_uri()

@@ -47,7 +47,7 @@ def artifact_store(uri: str) -> Store:
     """
     check_allowed(uri, f"the artifact {uri}")
     if uri.startswith("/"):
-        return open_store(Path(uri).as_uri())
+        return open_store(Path(uri).resolve().as_uri())
     if not is_store_url(uri):
         raise ConfigError(
             f"{uri!r} names no artifact",

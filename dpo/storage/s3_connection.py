@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from dpo.errors import ConfigError
 from dpo.storage.credentials import credential
@@ -40,17 +40,7 @@ def connection(environment: Mapping[str, str] | None = None) -> Connection:
     env = os.environ if environment is None else environment
     names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "S3_ENDPOINT", "MINIO_ENDPOINT")
     name, given = next(((n, env[n]) for n in names if env.get(n)), ("", "https://s3.amazonaws.com"))
-    parts = urlsplit(given if "://" in given else f"//{given}")
-    if "@" in parts.netloc:
-        raise ConfigError(
-            "the endpoint of the store has credentials in it",
-            where=name,
-            fix="leave them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-        )
-    if not parts.hostname or parts.path.strip("/"):
-        raise ConfigError(
-            "the endpoint of the store is no address", where=name, fix="write http://host:port"
-        )
+    parts = _address(given, name)
     if "://" in given:
         secure = parts.scheme == "https"
     else:
@@ -68,6 +58,43 @@ def connection(environment: Mapping[str, str] | None = None) -> Connection:
         secret_key=credential(env, secret_name) or None,
         session_token=credential(env, "AWS_SESSION_TOKEN") or None,
         region=env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION"),
+    )
+
+
+def _address(given: str, name: str) -> SplitResult:
+    """The parts of an endpoint.
+
+    Raises:
+        ConfigError: it is no address of a service.
+    """
+    problem = ""
+    if "@" in given:
+        raise ConfigError(
+            "the endpoint of the store has credentials in it",
+            where=name,
+            fix="leave them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        )
+    try:
+        parts = urlsplit(given if "://" in given else f"//{given}")
+        # asking for the port checks it
+        if not parts.hostname or parts.port == 0:
+            problem = "it has no host, or the port 0"
+    except ValueError as error:
+        raise _no_address(str(error), name) from None
+    if parts.scheme not in ("", "http", "https"):
+        problem = f"its scheme is {parts.scheme}"
+    elif parts.path.strip("/") or parts.query or parts.fragment:
+        problem = "it has a path, a ? or a # part"
+    if problem:
+        raise _no_address(problem, name)
+    return parts
+
+
+def _no_address(problem: str, name: str) -> ConfigError:
+    return ConfigError(
+        f"the endpoint of the store is no address: {problem}",
+        where=name,
+        fix="write http://host:port or https://host:port",
     )
 
 

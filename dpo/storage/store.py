@@ -159,7 +159,7 @@ def open_store(url: str) -> Store:
     parts = urlsplit(url)
     if parts.scheme not in _SCHEMES:
         is_path = url and not parts.scheme
-        folder = f"; a folder is {Path(url).absolute().as_uri()}" if is_path else ""
+        folder = f"; a folder is {Path(url).resolve().as_uri()}" if is_path else ""
         raise ConfigError(
             f"{url!r} is not the URL of a store",
             fix="write s3://bucket/prefix, minio://bucket/prefix, gs://bucket/prefix or "
@@ -172,6 +172,12 @@ def open_store(url: str) -> Store:
         )
     if parts.query or parts.fragment:
         raise ConfigError(f"{url!r}: a store's URL has no ? or # part")
+    path = unquote(parts.path) if parts.scheme == "file" else parts.path
+    inner = path[1:].rstrip("/")
+    if inner and not {"", ".", ".."}.isdisjoint(inner.split("/")):
+        raise ConfigError(
+            f"{url!r} has an empty part, . or .. in its path", fix="write the path without them"
+        )
     if parts.scheme == "file":
         from dpo.storage.folder import FolderStore
 
@@ -179,7 +185,7 @@ def open_store(url: str) -> Store:
             raise ConfigError(
                 f"{url!r} does not name an absolute folder", fix="write file:///absolute/folder"
             )
-        return FolderStore(Path(unquote(parts.path)))
+        return FolderStore(Path(path))
     if not _BUCKET.fullmatch(parts.netloc):
         raise ConfigError(
             f"{url!r} does not name a bucket",

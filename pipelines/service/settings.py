@@ -154,7 +154,7 @@ class Settings(BaseModel):
     @property
     def store_url(self) -> str:
         """The store of all communities."""
-        return self.store or (self.data_dir.absolute() / "store").as_uri()
+        return self.store or (self.data_dir.resolve() / "store").as_uri()
 
     def community_store(self, community: str) -> str:
         """The part of the store that belongs to one community."""

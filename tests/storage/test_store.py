@@ -116,6 +116,10 @@ def test_no_key_leads_out_of_the_store(store, key):
         ("s3://Bad_Bucket", "bucket"),
         ("file://relative", "absolute"),
         ("s3://bucket/x?versionId=1", r"\?"),
+        ("s3://bucket/../x", r"\.\."),
+        ("s3://bucket/x/./y", r"\.\."),
+        ("s3://bucket//x", "empty part"),
+        ("file:///a/%2e%2e/b", r"\.\."),
     ],
 )
 def test_wrong_urls_are_named(url, words, no_store_variables):
@@ -171,6 +175,26 @@ def test_endpoints_from_conventional_variables(environment, endpoint, secure):
     assert (found.endpoint, found.secure) == (endpoint, secure)
 
 
-def test_an_endpoint_that_is_no_address():
-    with pytest.raises(ConfigError, match="AWS_ENDPOINT_URL"):
-        _ = connection({"AWS_ENDPOINT_URL": "http://host/path"})
+@pytest.mark.parametrize(
+    ("endpoint", "words"),
+    [
+        ("http://host/path", "path"),
+        ("http://127.0.0.1:99999", "out of range"),
+        ("http://127.0.0.1:abc", "abc"),
+        ("minio:abc", "abc"),
+        ("ftp://host:9000", "ftp"),
+        ("http://host:9000?x=1", r"\?"),
+        ("http://[::1", "IPv6"),
+        ("http://", "no host"),
+    ],
+)
+def test_an_endpoint_that_is_no_address(endpoint, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        _ = connection({"AWS_ENDPOINT_URL": endpoint})
+    assert caught.value.where == "AWS_ENDPOINT_URL"
+
+
+def test_a_password_in_an_endpoint_is_not_shown():
+    with pytest.raises(ConfigError, match="credentials") as caught:
+        _ = connection({"AWS_ENDPOINT_URL": "http://user:planted/part@host:9000"})
+    assert "planted" not in str(caught.value)
