@@ -29,7 +29,10 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 _PASSWORD = re.compile(r"(://)[^/?#\s'\"\[]*@")
@@ -177,6 +180,17 @@ class RequestError(PipelineError):
 
 class MissingDependency(DpoError):
     """An optional package that this command needs is not installed."""
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Name ``folder`` in the errors of what is written there: the system names no file then."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(folder)
+        raise
 
 
 def system_problem(error: OSError) -> DpoError:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo.config.schema import RunConfig
-from dpo.errors import ArtifactError, ConfigError, ModelError
+from dpo.errors import ArtifactError, ConfigError, ModelError, writing
 from dpo.publish import adapter, card
 from dpo.publish.tensors import INDEX, SINGLE, model_tensors, read_tensors, write_model
 from dpo.storage.base_model import is_here, local_model
@@ -65,19 +65,25 @@ def gathered(policy: Path, config: RunConfig) -> Iterator[tuple[Path, list[FileE
         ArtifactError: the checkpoint is not a whole model.
         ConfigError: it cannot be published in the form that is asked for.
     """
-    manifest = read_manifest(policy, stage="preference", verify=False)
     with tempfile.TemporaryDirectory(prefix="dpo-publish-") as temporary:
         folder = Path(temporary)
-        known = _link(policy, folder, manifest)
-        base = _began_with(manifest, config)
-        _choose_weights(policy, folder, config, manifest)
-        _complete(folder)
-        name, license_ = config.publish.name, config.publish.license
-        text = card.model_card(policy, manifest, name, base, license_, folder)
-        card.check_card(text, str(policy))
-        (folder / card.FILE).write_text(text, encoding="utf-8")
-        check_folder(folder)
-        yield folder, _entries(folder, known)
+        with writing(folder):
+            files = _fill(folder, policy, config)
+        yield folder, files
+
+
+def _fill(folder: Path, policy: Path, config: RunConfig) -> list[FileEntry]:
+    manifest = read_manifest(policy, stage="preference", verify=False)
+    known = _link(policy, folder, manifest)
+    _choose_weights(policy, folder, config, manifest)
+    _complete(folder)
+    base = _began_with(manifest, config)
+    name, license_ = config.publish.name, config.publish.license
+    text = card.model_card(policy, manifest, name, base, license_, folder)
+    card.check_card(text, str(policy))
+    (folder / card.FILE).write_text(text, encoding="utf-8")
+    check_folder(folder)
+    return _entries(folder, known)
 
 
 def _began_with(manifest: Manifest, config: RunConfig) -> str:

@@ -20,6 +20,7 @@ from dpo.errors import (
     StoreFull,
     StoreUnavailable,
     WriteConflict,
+    system_problem,
 )
 from dpo.storage.manifest import sha256_file
 from dpo.storage.store import ObjectStat, Progress, Store, safe_key
@@ -76,13 +77,16 @@ class FolderStore(Store):
             return path.is_file() and path.stat().st_size == size and sha256_file(path) == sha256
 
     def download(self, key: str, path: Path, progress: Progress | None = None) -> None:
-        with self._problems(key):
-            partial = _partial(path)
-            try:
+        partial = _partial(path)
+        try:
+            with self._problems(key):
                 self._copy(self._path(key), partial, progress)
                 partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+        except StoreFull:
+            # nothing was written to the store's own disk
+            raise system_problem(OSError(errno.ENOSPC, "", str(path.parent))) from None
+        finally:
+            partial.unlink(missing_ok=True)
 
     def scan(self, prefix: str = "") -> Iterator[tuple[str, ObjectStat]]:
         # not rglob: a folder that another process removes meanwhile would end it

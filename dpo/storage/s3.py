@@ -23,7 +23,14 @@ from queue import Queue
 from typing import Any, BinaryIO
 from uuid import uuid4
 
-from dpo.errors import ArtifactError, ObjectMissing, StoreError, StoreUnavailable, WriteConflict
+from dpo.errors import (
+    ArtifactError,
+    ObjectMissing,
+    StoreError,
+    StoreUnavailable,
+    WriteConflict,
+    writing,
+)
 from dpo.storage.s3_client import PAYLOAD_HASH, UNSIGNED, Body, Bytes, Caller, make_client, parsed
 from dpo.storage.s3_connection import GOOGLE_HOST, Connection, connection, google_connection
 from dpo.storage.store import ObjectStat, Progress, Store, safe_key
@@ -156,7 +163,8 @@ class S3Store(Store):
     def download(self, key: str, path: Path, progress: Progress | None = None) -> None:
         unfinished = path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")
         try:
-            with unfinished.open("wb") as file:
+            # what is left in the file's buffer is written when it is closed
+            with writing(path.parent), unfinished.open("wb") as file:
                 self._call(self.url(key), lambda: self._fetch(key, file, progress))
             unfinished.replace(path)
         finally:
@@ -376,7 +384,9 @@ class S3Store(Store):
             return
         with self._response(key, start) as response:
             for chunk in response.stream(_CHUNK_BYTES):
-                file.write(chunk)
+                # an error without a name would be taken for the connection's
+                with writing(Path(file.name).parent):
+                    file.write(chunk)
                 if progress:
                     progress(len(chunk))
 

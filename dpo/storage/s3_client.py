@@ -177,6 +177,12 @@ class Caller:
             return self._full(url)
         if status == 412:
             return WriteConflict("another writer was first", where=url, fix="try again")
+        if "WRONG_VERSION_NUMBER" in str(error):
+            return StoreError(
+                "the store does not speak TLS at this address",
+                where=self._where(url),
+                fix="write http:// in place of https:// in AWS_ENDPOINT_URL or S3_ENDPOINT",
+            )
         return StoreUnavailable(
             f"the store does not answer: {_reason(error)}",
             where=self._where(url),

@@ -2,10 +2,14 @@
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import tempfile
 
 import pytest
 
+from dpo.cli import main
 from dpo.config.compose import compose
 from dpo.config.places import builtin
 from dpo.config.stages import restrict
@@ -196,6 +200,33 @@ def test_a_manifest_that_is_not_of_its_files_is_not_pulled(tmp_path):
     with pytest.raises(ArtifactError, match="not that of its files"):
         pull(f"{store.root}/policy/{'a' * 64}", tmp_path / "pulled")
     assert not (tmp_path / "pulled").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(small)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip(f"cannot mount a small disk: run as root: {' '.join(mount)}")
+    yield small
+    subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_full_disk_is_the_readers_and_is_named(run, url, small_disk, monkeypatch, capsys):
+    publish(run, url)
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    for command in (["verify"], ["pull", f"output={small_disk / 'pulled'}"]):
+        assert main([command[0], f"{url}/policy", *command[1:]]) == 1
+        said = capsys.readouterr().err
+        assert "the disk is full" in said
+        assert f"where: {small_disk}" in said
+        shutil.rmtree(small_disk / "pulled", ignore_errors=True)
+    (small_disk / "filler").write_bytes(bytes(8192))
+    inputs = [f"{name}={run / name}" for name in ("policy", "evaluation", "verdict")]
+    settings = ["model=tiny", f"publish.store={url}", f"output={run / 'again'}"]
+    assert main(["publish", *inputs, *settings]) == 1
+    assert f"where: {small_disk}" in capsys.readouterr().err
 
 
 def mismatch(run, name, stage, **manifest):

@@ -1,6 +1,7 @@
 """One suite for every store: a folder, and a bucket of a real MinIO server."""
 
 import hashlib
+import os
 from urllib.parse import urlsplit
 
 import pytest
@@ -158,6 +159,15 @@ def test_nobody_answers(no_store_variables, monkeypatch):
     with pytest.raises(StoreUnavailable, match=r"127\.0\.0\.1:9") as caught:
         open_store("s3://bucket").check()
     assert "planted" not in str(caught.value)
+
+
+@pytest.mark.minio
+def test_tls_to_a_server_without_it_is_told_from_no_answer(bucket_url, monkeypatch):
+    endpoint = os.environ["AWS_ENDPOINT_URL"]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint.replace("http://", "https://"))
+    with pytest.raises(StoreError, match="does not speak TLS") as caught:
+        open_store(bucket_url).read("k")
+    assert "write http://" in str(caught.value)
 
 
 @pytest.mark.parametrize(
