@@ -74,7 +74,10 @@ def _of_version(store: Store, name: str, content_hash: str) -> Standing:
         run = parse_run(store.read(key), store.url(key))
         policy = policy or _policy_published(run, content_hash)
         if policy and policy_of_run(run) not in (policy, ""):
-            problem = f"its run {run_id} was used again for another policy"
+            problem = (
+                f"its run {run_id} was used again for another policy (evaluation.published=URL "
+                "measures the version itself)"
+            )
             return Standing(content_hash, run_id, None, files, policy, problem)
         return Standing(content_hash, run_id, dict(run["evaluation"]), files, policy)
     except (DpoError, ValueError, KeyError, TypeError, AttributeError) as error:

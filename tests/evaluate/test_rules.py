@@ -293,6 +293,10 @@ def test_a_run_that_was_used_again_says_nothing_of_the_version(store_url, tmp_pa
     verdict = judged_against(store_url, tmp_path, *settings)
     assert (verdict.approved, verdict.unchanged) == (False, False)
     assert "used again for another policy" in rule(verdict, "min_improvement").explanation
+    url = f"{store_url}/policy/{HASH}"
+    here = {"url": url, "improvement": {"reward_accuracy": figure(0.6)}}
+    verdict = judged_against(store_url, tmp_path, *settings, published=here)
+    assert rule(verdict, "min_improvement").passed
     # and the version's own policy is known all the same
     store.write(key, json.dumps({**version, "policy": "policy"}).encode())
     run["evaluation"]["policy"] = {"content_hash": "other"}
