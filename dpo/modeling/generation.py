@@ -6,6 +6,10 @@ would otherwise see a prompt shifted). A row that has ended leaves the batch. Ea
 a generator of its own, seeded by its number: its answer depends neither on the batch size nor on
 the prompts beside it, and two models that answer the same prompt draw the same numbers.
 
+Prompts whose longest answer does not fit into the model's context are answered beside prompts of
+their own length only: no answer is cut by the length of another prompt, and no batch is wider than
+the context (GPT-Neo's mask and others are tables of that size).
+
 Axes: B rows of a batch, L tokens so far, V vocabulary.
 """
 
@@ -107,7 +111,8 @@ def answer(
         model: A causal language model, or the module around it that FSDP shards (with the model as
             its attribute ``model``).
         tokenizer: Its tokenizer.
-        prompts: Token ids of each prompt, none empty.
+        prompts: Token ids of each prompt, none empty; of one that fills the model's context the
+            last tokens are taken, so that there is room for an answer.
         max_new_tokens: Longest answer, in tokens; fewer where the model's context ends.
         temperature: 0 is greedy.
         top_p: Nucleus sampling, for temperatures above 0.
@@ -119,16 +124,23 @@ def answer(
     root, model = model, model if hasattr(model, "config") else model.model
     forward, together = _forward(model, root), _in_parts(model)
     streams = range(len(prompts)) if numbers is None else numbers
+    context = _context(model)
+    if context:
+        prompts = [prompt[-max(1, context - 1) :] for prompt in prompts]
     # prompts of like length together: little padding
     order = sorted(range(len(prompts)), key=lambda number: (len(prompts[number]), number))
 
     def run(places: list[int]) -> list[Answer]:
         state = _Batch.of(model, [prompts[place] for place in places], tokenizer.eos_token_id)
         sampler = Sampler(temperature, top_p, [_stream(seed, streams[place]) for place in places])
-        return _answer_batch(state, forward, max_new_tokens, sampler, together=together)
+        longest = max(len(prompt) for prompt in state.prompts)
+        room = max(1, min(max_new_tokens, context - longest)) if context else max_new_tokens
+        return _answer_batch(state, forward, room, sampler, together=together)
 
     found: dict[int, Answer] = {}
-    batches = _batches(order, prompts, batch_size, mixed=_new_cache(model) is not None)
+    # without a cache, padding would change what the model sees
+    longest_mixed = 0 if _new_cache(model) is None else context and context - max_new_tokens
+    batches = _batches(order, prompts, batch_size, longest_mixed=longest_mixed)
     for places, rows in _as_memory_allows(run, list(batches), together=together):
         found.update(zip(places, rows, strict=True))
         if advance:
@@ -159,10 +171,15 @@ def _as_memory_allows(
 
 
 def _batches(
-    order: list[int], prompts: Sequence[Sequence[int]], batch_size: int, *, mixed: bool
+    order: list[int],
+    prompts: Sequence[Sequence[int]],
+    batch_size: int,
+    *,
+    longest_mixed: int | None,
 ) -> Iterator[list[int]]:
-    """Numbers of the prompts of each batch; prompts of one length only, unless ``mixed``."""
-    keys = [0 if mixed else len(prompts[number]) for number in order]
+    """Numbers of the prompts of each batch; of one length only above ``longest_mixed`` tokens."""
+    lengths = [len(prompts[number]) for number in order]
+    keys = [0 if longest_mixed is None or n <= longest_mixed else n for n in lengths]
     for _, group in groupby(zip(keys, order, strict=True), key=lambda item: item[0]):
         numbers = [number for _, number in group]
         for first in range(0, len(numbers), batch_size):
@@ -211,13 +228,12 @@ class Sampler:
 
 
 def _answer_batch(
-    state: _Batch, forward: Forward, max_new_tokens: int, sampler: Sampler, *, together: bool
+    state: _Batch, forward: Forward, room: int, sampler: Sampler, *, together: bool
 ) -> list[Answer]:
     prompts, eos = state.prompts, state.eos
     answers: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))
     """The prompt behind each row that is still in the batch."""
-    room = _room(state.model, max(map(len, prompts)), max_new_tokens)
     logits_BV = state.read_prompts(forward)
     for position in range(room):
         chosen = sampler.choose(logits_BV)
@@ -241,9 +257,9 @@ def _answer_batch(
     ]
 
 
-def _room(model: Any, longest_prompt: int, max_new_tokens: int) -> int:
-    context = getattr(model.config, "max_position_embeddings", None)
-    return max_new_tokens if not context else max(1, min(max_new_tokens, context - longest_prompt))
+def _context(model: Any) -> int | None:
+    """How many tokens the model can see; None where it has no limit."""
+    return getattr(model.config, "max_position_embeddings", None) or None
 
 
 @dataclass

@@ -204,6 +204,26 @@ def test_an_answer_stops_where_the_context_ends():
     assert len(found.ids) <= 4
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neo"])
+def test_no_answer_is_cut_by_the_length_of_a_prompt_beside_it(name):
+    """A context of 64: 62 and 58 tokens leave room for 2 and 6, the others for all 12."""
+    model, prompts = model_of(name), prompts_of(5, 62, 10, 58, 52, 58)
+    rooms = (12, 2, 12, 6, 12, 6)
+    expected = [plainly(model, prompt, n) for prompt, n in zip(prompts, rooms, strict=True)]
+    assert max(map(len, expected)) > 6
+    for size in (1, 6):
+        found = answer(model, Tokenizer, prompts, max_new_tokens=12, batch_size=size)
+        assert [item.ids for item in found] == expected
+
+
+def test_a_prompt_that_fills_the_context_loses_its_beginning():
+    model = model_of("gpt2")
+    (long,) = prompts_of(80)
+    found = answer(model, Tokenizer, [long, long[-64:]], max_new_tokens=5)
+    assert [item.prompt_ids for item in found] == [long[-63:]] * 2
+    assert found[0].ids == found[1].ids == plainly(model, long[-63:], 1)
+
+
 def test_an_answer_that_was_cut_off_says_so():
     (found,) = answer(Ending(), Tokenizer, [[40]], max_new_tokens=3)
     assert found == Answer([40], [5, 5, 5], ended=False)
