@@ -43,7 +43,7 @@ class Answer:
     prompt_ids: list[int]
     """The prompt as the model saw it, cut to its last tokens."""
     ids: list[int]
-    """The answer's tokens, with the end-of-sequence token where it ended by itself."""
+    """The answer's tokens, with the end token where it ended by itself."""
     ended: bool
     """Whether it ended before ``max_new_tokens``."""
 
@@ -81,9 +81,18 @@ def encode(tokenizer: Any, prompt: str, max_prompt_length: int) -> list[int]:
     return ids[-max_prompt_length:] or [tokenizer.eos_token_id]
 
 
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """What ends an answer: the tokenizer's end token and those of ``generation_config.json``."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    several = named if isinstance(named, list | tuple) else [named]
+    return frozenset(token for token in (tokenizer.eos_token_id, *several) if token is not None)
+
+
 def decode(tokenizer: Any, answered: Answer) -> str:
-    """The text of an answer, without special tokens."""
-    text: str = tokenizer.decode(answered.ids, skip_special_tokens=True)
+    """The text of an answer, without special tokens and the token that ended it."""
+    # which is no special token for every tokenizer
+    ids = answered.ids[: len(answered.ids) - answered.ended]
+    text: str = tokenizer.decode(ids, skip_special_tokens=True)
     return text
 
 
@@ -124,7 +133,7 @@ def answer(
     root, model = model, model if hasattr(model, "config") else model.model
     forward, together = _forward(model, root), _in_parts(model)
     streams = range(len(prompts)) if numbers is None else numbers
-    context = _context(model)
+    context, ends = _context(model), end_tokens(model, tokenizer)
     if context:
         prompts = [prompt[-max(1, context - 1) :] for prompt in prompts]
     # prompts of like length together: little padding
@@ -135,7 +144,7 @@ def answer(
         sampler = Sampler(temperature, top_p, [_stream(seed, streams[place]) for place in places])
         longest = max(len(prompt) for prompt in state.prompts)
         room = max(1, min(max_new_tokens, context - longest)) if context else max_new_tokens
-        return _answer_batch(state, forward, room, sampler, together=together)
+        return _answer_batch(state, forward, room, sampler, ends, together=together)
 
     found: dict[int, Answer] = {}
     # without a cache, padding would change what the model sees
@@ -228,9 +237,15 @@ class Sampler:
 
 
 def _answer_batch(
-    state: _Batch, forward: Forward, room: int, sampler: Sampler, *, together: bool
+    state: _Batch,
+    forward: Forward,
+    room: int,
+    sampler: Sampler,
+    ends: frozenset[int],
+    *,
+    together: bool,
 ) -> list[Answer]:
-    prompts, eos = state.prompts, state.eos
+    prompts = state.prompts
     answers: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))
     """The prompt behind each row that is still in the batch."""
@@ -239,9 +254,9 @@ def _answer_batch(
         chosen = sampler.choose(logits_BV)
         for row, token in zip(rows, chosen, strict=True):
             # a row that has ended may still be in the batch: it gets no more tokens
-            if not answers[row] or answers[row][-1] != eos:
+            if not answers[row] or answers[row][-1] not in ends:
                 answers[row].append(token)
-        going = [place for place, row in enumerate(rows) if answers[row][-1] != eos]
+        going = [place for place, row in enumerate(rows) if answers[row][-1] not in ends]
         anyone = _any_process(bool(going), state.device) if together else going
         if not anyone or position + 1 == room:
             break
@@ -252,7 +267,7 @@ def _answer_batch(
             sampler.keep(going)
         logits_BV = state.read_next(forward, chosen)
     return [
-        Answer(prompt, ids, bool(ids) and ids[-1] == eos)
+        Answer(prompt, ids, bool(ids) and ids[-1] in ends)
         for prompt, ids in zip(prompts, answers, strict=True)
     ]
 
@@ -268,21 +283,19 @@ class _Batch:
 
     model: Any
     prompts: list[list[int]]
-    eos: int
     ids_BL: Tensor
     mask_BL: Tensor
     cache: Any
 
     @classmethod
-    def of(cls, model: Any, prompts: Sequence[Sequence[int]], eos: int) -> _Batch:
+    def of(cls, model: Any, prompts: Sequence[Sequence[int]], padding: int) -> _Batch:
         """Prompts padded on the left."""
         longest = max(map(len, prompts))
-        ids = [[eos] * (longest - len(prompt)) + [*prompt] for prompt in prompts]
+        ids = [[padding] * (longest - len(prompt)) + [*prompt] for prompt in prompts]
         mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         return cls(
             model,
             [list(prompt) for prompt in prompts],
-            eos,
             torch.tensor(ids, device=model.device),
             torch.tensor(mask, device=model.device),
             _new_cache(model),

@@ -144,8 +144,10 @@ def test_a_tiny_nucleus_is_greedy():
 class Ending(torch.nn.Module):
     """Says 5 after each prompt token count n until n tokens, then ends: a countdown by prompt."""
 
-    def __init__(self):
+    def __init__(self, other=None):
         super().__init__()
+        self.other = other
+        """What it says instead after three times 5."""
         self.config = type("Config", (), {"max_position_embeddings": 64})()
         self.device = torch.device("cpu")
         self.sizes = []
@@ -155,7 +157,8 @@ class Ending(torch.nn.Module):
         logits = torch.zeros(*input_ids.shape, 100)
         for row, ids in enumerate(input_ids.tolist()):
             said = sum(token == 5 for token in ids)
-            logits[row, -1, 0 if said >= ids[0] - 10 else 5] = 1.0
+            says = self.other if self.other and said == 3 else 5
+            logits[row, -1, 0 if said >= ids[0] - 10 else says] = 1.0
         return type("Output", (), {"logits": logits})()
 
 
@@ -222,6 +225,25 @@ def test_a_prompt_that_fills_the_context_loses_its_beginning():
     found = answer(model, Tokenizer, [long, long[-64:]], max_new_tokens=5)
     assert [item.prompt_ids for item in found] == [long[-63:]] * 2
     assert found[0].ids == found[1].ids == plainly(model, long[-63:], 1)
+
+
+@pytest.mark.parametrize("ends", [[0, 7], 7, None])
+def test_an_answer_ends_at_any_end_token_of_the_generation_config(ends):
+    """The first prompt's answer would end itself with 0 after two tokens: 5 5 0."""
+    model = Ending(other=7)
+    model.generation_config = type("Config", (), {"eos_token_id": ends})()
+    found = answer(model, Tokenizer, [[12], [40]], max_new_tokens=6)
+    assert found[0] == Answer([12], [5, 5, 0], ended=True)
+    assert found[1] == Answer([40], [5, 5, 5, *([7] if ends else [7] * 3)], ended=bool(ends))
+
+
+def test_the_text_of_an_answer_leaves_out_the_token_that_ended_it():
+    class Words:
+        def decode(self, ids, skip_special_tokens):
+            return " ".join(map(str, ids))
+
+    assert decode(Words(), Answer([1], [5, 7], ended=True)) == "5"
+    assert decode(Words(), Answer([1], [5, 7], ended=False)) == "5 7"
 
 
 def test_an_answer_that_was_cut_off_says_so():
