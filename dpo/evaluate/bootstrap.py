@@ -51,9 +51,11 @@ class Bootstrap:
 
     def __init__(self, groups: Sequence[str], *, n_bootstrap: int, seed: int) -> None:
         """``groups`` is the prompt of each pair, ``n_bootstrap`` the number of resamples."""
-        _, group_n = np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)
-        self.group_n = group_n
-        self.n_groups = int(group_n.max()) + 1
+        # sorted: the same resamples whatever the order of the pairs; not as an array of texts,
+        # which would give each of them the width of the longest
+        numbers = {text: number for number, text in enumerate(sorted(set(groups)))}
+        self.group_n = np.array([numbers[text] for text in groups])
+        self.n_groups = len(numbers)
         self.n_bootstrap = n_bootstrap
         self.seed = seed
 

@@ -1,12 +1,14 @@
 """Held-out figures and their intervals, by hand and against another implementation."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from dpo.config.losses import DPOLoss, IPOLoss
 from dpo.config.schema import RunConfig
 from dpo.data.log_probs import PairLogProbs
-from dpo.evaluate.bootstrap import intervals
+from dpo.evaluate.bootstrap import Bootstrap, intervals
 from dpo.evaluate.heldout import HeldOut, figures
 
 
@@ -76,6 +78,22 @@ def test_pairs_of_one_prompt_are_drawn_together():
     once = intervals({"x": sample}, names, n_bootstrap=2000, seed=0)["x"]
     often = intervals({"x": np.repeat(sample, 10)}, np.repeat(names, 10), n_bootstrap=2000, seed=0)
     assert often["x"].high - often["x"].low == pytest.approx(once.high - once.low, rel=0.05)
+
+
+def test_one_long_prompt_takes_no_memory_for_the_others():
+    """As an array of texts a thousand prompts of the longest one's width: 4 GB."""
+    groups = [f"prompt {number}" for number in range(1000)] + ["y" * 1_000_000]
+    tracemalloc.start()
+    bootstrap = Bootstrap(groups, n_bootstrap=10, seed=0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert bootstrap.n_groups == 1001
+    assert peak < 10_000_000
+
+
+def test_prompts_are_numbered_in_their_order_and_none_are_merged():
+    bootstrap = Bootstrap(["b", "a\0", "a", "b", "é"], n_bootstrap=10, seed=0)
+    assert bootstrap.group_n.tolist() == [2, 1, 0, 2, 3]
 
 
 def test_a_tie_is_not_accurate():
