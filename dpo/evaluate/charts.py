@@ -11,11 +11,14 @@ from typing import Any
 
 from markupsafe import escape
 
+from dpo.evaluate.bounds import shortened
+
 _WIDTH, _HEIGHT = 340, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 36
 _SQUARE = 260
 _MAX_POINTS = 300
 _ROW = 34
+_LONGEST_NAME = 40
 
 
 def line_chart(title: str, values: Sequence[float], x_label: str = "optimiser step") -> str:
@@ -150,7 +153,7 @@ def interval_rows(
         y = _ROW * number + 24
         shown = f"{figure['value']:.3f}"
         parts.append(
-            f'<text class="name" x="8" y="{y - 10}">{escape(_short(name))}</text>'
+            f'<text class="name" x="8" y="{y - 10}">{escape(shortened(name, _LONGEST_NAME))}</text>'
             f'<text class="name" x="{width - 8}" y="{y - 10}" text-anchor="end">{shown}</text>'
             f'<line class="grid" x1="8" x2="{width - 8}" y1="{y}" y2="{y}"/>'
             f'<line class="range" x1="{across(figure["low"]):.1f}" '
@@ -170,10 +173,6 @@ def interval_rows(
         f'<svg class="rows" viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="{escape(title)}">{"".join(parts)}{scale}</svg>'
     )
-
-
-def _short(name: str, longest: int = 40) -> str:
-    return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
 def trade_off(points: Sequence[tuple[str, Mapping[str, float], Mapping[str, float]]]) -> str:

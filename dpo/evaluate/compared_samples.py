@@ -14,7 +14,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from dpo.evaluate.samples import BUDGET_BYTES, MARKED_WORDS, change_of, clipped, words_of
+from dpo.evaluate.bounds import clipped, in_bytes, shortened
+from dpo.evaluate.samples import BUDGET_BYTES, MARKED_WORDS, change_of, words_of
 
 _LONGEST_CHARACTERS = 6000
 _LONGEST_OF_ALL = 40_000
@@ -69,7 +70,7 @@ def _item(prompt: str, samples: Sequence[Sample | None]) -> dict[str, Any]:
             }
     return {
         "prompt": clipped(prompt),
-        "dataset": str(first["dataset"]),
+        "dataset": shortened(str(first["dataset"])),
         "chosen": clipped(str(first["chosen"])),
         "before": before,
         "answers": answers,
@@ -107,8 +108,9 @@ def _size(item: Mapping[str, Any]) -> int:
     """Bytes of an item's texts, and about what stands around them on the page."""
     texts: list[Iterable[str]] = [
         (Markup.escape(item["prompt"]), Markup.escape(item["chosen"]), item["changes"]),
+        [Markup.escape(item["dataset"])] * 4,
         (part["text"] for part in item["before"]),
         (answer["text"] for answer in item["answers"] if answer),
     ]
     around = 600 + 250 * (len(item["answers"]) + len(item["before"]))
-    return around + sum(len(text.encode(errors="replace")) for part in texts for text in part)
+    return around + sum(in_bytes(text) for part in texts for text in part)

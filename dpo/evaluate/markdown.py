@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from dpo.evaluate.bounds import largest, shortened
 
 _LONGEST_CHARACTERS = 2000
 _MOST_SAMPLES = 20
@@ -16,7 +17,7 @@ def markdown_report(
     evaluation: Mapping[str, Any],
     samples: Sequence[Mapping[str, Any]],
     data: Mapping[str, Any] | None,
-    settings: Mapping[str, Mapping[str, Any]],
+    settings: Mapping[str, str],
     provenance: Mapping[str, Mapping[str, str]],
     verdict_mark: str,
 ) -> str:
@@ -89,10 +90,15 @@ def _figures(evaluation: Mapping[str, Any]) -> list[str]:
 def _slices(evaluation: Mapping[str, Any]) -> list[str]:
     lines = ["## Where it holds", "", "| pairs | number | reward accuracy |", "|---|---|---|"]
     for key in ("source", "prompt_tokens", "length_difference"):
-        for row in evaluation["slices"][key]:
-            name = f"{key.replace('_', ' ')}: {row['slice']}"
+        every = evaluation["slices"][key]
+        rows = largest(every, lambda row: row["n_pairs"])
+        for row in rows:
+            name = f"{key.replace('_', ' ')}: {shortened(row['slice'])}"
             accuracy = _interval(row["reward_accuracy"])
             lines.append(f"| {cell(name)} | {row['n_pairs']} | {accuracy} |")
+        if len(rows) < len(every):
+            left_out = len(every) - len(rows)
+            lines.append(f"| {key.replace('_', ' ')}: {left_out} smaller ones are left out | | |")
     return lines
 
 
@@ -153,10 +159,9 @@ def _data(data: Mapping[str, Any] | None) -> list[str]:
     ]
 
 
-def _settings(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _settings(settings: Mapping[str, str]) -> list[str]:
     lines = ["## Configuration", ""]
-    for stage, values in settings.items():
-        text = json.dumps(values, indent=1, sort_keys=True)
+    for stage, text in settings.items():
         lines += [f"{stage}:", "", fenced(text), ""]
     return lines
 

@@ -17,8 +17,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dpo.evaluate import charts
+from dpo.evaluate.bounds import PAGE_BYTES, clipped, first_values, in_bytes, largest, shortened
 from dpo.evaluate.markdown import markdown_report
-from dpo.evaluate.samples import CHANGES, shown_samples
+from dpo.evaluate.samples import BUDGET_BYTES, CHANGES, shown_samples
 from dpo.evaluate.verdict_text import MARK
 
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -53,6 +54,9 @@ _SLICES = (
     ("prompt_tokens", "By prompt length"),
     ("length_difference", "By difference in length"),
 )
+_LONGEST_SETTINGS = 16_000
+_FOR_THE_REST = 20_000
+"""Bytes for the gate's verdict, and what stands around the samples once."""
 
 
 def write_reports(
@@ -68,36 +72,46 @@ def write_reports(
     """Write ``report.html`` and ``report.md`` into ``folder``."""
     text, tone = headline(evaluation)
     data = _data_figures(data_report)
-    shown = shown_samples(samples)
-    html = (
-        environment()
-        .get_template("report.html.j2")
-        .render(
-            headline=text,
-            tone=tone,
-            e=evaluation,
-            rows=[_row(evaluation, *figure) for figure in FIGURES],
-            columns=_columns(evaluation),
-            slices=_slices(evaluation),
-            calibration=_calibration(evaluation),
-            charts=_charts(curves),
-            answer_figures=ANSWER_FIGURES,
-            samples=shown,
-            n_left_out=len(samples) - len(shown),
-            sources=sorted({sample["dataset"] for sample in shown}),
-            changes=CHANGES,
-            data=data,
-            settings={
-                stage: json.dumps(values, indent=2, sort_keys=True)
-                for stage, values in settings.items()
-            },
-            provenance=provenance,
-            verdict_mark=Markup(MARK),
+    shown_settings = {
+        stage: clipped(
+            json.dumps(values, indent=2, sort_keys=True), _LONGEST_SETTINGS, "its manifest"
         )
-    )
+        for stage, values in settings.items()
+    }
+    origins = {name: first_values(values, "the manifests") for name, values in provenance.items()}
+    page = {
+        "headline": text,
+        "tone": tone,
+        "e": evaluation,
+        "rows": [_row(evaluation, *figure) for figure in FIGURES],
+        "columns": _columns(evaluation),
+        "slices": _slices(evaluation),
+        "calibration": _calibration(evaluation),
+        "charts": _charts(curves),
+        "answer_figures": ANSWER_FIGURES,
+        "changes": CHANGES,
+        "data": data,
+        "settings": shown_settings,
+        "provenance": origins,
+        "verdict_mark": Markup(MARK),
+    }
+    html = _page(page, samples)
     (folder / "report.html").write_text(html, encoding="utf-8", errors="replace")
-    text = markdown_report(text, evaluation, samples, data, settings, provenance, MARK)
+    text = markdown_report(text, evaluation, samples, data, shown_settings, origins, MARK)
     (folder / "report.md").write_text(text, encoding="utf-8", errors="replace")
+
+
+def _page(page: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> str:
+    """The page with as many of the samples as the rest of it leaves room for."""
+    template = environment().get_template("report.html.j2")
+    rest = in_bytes(template.render(page, samples=[]))
+    shown = shown_samples(samples, min(BUDGET_BYTES, PAGE_BYTES - _FOR_THE_REST - rest))
+    return template.render(
+        page,
+        samples=shown,
+        n_left_out=len(samples) - len(shown),
+        sources=sorted({sample["dataset"] for sample in shown}),
+    )
 
 
 @cache
@@ -181,9 +195,13 @@ def _change(change: Mapping[str, Any], key: str) -> str:
 def _slices(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = []
     for key, title in _SLICES:
-        rows = evaluation["slices"][key]
+        every = evaluation["slices"][key]
+        rows = largest(every, lambda row: row["n_pairs"])
+        if len(rows) < len(every):
+            title = f"{title}: the largest {len(rows)} of {len(every)}"
         named = [
-            (f"{row['slice']} ({row['n_pairs']} pairs)", row["reward_accuracy"]) for row in rows
+            (f"{shortened(row['slice'])} ({row['n_pairs']} pairs)", row["reward_accuracy"])
+            for row in rows
         ]
         label = f"reward accuracy {title.lower()}: " + ", ".join(
             f"{name} {figure['value']:.2f}" for name, figure in named
@@ -232,4 +250,16 @@ def _data_figures(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     report = json.loads(path.read_text(encoding="utf-8"))
-    return {**report["figures"], "fingerprints": report.get("sources", {})}
+    figures, fingerprints = report["figures"], report.get("sources", {})
+    every = list(figures["by_source"].items())
+    shown = largest(every, lambda item: item[1]["pairs"])
+    rows = [
+        {
+            "name": shortened(name),
+            "pairs": source["pairs"],
+            "rejected": source["rejected"],
+            "fingerprint": shortened(str(fingerprints.get(name, "–"))),
+        }
+        for name, source in shown
+    ]
+    return {**figures, "sources": rows, "n_sources_left_out": len(every) - len(rows)}

@@ -12,11 +12,14 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-_LONGEST_CHARACTERS = 6000
+from dpo.evaluate.bounds import clipped, in_bytes, shortened
+
 MARKED_WORDS = 3000
 """Longer answers are shown without marks: the comparison takes time that grows with the square."""
 BUDGET_BYTES = 600_000
 """Of all samples of a page; the others are in samples.json alone."""
+_AROUND_BYTES = 650
+"""About what stands around a sample's texts on the page."""
 
 CHANGES = {
     "rose": "reward rose",
@@ -25,14 +28,16 @@ CHANGES = {
 }
 
 
-def shown_samples(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The samples with marks and their ``change``, as many as the report has room for."""
+def shown_samples(
+    samples: Sequence[Mapping[str, Any]], budget: int = BUDGET_BYTES
+) -> list[dict[str, Any]]:
+    """The samples with marks and their ``change``, as many as have room in ``budget`` bytes."""
     found: list[dict[str, Any]] = []
     used = 0
     for sample in samples:
         item = _marked(sample)
-        used += sum(len(str(value).encode(errors="replace")) for value in item.values())
-        if found and used > BUDGET_BYTES:
+        used += _size(item)
+        if used > budget:
             break
         found.append(item)
     return found
@@ -44,13 +49,6 @@ def change_of(sample: Mapping[str, Any]) -> str:
     if sample["sft"] == sample["policy"] or change == 0:
         return "same"
     return "rose" if change > 0 else "fell"
-
-
-def clipped(text: str, longest: int = _LONGEST_CHARACTERS) -> str:
-    """The text, or its beginning with a note of how much is left out."""
-    if len(text) <= longest:
-        return text
-    return f"{text[:longest]} … ({len(text) - longest:,} more characters in samples.json)"
 
 
 def words_of(text: str) -> list[str]:
@@ -70,13 +68,21 @@ def _marked(sample: Mapping[str, Any]) -> dict[str, Any]:
     published = sample.get("published")
     return {
         "pair_id": sample["pair_id"],
-        "dataset": sample["dataset"],
+        "dataset": shortened(str(sample["dataset"])),
         "reward_change": sample.get("reward_change"),
         "change": change_of(sample),
         **texts,
         **marked,
         "published": None if published is None else clipped(str(published)),
     }
+
+
+def _size(item: Mapping[str, Any]) -> int:
+    """Bytes of a sample on the page: its texts as they are escaped there, and what is around."""
+    texts = (item[name] or "" for name in ("prompt", "chosen", "sft", "policy", "published"))
+    # its source stands in four places, one of the filter's choices among them
+    name = in_bytes(escape(item["dataset"]))
+    return _AROUND_BYTES + 4 * name + sum(in_bytes(escape(text)) for text in texts)
 
 
 def _pieces(left: list[str], right: list[str]) -> Iterator[tuple[Markup, Markup]]:

@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from dpo.evaluate.bounds import largest
 from dpo.evaluate.report import write_reports
 from dpo.evaluate.samples import change_of, shown_samples
 from tests.evaluate.conftest import made_evaluation
@@ -20,25 +21,31 @@ DATA = {
         "rejected": 4,
         "near_duplicates": 2,
         "reasons": {"empty": 4},
-        "by_source": {"hh": {"pairs": 1000, "rejected": 4, "rows": 1004, "reasons": {}}},
     },
-    "sources": {"hh": "sha256:" + "f" * 64},
 }
 
 
-def write(folder, *, samples=None):
+def write(folder, *, samples=None, sources=("hh",)):
     evaluation, made, _ = made_evaluation()
+    if len(sources) > 1:
+        by_source = evaluation["slices"]["source"]
+        by_source[:] = [
+            {**by_source[0], "slice": name, "n_pairs": n} for n, name in enumerate(sources)
+        ]
     curve = folder / "metrics.jsonl"
     lines = [{"loss/train": 1.0 / step, "grad_norm": float(step)} for step in range(1, 1200)]
     curve.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     data = folder / "data.json"
-    data.write_text(json.dumps(DATA), encoding="utf-8")
+    by_source = {name: {"pairs": n, "rejected": 0} for n, name in enumerate(sources, 1000)}
+    fingerprints = dict.fromkeys(sources, "sha256:" + "f" * 64)
+    given = {"figures": {**DATA["figures"], "by_source": by_source}, "sources": fingerprints}
+    data.write_text(json.dumps(given), encoding="utf-8")
     write_reports(
         folder,
         evaluation=evaluation,
         samples=made if samples is None else samples,
-        settings={"evaluate": {"seed": 0, "note": HOSTILE}},
-        provenance={"inputs": {"pairs": "c" * 64}, "code": {"sft": ""}},
+        settings={"evaluate": {"seed": 0, "note": HOSTILE, "datasets": list(sources)}},
+        provenance={"inputs": {"pairs": "c" * 64}, "code": {"sft": ""}, "data": fingerprints},
         curves={"SFT": curve, "preference": folder / "none.jsonl"},
         data_report=data,
     )
@@ -181,6 +188,57 @@ def test_a_thousand_long_samples_stay_below_a_megabyte(tmp_path):
     path = write(tmp_path, samples=samples)
     assert path.stat().st_size < 1_000_000
     assert "more are in samples.json" in path.read_text(encoding="utf-8")
+
+
+def words(every_other):
+    return " ".join(every_other if j % 2 else f"w{j}" for j in range(60))
+
+
+@pytest.mark.parametrize(
+    ("n", "change"),
+    [
+        (5000, lambda i: {"policy": f"b {i}"}),
+        (3000, lambda i: {"dataset": f"<source {i}>"}),
+        (3000, lambda i: {"dataset": f"{i}" + '"' * 5000}),
+        (300, lambda i: {"published": "<" * 6000}),
+        (200, lambda i: dict.fromkeys(("prompt", "chosen", "sft", "policy"), "<&\"'" * 1500)),
+        (1000, lambda i: {"sft": words(f"a{i}"), "policy": words("b")}),
+        (300, lambda i: {"policy": "\U0001f642\ud800" * 3000}),
+    ],
+)
+def test_no_samples_make_a_page_of_a_megabyte(tmp_path, n, change):
+    plain = {
+        "pair_id": "0" * 32,
+        "dataset": "hh",
+        "prompt": "q",
+        "chosen": "yes",
+        "sft": "a",
+        "policy": "b",
+        "reward_change": 0.5,
+    }
+    path = write(tmp_path, samples=[{**plain, **change(i)} for i in range(n)])
+    text = path.read_text(encoding="utf-8")
+    assert 500_000 < path.stat().st_size < 990_000
+    assert f"{n - text.count('<article')} more are in samples.json" in text
+
+
+@pytest.mark.parametrize("name", ["source {}", "{}" + "<" * 5000])
+def test_of_many_sources_the_largest_are_shown(tmp_path, name):
+    path = write(tmp_path, samples=[], sources=[name.format(i) for i in range(1500)])
+    text = path.read_text(encoding="utf-8")
+    assert path.stat().st_size < 400_000
+    assert "By source: the largest 40 of 1500" in text
+    assert "The largest 40 sources; 1,460 more are in report.json" in text
+    assert "1460 more in the manifests" in text
+    assert "1499" in text
+    markdown = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert "source: 1460 smaller ones are left out" in markdown
+    assert len(markdown) < 100_000
+
+
+def test_of_rows_of_one_size_the_first_are_shown_in_their_order():
+    rows = [(name, 1 if name in (0, 50) else 2) for name in range(60)]
+    assert [name for name, _ in largest(rows, lambda row: row[1])] == list(range(1, 41))
 
 
 def test_markdown_holds_the_same_and_its_fences(report):
