@@ -123,11 +123,14 @@ def _answers(evaluation: Mapping[str, Any]) -> list[str]:
         lines.append(f"| {label} | {cells} |")
     judged = evaluation.get("judge")
     if judged and "win_rate" in judged:
+        reasons = ", ".join(f"{cell(reason)} ({n})" for reason, n in judged["left_out"].items())
+        left_out = f"; {judged['n_left_out']} left out, without a verdict: {reasons}"
         lines += [
             "",
             f"Judged by {cell(judged['model'])}: win rate {_interval(judged['win_rate'])}, "
             f"length-controlled {_interval(judged['win_rate_length_controlled'])}, on "
-            f"{judged['n_judged']} of {judged['n_asked']} prompts.",
+            f"{judged['n_judged']} of {judged['n_asked']} prompts"
+            f"{left_out if reasons else ''}.",
         ]
     return lines
 

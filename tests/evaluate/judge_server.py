@@ -16,6 +16,12 @@ It prints its port, answers by RULE, and tells ``GET /count`` how many requests 
     redirect    302 to another host
     drop        the connection ends in the middle of the reply
     half        nonsense from the fifth request on
+    filter      400 where the prompt holds "bomb"
+    refusal     words instead of a verdict where the prompt holds "bomb"
+    parts       the verdict as a list of parts
+    warm        400 where a temperature is named
+    trickle     a byte of the reply every 50 ms
+    headers     the same from its first header on
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 
@@ -47,10 +54,14 @@ class Handler(BaseHTTPRequestHandler):
             number = Handler.count
             new = str(body) not in Handler.seen
             Handler.seen.add(str(body))
-        if (status := self.refusal(new)) is not None:
+        if (status := self.refusal(body, new)) is not None:
             location = {"Location": "http://127.0.0.1:1/"} if status == 302 else {}
             key = self.headers.get("Authorization", "").encode()
-            self.reply(status, b"no: " + key, {"Retry-After": "0", **location})
+            why = b"unsupported: temperature " if RULE == "warm" else b"no: "
+            self.reply(status, why + key, {"Retry-After": "0", **location})
+            return
+        if RULE in ("trickle", "headers"):
+            self.trickle()
             return
         if RULE == "drop":
             self.send_response(200)
@@ -62,23 +73,40 @@ class Handler(BaseHTTPRequestHandler):
         if RULE in ("html", "empty"):
             self.reply(200, b"<html>hello" if RULE == "html" else b'{"choices": []}')
             return
-        message = {"role": "assistant", "content": self.verdict(body, number)}
+        said = self.verdict(body, number)
+        content = [{"type": "text", "text": said}] if RULE == "parts" else said
+        message = {"role": "assistant", "content": content}
         self.reply(200, json.dumps({"choices": [{"message": message}]}).encode())
 
-    def refusal(self, new: bool) -> int | None:
+    def trickle(self) -> None:
+        """Two minutes of bytes, until nobody reads them."""
+        start = b"HTTP/1.1 200 OK\r\n" + (b"" if RULE == "headers" else b"\r\n")
+        try:
+            self.wfile.write(start)
+            for _ in range(2400):
+                self.wfile.write(b"x")
+                time.sleep(0.05)
+        except OSError:
+            self.close_connection = True
+
+    def refusal(self, body: dict[str, Any], new: bool) -> int | None:
         if RULE == "always-busy" or (RULE == "busy" and new):
             return 429
         if RULE == "unauthorized":
             return 401
         if RULE == "key" and self.headers.get("Authorization") != "Bearer sesame":
             return 401
+        if (RULE == "warm" and "temperature" in body) or (RULE == "filter" and bomb_in(body)):
+            return 400
         return 302 if RULE == "redirect" else None
 
     def verdict(self, body: dict[str, Any], number: int) -> str:
-        assert body["temperature"] == 0
+        assert body.get("temperature", 0) == 0
         texts = json.loads(body["messages"][-1]["content"])
         a, b = texts["answer A"], texts["answer B"]
         longer = "A" if len(a) > len(b) else "B" if len(b) > len(a) else "tie"
+        if RULE == "refusal" and bomb_in(body):
+            return "I'm sorry, but I can't help with that."
         if RULE == "nonsense" or (RULE == "half" and number > 4):
             return "Both are fine. A and B."
         if RULE == "words":
@@ -95,6 +123,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+def bomb_in(body: dict[str, Any]) -> bool:
+    return "bomb" in json.loads(body["messages"][-1]["content"])["prompt"]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 import urllib.request
 from contextlib import contextmanager
 
@@ -11,7 +12,9 @@ import pytest
 from dpo.config.compose import compose
 from dpo.config.schema import JudgeConfig
 from dpo.errors import ConfigError, EvaluationError
-from dpo.evaluate.judge import Match, judge, length_controlled, read_winner
+from dpo.evaluate.judge import Match, judge
+from dpo.evaluate.win_rate import length_controlled
+from dpo.evaluate.winner import read_winner
 
 MATCHES = [
     Match("p1", sft="short", policy="a longer answer", extra_tokens=2),
@@ -53,7 +56,7 @@ def _no_key(monkeypatch):
     monkeypatch.setenv("DPO_JUDGE_HOSTS", "127.0.0.1")
 
 
-@pytest.mark.parametrize("rule", ["longer", "words", "busy"])
+@pytest.mark.parametrize("rule", ["longer", "words", "busy", "parts", "warm"])
 def test_the_win_rate_by_hand(rule):
     """The longer answer wins: the policy's in p1 and p4, the other's in p2, a tie in p3."""
     with serving(rule) as url:
@@ -161,6 +164,66 @@ def test_after_a_fault_the_service_is_left_alone():
         assert requests_of(url) == 1
 
 
+def prompts_with_bombs(n, bombs):
+    return [
+        Match(f"p{i} bomb" if i in bombs else f"p{i}", sft="short", policy="longer", extra_tokens=1)
+        for i in range(n)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason"), [("filter", "HTTP 400"), ("refusal", "its verdict is not A, B or tie")]
+)
+def test_a_prompt_without_a_verdict_is_left_out_and_the_others_are_judged(rule, reason):
+    with serving(rule) as url:
+        found = judged(url, prompts_with_bombs(12, {3, 9}), n_tries=1)
+    assert found["left_out"] == {reason: 2}
+    assert (found["n_asked"], found["n_judged"], found["n_left_out"]) == (12, 10, 2)
+    assert found["problem"] == ""
+    assert found["win_rate"]["value"] == 1
+
+
+@pytest.mark.parametrize(
+    ("bombs", "n_asked", "n_left_out"),
+    [
+        (range(30), 5, 5),  # five in a row
+        (range(0, 30, 3), 10, 4),  # 0, 3, 6 and 9: more than a fifth of ten
+        ({0, 9, 19, 29}, 30, 4),
+    ],
+)
+def test_a_judge_that_leaves_out_too_much_is_given_up(bombs, n_asked, n_left_out):
+    with serving("filter") as url:
+        found = judged(url, prompts_with_bombs(30, bombs), concurrency=1)
+    assert found["n_judged"] == n_asked - n_left_out
+    assert found["n_left_out"] == n_left_out
+    given_up = f"no verdict on {n_left_out} of {n_asked} prompts: HTTP 400"
+    assert found["problem"] == "" if n_asked == 30 else given_up in found["problem"]
+
+
+def test_a_few_prompts_are_too_few_to_give_up_but_not_to_say_it():
+    with serving("filter") as url:
+        found = judged(url, prompts_with_bombs(4, {0}), concurrency=1)
+        assert found["n_judged"] == 3
+        assert "no verdict on 1 of 4 prompts" in found["problem"]
+        with pytest.raises(EvaluationError, match="1 of 4"):
+            judged(url, prompts_with_bombs(4, {0}), on_error="fail")
+
+
+def test_a_service_that_wants_no_temperature_is_asked_with_one_only_once():
+    with serving("warm") as url:
+        assert judged(url, concurrency=1)["n_judged"] == 4
+        assert requests_of(url) == 9
+
+
+@pytest.mark.parametrize("rule", ["trickle", "headers"])
+def test_a_reply_that_trickles_ends_at_the_timeout(rule):
+    start = time.monotonic()
+    with serving(rule) as url:
+        found = judged(url, MATCHES[:1], n_tries=1, timeout_seconds=0.5)
+    assert "no whole answer in 0.5 s" in found["problem"]
+    assert time.monotonic() - start < 10
+
+
 def test_the_key_comes_from_the_environment_and_is_shown_nowhere(monkeypatch):
     monkeypatch.setenv("DPO_JUDGE_API_KEY", "sesame")
     with serving("key") as url:
@@ -178,6 +241,12 @@ def test_the_key_comes_from_the_environment_and_is_shown_nowhere(monkeypatch):
         ("tie", "tie"),
         ("**B**", "B"),
         ('x {"winner": "tie"} y', "tie"),
+        ('{"winner": "Answer A"}', "A"),
+        ("{'winner': 'answer_b'}", "B"),
+        ("Answer B.", "B"),
+        ('<think>{"winner": "A"} or {"winner": "B"}</think>{"winner": "B"}', "B"),
+        ('{"winner": "A"} or B?\n</think>\n{"winner": "B"}', "B"),
+        ('<Thinking>a</Thinking> {"winner": "A"}<think>{"winner": "B"}', "A"),
     ],
 )
 def test_verdicts_that_are_understood(text, winner):

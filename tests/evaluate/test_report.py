@@ -25,8 +25,9 @@ DATA = {
 }
 
 
-def write(folder, *, samples=None, sources=("hh",)):
+def write(folder, *, samples=None, sources=("hh",), judge=None):
     evaluation, made, _ = made_evaluation()
+    evaluation |= {"judge": judge} if judge else {}
     if len(sources) > 1:
         by_source = evaluation["slices"]["source"]
         by_source[:] = [
@@ -239,6 +240,18 @@ def test_of_many_sources_the_largest_are_shown(tmp_path, name):
 def test_of_rows_of_one_size_the_first_are_shown_in_their_order():
     rows = [(name, 1 if name in (0, 50) else 2) for name in range(60)]
     assert [name for name, _ in largest(rows, lambda row: row[1])] == list(range(1, 41))
+
+
+def test_what_the_judge_left_out_is_said(tmp_path):
+    share = {"value": 0.5, "low": 0.4, "high": 0.6}
+    names = ("win_rate", "win_rate_length_controlled", "wins", "ties", "losses", "position_changed")
+    judged = {"model": "m", "n_asked": 9, "n_judged": 6, "n_left_out": 3, "problem": ""}
+    judged |= {"left_out": {"HTTP 400": 2, "<b>": 1}, **dict.fromkeys(names, share)}
+    page = write(tmp_path, judge=judged)
+    said = "6 of 9 prompts were judged; 3 left out, without a verdict: HTTP 400 (2), &lt;b&gt; (1)."
+    assert said in page.read_text(encoding="utf-8")
+    markdown = page.with_suffix(".md").read_text(encoding="utf-8")
+    assert "on 6 of 9 prompts; 3 left out, without a verdict: HTTP 400 (2), &lt;b> (1)." in markdown
 
 
 def test_markdown_holds_the_same_and_its_fences(report):
