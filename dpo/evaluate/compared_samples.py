@@ -7,7 +7,6 @@ put around them.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from markupsafe import Markup
 
 from dpo.evaluate.bounds import clipped, in_bytes, shortened
-from dpo.evaluate.samples import BUDGET_BYTES, MARKED_WORDS, change_of, words_of
+from dpo.evaluate.samples import BUDGET_BYTES, change_of, matched, words_of
 
 _LONGEST_CHARACTERS = 6000
 _LONGEST_OF_ALL = 40_000
@@ -85,11 +84,12 @@ def marked_against(before: str, after: Sequence[str]) -> tuple[Markup, list[Mark
     marked = []
     for text in after:
         new = words_of(text)
-        if len(old) + len(new) > MARKED_WORDS:
+        matcher = matched(old, new)
+        if matcher is None:
             kept.update(range(len(old)))
             marked.append(Markup.escape(text))
             continue
-        blocks = difflib.SequenceMatcher(a=old, b=new, autojunk=False).get_matching_blocks()
+        blocks = matcher.get_matching_blocks()
         kept.update(i for block in blocks for i in range(block.a, block.a + block.size))
         same = {i for block in blocks for i in range(block.b, block.b + block.size)}
         marked.append(_with_marks(new, same, Markup("<ins>{}</ins>")))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,8 +15,10 @@ from markupsafe import Markup, escape
 
 from dpo.evaluate.bounds import clipped, in_bytes, shortened
 
-MARKED_WORDS = 3000
-"""Longer answers are shown without marks: the comparison takes time that grows with the square."""
+_MARKED_WORDS = 3000
+_MARKED_PAIRS = 50_000
+"""Longer answers, and those with more pairs of equal words, are shown without marks: the comparison
+takes time that grows with both (half a minute for two answers that say two words 700 times)."""
 BUDGET_BYTES = 600_000
 """Of all samples of a page; the others are in samples.json alone."""
 _AROUND_BYTES = 650
@@ -56,13 +59,23 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"\s+|\S+", text)
 
 
+def matched(left: Sequence[str], right: Sequence[str]) -> difflib.SequenceMatcher[str] | None:
+    """The comparison of two lists of words; None where it would take too long."""
+    counts, others = Counter(left), Counter(right)
+    n_pairs = sum(n * others[word] for word, n in counts.items() if not word.isspace())
+    if len(left) + len(right) > _MARKED_WORDS or n_pairs > _MARKED_PAIRS:
+        return None
+    # a space is no match by itself: there is one between any two words
+    return difflib.SequenceMatcher(str.isspace, left, right, autojunk=False)
+
+
 def _marked(sample: Mapping[str, Any]) -> dict[str, Any]:
     """The sample with the words that only one of the models wrote marked."""
     texts = {name: clipped(str(sample[name])) for name in ("prompt", "chosen", "sft", "policy")}
     left, right = words_of(texts["sft"]), words_of(texts["policy"])
     marked = {"sft": escape(texts["sft"]), "policy": escape(texts["policy"])}
-    if len(left) + len(right) <= MARKED_WORDS:
-        pieces = list(_pieces(left, right))
+    if matcher := matched(left, right):
+        pieces = list(_pieces(left, right, matcher))
         join = Markup("").join
         marked = {"sft": join(a for a, _ in pieces), "policy": join(b for _, b in pieces)}
     published = sample.get("published")
@@ -85,8 +98,9 @@ def _size(item: Mapping[str, Any]) -> int:
     return _AROUND_BYTES + 4 * name + sum(in_bytes(escape(text)) for text in texts)
 
 
-def _pieces(left: list[str], right: list[str]) -> Iterator[tuple[Markup, Markup]]:
-    matcher = difflib.SequenceMatcher(a=left, b=right, autojunk=False)
+def _pieces(
+    left: list[str], right: list[str], matcher: difflib.SequenceMatcher[str]
+) -> Iterator[tuple[Markup, Markup]]:
     for operation, a, b, c, d in matcher.get_opcodes():
         old, new = escape("".join(left[a:b])), escape("".join(right[c:d]))
         same = operation == "equal"

@@ -7,7 +7,7 @@ import pytest
 
 from dpo.evaluate.bounds import largest
 from dpo.evaluate.report import write_reports
-from dpo.evaluate.samples import change_of, shown_samples
+from dpo.evaluate.samples import change_of, matched, shown_samples, words_of
 from tests.evaluate.conftest import made_evaluation
 from tests.support.browser import CONTRAST, CUT_OFF, HOSTILE, quiet_pages
 
@@ -273,6 +273,24 @@ def test_markdown_holds_the_same_and_its_fences(report):
 )
 def test_kinds_of_reward_change(sft, policy, change, expected):
     assert change_of({"sft": sft, "policy": policy, "reward_change": change}) == expected
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "compared"),
+    [
+        (words("a") * 3, words("b") * 3, True),
+        ("no " * 700, "no yes " * 350, False),  # 700 times 350 pairs
+        ("no " * 200, "no yes " * 200, True),
+    ],
+)
+def test_answers_that_repeat_themselves_are_not_compared_word_by_word(left, right, compared):
+    assert (matched(words_of(left), words_of(right)) is not None) == compared
+
+
+def test_spaces_alone_are_no_match():
+    _, made, _ = made_evaluation()
+    (shown,) = shown_samples([{**made[0], "sft": "one two three", "policy": "four five three"}])
+    assert shown["policy"] == "<ins>four five</ins> three"
 
 
 def test_a_published_answer_is_shown_beside_them():
