@@ -19,20 +19,12 @@ COMMUNITY_DATA = "DPO_COMMUNITY_DATA"
 """Environment variable: URL or folder below which communities' data sets are stored."""
 TOY_DATA = "toy-data"
 _HUB_SCHEME = "hf://"
-_WORDS = re.compile(r"[-_.]")
-_SPLITS = {
-    "train": "train",
-    "training": "train",
-    "test": "test",
-    "validation": "test",
-    "valid": "test",
-    "val": "test",
-    "dev": "test",
-    "eval": "test",
-}
 _GLOB = re.compile(r"[*?\[]")
 # what lies beside the data in many folders, and is no data
-_METADATA = {"dataset_info.json", "dataset_infos.json", "state.json", "manifest.json"}
+_METADATA = {
+    *("dataset_info.json", "dataset_infos.json", "dataset_dict.json"),
+    *("state.json", "manifest.json"),
+}
 
 
 def located(name: str, source: SourceConfig) -> SourceConfig:
@@ -116,6 +108,15 @@ def source_files(name: str, source: SourceConfig) -> list[Path]:
     return files
 
 
+def within(source: str, file: Path) -> Path:
+    """A file's path relative to the folder, or the fixed part of the glob, that it was found by."""
+    given = Path(source).expanduser()
+    base = given if given.is_dir() else given.parent
+    while not base.exists() and _GLOB.search(str(base)):
+        base = base.parent
+    return file.relative_to(base) if file.is_relative_to(base) else Path(file.name)
+
+
 def _found(path: Path) -> list[Path]:
     if path.is_dir():
         return [item for item in path.rglob("*") if _is_data(item)]
@@ -160,8 +161,3 @@ def _builtin_file(path: str, where: str) -> Path:
             fix=f"use one of {', '.join(known)}",
         )
     return place
-
-
-def own_split(path: Path) -> str | None:
-    """The split that a file's name states (``train.jsonl.gz``, ``validation-00000.parquet``)."""
-    return _SPLITS.get(_WORDS.split(path.name.lower())[0])

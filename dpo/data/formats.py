@@ -190,6 +190,7 @@ def split_field(row: Mapping[str, Any]) -> str | None:
     value = row.get("split")
     if value is None:
         return None
-    if not isinstance(value, str) or value not in SPLIT_WORDS:
+    split = SPLIT_WORDS.get(value.strip().lower()) if isinstance(value, str) else None
+    if split is None:
         raise RowError("wrong_split", f"split must be train or test, found {value!r}", "split")
-    return SPLIT_WORDS[value]
+    return split

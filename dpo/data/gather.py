@@ -13,7 +13,7 @@ from dpo.data.check import Block, Rules, blocks_of, check_blocks, validator_of
 from dpo.data.division import Shard
 from dpo.data.parts import Part
 from dpo.data.ratings import Answer, pair_ratings
-from dpo.data.sources import opened
+from dpo.data.sources import opened, with_splits_of_others
 from dpo.data.spill import Tally, read_ratings
 from dpo.errors import DataError
 from dpo.storage.progress import track
@@ -30,12 +30,15 @@ def check_sources(
         DataError: a source that is missing, unreadable, or changes meanwhile.
     """
     with ExitStack() as stack, track("ingest", "rows", None) as bar:
-        blocks: list[Block] = []
-        for number, (name, source) in enumerate(config.sources.items()):
+        files = {}
+        for name, source in config.sources.items():
             # the reference code's split needs the number of rows of all files
             part = Shard() if source.split == "reference" else shard
-            files = stack.enter_context(opened(name, source, part))
-            blocks += blocks_of(number, name, source, files, folder, shard)
+            files[name] = stack.enter_context(opened(name, source, part))
+        files = with_splits_of_others(config.sources, files)
+        blocks: list[Block] = []
+        for number, (name, source) in enumerate(config.sources.items()):
+            blocks += blocks_of(number, name, source, files[name], folder, shard)
         before = _states(blocks)
         tallies = check_blocks(blocks, rules, bar.advance, workers)
         checked = list(zip(blocks, tallies, strict=True))

@@ -20,8 +20,12 @@ from them needs it as well. Missing where prompts are raw or the tokenizer's own
 """
 
 TRAIN, TEST = "train", "test"
-SPLIT_WORDS = {"train": TRAIN, "test": TEST, "validation": TEST, "valid": TEST}
-"""What a row's own ``split`` may say."""
+SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), TRAIN),
+    **dict.fromkeys(("test", "testing", "validation", "valid", "val", "dev"), TEST),
+    **dict.fromkeys(("eval", "evaluation"), TEST),
+}
+"""What a row's own ``split``, or the name of a file, may say; in small letters or others."""
 
 
 @dataclass(frozen=True, slots=True)

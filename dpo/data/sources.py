@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -17,11 +17,13 @@ import orjson
 from dpo.config.schema import RunConfig, SourceConfig
 from dpo.data import custom
 from dpo.data.division import Shard, Span, is_one_block, spans
-from dpo.data.files import is_data_name, located, own_split, source_files
-from dpo.data.readers import READABLE, is_lines
+from dpo.data.files import is_data_name, located, source_files, within
+from dpo.data.readers import READABLE, container_of, is_lines
+from dpo.data.splits import are_parts, own_split, parts_of_each_other
 from dpo.data.unpack import named_errors
 from dpo.errors import DataError
 from dpo.storage.manifest import sha256_file
+from dpo.storage.progress import message
 from dpo.storage.store import ObjectStat, Store, is_store_url, open_store
 
 _HUB_TIMEOUT_SECONDS = 10.0
@@ -29,7 +31,6 @@ _HEAD_BYTES = 2 * 2**20
 """By which a file's kind is known."""
 _FETCHED_BYTES = 8 * 2**20
 _EVERYTHING = Shard()
-_HUB_PATTERNS = ("*.jsonl", "*.jsonl.gz", "*.json", "*.json.gz", "*.parquet", "*.jsonl.zst")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class SourceFile:
     """Name in messages and in the quarantine: no path of this machine beyond what was given."""
     split: str | None
     """The file's own split, for sources that have splits."""
+    stated: str | None = None
+    """The split that its name or folder states, which counts beside files of other splits only."""
     fetched: bool = True
     """Whether it is on this machine; of a store's or the hub's files a shard needs some only."""
     spans: tuple[Span, ...] = ()
@@ -77,12 +80,13 @@ def _content_fingerprint(name: str, source: SourceConfig) -> str:
         return f"hub:{source.hub}@{_hub_info(name, source).sha}"
     digest = hashlib.sha256()
     if is_store_url(source.path):
-        for key, state in _objects(name, source.path).items():
+        for key, state in _objects(name, source.path)[2].items():
             digest.update(f"{key}\0{state.size}\0{state.etag}\n".encode())
         return f"etag:{digest.hexdigest()}"
     for path in source_files(name, source):
-        with named_errors(_shown(name, path)):
-            digest.update(f"{path.name}\0{sha256_file(path)}\n".encode())
+        inside = within(source.path, path).as_posix()
+        with named_errors(f"{name}: {inside}"):
+            digest.update(f"{inside}\0{sha256_file(path)}\n".encode())
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -128,39 +132,78 @@ def opened(
         return
     source = located(name, source)
     if source.path is None:
-        yield _from_hub(name, source, shard)
+        yield _with_splits(_from_hub(name, source, shard))
     elif is_store_url(source.path):
         with TemporaryDirectory() as folder:
             yield _with_splits(_from_store(name, source.path, Path(folder), shard))
     else:
-        paths = source_files(name, source)
-        yield _with_splits([SourceFile(path, _shown(name, path), None) for path in paths])
+        yield _with_splits(_on_this_machine(name, source))
+
+
+def _on_this_machine(name: str, source: SourceConfig) -> list[SourceFile]:
+    assert source.path is not None
+    files = []
+    for path in source_files(name, source):
+        inside = within(source.path, path)
+        files.append(SourceFile(path, f"{name}: {inside.as_posix()}", None, own_split(inside)))
+    return files
 
 
 def _with_splits(files: list[SourceFile]) -> list[SourceFile]:
-    """A single file named train.jsonl is all there is, not the training part of something."""
-    if len({own_split(file.path) for file in files}) < 2:
+    if not are_parts(file.stated for file in files):
         return files
-    return [replace(file, split=own_split(file.path)) for file in files]
+    return [replace(file, split=file.stated) for file in files]
 
 
-def _shown(name: str, path: Path) -> str:
-    return f"{name}: {path.name}"
+def with_splits_of_others(
+    sources: Mapping[str, SourceConfig], files: Mapping[str, list[SourceFile]]
+) -> dict[str, list[SourceFile]]:
+    """The files by source, with splits where the sources are parts of each other.
+
+    Args:
+        sources: Their settings; who sets ``split`` or ``test_fraction`` wants no other.
+        files: What ``opened`` gave for each.
+    """
+    free = {
+        name: [file.stated for file in found]
+        for name, found in files.items()
+        if sources[name].split == "auto" and sources[name].test_fraction is None
+    }
+    parts = parts_of_each_other(free)
+    if parts:
+        words = ", ".join(f"{name} is {split}" for name, split in parts.items())
+        message(
+            "ingest",
+            f"by the names of their files, these sources are splits of one set: {words} "
+            "(sources.NAME.split=hash divides a source by its prompts instead)",
+        )
+    return {
+        name: [replace(file, split=parts.get(name, file.split)) for file in found]
+        for name, found in files.items()
+    }
 
 
-def _objects(name: str, url: str) -> dict[str, ObjectStat]:
-    """The data objects of a URL, which names one object or a folder of them, sorted by key.
+def _objects(name: str, url: str) -> tuple[Store, str, dict[str, ObjectStat]]:
+    """The data objects of a URL, which names one object, a folder of them or a whole bucket.
+
+    Returns:
+        The store, what the keys of a folder begin with, and the objects by key, sorted.
 
     Raises:
         DataError: there are none.
     """
-    base, _, last = url.rstrip("/").rpartition("/")
+    url = url.rstrip("/")
+    base, _, last = url.rpartition("/")
+    if base.endswith("/"):
+        # a bucket
+        base, last = url, ""
     store = open_store(base)
-    alone = store.stat(last)
+    alone = store.stat(last) if last else None
     if alone is not None:
-        return {last: alone}
+        return store, "", {last: alone}
+    prefix = f"{last}/" if last else ""
     found = {}
-    for key in sorted(store.list(f"{last}/")):
+    for key in sorted(store.list(prefix)):
         state = store.stat(key) if is_data_name(key) else None
         if state is not None:
             found[key] = state
@@ -171,15 +214,16 @@ def _objects(name: str, url: str) -> dict[str, ObjectStat]:
             fix="give the URL of an object or of a folder of them; names end in "
             f"{', '.join(READABLE)} (.gz or .zst may follow)",
         )
-    return found
+    return store, prefix, found
 
 
 def _from_store(name: str, url: str, folder: Path, shard: Shard) -> list[SourceFile]:
-    store = open_store(url.rstrip("/").rpartition("/")[0])
+    store, prefix, objects = _objects(name, url)
     files = []
-    objects = _objects(name, url)
     for number, key in enumerate(objects):
-        file = SourceFile(folder / str(number) / key.rpartition("/")[2], f"{name}: {key}", None)
+        inside = PurePath(key.removeprefix(prefix))
+        path = folder / str(number) / inside.name
+        file = SourceFile(path, f"{name}: {inside}", None, own_split(inside))
         file.path.parent.mkdir()
         size = objects[key].size
         blocks = _fetch_blocks(store, key, size, file, number, shard) if shard.of > 1 else ()
@@ -187,7 +231,7 @@ def _from_store(name: str, url: str, folder: Path, shard: Shard) -> list[SourceF
         if fetched and not blocks:
             store.download(key, file.path)
         files.append(replace(file, fetched=fetched, spans=blocks, whole=not blocks))
-    if _objects(name, url) != objects:
+    if _objects(name, url)[2] != objects:
         raise DataError(
             "the objects changed while they were fetched",
             where=f"sources.{name}.path={url}",
@@ -222,25 +266,40 @@ def _fetch_blocks(
     return found
 
 
+def _hub_files(name: str, source: SourceConfig, listed: Iterable[str]) -> dict[Path, str | None]:
+    """The data files among those of a repository, sorted, and the split that each states.
+
+    A repository may hold other things than pairs. Where some files state a split, the others are
+    left out; else those that are JSON, where there are files of other kinds, for JSON may be about
+    the data.
+
+    Raises:
+        DataError: there are none.
+    """
+    folder = PurePath(source.hub_subset or "")
+    paths = [path for path in sorted(map(Path, listed)) if path.is_relative_to(folder)]
+    stated = {
+        path: own_split(path.relative_to(folder)) for path in paths if is_data_name(path.name)
+    }
+    with_split: dict[Path, str | None] = {path: split for path, split in stated.items() if split}
+    rows: dict[Path, str | None] = {path: None for path in stated if container_of(path) != "json"}
+    if not stated:
+        raise DataError(
+            f"the data set {source.hub} has no files that we read"
+            + (f" in its folder {source.hub_subset}" if source.hub_subset else ""),
+            where=f"sources.{name}",
+            fix=f"files that we read end in {', '.join(READABLE)} (.gz or .zst may follow); take "
+            f"another data set, or set sources.{name}.path to a file",
+        )
+    return with_split or rows or stated
+
+
 def _from_hub(name: str, source: SourceConfig, shard: Shard) -> list[SourceFile]:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import filter_repo_objects
 
-    prefix = f"{source.hub_subset}/" if source.hub_subset else ""
-    patterns = [f"{prefix}{begin}{p}" for begin in ("", "*/") for p in _HUB_PATTERNS]
     info = _hub_info(name, source)
     assert source.hub is not None
-    listed = filter_repo_objects(
-        [s.rfilename for s in info.siblings or ()], allow_patterns=patterns
-    )
-    # a repository may hold other things than pairs; those name no split
-    paths = [path for path in sorted(map(Path, listed)) if own_split(path) is not None]
-    if not paths:
-        raise DataError(
-            f"the data set {source.hub} has no train or test files that we read",
-            where=f"sources.{name}",
-            fix=f"set sources.{name}.hub_subset to its folder, or sources.{name}.path to a file",
-        )
+    paths = _hub_files(name, source, [s.rfilename for s in info.siblings or ()])
     fetched = {path: shard.owns(number) for number, path in enumerate(paths)}
     chosen = [glob.escape(path.as_posix()) for path in paths if fetched[path]]
     try:
@@ -255,11 +314,12 @@ def _from_hub(name: str, source: SourceConfig, shard: Shard) -> list[SourceFile]
         SourceFile(
             folder / path,
             f"{name}: {path.as_posix()}",
-            own_split(path),
+            None,
+            stated,
             fetched[path],
             whole=True,
         )
-        for path in paths
+        for path, stated in paths.items()
     ]
 
 

@@ -13,7 +13,6 @@ from minio.credentials import StaticProvider
 from dpo.cli import main
 from dpo.config.compose import compose
 from dpo.config.schema import SourceConfig
-from dpo.data.files import own_split
 from dpo.data.sources import data_fingerprint, opened, source_fingerprint
 from dpo.errors import ConfigError, DataError, StoreError
 from dpo.storage.manifest import sha256_file
@@ -43,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_folder_gives_its_data_files_with_their_splits(folder: Path) -> None:
-    expected = [("mine: test-0.jsonl", "test"), ("mine: train.jsonl", "train")]
+    expected = [("mine: deep/test-0.jsonl", "test"), ("mine: train.jsonl", "train")]
     assert names(SourceConfig(path=str(folder))) == expected
     assert names(SourceConfig(path=f"file://{folder}")) == expected
     assert names(SourceConfig(path=f"{folder}/**/*.jsonl"))[-1] == expected[-1]
@@ -51,20 +50,6 @@ def test_a_folder_gives_its_data_files_with_their_splits(folder: Path) -> None:
 
 def test_a_file_alone_states_no_split(folder: Path) -> None:
     assert names(SourceConfig(path=str(folder / "train.jsonl"))) == [("mine: train.jsonl", None)]
-
-
-@pytest.mark.parametrize(
-    ("name", "split"),
-    [
-        ("train.jsonl.gz", "train"),
-        ("validation-00000-of-00001.parquet", "test"),
-        ("DEV.csv", "test"),
-        ("trained.json", None),
-        ("my_train.json", None),
-    ],
-)
-def test_own_split(name: str, split: str | None) -> None:
-    assert own_split(Path(name)) == split
 
 
 def test_nothing_there(tmp_path: Path) -> None:
@@ -143,8 +128,8 @@ def test_a_store(bucket_url: str, folder: Path, ingest_sources: Callable[..., Ou
     store.write("mine/notes.txt", b"no data")
     url = f"{bucket_url}/sets/mine"
     assert names(SourceConfig(path=url)) == [
-        ("mine: mine/deep/test-0.jsonl", "test"),
-        ("mine: mine/train.jsonl", "train"),
+        ("mine: deep/test-0.jsonl", "test"),
+        ("mine: train.jsonl", "train"),
     ]
     assert names(SourceConfig(path=f"{url}/train.jsonl")) == [("mine: train.jsonl", None)]
     before = fingerprint(url)
@@ -152,6 +137,10 @@ def test_a_store(bucket_url: str, folder: Path, ingest_sources: Callable[..., Ou
     found = ingest_sources({"mine": {"path": url}})
     assert found.report["sources"] == {"mine": before}
     assert len(found.pairs) == 2
+    assert names(SourceConfig(path=bucket_url)) == [
+        ("mine: sets/mine/deep/test-0.jsonl", "test"),
+        ("mine: sets/mine/train.jsonl", "train"),
+    ]
     store.write("mine/more.jsonl", b"{}\n")
     assert fingerprint(url) != before
     with pytest.raises(DataError, match="no data objects here"):
