@@ -24,6 +24,7 @@ TITLES: Mapping[str, str] = {
     "unknown_verdict": "The verdict names neither answer",
     "empty": "A text is empty",
     "broken_encoding": "Characters were lost when the text was saved",
+    "broken_markup": "The HTML cannot be read",
     "control_character": "The text has invisible control characters",
     "eos_in_text": "The text has the model's end mark in it",
     "special_token_in_text": "The text has a mark in it that steers the model",  # nosec B105

@@ -29,6 +29,7 @@ from dpo.data.formats import (
     split_field,
     text_field,
 )
+from dpo.data.html_text import plain_text
 from dpo.data.messages import (
     Messages,
     as_text,
@@ -162,7 +163,7 @@ def ranked(row: Mapping[str, Any]) -> list[Candidate]:
 
 def se(row: Mapping[str, Any]) -> list[Candidate]:
     """StackExchange: a question and its answers with scores, both in HTML."""
-    prompt = f"{HUMAN} {_plain_text(text_field(row, 'question'))}{ASSISTANT}"
+    prompt = f"{HUMAN} {plain_text(text_field(row, 'question'), 'question')}{ASSISTANT}"
     answers = row.get("answers")
     if not isinstance(answers, list):
         raise RowError("wrong_type", "answers must be a list of {text, pm_score}", "answers")
@@ -170,25 +171,9 @@ def se(row: Mapping[str, Any]) -> list[Candidate]:
     for answer in answers:
         if not isinstance(answer, Mapping):
             raise RowError("wrong_type", "each answer must be {text, pm_score}", "answers")
-        text = _plain_text(text_field(answer, "text"))
+        text = plain_text(text_field(answer, "text"), "answers")
         scored.append((number_field(answer, "pm_score"), f" {text}"))
     return scored_pairs(prompt, "answers", scored, split_field(row))
-
-
-def _plain_text(html: str) -> str:
-    """HTML to text: an empty line between paragraphs, ``-`` before list items, code as it is."""
-    from bs4 import BeautifulSoup
-
-    soup = BeautifulSoup(html, "html.parser")
-    for element in soup.find_all("li"):
-        element.insert(0, "- ")
-    for element in soup.find_all("br"):
-        element.replace_with("\n")
-    for element in soup.find_all(["p", "pre", "ul", "ol", "blockquote"]):
-        # the parser keeps one line's end of the space between them
-        element.insert_after("\n")
-    text: str = soup.get_text()
-    return text.strip()
 
 
 def rated(row: Mapping[str, Any]) -> list[Rating]:
