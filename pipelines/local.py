@@ -133,7 +133,7 @@ def _start_worker(job: Job, folder: Path, events: Path, lock: int) -> subprocess
     }
     with (folder / "log.txt").open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "pipelines.local_worker", str(job_file)],
+            [sys.executable, "-m", "pipelines.local_worker", str(job_file), str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -17,9 +17,9 @@ from typing import Any
 from dpo.storage.processes import END_WITH, die_with_parent
 
 
-def main(job_file: str) -> int:
-    """Run the job described in ``job_file``; 0 when the pipeline succeeded."""
-    die_with_parent()
+def main(job_file: str, parent: int) -> int:
+    """Run the job described in ``job_file`` for a process; 0 when the pipeline succeeded."""
+    die_with_parent(parent)
     os.environ[END_WITH] = str(os.getpid())
     # the signal goes to the whole group: let a training step write its checkpoint and end first
     signal.signal(signal.SIGTERM, lambda *_: None)
@@ -77,4 +77,4 @@ def _runner(local: Any, job: dict[str, Any]) -> Any:
 
 if __name__ == "__main__":
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))

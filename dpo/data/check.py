@@ -166,7 +166,7 @@ def check_blocks(
             yield check_block(block, rules, advance)
         return
     # not fork: pyarrow and tokenizers have threads by now
-    pool = ProcessPoolExecutor(workers, FreshContext(), _start_worker)
+    pool = ProcessPoolExecutor(workers, FreshContext(), _start_worker, (os.getpid(),))
     try:
         for tally in _in_order(pool, blocks, rules, 2 * workers):
             advance(tally.rows)
@@ -188,9 +188,9 @@ def _in_order(
         yield running.pop(0).result()
 
 
-def _start_worker() -> None:
+def _start_worker(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent()
+    die_with_parent(parent)
     # the collector need not look through what was imported, again and again
     gc.freeze()
     gc.set_threshold(_COLLECT_EVERY)

@@ -65,16 +65,15 @@ def repeated(act: Callable[[], bool | None], seconds: float, name: str) -> Itera
         thread.join()
 
 
-def die_with_parent(parent: int | None = None) -> None:
+def die_with_parent(parent: int) -> None:
     """Ask Linux to end this process when its parent ends, even by SIGKILL; elsewhere nothing.
 
     Args:
-        parent: The process that started this one, where that is known: it may have ended while
-            this one was still importing.
+        parent: The process that started this one, as it has told: it may have ended while this one
+            was still importing, and the kernel would name another by now.
     """
     if not sys.platform.startswith("linux"):
         return
-    parent = parent or os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         # the parent ended before the request was made

@@ -79,7 +79,7 @@ def _here(
     (folder / JOB).write_text(json.dumps(parameters), encoding="utf-8")
     with (folder / "log.txt").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.service.one_run", str(folder)],
+            [sys.executable, "-m", "pipelines.service.one_run", str(folder), str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

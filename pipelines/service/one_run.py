@@ -33,9 +33,9 @@ JOB, OUTCOME, RUNS = "job.json", "outcome.json", "runs"
 _OLD_RUN_SECONDS = 30.0
 
 
-def main(folder: Path) -> int:
-    """Run the job in ``folder``; 0 when it ended by itself, however it ended."""
-    die_with_parent()
+def main(folder: Path, parent: int) -> int:
+    """Run the job in ``folder`` for a process; 0 when it ended by itself, however it ended."""
+    die_with_parent(parent)
     signal.signal(signal.SIGTERM, _interrupt)
     values: dict[str, Any] = json.loads((folder / JOB).read_text(encoding="utf-8"))
     try:
@@ -73,4 +73,4 @@ def _wait_for_old_run(runs: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

@@ -89,7 +89,7 @@ class Checker:
 
     def _new_pool(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn"), initializer=_start_process
+            1, multiprocessing.get_context("spawn"), _start_process, (os.getpid(),)
         )
 
     async def check(self, path: Path, communities: frozenset[str] | None) -> Checked:
@@ -122,8 +122,8 @@ class Checker:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _start_process() -> None:
-    die_with_parent()
+def _start_process(parent: int) -> None:
+    die_with_parent(parent)
     # the stages' progress is not for the service's log
     os.environ[FILE_VARIABLE] = os.devnull
 

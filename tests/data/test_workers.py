@@ -2,8 +2,11 @@
 
 import gzip
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,3 +102,40 @@ def test_line_numbers_do_not_depend_on_blocks(
     for item in whole.quarantine:
         if item["reason"] == "empty":
             assert json.loads(lines[item["line"] - 1]) == item["row"]
+
+
+def children(pid: int) -> list[int]:
+    """Processes that check rows for process ``pid``."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    commands = {child: Path(f"/proc/{child}/cmdline") for child in found}
+    return [int(c) for c, path in commands.items() if b"spawn_main" in path.read_bytes()]
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_an_ingest_that_is_stopped_as_it_starts(
+    tmp_path: Path, how: signal.Signals
+) -> None:
+    """While the workers import; their pipes are open at both ends in each of them."""
+    (tmp_path / "many").mkdir()
+    for name in range(3):
+        (tmp_path / "many" / f"{name}.jsonl").write_text(json.dumps(good_row(name)))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    process = subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path)
+    while not (workers := children(process.pid)):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(how)
+    process.wait()
+    deadline = time.monotonic() + 60
+    while any(map(is_running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_running, workers))
+
+
+def is_running(pid: int) -> bool:
+    """Not even a process that nobody has waited for."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

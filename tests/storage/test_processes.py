@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 STEP = (
     "import os, sys, time; from dpo.storage.processes import end_with; "
     "end_with(int(sys.argv[1])); print(os.getpid(), flush=True); time.sleep(60)"
@@ -43,3 +45,26 @@ def test_a_step_of_a_runner_that_is_gone_ends_at_once():
     gone.wait()
     done = subprocess.run([sys.executable, "-c", STEP, str(gone.pid)], check=False)
     assert done.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("module", "start"),
+    [
+        ("dpo.data.check", "_start_worker"),
+        ("pipelines.service.submission", "_start_process"),
+    ],
+)
+def test_a_worker_ends_whose_parent_ended_while_it_imported(module, start):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    script = f"import {module} as m, time; m.{start}({gone.pid}); time.sleep(60)"
+    done = subprocess.run([sys.executable, "-c", script], check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("program", ["pipelines.local_worker", "pipelines.service.one_run"])
+def test_a_program_ends_whose_parent_ended_while_it_imported(program, tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    command = [sys.executable, "-m", program, str(tmp_path), str(gone.pid)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL

@@ -11,7 +11,7 @@ from pathlib import Path
 
 _WRAPPER = (
     "import os, sys; from dpo.storage.processes import die_with_parent; "
-    "die_with_parent(); os.execv(sys.argv[1], sys.argv[1:])"
+    "die_with_parent(int(sys.argv[1])); os.execv(sys.argv[2], sys.argv[2:])"
 )
 
 
@@ -21,7 +21,7 @@ class NotHere(RuntimeError):
 
 def ended_with_us(*command: str) -> list[str]:
     """A command that ends when the process that starts it does, however that ends."""
-    return [sys.executable, "-c", _WRAPPER, *command]
+    return [sys.executable, "-c", _WRAPPER, str(os.getpid()), *command]
 
 
 def free_port() -> int:
