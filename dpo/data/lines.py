@@ -18,7 +18,8 @@ from dpo.data.json_stream import unique_keys
 MAX_ROW_BYTES = 8 * 2**20
 """A longer row is rejected without being held in memory."""
 PIECE_BYTES = 4 * 2**20
-_SHOWN_BYTES = 4000
+_START_BYTES = 4000
+"""What is kept of a longer one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class RawRow:
     line: int
     """Line (text) or row number (tables), from 1."""
     value: Any
-    """The row; its text, shortened, where it could not be read."""
+    """The row; its text where it could not be read, so that a person can mend it."""
     problem: str = ""
     """Why ``value`` is not a row."""
 
@@ -85,7 +86,7 @@ def pieces(stream: Iterable[bytes]) -> Iterator[Piece]:
         if skipping or held + (first_end or len(chunk)) > MAX_ROW_BYTES + bool(first_end):
             if not skipping:
                 waiting, skipping = (
-                    [(b"".join(waiting) + chunk[:_SHOWN_BYTES])[:_SHOWN_BYTES]],
+                    [(b"".join(waiting) + chunk[:_START_BYTES])[:_START_BYTES]],
                     True,
                 )
             if not first_end:
@@ -123,8 +124,8 @@ def piece_rows(piece: Piece, shown: str) -> Iterator[RawRow]:
         shown: The file's name in messages.
     """
     if piece.too_long:
-        problem = f"the line is longer than {MAX_ROW_BYTES // 2**20} MiB"
-        yield RawRow(shown, piece.first, shortened(piece.data), problem)
+        problem = f"the line is longer than {MAX_ROW_BYTES // 2**20} MiB, only its start is kept"
+        yield RawRow(shown, piece.first, _text(piece.data), problem)
         return
     for number, line in enumerate(piece.lines(), piece.first):
         if line and not line.isspace():
@@ -136,13 +137,13 @@ def json_row(line: bytes, shown: str, number: int) -> RawRow:
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        return RawRow(shown, number, shortened(line), _json_problem(line, error))
+        return RawRow(shown, number, _text(line), _json_problem(line, error))
     if type(value) is dict and any(line.count(b'"%b"' % key.encode()) > 1 for key in value):
         # orjson keeps the last of two equal keys and says nothing
         try:
             json.loads(line, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
-            return RawRow(shown, number, value, str(error))
+            return RawRow(shown, number, _text(line), str(error))
     return RawRow(shown, number, value)
 
 
@@ -156,6 +157,5 @@ def _json_problem(line: bytes, error: orjson.JSONDecodeError) -> str:
     return f"not JSON: {error.msg} (column {error.colno})"
 
 
-def shortened(line: bytes) -> str:
-    """The start of a line, to be shown."""
-    return line[:_SHOWN_BYTES].decode("utf-8", "replace")
+def _text(line: bytes) -> str:
+    return line.decode("utf-8", "replace")

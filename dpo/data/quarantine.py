@@ -23,6 +23,7 @@ NOT_FAULTY = frozenset(
 )
 """Reasons of sound rows that are not needed; they do not count as bad data."""
 _SHOWN_VALUE_CHARS = 60
+_COLUMNS, _FIELDS = "columns", "fields"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -99,6 +100,32 @@ class Rejected:
 def writable(text: str) -> str:
     """``text`` with the mark of a lost character for each half of one, which no file can have."""
     return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def fields_of_row(columns: list[str], fields: list[str]) -> dict[str, list[str]]:
+    """A row of a table that has too many fields, or too few, so that it can be mended."""
+    return {_COLUMNS: columns, _FIELDS: fields}
+
+
+def row_of_fields(row: Any) -> Any:
+    """The row of ``fields_of_row`` that a person has mended; any other row as it is.
+
+    Raises:
+        RowError: it still has too many fields, or too few.
+    """
+    if not isinstance(row, dict) or row.keys() != {_COLUMNS, _FIELDS}:
+        return row
+    columns, fields = row[_COLUMNS], row[_FIELDS]
+    if not isinstance(columns, list) or not isinstance(fields, list):
+        return row
+    if len(columns) != len(fields):
+        raise RowError("unreadable", wrong_number(len(fields), len(columns)), "row")
+    return {str(name): text or None for name, text in zip(columns, fields, strict=True)}
+
+
+def wrong_number(n_fields: int, n_columns: int) -> str:
+    """What is wrong with a row of so many fields."""
+    return f"CSV: {n_fields} fields where the header has {n_columns}"
 
 
 def moved(line: bytes, offset: int) -> bytes:

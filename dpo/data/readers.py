@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from dpo.data.encodings import not_utf8
 from dpo.data.json_stream import BrokenText, JsonSyntax, iter_document
 from dpo.data.lines import MAX_ROW_BYTES, PIECE_BYTES, Piece, RawRow, piece_rows, pieces
+from dpo.data.quarantine import fields_of_row, wrong_number
 from dpo.data.unpack import (
     BYTE_ORDER_MARK,
     COMPRESSED,
@@ -31,7 +32,6 @@ from dpo.data.unpack import (
 from dpo.errors import DataError
 
 _BATCH_ROWS = 1000
-_SHOWN_CHARS = 4000
 
 Container = Literal["jsonl", "json", "csv", "parquet", "arrow"]
 _SUFFIXES: dict[str, Container] = {
@@ -177,7 +177,8 @@ def _is_document(head: bytes) -> bool:
         return True
     if not text.startswith(b"{"):
         return False
-    line = text.split(b"\n", 1)[0].rstrip()
+    line, _, rest = text.partition(b"\n")
+    line = line.rstrip()
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError:
@@ -187,6 +188,9 @@ def _is_document(head: bytes) -> bool:
             or bool(_LIST_IN_OBJECT.search(line))
             or line.endswith((b",", b"[", b"{"))
         )
+    if rest.lstrip().startswith(b"{"):
+        # another row, so this one is a row as well, whatever it holds
+        return False
     return isinstance(value, dict) and any(
         isinstance(value.get(key), list)
         and all(isinstance(item, dict) for item in value[key])
@@ -222,7 +226,8 @@ def _document(stream: Iterable[bytes], shown: str) -> Iterator[RawRow]:
 
 def _csv(stream: Iterable[bytes], shown: str) -> Iterator[RawRow]:
     too_long: set[int] = set()
-    lines = _text_lines(stream, too_long)
+    texts: list[str] = []
+    lines = _text_lines(stream, too_long, texts)
     header = next(lines, "")
     delimiter = max(",;\t|", key=header.count)
     csv.field_size_limit(MAX_ROW_BYTES)
@@ -230,20 +235,25 @@ def _csv(stream: Iterable[bytes], shown: str) -> Iterator[RawRow]:
     names = _header(reader, shown)
     while True:
         first = reader.line_num + 1
+        texts.clear()
         try:
             fields = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield RawRow(shown, first, None, f"CSV: {error}{_span(first, reader.line_num)}")
+            yield RawRow(
+                shown,
+                first,
+                "".join(texts)[:MAX_ROW_BYTES],
+                f"CSV: {error}{_span(first, reader.line_num)}",
+            )
             continue
         if not too_long.isdisjoint(range(first, reader.line_num + 1)):
-            value = delimiter.join(fields)[:_SHOWN_CHARS]
-            yield RawRow(shown, first, value, f"a line is longer than {MAX_ROW_BYTES // 2**20} MiB")
+            problem = f"a line is longer than {MAX_ROW_BYTES // 2**20} MiB, only its start is kept"
+            yield RawRow(shown, first, "".join(texts), problem)
         elif fields and len(fields) != len(names):
-            problem = f"CSV: {len(fields)} fields where the header has {len(names)}"
-            value = delimiter.join(fields)[:_SHOWN_CHARS]
-            yield RawRow(shown, first, value, problem + _span(first, reader.line_num))
+            problem = wrong_number(len(fields), len(names)) + _span(first, reader.line_num)
+            yield RawRow(shown, first, fields_of_row(names, fields), problem)
         elif fields:
             # an empty cell is a missing value
             pairs = zip(names, fields, strict=True)
@@ -266,14 +276,19 @@ def _span(first: int, last: int) -> str:
     return f" (lines {first} to {last}: a quote is missing or too many)" if last > first else ""
 
 
-def _text_lines(stream: Iterable[bytes], too_long: set[int]) -> Iterator[str]:
-    """Lines as text; the numbers of those that are cut short go into ``too_long``."""
+def _text_lines(stream: Iterable[bytes], too_long: set[int], texts: list[str]) -> Iterator[str]:
+    """Lines as text; the numbers of those that are cut short go into ``too_long``.
+
+    Each is appended to ``texts`` as well, which the caller empties.
+    """
     for piece in pieces(stream):
         if piece.too_long:
             too_long.add(piece.first)
         for line in piece.lines():
             # what is not UTF-8 becomes half a character, which the check of the texts refuses
-            yield line.decode("utf-8", "surrogateescape") + "\n"
+            text = line.decode("utf-8", "surrogateescape") + "\n"
+            texts.append(text)
+            yield text
 
 
 # --- tables ---------------------------------------------------------------------------------------

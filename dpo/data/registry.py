@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import orjson
-
 from dpo.config.schema import SourceConfig
 from dpo.data import annotated, compared, custom, formats, shapes
 from dpo.data.fields import named_texts, opened, refuse_media
 from dpo.data.formats import ASSISTANT, Candidate, Parser, Rating, RowError, split_field
+from dpo.data.lines import json_row
 from dpo.data.prompts import PROMPTS, framed, refuse_unread_question
+from dpo.data.quarantine import row_of_fields
+from dpo.data.repeats import REASONS
 from dpo.data.verdicts import answer_names
 
 
@@ -56,10 +57,20 @@ _QUARANTINE_KEYS = {"reason", "advice", "row"}
 def parser_of(source: SourceConfig) -> Parser:
     """What reads the rows of a source."""
     if ":" in source.format:
-        return custom.row_parser(source.format)
+        return partial(_parse_custom, parse=custom.row_parser(source.format))
     shp: Parser = partial(formats.shp, min_score_ratio=source.min_score_ratio)
     parsers = {**PARSERS, **_BY_SHAPE, "shp": shp}
     return partial(_parse, parsers=parsers, format_name=source.format)
+
+
+def _parse_custom(row: Any, *, parse: Parser) -> Sequence[Candidate | Rating]:
+    if _is_quarantined(row):
+        return _mended(row, parse)
+    return parse(row)
+
+
+def _is_quarantined(row: Any) -> bool:
+    return isinstance(row, Mapping) and "reason" in row and row.keys() >= _QUARANTINE_KEYS
 
 
 def _parse(
@@ -68,8 +79,8 @@ def _parse(
     if not isinstance(row, Mapping):
         kind = type(row).__name__
         raise RowError("wrong_type", f"expected an object with fields, found a {kind}")
-    if "reason" in row and row.keys() >= _QUARANTINE_KEYS:
-        return _mended(row, parsers, format_name)
+    if _is_quarantined(row):
+        return _mended(row, partial(_parse, parsers=parsers, format_name=format_name))
     row = named_texts(opened(renamed(row)))
     refuse_media(row)
     found = detect(row) if format_name == "auto" else _by_values(format_name, row)
@@ -87,20 +98,21 @@ def _parse(
     return framed(row, parsers[found](row), history=found != "shp")
 
 
-def _mended(
-    line: Mapping[str, Any], parsers: Mapping[str, Parser], format_name: str
-) -> Sequence[Candidate | Rating]:
+def _mended(line: Mapping[str, Any], parse: Parser) -> Sequence[Candidate | Rating]:
     """The row in a line of a quarantine file, which a person has mended."""
     row = line["row"]
     if isinstance(row, str):
         # a row that could not be read stands there as its text
-        try:
-            row = orjson.loads(row)
-        except orjson.JSONDecodeError as error:
-            raise RowError("unreadable", f"row is not JSON: {error.msg}", "row") from None
-    found = _parse(row, parsers=parsers, format_name=format_name)
+        found = json_row(row.encode("utf-8", "surrogatepass"), "", 0)
+        if found.problem:
+            raise RowError("unreadable", f"row is {found.problem}", "row")
+        row = found.value
+    row = row_of_fields(row)
+    if line["reason"] in REASONS:
+        # what collides with other pairs stands there as a pair, whatever it was made of
+        parse = partial(_parse, parsers=PARSERS, format_name="auto")
     split = split_field(line)
-    return [item if item.split else item._replace(split=split) for item in found]
+    return [item if item.split else item._replace(split=split) for item in parse(row)]
 
 
 def _by_values(format_name: str, row: Mapping[str, Any]) -> str:

@@ -62,6 +62,15 @@ def test_a_function_of_ones_own_reads_rows(ingest: Ingest, custom: str) -> None:
         ingest(rows, {"format": f"{custom}:none"})
 
 
+def test_a_mended_quarantine_of_a_format_of_ones_own(ingest: Ingest, custom: str) -> None:
+    source = {"format": f"{custom}:mine"}
+    (line,) = ingest([{"q": "one", "good": "a", "bad": ""}], source).quarantine
+    assert ingest([line], source).reasons == ["empty"]
+    line["row"]["bad"] = "b"
+    again = ingest([{**line, "split": "test"}], source)
+    assert [(pair["rejected"], pair["split"]) for pair in again.pairs] == [("b", "test")]
+
+
 def test_the_reference_codes_form_is_accepted(ingest_sources: Ingest, custom: str) -> None:
     found = ingest_sources({"mine": {"loader": f"{custom}:whole"}})
     assert [

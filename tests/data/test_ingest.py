@@ -147,21 +147,6 @@ def test_repeats_are_found_across_sources(ingest_sources: Ingest, tmp_path: Path
     assert "a: a.json" in line["advice"]
 
 
-def test_a_mended_quarantine_is_a_source(ingest: Ingest, tmp_path: Path) -> None:
-    found = ingest([row("p", "", "r"), good_row(1)])
-    mended = [{**line, "row": {**line["row"], "chosen": "now there"}} for line in found.quarantine]
-    again = ingest(mended)
-    assert [pair["chosen"] for pair in again.pairs] == ["now there"]
-    assert again.quarantine == []
-
-
-def test_rejected_repeats_can_be_fed_in_again(ingest: Ingest) -> None:
-    turns = [{"role": "user", "content": "p"}]
-    found = ingest([row(turns, "a", "b"), row(turns, "b", "a")])  # type: ignore[arg-type]
-    again = ingest(found.quarantine[:1])
-    assert (again.pairs[0]["chosen"], again.pairs[0]["prompt_messages"]) == (" a", turns)
-
-
 def test_a_sound_pair_of_a_row_is_kept_when_another_is_not(ingest: Ingest) -> None:
     ranked = {"prompt": "p", "responses": ["a", "", "c"], "scores": [3, 2, 1]}
     found = ingest([ranked])

@@ -120,6 +120,26 @@ def test_a_broken_line_costs_itself_alone(tmp_path: Path, line: bytes, problem: 
     assert found[2].value == {"a": 3}
 
 
+def test_a_row_that_cannot_be_read_is_kept_whole(tmp_path: Path) -> None:
+    """And as text: the parser would keep the last of two equal keys."""
+    broken = ['{"a": "' + "ü" * 9000 + '"', '{"a": 1, "a": 2}']
+    found = read(tmp_path / "x.jsonl", "\n".join(broken).encode())
+    assert [row.value for row in found] == broken
+    text = f'p,"{"c" * 9000}" d,r'
+    found = read(tmp_path / "x.csv", f"prompt,chosen,rejected\n{text}\np,c\n".encode())
+    columns = ["prompt", "chosen", "rejected"]
+    assert [row.value for row in found] == [text + "\n", {"columns": columns, "fields": ["p", "c"]}]
+
+
+@pytest.mark.parametrize("name", ["pairs", "rows", "data", "dataset"])
+def test_rows_with_a_list_of_such_a_name_are_rows(tmp_path: Path, name: str) -> None:
+    """A document of one line holds nothing after it."""
+    row = {name: [{"prompt": "p"}], "instruction": "q"}
+    line = json.dumps(row).encode() + b"\n"
+    assert values(read(tmp_path / "rows.json", line + b"\n" + line)) == [row, row]
+    assert values(read(tmp_path / "rows.json", line)) == [{"prompt": "p"}]
+
+
 def test_a_very_long_line_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lines, "MAX_ROW_BYTES", 2**20)
     long = b'{"a": "' + b"x" * (5 * 2**20) + b'"}\n'

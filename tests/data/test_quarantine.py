@@ -1,0 +1,59 @@
+"""A quarantine file is a source like any other: what is mended in it is read again."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.data.conftest import Outcome, good_row
+
+Ingest = Callable[..., Outcome]
+
+
+def test_a_mended_quarantine_is_a_source(ingest: Ingest, tmp_path: Path) -> None:
+    found = ingest([{"prompt": "p", "chosen": "", "rejected": "r"}, good_row(1)])
+    mended = [{**line, "row": {**line["row"], "chosen": "now there"}} for line in found.quarantine]
+    again = ingest(mended)
+    assert [pair["chosen"] for pair in again.pairs] == ["now there"]
+    assert again.quarantine == []
+
+
+def test_rejected_repeats_can_be_fed_in_again(ingest: Ingest) -> None:
+    turns = [{"role": "user", "content": "p"}]
+    found = ingest(
+        [
+            {"prompt": turns, "chosen": "a", "rejected": "b"},
+            {"prompt": turns, "chosen": "b", "rejected": "a"},
+        ]
+    )
+    again = ingest(found.quarantine[:1])
+    assert (again.pairs[0]["chosen"], again.pairs[0]["prompt_messages"]) == (" a", turns)
+
+
+def test_a_row_of_a_table_with_a_comma_too_many_can_be_mended(
+    ingest: Ingest, tmp_path: Path
+) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("prompt,chosen,rejected\nWhy, then?,yes,no\n")
+    found = ingest([], {"path": str(path)})
+    again = ingest(found.quarantine)
+    assert [line["reason"] for line in again.quarantine] == ["unreadable"]
+    assert "4 fields where the header has 3" in again.quarantine[0]["advice"]
+    line = found.quarantine[0]
+    fields = line["row"]["fields"]
+    line["row"]["fields"] = [",".join(fields[:2]), *fields[2:]]
+    assert [pair["prompt"] for pair in ingest([line]).pairs] == ["Why, then?"]
+
+
+def test_an_equal_key_stays_wrong_in_the_quarantine(ingest: Ingest, tmp_path: Path) -> None:
+    path = tmp_path / "twice.jsonl"
+    path.write_text('{"prompt": "a", "prompt": "b", "chosen": "c", "rejected": "r"}\n')
+    again = ingest(ingest([], {"path": str(path)}).quarantine)
+    assert "stands there twice" in again.quarantine[0]["advice"]
+
+
+def test_repeats_of_a_source_with_a_format_can_be_fed_in_again(ingest: Ingest) -> None:
+    """They are kept as pairs, whatever they were made of."""
+    rated = {"prompt": "p", "responses": ["a", "b"], "scores": [2, 1]}
+    found = ingest([rated, rated], {"format": "ranked"})
+    assert found.reasons == ["duplicate_pair"]
+    again = ingest(found.quarantine, {"format": "ranked"})
+    assert [(pair["chosen"], pair["rejected"]) for pair in again.pairs] == [("a", "b")]
