@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -16,7 +15,7 @@ import pyarrow as pa
 
 from dpo.data.parts import Part, Places
 from dpo.data.quarantine import QUARANTINE, moved
-from dpo.data.repeats import Records, Repeats
+from dpo.data.repeats import REASONS, Records, Repeats, Rows
 from dpo.data.spill import REJECTED, Tally, read_keys
 from dpo.data.write import Plan, write_files
 
@@ -125,24 +124,58 @@ def _choose(
     parts: Sequence[Part], caps: Mapping[str, Cap], folder: Path
 ) -> tuple[npt.NDArray[np.bool_], Records, Records]:
     """By ordinal: whether a pair is used; why those that collide are not; what is nearly equal."""
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(1) as beside:
         # numpy leaves the interpreter's lock for most of it
-        decisions, near = pool.map(partial(_collisions, parts, folder), ("prompt_a", "near"))
+        later = beside.submit(_near, parts, folder / "near")
+        keep, decisions = _without_repeats(parts, caps, folder / "equal")
+        near = later.result()
     folder.rmdir()
+    return keep, decisions, near[keep[near["ordinal"]]]
+
+
+def _near(parts: Sequence[Part], folder: Path) -> Records:
+    repeats = _repeats(parts, folder, "near")
+    found = repeats.decide()
+    repeats.remove()
+    return found
+
+
+def _without_repeats(
+    parts: Sequence[Part], caps: Mapping[str, Cap], folder: Path
+) -> tuple[npt.NDArray[np.bool_], Records]:
+    """By ordinal: whether a pair is used; and why those that collide are not.
+
+    Pairs of a source beyond its cap outrank no pair of another source: one source after the other
+    is capped, and what it does not use is as if it were not there from then on. Only contradictions
+    stay, for they say that nobody knows.
+    """
+    repeats = _repeats(parts, folder, "prompt_a")
     keep = np.ones(sum(part.tally.pairs for part in parts), dtype=bool)
+    absent = np.zeros(len(keep), dtype=bool)
+    settled = []
+    for source, cap in caps.items():
+        start, ranks = _ranked(parts, source, cap)
+        if len(ranks) <= cap.n_pairs:
+            continue
+        found = repeats.decide(absent)
+        own = found[(found["ordinal"] >= start) & (found["ordinal"] < start + len(ranks))]
+        beyond = start + _beyond(cap, ranks, own["ordinal"].astype(np.int64) - start)
+        if len(beyond):
+            keep[beyond] = False
+            settled.append(own[own["reason"] != REASONS.index("contradictory_pair")])
+            absent[beyond] = absent[settled[-1]["ordinal"]] = True
+    decisions = np.sort(np.concatenate([*settled, repeats.decide(absent)]), order="ordinal")
+    repeats.remove()
     keep[decisions["ordinal"]] = False
-    near = near[keep[near["ordinal"]]]
-    for name, cap in caps.items():
-        _apply_cap(keep, parts, name, cap)
-    return keep, decisions, near
+    return keep, decisions
 
 
-def _collisions(parts: Sequence[Part], folder: Path, by: Literal["prompt_a", "near"]) -> Records:
-    repeats = Repeats(folder / by, sum(part.tally.pairs for part in parts), by)
+def _repeats(parts: Sequence[Part], folder: Path, by: Literal["prompt_a", "near"]) -> Repeats:
+    repeats = Repeats(folder, sum(part.tally.pairs for part in parts), by)
     for part in parts:
         for records in read_keys(part.block.folder):
             repeats.add(records["key"], records["line"])
-    return repeats.decide()
+    return repeats
 
 
 _NO_RANKS = np.zeros(0, dtype=np.uint64)
@@ -161,7 +194,8 @@ def _ranks(keys: Records, seed: int) -> npt.NDArray[np.uint64]:
     return ranks
 
 
-def _apply_cap(keep: npt.NDArray[np.bool_], parts: Sequence[Part], source: str, cap: Cap) -> None:
+def _ranked(parts: Sequence[Part], source: str, cap: Cap) -> tuple[int, npt.NDArray[np.uint64]]:
+    """The ordinal of a source's first pair, and the ranks of all of them."""
     start, found = 0, [_NO_RANKS]
     for part in parts:
         if part.block.place.source == source:
@@ -169,11 +203,16 @@ def _apply_cap(keep: npt.NDArray[np.bool_], parts: Sequence[Part], source: str, 
             found += [_ranks(records["key"], cap.seed) for records in keys]
         elif len(found) == 1:
             start += part.tally.pairs
-    ranks = np.concatenate(found)
-    sound = np.flatnonzero(keep[start : start + len(ranks)])
-    if len(sound) > cap.n_pairs:
-        order = np.argsort(ranks[sound], kind="stable")
-        keep[start + sound[order[cap.n_pairs :]]] = False
+    return start, np.concatenate(found)
+
+
+def _beyond(cap: Cap, ranks: npt.NDArray[np.uint64], colliding: Rows) -> Rows:
+    """The sound pairs that are not chosen, by their numbers within the source."""
+    is_sound = np.ones(len(ranks), dtype=bool)
+    is_sound[colliding] = False
+    sound = np.flatnonzero(is_sound)
+    order = np.argsort(ranks[sound], kind="stable")
+    return sound[order[cap.n_pairs :]]
 
 
 def _sample(n_pairs: int, wanted: int, seed: int) -> npt.NDArray[np.int64]:

@@ -8,6 +8,7 @@ the hash of their letters and digits.
 
 from __future__ import annotations
 
+import shutil
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -120,20 +121,27 @@ class Repeats:
             with (self._folder / f"{index:02d}").open("ab") as file:
                 part.tofile(file)
 
-    def decide(self) -> Records:
-        """``DECISION`` records by ordinal, of files that are removed.
+    def decide(self, without: npt.NDArray[np.bool_] | None = None) -> Records:
+        """``DECISION`` records by ordinal.
 
         By ``prompt_a``: of all rows to reject. By ``near``, without a reason: of training pairs
         whose prompt is nearly one of the test split; they are reported, not rejected.
+
+        Args:
+            without: By ordinal: whether a row is as if it were not there.
         """
         of_records = judge if self._by == "prompt_a" else _near_duplicates
         found = [np.zeros(0, dtype=DECISION)]
         for path in sorted(self._folder.iterdir()):
             records = np.fromfile(path, dtype=_RECORD)
+            if without is not None:
+                records = records[~without[records["ordinal"]]]
             found.append(of_records(records[_not_alone(records[self._by])]))
-            path.unlink()
-        self._folder.rmdir()
         return np.sort(np.concatenate(found), order="ordinal")
+
+    def remove(self) -> None:
+        """Remove the files."""
+        shutil.rmtree(self._folder)
 
 
 def _not_alone(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:

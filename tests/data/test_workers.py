@@ -120,7 +120,8 @@ def test_no_worker_outlives_an_ingest_that_is_stopped_as_it_starts(
     for name in range(3):
         (tmp_path / "many" / f"{name}.jsonl").write_text(json.dumps(good_row(name)))
     (tmp_path / "script.py").write_text(SCRIPT)
-    process = subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path, env=environment)
     while not (workers := children(process.pid)):
         assert process.poll() is None
         time.sleep(0.005)
