@@ -15,7 +15,7 @@ from dpo.data.stage import check_only
 from dpo.errors import DpoError, printable
 
 FAULTY = 1
-"""Exit code when a row is wrong, or the file cannot be read."""
+"""Exit code when a row is wrong, no row gives a pair, or the file cannot be read."""
 
 
 def check_file(
@@ -43,7 +43,8 @@ def check_file(
     text = writable(json.dumps(found, ensure_ascii=False)) if as_json else _as_text(place, found)
     # rows are hostile texts, and this is a terminal
     print(printable(text))
-    return FAULTY if any(reason not in NOT_FAULTY for reason in found["reasons"]) else 0
+    faults = any(reason not in NOT_FAULTY for reason in found["reasons"])
+    return FAULTY if faults or not found["accepted"] else 0
 
 
 def _as_json(result: Assembled) -> dict[str, Any]:
@@ -88,7 +89,11 @@ def _as_text(place: str, found: dict[str, Any]) -> str:
             lines += [f"    {_shown(item)}" for item in entry["places"]]
             if entry["count"] > len(entry["places"]):
                 lines.append(f"    ... and {entry['count'] - len(entry['places']):,} more")
-    ending = "Mend these rows in the file and check it again." if wrong else "Nothing is wrong."
+    ending = "Nothing is wrong."
+    if wrong:
+        ending = "Mend these rows in the file and check it again."
+    elif not found["accepted"]:
+        ending = "No row gives a pair: there is nothing to train on in this file."
     return "\n".join([*lines, "", ending])
 
 

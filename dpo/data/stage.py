@@ -20,12 +20,13 @@ from dpo.data.assemble import Assembled, Cap, assemble
 from dpo.data.check import Rules
 from dpo.data.division import Shard
 from dpo.data.gather import Checked, check_sources, in_order
-from dpo.data.quarantine import NOT_FAULTY, QUARANTINE
+from dpo.data.quarantine import NOT_FAULTY, QUARANTINE, Rejected
 from dpo.data.report import SAMPLE_ROWS, write_report
 from dpo.data.rules import rules_of
 from dpo.data.schema import arrow_schema
 from dpo.data.shards import read_shards
 from dpo.data.sources import source_fingerprints
+from dpo.data.spill import Tally
 from dpo.data.text_tokenizer import load_text_tokenizer
 from dpo.errors import DataError
 from dpo.storage.manifest import Manifest, staged, write_manifest
@@ -69,7 +70,7 @@ def run_ingest(
             checked, found = _read_here(config, rules, folder / _SPILL, fingerprints, workers)
         result = _assembled(config, rules, checked, folder)
         _refuse_bad_share(config, result, folder, output)
-        _refuse_empty_split(result)
+        _refuse_empty_split(result, folder, output)
         figures = result.figures()
         tokenizer = load_text_tokenizer(rules.tokenizer)
         write_report(
@@ -172,27 +173,55 @@ def _refuse_bad_share(config: RunConfig, result: Assembled, folder: Path, output
     share = n_bad / tally.rows
     if share <= config.max_rejected_share or config.bad_rows == "drop":
         return
-    kept = output.absolute().with_name(f"{output.name}.{QUARANTINE}")
-    shutil.move(folder / QUARANTINE, kept)
     examples = [item for reason in bad for item in tally.examples[reason]]
-    first = "\n".join(f"    {item}" for item in examples[:_SHOWN_REASONS])
     raise DataError(
         f"{n_bad:,} of {tally.rows:,} rows are unusable ({share:.1%}; at most "
-        f"{config.max_rejected_share:.1%} are allowed). For example:\n{first}",
-        where=f"all of them with reasons: {kept}",
+        f"{config.max_rejected_share:.1%} are allowed). For example:\n{_listed(examples)}",
+        where=_kept_quarantine(folder, output),
         fix="mend these rows, allow more with max_rejected_share, or leave them out: bad_rows=drop",
     )
 
 
-def _refuse_empty_split(result: Assembled) -> None:
-    n_train, n_pairs = result.train_pairs, result.total().pairs
-    for split, count in (("train", n_train), ("test", n_pairs - n_train)):
+def _refuse_empty_split(result: Assembled, folder: Path, output: Path) -> None:
+    total = result.total()
+    if not total.pairs:
+        raise DataError(
+            f"none of {total.rows:,} rows gives a pair{_why(total)}",
+            where=_kept_quarantine(folder, output),
+            fix="mend these rows, or give others: see config/dataset/README.md",
+        )
+    for split, count in (
+        ("train", result.train_pairs),
+        ("test", total.pairs - result.train_pairs),
+    ):
         if not count:
+            kept = f"; {_kept_quarantine(folder, output)}" if total.reasons else ""
             raise DataError(
-                f"no pair is in the {split} split ({n_pairs} pairs in all)",
-                where="test_fraction",
+                f"no pair is in the {split} split ({total.pairs:,} pairs in all){_why(total)}",
+                where=f"test_fraction{kept}",
                 fix="give more pairs, or another test_fraction",
             )
+
+
+def _why(tally: Tally) -> str:
+    """The reasons of rejected rows by their number, and an example of each."""
+    if not tally.reasons:
+        return ""
+    common = tally.reasons.most_common(_SHOWN_REASONS)
+    counts = ", ".join(f"{count:,} {name}" for name, count in common)
+    examples = [tally.examples[name][0] for name, _ in common]
+    return f"; rejected are {counts}. For example:\n{_listed(examples)}"
+
+
+def _listed(examples: Sequence[Rejected]) -> str:
+    return "\n".join(f"    {item}" for item in examples[:_SHOWN_REASONS])
+
+
+def _kept_quarantine(folder: Path, output: Path) -> str:
+    """Put the quarantine beside the output that is not made; where it is, for a message."""
+    kept = output.absolute().with_name(f"{output.name}.{QUARANTINE}")
+    shutil.move(folder / QUARANTINE, kept)
+    return f"all rejected rows with reasons: {kept}"
 
 
 def _tell(figures: dict[str, Any]) -> None:

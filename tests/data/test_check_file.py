@@ -68,6 +68,16 @@ def test_duplicates_alone_are_no_fault(in_tmp: Path, capsys: pytest.CaptureFixtu
     assert "... and 75 more" in text
 
 
+def test_a_file_without_a_single_pair_is_wrong(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine.jsonl").write_text('{"prompt": "p", "completion": "c", "score": 1}\n')
+    code, text = check("mine.jsonl", capsys)
+    assert code == 1
+    assert "(one_answer): 1 row" in text
+    assert text.endswith("No row gives a pair: there is nothing to train on in this file.\n")
+
+
 def test_a_file_that_cannot_be_read(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine.json").write_text("[1, 2")
     assert main(["ingest", "--check", "mine.json"]) == 1

@@ -463,6 +463,26 @@ def test_an_empty_source_and_an_empty_split(
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
+def test_where_no_row_gives_a_pair_the_reasons_are_told(
+    ingest_sources: Ingest, tmp_path: Path
+) -> None:
+    bad = [{"prompt": f"p{n}", "completion": "c", "score": 1} for n in range(3)]
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(item) + "\n" for item in [*bad, row("p", "", "r")]))
+    with pytest.raises(DataError, match="none of 4 rows gives a pair") as caught:
+        ingest_sources({"x": {"path": str(path)}}, bad_rows="drop")
+    told = str(caught.value)
+    assert "rejected are 3 one_answer, 1 empty. For example:\n    x: x.jsonl, line " in told
+    kept = tmp_path / "out.quarantine.jsonl"
+    assert str(kept) in told
+    assert len(kept.read_text().splitlines()) == 4
+    kept.unlink()
+    path.write_text("".join(json.dumps(item) + "\n" for item in [*bad, good_row(1, "train")]))
+    with pytest.raises(DataError, match=r"no pair is in the test split \(1 pairs in all\); re"):
+        ingest_sources({"x": {"path": str(path)}}, bad_rows="drop")
+    assert len(kept.read_text().splitlines()) == 3
+
+
 def test_a_file_that_changes_while_it_is_read_is_refused(
     ingest: Ingest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
