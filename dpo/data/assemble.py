@@ -16,10 +16,12 @@ import pyarrow as pa
 from dpo.data.parts import Part, Places
 from dpo.data.quarantine import QUARANTINE, moved
 from dpo.data.repeats import REASONS, Records, Repeats, Rows
-from dpo.data.spill import REJECTED, Tally, read_keys
+from dpo.data.spill import PAIRS, REJECTED, Tally, read_keys
 from dpo.data.write import Plan, write_files
 
 _SHOWN_NEAR = 5
+_SAMPLE_BYTES = 4 * 2**20
+"""The report counts their tokens, at a few seconds a megabyte, and shows some of them."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def assemble(
         caps: By source.
         folder: To write to; a folder for temporary files is made in it and removed.
         schema: Of the file.
-        sample_rows: How many pairs of the result to return.
+        sample_rows: How many pairs of the result to return; fewer where they are large.
         seed: Of that sample.
     """
     result = Assembled()
@@ -102,7 +104,7 @@ def assemble(
     result.near_duplicates = len(near)
     result.near_examples = [places.both(record) for record in near[:_SHOWN_NEAR]]
     result.unused = int((~keep).sum()) - len(decisions)
-    wanted = _sample(int(keep.sum()), sample_rows, seed)
+    wanted = _sample(int(keep.sum()), min(sample_rows, _fitting(parts)), seed)
     with (folder / QUARANTINE).open("wb") as quarantine:
         for part in parts:
             tally = result.sources.setdefault(part.block.place.source, Tally())
@@ -213,6 +215,13 @@ def _beyond(cap: Cap, ranks: npt.NDArray[np.uint64], colliding: Rows) -> Rows:
     sound = np.flatnonzero(is_sound)
     order = np.argsort(ranks[sound], kind="stable")
     return sound[order[cap.n_pairs :]]
+
+
+def _fitting(parts: Sequence[Part]) -> int:
+    """How many pairs of average size a sample may have."""
+    n_pairs = sum(part.tally.pairs for part in parts)
+    n_bytes = sum((part.block.folder / PAIRS).stat().st_size for part in parts)
+    return max(1, _SAMPLE_BYTES * n_pairs // max(1, n_bytes))
 
 
 def _sample(n_pairs: int, wanted: int, seed: int) -> npt.NDArray[np.int64]:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import orjson
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo.data.encodings import not_utf8
 from dpo.data.json_stream import BrokenText, JsonSyntax, iter_document
 from dpo.data.lines import MAX_ROW_BYTES, PIECE_BYTES, Piece, RawRow, piece_rows, pieces
 from dpo.data.quarantine import fields_of_row, wrong_number
+from dpo.data.tables import arrow_rows, parquet_rows
 from dpo.data.unpack import (
     BYTE_ORDER_MARK,
     COMPRESSED,
@@ -30,8 +30,6 @@ from dpo.data.unpack import (
     named_errors,
 )
 from dpo.errors import DataError
-
-_BATCH_ROWS = 1000
 
 Container = Literal["jsonl", "json", "csv", "parquet", "arrow"]
 _SUFFIXES: dict[str, Container] = {
@@ -68,7 +66,9 @@ def rows(path: Path, shown: str) -> Iterator[RawRow]:
     with named_errors(shown):
         container = _container_by_content(path, shown)
         if container in ("parquet", "arrow"):
-            yield from _parquet(path, shown) if container == "parquet" else _arrow(path, shown)
+            yield from (
+                parquet_rows(path, shown) if container == "parquet" else arrow_rows(path, shown)
+            )
             return
         with path.open("rb") as raw:
             stream = Text(path, shown, raw)
@@ -289,33 +289,3 @@ def _text_lines(stream: Iterable[bytes], too_long: set[int], texts: list[str]) -
             text = line.decode("utf-8", "surrogateescape") + "\n"
             texts.append(text)
             yield text
-
-
-# --- tables ---------------------------------------------------------------------------------------
-
-
-def _parquet(path: Path, shown: str) -> Iterator[RawRow]:
-    with pq.ParquetFile(path, memory_map=False, pre_buffer=False) as file:
-        yield from _batches(file.iter_batches(batch_size=_BATCH_ROWS), shown)
-
-
-def _arrow(path: Path, shown: str) -> Iterator[RawRow]:
-    """The file format, and the stream format that ``datasets`` writes."""
-    with path.open("rb") as head:
-        is_file = head.read(6) == b"ARROW1"
-    with pa.OSFile(str(path)) as source:
-        if is_file:
-            reader = pa.ipc.open_file(source)
-            batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
-            yield from _batches(batches, shown)
-        else:
-            yield from _batches(pa.ipc.open_stream(source), shown)
-
-
-def _batches(batches: Iterable[pa.RecordBatch], shown: str) -> Iterator[RawRow]:
-    number = 0
-    for batch in batches:
-        for start in range(0, batch.num_rows, _BATCH_ROWS):
-            for value in batch.slice(start, _BATCH_ROWS).to_pylist():
-                number += 1
-                yield RawRow(shown, number, value)

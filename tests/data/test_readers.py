@@ -14,7 +14,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dpo.data import lines, unpack
+from dpo.data import lines, tables, unpack
 from dpo.data.json_stream import JsonSyntax, iter_document
 from dpo.data.lines import RawRow, piece_rows
 from dpo.data.readers import is_lines, line_pieces, rows
@@ -223,6 +223,45 @@ def test_csv_stray_quote_and_wrong_width(tmp_path: Path) -> None:
     assert "CSV" in found[1].problem
     assert "3 fields where the header has 2" in found[3].problem
     assert found[4].value == {"a": "10", "b": None}
+
+
+@pytest.mark.parametrize("dictionary", [False, True])
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
+def test_a_row_of_a_table_has_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dictionary: bool
+) -> None:
+    """Of texts in lists and of those that a dictionary holds, too."""
+    monkeypatch.setattr(tables, "MAX_ROW_BYTES", 10_000)
+    large = {"prompt": "p", "chosen": ["x" * 9000, "y" * 2000]}
+    values = [{"prompt": f"{n}" * 900, "chosen": ["c"]} for n in range(9)]
+    table = pa.Table.from_pylist([*values[:5], large, *values[5:]])
+    if dictionary:
+        table = table.set_column(0, "prompt", table["prompt"].dictionary_encode())
+    if name == "x.arrow":
+        path = str(tmp_path / name)
+        with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        pq.write_table(table, tmp_path / name)
+    found = read(tmp_path / name)
+    assert [row.line for row in found] == list(range(1, 11))
+    assert [row.value for row in found if not row.problem] == values
+    assert "only its start is kept" in found[5].problem
+    assert found[5].value.startswith("prompt: p\nchosen: ['xxx")
+
+
+def test_large_rows_of_a_table_are_read_a_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "_BATCH_BYTES", 2**16)
+    texts = [f"{n:05d}" * 2000 for n in range(50)] + [f"{n}" for n in range(50)]
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"prompt": texts}), path, row_group_size=25, compression="none")
+    with pq.ParquetFile(path) as file:
+        sizes = [batch.num_rows for batch in tables._parquet_batches(file)]
+    assert max(sizes[:-2]) <= 6
+    assert sizes[-2:] == [25, 25] or sizes[-1] == 50
+    assert [row.value["prompt"] for row in read(path)] == texts
 
 
 def test_csv_with_an_open_quote_names_the_lines_that_it_swallowed(tmp_path: Path) -> None:

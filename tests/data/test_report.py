@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dpo import data
+from dpo.data import assemble
 from dpo.data.lengths import length_figures
 from dpo.data.reasons import TITLES
 from dpo.data.repeats import REASONS
@@ -90,3 +91,16 @@ def test_the_figures_agree_with_the_files(report: Outcome) -> None:
     assert set(report.report["sources"]) == {"rows", "good"}
     assert report.report["lengths_tokens"]["sample_pairs"] == 33
     assert len(report.report["sample"]) == 8
+
+
+def test_of_large_pairs_fewer_are_measured(
+    ingest: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens are counted at seconds a megabyte: 250 pairs of 2 MB took more than ten minutes."""
+    monkeypatch.setattr(assemble, "_SAMPLE_BYTES", 100_000)
+    rows = [good_row(number) | {"chosen": f"{number} " * 5000} for number in range(30)]
+    found = ingest(rows)
+    n_measured = found.report["lengths_tokens"]["sample_pairs"]
+    assert 1 <= n_measured <= 10
+    page = (found.folder / "report.html").read_text(encoding="utf-8")
+    assert f"measured on a sample of {n_measured} pairs" in page

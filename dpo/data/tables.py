@@ -1,0 +1,92 @@
+"""Rows of Parquet and Arrow files, some megabytes at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpo.data.lines import MAX_ROW_BYTES, RawRow
+
+_BATCH_ROWS = 1000
+_BATCH_BYTES = 16 * 2**20
+_SHOWN_CHARS = 200
+"""Of each field of a row that is too large."""
+
+
+def parquet_rows(path: Path, shown: str) -> Iterator[RawRow]:
+    """Every row of a Parquet file."""
+    with pq.ParquetFile(path, memory_map=False, pre_buffer=False) as file:
+        yield from _rows(_parquet_batches(file), shown)
+
+
+def _parquet_batches(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
+    """Fewer rows at a time where rows are large."""
+    groups = range(file.metadata.num_row_groups)
+    for n_rows, alike in groupby(groups, lambda group: _batch_rows(file.metadata.row_group(group))):
+        yield from file.iter_batches(batch_size=n_rows, row_groups=list(alike))
+
+
+def _batch_rows(group: pq.RowGroupMetaData) -> int:
+    """Powers of two, so that groups of rows of about one size are read together."""
+    row_bytes: int = group.total_byte_size // max(1, group.num_rows)
+    fitting = _BATCH_BYTES // max(1, row_bytes)
+    return min(_BATCH_ROWS, 1 << max(0, fitting.bit_length() - 1))
+
+
+def arrow_rows(path: Path, shown: str) -> Iterator[RawRow]:
+    """Every row of the file format, or of the stream format that ``datasets`` writes."""
+    with path.open("rb") as head:
+        is_file = head.read(6) == b"ARROW1"
+    with pa.OSFile(str(path)) as source:
+        if is_file:
+            reader = pa.ipc.open_file(source)
+            batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
+            yield from _rows(batches, shown)
+        else:
+            yield from _rows(pa.ipc.open_stream(source), shown)
+
+
+def _rows(batches: Iterable[pa.RecordBatch], shown: str) -> Iterator[RawRow]:
+    number = 0
+    for batch in batches:
+        for part in _small(batch):
+            may_be_large = part.nbytes > MAX_ROW_BYTES
+            for value in part.to_pylist():
+                number += 1
+                if may_be_large and _size(value) > MAX_ROW_BYTES:
+                    limit = f"{MAX_ROW_BYTES // 2**20} MiB"
+                    problem = f"the row is larger than {limit}, only its start is kept"
+                    yield RawRow(shown, number, _start(value), problem)
+                else:
+                    yield RawRow(shown, number, value)
+
+
+def _small(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """Parts of few bytes, or of one row."""
+    if batch.num_rows <= 1 or (batch.num_rows <= _BATCH_ROWS and batch.nbytes <= MAX_ROW_BYTES):
+        yield batch
+        return
+    half = batch.num_rows // 2
+    yield from _small(batch.slice(0, half))
+    yield from _small(batch.slice(half))
+
+
+def _size(value: Any) -> int:
+    """About the bytes of a value, as far as texts make them up."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(_size, value))
+    return 0
+
+
+def _start(row: dict[str, Any]) -> str:
+    """No JSON: a row that is cut must not pass for one that is whole."""
+    return "\n".join(f"{name}: {str(value)[:_SHOWN_CHARS]}" for name, value in row.items())
