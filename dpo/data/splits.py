@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 
 from dpo.data.schema import SPLIT_WORDS, TEST, TRAIN
+from dpo.data.unpack import COMPRESSED
 
 # numbers of parts (00000-of-00001) say nothing
 _WORDS = re.compile(r"[^\W\d_]+")
@@ -22,8 +23,11 @@ def own_split(path: PurePath) -> str | None:
     Args:
         path: Relative to the source: what lies above it is not its own.
     """
-    stem = path.name.partition(".")[0]
-    found = (_of_words(name) for name in (stem, *reversed(path.parts[:-1])))
+    name = path.name
+    for suffix in COMPRESSED:
+        name = name.removesuffix(suffix)
+    names = (PurePath(name).stem, *reversed(path.parts[:-1]))
+    found = map(_of_words, names)
     return next((split for split in found if split), None)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dpo.data.encodings import not_utf8
 from dpo.data.lines import MAX_ROW_BYTES, RawRow
 
 _BATCH_ROWS = 1000
@@ -56,14 +57,38 @@ def _rows(batches: Iterable[pa.RecordBatch], shown: str) -> Iterator[RawRow]:
     for batch in batches:
         for part in _small(batch):
             may_be_large = part.nbytes > MAX_ROW_BYTES
-            for value in part.to_pylist():
+            for value, problem in _values(part):
                 number += 1
                 if may_be_large and _size(value) > MAX_ROW_BYTES:
                     limit = f"{MAX_ROW_BYTES // 2**20} MiB"
                     problem = f"the row is larger than {limit}, only its start is kept"
-                    yield RawRow(shown, number, _start(value), problem)
-                else:
-                    yield RawRow(shown, number, value)
+                    value = _start(value)
+                yield RawRow(shown, number, value, problem)
+
+
+def _values(part: pa.RecordBatch) -> Iterator[tuple[Any, str]]:
+    """(row, what is wrong with it) of each row."""
+    try:
+        rows = part.to_pylist()
+    except UnicodeDecodeError as error:
+        if part.num_rows > 1:
+            for index in range(part.num_rows):
+                yield from _values(part.slice(index, 1))
+        else:
+            row = {name: _lossy(part[name][0]) for name in part.column_names}
+            yield row, f"broken encoding: {not_utf8(error.object)}"
+        return
+    for row in rows:
+        yield row, ""
+
+
+def _lossy(cell: pa.Scalar) -> Any:
+    """A value whose broken characters are marked as lost; of a list nothing is kept."""
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError:
+        is_text = hasattr(cell, "as_buffer")
+        return cell.as_buffer().to_pybytes().decode("utf-8", "replace") if is_text else None
 
 
 def _small(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:

@@ -250,6 +250,18 @@ def test_a_row_of_a_table_has_a_limit(
     assert found[5].value.startswith("prompt: p\nchosen: ['xxx")
 
 
+def test_a_text_of_a_table_that_is_not_utf8_costs_its_row_alone(tmp_path: Path) -> None:
+    """Arrow takes any bytes as text."""
+    data = pa.array([b"one", b"t\xfcwo", b"three"])
+    texts = pa.StringArray.from_buffers(3, *data.buffers()[1:])
+    pq.write_table(pa.table({"prompt": texts, "n": [1, 2, 3]}), tmp_path / "x.parquet")
+    found = read(tmp_path / "x.parquet")
+    assert [row.value["n"] for row in found] == [1, 2, 3]
+    assert [bool(row.problem) for row in found] == [False, True, False]
+    assert "byte 0xfc at position 2 is not UTF-8" in found[1].problem
+    assert found[1].value["prompt"] == "t\N{REPLACEMENT CHARACTER}wo"
+
+
 def test_large_rows_of_a_table_are_read_a_few_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ from tests.data.conftest import Outcome, good_row
         ("trained.json", None),
         ("my_train.json", "train"),
         ("testimonials.json", None),
+        ("v1.test.jsonl.zst", "test"),
         ("train/data-00000-of-00001.arrow", "train"),
         ("default/test/0000.parquet", "test"),
         ("test_prefs/0.parquet", "test"),
