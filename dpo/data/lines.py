@@ -17,6 +17,8 @@ from dpo.data.json_stream import unique_keys
 
 MAX_ROW_BYTES = 8 * 2**20
 """A longer row is rejected without being held in memory."""
+CUT = " [cut here: the row is too long to be kept]"
+"""Ends the text of a row that is not kept whole."""
 PIECE_BYTES = 4 * 2**20
 _START_BYTES = 4000
 """What is kept of a longer one."""
@@ -124,8 +126,8 @@ def piece_rows(piece: Piece, shown: str) -> Iterator[RawRow]:
         shown: The file's name in messages.
     """
     if piece.too_long:
-        problem = f"the line is longer than {MAX_ROW_BYTES // 2**20} MiB, only its start is kept"
-        yield RawRow(shown, piece.first, _text(piece.data), problem)
+        problem = f"the line is longer than {MAX_ROW_BYTES // 2**20} MiB"
+        yield RawRow(shown, piece.first, _text(piece.data) + CUT, problem)
         return
     for number, line in enumerate(piece.lines(), piece.first):
         if line and not line.isspace():

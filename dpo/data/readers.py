@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from dpo.data.encodings import not_utf8
 from dpo.data.json_stream import BrokenText, JsonSyntax, iter_document
-from dpo.data.lines import MAX_ROW_BYTES, PIECE_BYTES, Piece, RawRow, piece_rows, pieces
+from dpo.data.lines import CUT, MAX_ROW_BYTES, PIECE_BYTES, Piece, RawRow, piece_rows, pieces
 from dpo.data.quarantine import fields_of_row, wrong_number
 from dpo.data.tables import arrow_rows, parquet_rows
 from dpo.data.unpack import (
@@ -244,13 +244,13 @@ def _csv(stream: Iterable[bytes], shown: str) -> Iterator[RawRow]:
             yield RawRow(
                 shown,
                 first,
-                "".join(texts)[:MAX_ROW_BYTES],
+                "".join(texts),
                 f"CSV: {error}{_span(first, reader.line_num)}",
             )
             continue
         if not too_long.isdisjoint(range(first, reader.line_num + 1)):
-            problem = f"a line is longer than {MAX_ROW_BYTES // 2**20} MiB, only its start is kept"
-            yield RawRow(shown, first, "".join(texts), problem)
+            problem = f"a line is longer than {MAX_ROW_BYTES // 2**20} MiB"
+            yield RawRow(shown, first, "".join(texts) + CUT, problem)
         elif fields and len(fields) != len(names):
             problem = wrong_number(len(fields), len(names)) + _span(first, reader.line_num)
             yield RawRow(shown, first, fields_of_row(names, fields), problem)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo.data.encodings import not_utf8
-from dpo.data.lines import MAX_ROW_BYTES, RawRow
+from dpo.data.lines import CUT, MAX_ROW_BYTES, RawRow
 
 _BATCH_ROWS = 1000
 _BATCH_BYTES = 16 * 2**20
@@ -60,8 +60,7 @@ def _rows(batches: Iterable[pa.RecordBatch], shown: str) -> Iterator[RawRow]:
             for value, problem in _values(part):
                 number += 1
                 if may_be_large and _size(value) > MAX_ROW_BYTES:
-                    limit = f"{MAX_ROW_BYTES // 2**20} MiB"
-                    problem = f"the row is larger than {limit}, only its start is kept"
+                    problem = f"the row is larger than {MAX_ROW_BYTES // 2**20} MiB"
                     value = _start(value)
                 yield RawRow(shown, number, value, problem)
 
@@ -114,4 +113,4 @@ def _size(value: Any) -> int:
 
 def _start(row: dict[str, Any]) -> str:
     """No JSON: a row that is cut must not pass for one that is whole."""
-    return "\n".join(f"{name}: {str(value)[:_SHOWN_CHARS]}" for name, value in row.items())
+    return "\n".join(f"{name}: {str(value)[:_SHOWN_CHARS]}" for name, value in row.items()) + CUT
