@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from html.parser import HTMLParser
 from typing import Any
 
@@ -28,7 +29,10 @@ def plain_text(html: str, field: str) -> str:
     if html.count("<") > _MAX_OPEN_ENDS:
         _refuse_open_ends(html, field)
     try:
-        soup = BeautifulSoup(html, "html.parser")
+        with warnings.catch_warnings():
+            # for who reads one file, not for rows: a text may well be a link
+            warnings.simplefilter("ignore")
+            soup = BeautifulSoup(html, "html.parser")
     except UnicodeEncodeError:
         raise RowError(
             "broken_encoding",

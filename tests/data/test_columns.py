@@ -90,7 +90,9 @@ ROW = st.one_of(
     st.fixed_dictionaries(
         {"prompt": TEXT, "chosen": TEXT, "rejected": TEXT},
         optional={
-            "split": st.sampled_from(["train", "test", "validation", "dev", None]),
+            "split": st.sampled_from(
+                ["train", "test", "validation", "dev", "Training", "none", None]
+            ),
             "sft_target": st.none() | TEXT,
             "score": VALUE,
             "messages": VALUE,

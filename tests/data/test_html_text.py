@@ -57,6 +57,14 @@ def test_what_cannot_be_read_is_the_rows_reason(html: str, reason: str) -> None:
     assert (caught.value.reason, caught.value.field) == (reason, "answers")
 
 
+@pytest.mark.parametrize("text", ["https://example.com/x", "notes.txt", "<?xml version='1.0'?>a"])
+def test_a_text_that_looks_like_something_else_is_a_text(
+    text: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    assert plain_text(text, "answers") == text.rpartition(">")[2]
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("piece", ["<p>x", "<ul><li>x", "<p>some words</p>\n", "<div>", "<b>x</i>"])
 def test_time_grows_with_the_size(piece: str) -> None:
     """By the square of it, 20,000 paragraphs took 41 s."""
