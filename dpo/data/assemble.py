@@ -162,10 +162,10 @@ def _without_repeats(
         found = repeats.decide(absent)
         own = found[(found["ordinal"] >= start) & (found["ordinal"] < start + len(ranks))]
         beyond = start + _beyond(cap, ranks, own["ordinal"].astype(np.int64) - start)
-        if len(beyond):
-            keep[beyond] = False
-            settled.append(own[own["reason"] != REASONS.index("contradictory_pair")])
-            absent[beyond] = absent[settled[-1]["ordinal"]] = True
+        keep[beyond] = False
+        # what collides now must not come back, as one too many, when others are capped
+        settled.append(own[own["reason"] != REASONS.index("contradictory_pair")])
+        absent[beyond] = absent[settled[-1]["ordinal"]] = True
     decisions = np.sort(np.concatenate([*settled, repeats.decide(absent)]), order="ordinal")
     repeats.remove()
     keep[decisions["ordinal"]] = False

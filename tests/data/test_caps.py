@@ -1,6 +1,7 @@
 """``max_pairs``: what a source does not use takes nothing from the others."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from dpo.data import division
-from tests.data.conftest import Outcome, good_row
+from tests.data.conftest import GOOD, Outcome, good_row
 
 Ingest = Callable[..., Outcome]
 BIG = [good_row(number) for number in range(40)]
@@ -76,3 +77,43 @@ def test_contradictions_count_used_or_not(capped: Ingest) -> None:
     opposite = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in SMALL]
     found = capped(BIG, [*opposite, good_row(99)], {"big": 5})
     assert chosen(found, "small") == ["yes 99"]
+
+
+@pytest.mark.parametrize("seed", range(10, 20))
+def test_no_cap_is_exceeded_and_no_pair_is_lost_to_an_unused_one(
+    ingest_sources: Ingest, tmp_path: Path, seed: int
+) -> None:
+    """Three sources of few prompts and answers, so that nearly all rows collide."""
+    dice = random.Random(seed)
+    sources: dict[str, dict[str, Any]] = {}
+    rows = {name: [random_row(dice) for _ in range(12)] for name in "abc"}
+    for name, items in rows.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in items))
+        sources[name] = {"path": str(path), "max_pairs": dice.choice([None, 1, 2, 5])}
+    (tmp_path / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in GOOD))
+    found = ingest_sources({**sources, "good": {"path": str(tmp_path / "good.jsonl")}})
+    used = {key(pair): pair["split"] for pair in found.pairs}
+    assert len(used) == len(found.pairs)
+    held_out = {pair["prompt"] for pair in found.pairs if pair["split"] == "test"}
+    assert not held_out & {pair["prompt"] for pair in found.pairs if pair["split"] == "train"}
+    for name, source in sources.items():
+        if source["max_pairs"]:
+            assert len(chosen(found, name)) <= source["max_pairs"]
+            continue
+        lost = [row for row in rows[name] if key(row) not in used]
+        assert all(row["split"] == "train" and row["prompt"] in held_out for row in lost)
+
+
+def random_row(dice: random.Random) -> dict[str, Any]:
+    """No two contradict each other."""
+    return {
+        "prompt": f"p{dice.randrange(4)}",
+        "chosen": f"c{dice.randrange(3)}",
+        "rejected": f"r{dice.randrange(2)}",
+        "split": dice.choice(["train", "train", "test"]),
+    }
+
+
+def key(pair: dict[str, Any]) -> tuple[str, ...]:
+    return pair["prompt"], pair["chosen"], pair["rejected"]
