@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import cluster, package
+from pipelines.asked import not_empty
 from pipelines.outcome import Outcome
 from pipelines.watch import wait
 
@@ -28,13 +29,17 @@ def add_options(this: argparse.ArgumentParser) -> None:
     group.add_argument("--run", action="store_true", help="with --upload: start a run as well")
     group.add_argument(
         "--schedule",
+        type=not_empty,
         metavar="CRON",
         help='start runs at set times instead of now: "0 0 3 * * *" is every night at three',
     )
     group.add_argument(
-        "--retry", metavar="RUN_ID", help="let a failed run go on where it failed, as it was sent"
+        "--retry",
+        type=not_empty,
+        metavar="RUN_ID",
+        help="let a failed run go on where it failed, as it was sent",
     )
-    group.add_argument("--cancel", metavar="RUN_ID", help="end a run")
+    group.add_argument("--cancel", type=not_empty, metavar="RUN_ID", help="end a run")
 
 
 def needs_a_store(options: argparse.Namespace) -> bool:

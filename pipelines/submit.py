@@ -24,9 +24,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from dpo.config.arguments import Arguments
-from dpo.errors import ConfigError, DpoError, PipelineError, system_problem
+from dpo.errors import DpoError, PipelineError, system_problem
 from dpo.plan.booked import check_booked
-from pipelines import explain, history, package, start
+from pipelines import asked, explain, history, package, start
 from pipelines.deployment import image_assignments
 from pipelines.deployment import names as deployments
 from pipelines.local import Job
@@ -76,6 +76,7 @@ def parser() -> Arguments:
     what.add_argument(
         "--from",
         dest="start_from",
+        type=asked.not_empty,
         metavar="RUN_ID",
         help="start from an earlier run: its parameters (so no --preset), and its pairs, SFT model "
         "and log-probabilities, but for steps that are named in --rerun or whose settings --set "
@@ -152,7 +153,7 @@ def parser() -> Arguments:
     )
     how.add_argument(
         "--timeout-seconds",
-        type=float,
+        type=asked.seconds,
         metavar="N",
         help="with --wait: exit 5 when it takes longer",
     )
@@ -194,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    _check_place(options)
+    asked.check(options)
     documents = package.load_package()
     if options.list:
         return _list_parameters(documents)
@@ -242,28 +243,6 @@ def _run(options: argparse.Namespace) -> int:
     )
     _finish(options, outcome)
     return outcome.exit_code
-
-
-_ENDPOINT_ONLY = ("nodes", "endpoint", "namespace", "upload", "run", "schedule", "retry", "cancel")
-
-
-def _check_place(options: argparse.Namespace) -> None:
-    """Refuse what would be passed over in silence.
-
-    Raises:
-        ConfigError: an option that means nothing where the run is to be.
-    """
-    for name in _ENDPOINT_ONLY if options.local else ():
-        if getattr(options, name) is not None and getattr(options, name) is not False:
-            raise ConfigError(
-                f"--{name} is for Kubeflow, and --local runs on this machine",
-                fix="leave out one of the two",
-            )
-    if options.package and not options.dry_run:
-        raise ConfigError(
-            "--package is written with --dry-run alone",
-            fix="add --dry-run; `python -m pipelines.package --output FILE` writes one to upload",
-        )
 
 
 def _for_place(options: argparse.Namespace) -> list[dict[str, Any]]:

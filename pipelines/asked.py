@@ -1,0 +1,78 @@
+"""What the options of ``submit.py`` may be together: nothing that is asked for is passed over."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterable
+
+from dpo.errors import ConfigError
+
+_ENDPOINT_ONLY = (
+    *("nodes", "endpoint", "namespace", "experiment", "run_name", "cancel_on_interrupt"),
+    *("upload", "run", "schedule", "retry", "cancel"),
+)
+_IMAGES_ONLY = ("deployment", "deploy", "images", "image")
+_MEANINGLESS_WITH = {
+    "cancel": ("retry", "schedule", "start_from", "dry_run", "upload", "run", "rerun", "wait"),
+    "retry": ("schedule", "start_from", "dry_run", "upload", "run", "rerun", "sweep"),
+    "schedule": ("wait", "run", "cancel_on_interrupt"),
+}
+_NEEDS_WAIT = ("timeout_seconds", "cancel_on_interrupt")
+
+
+def not_empty(text: str) -> str:
+    """An option's value: an empty one is a variable that was not set, and would start a new run."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the value is empty; is a variable not set?")
+    return text
+
+
+def seconds(text: str) -> float:
+    """A time limit: a positive number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+    return value
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse what would be passed over in silence.
+
+    Raises:
+        ConfigError: an option that means nothing where the run is to be, or beside another one.
+    """
+    if options.local and (name := _first(options, _ENDPOINT_ONLY)):
+        raise ConfigError(
+            f"{name} is for Kubeflow, and --local runs on this machine",
+            fix="leave out one of the two",
+        )
+    if options.local == "processes" and (name := _first(options, _IMAGES_ONLY)):
+        raise ConfigError(
+            f"{name} is for images, and --local runs in processes",
+            fix="leave out one of the two, or pass --local docker",
+        )
+    for action, others in _MEANINGLESS_WITH.items():
+        if (first := _first(options, (action,))) and (name := _first(options, others)):
+            raise ConfigError(
+                f"{first} and {name} cannot be followed together", fix="leave out one of the two"
+            )
+    if not (options.wait or options.local) and (name := _first(options, _NEEDS_WAIT)):
+        raise ConfigError(f"{name} is for a run that is waited for", fix="add --wait")
+    if options.package and not options.dry_run:
+        raise ConfigError(
+            "--package is written with --dry-run alone",
+            fix="add --dry-run; `python -m pipelines.package --output FILE` writes one to upload",
+        )
+
+
+def _first(options: argparse.Namespace, names: Iterable[str]) -> str:
+    """The first of these options that was given, as it is written; else nothing."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value is not False and value not in ("", []):
+            return {"start_from": "--from"}.get(name, f"--{name.replace('_', '-')}")
+    return ""
