@@ -1,24 +1,19 @@
-"""Runs on a Kubeflow Pipelines endpoint: submit, watch, read the verdict from the store.
-
-The client's own waiting is not used: it hangs on a cancelled run (kubeflow/pipelines#14473) and
-does not tell a failed run from a good one.
-"""
+"""A Kubeflow Pipelines endpoint: where it is, its client, and what it does with a run it has."""
 
 from __future__ import annotations
 
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo.errors import ConfigError, PipelineError, RequestError, holds_password
+from pipelines.connection import bounded_client
 
-_ANSWER_SECONDS = 20.0
-_CRON_FIELDS = 6
 _BAD_REQUEST = 400
 
 
@@ -72,15 +67,9 @@ def connect(target: Endpoint) -> Any:
     """A KFP client; inside a cluster with the pod's own service account token.
 
     Raises:
-        PipelineError: the endpoint does not answer.
+        RequestError: the endpoint does not answer; nothing was started.
     """
     import kfp
-
-    class Client(kfp.Client):  # type: ignore[misc]
-        """Without kfp's own five tries and five logged tracebacks when the endpoint refuses."""
-
-        def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:  # noqa: ARG002
-            return self._healthz_api.healthz_service_get_healthz(_request_timeout=_ANSWER_SECONDS)
 
     # with host= given the client ignores in-cluster credentials, so they are passed on
     credentials: dict[str, Any] = {}
@@ -97,180 +86,13 @@ def connect(target: Endpoint) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            client = Client(
+            client = bounded_client(
                 host=target.host, ui_host=target.ui, namespace=target.namespace or "", **credentials
             )
         client.get_kfp_healthz()
     except Exception as error:
-        raise problem("the endpoint does not answer", target, error) from None
+        raise problem("the endpoint does not answer", target, error, RequestError) from None
     return client
-
-
-@dataclass(frozen=True)
-class Registered:
-    """A pipeline version on the endpoint."""
-
-    pipeline_id: str
-    version_id: str
-    new: bool
-    """Whether this call made it."""
-
-
-def upload(client: Any, target: Endpoint, package: Path, name: str, version: str) -> Registered:
-    """Register a package, once: what is there under this name and version is used again.
-
-    Args:
-        client: From ``connect``.
-        target: Where it is connected to.
-        package: The compiled pipeline.
-        name: Pipeline that it becomes, or becomes a version of.
-        version: Name of the version; the same for the same content.
-
-    Raises:
-        PipelineError: the endpoint refused it.
-    """
-    try:
-        with _quiet():
-            pipeline_id = client.get_pipeline_id(name)
-            if pipeline_id is None:
-                pipeline_id = client.upload_pipeline(
-                    str(package), pipeline_name=name, namespace=target.namespace
-                ).pipeline_id
-            versions = client.list_pipeline_versions(pipeline_id, page_size=100)
-            for known in versions.pipeline_versions or []:
-                if known.display_name == version:
-                    return Registered(pipeline_id, known.pipeline_version_id, new=False)
-            made = client.upload_pipeline_version(
-                str(package), pipeline_version_name=version, pipeline_id=pipeline_id
-            )
-    except Exception as error:
-        raise problem("the endpoint refused the pipeline", target, error) from None
-    return Registered(pipeline_id, str(made.pipeline_version_id), new=True)
-
-
-def submit(
-    client: Any,
-    target: Endpoint,
-    package: Path,
-    parameters: Mapping[str, Any],
-    run_name: str,
-    registered: Registered | None = None,
-) -> str:
-    """Start a run; returns its id.
-
-    Args:
-        client: From ``connect``.
-        target: Where it is connected to.
-        package: The compiled pipeline.
-        parameters: Values of its parameters.
-        run_name: Name in the UI.
-        registered: Version to run and be linked to, instead of the package itself.
-
-    Raises:
-        PipelineError: the endpoint refused it.
-    """
-    what: dict[str, Any] = {"pipeline_package_path": str(package)}
-    if registered:
-        what = {"pipeline_id": registered.pipeline_id, "version_id": registered.version_id}
-    try:
-        with _quiet():
-            run = client.run_pipeline(
-                experiment_id=_experiment(client, target),
-                job_name=run_name,
-                params=dict(parameters),
-                **what,
-            )
-    except Exception as error:
-        raise problem("the endpoint refused the run", target, error) from None
-    return str(run.run_id)
-
-
-def submit_once(
-    client: Any, target: Endpoint, package: Path, parameters: Mapping[str, Any], run_name: str
-) -> str:
-    """Start a run under a name that no other run has, unless it was started before; its id.
-
-    The backend takes no id and no key from its caller, so the name tells: whoever stopped between
-    the start and noting the id, or had no answer, finds the run by it.
-
-    Raises:
-        PipelineError: the endpoint refused it, or does not say whether it has it.
-    """
-    known = find_run(client, target, run_name)
-    if known is not None:
-        return known
-    try:
-        return submit(client, target, package, parameters, run_name)
-    except PipelineError:
-        # the answer may be what was lost, not the request
-        if (started := find_run(client, target, run_name)) is None:
-            raise
-        return started
-
-
-def find_run(client: Any, target: Endpoint, run_name: str) -> str | None:
-    """Id of the oldest run of the experiment with this name.
-
-    Raises:
-        PipelineError: the endpoint does not answer.
-    """
-    predicate = {"operation": "EQUALS", "key": "display_name", "stringValue": run_name}
-    try:
-        with _quiet():
-            found = client.list_runs(
-                experiment_id=_experiment(client, target),
-                page_size=10,
-                sort_by="created_at asc",
-                filter=json.dumps({"predicates": [predicate]}),
-            )
-    except Exception as error:
-        raise problem("the endpoint does not list its runs", target, error) from None
-    named = [run for run in found.runs or [] if run.display_name == run_name]
-    return str(named[0].run_id) if named else None
-
-
-def schedule(
-    client: Any,
-    target: Endpoint,
-    package: Path,
-    parameters: Mapping[str, Any],
-    run_name: str,
-    cron: str,
-) -> str:
-    """Start runs at set times; returns the id of the recurring run.
-
-    Args:
-        client: From ``connect``.
-        target: Where it is connected to.
-        package: The compiled pipeline.
-        parameters: Values of its parameters.
-        run_name: Name in the UI.
-        cron: Six fields, seconds first, as Kubeflow wants it.
-
-    Raises:
-        PipelineError: the endpoint refused it.
-    """
-    if len(cron.split()) != _CRON_FIELDS:
-        raise ConfigError(
-            f"the schedule {cron!r} has {len(cron.split())} fields",
-            where="--schedule",
-            fix='give six, seconds first: "0 0 3 * * *" is every night at three',
-        )
-    try:
-        with _quiet():
-            made = client.create_recurring_run(
-                experiment_id=_experiment(client, target),
-                job_name=run_name,
-                cron_expression=cron,
-                params=dict(parameters),
-                pipeline_package_path=str(package),
-                # a run that outlasts the interval is not joined by a second one
-                max_concurrency=1,
-                no_catchup=True,
-            )
-    except Exception as error:
-        raise problem("the endpoint refused the schedule", target, error) from None
-    return str(made.recurring_run_id)
 
 
 def get_run(client: Any, target: Endpoint, run_id: str) -> Any:
@@ -323,13 +145,19 @@ def link(target: Endpoint, run_id: str) -> str:
     return f"{target.ui}/#/runs/details/{run_id}"
 
 
-def _experiment(client: Any, target: Endpoint) -> str:
+def schedule_link(target: Endpoint, schedule_id: str) -> str:
+    """The page of a recurring run in the UI."""
+    return f"{target.ui}/#/recurringrun/details/{schedule_id}"
+
+
+def experiment_id(client: Any, target: Endpoint) -> str:
+    """Id of the experiment, which is made where it is missing."""
     found = client.create_experiment(target.experiment, namespace=target.namespace)
     return str(found.experiment_id)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep kfp's own lines off stdout, which ``--output json`` promises to JSON."""
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
         yield
@@ -343,7 +171,9 @@ _FIXES = {
 }
 
 
-def problem(what: str, target: Endpoint, error: Exception) -> PipelineError:
+def problem(
+    what: str, target: Endpoint, error: Exception, kind: type[PipelineError] = PipelineError
+) -> PipelineError:
     """An exception of the client as one message with the endpoint's own words."""
     status = getattr(error, "status", None) or 0
     reason = _reason(error)
@@ -351,15 +181,13 @@ def problem(what: str, target: Endpoint, error: Exception) -> PipelineError:
     if status == _BAD_REQUEST:
         fix = "correct what the endpoint names; a package of another version has other parameters"
     code = f" (HTTP {status})" if status else ""
-    return PipelineError(f"{what}: {reason}{code}", where=target.host, fix=fix)
+    return kind(f"{what}: {reason}{code}", where=target.host, fix=fix)
 
 
 def _of_run(what: str, target: Endpoint, error: Exception) -> PipelineError:
     """The same for a request about one run: that it is not there is a mistake of who asks."""
-    found = problem(what, target, error)
-    if getattr(error, "status", None) not in (404, 409):
-        return found
-    return RequestError(found.found, where=found.where, fix=found.fix)
+    missing = getattr(error, "status", None) in (404, 409)
+    return problem(what, target, error, RequestError if missing else PipelineError)
 
 
 def _reason(error: Exception) -> str:

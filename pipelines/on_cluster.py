@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
-from pipelines import cluster, package
+from pipelines import cluster, package, sending
 from pipelines.asked import not_empty
 from pipelines.outcome import Outcome
 from pipelines.watch import wait
@@ -24,7 +25,8 @@ def add_options(this: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--upload",
         action="store_true",
-        help="register the package under its name; with --wait or --run also start a run of it",
+        help="register the package under its name; with --wait or --run also start a run of it, "
+        "with --schedule runs of it at set times",
     )
     group.add_argument("--run", action="store_true", help="with --upload: start a run as well")
     group.add_argument(
@@ -46,7 +48,7 @@ def needs_a_store(options: argparse.Namespace) -> bool:
     """Whether the command starts a run of its own; a retried one knows its store."""
     if options.cancel or options.retry:
         return False
-    return bool(not options.upload or options.run or options.wait)
+    return bool(not options.upload or options.run or options.wait or options.schedule)
 
 
 def run_on_cluster(
@@ -65,32 +67,45 @@ def run_on_cluster(
         print(f"asked the endpoint to end run {options.cancel}", file=sys.stderr)
         return Outcome("submitted", options.cancel, where=cluster.link(target, options.cancel))
     if options.retry:
-        cluster.retry(client, target, options.retry)
         sent = cluster.parameters_of(cluster.get_run(client, target, options.retry))
+        cluster.retry(client, target, options.retry)
         return _follow(options, client, target, options.retry, {**values, **sent})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "package.yaml")
         package.save_package(documents, path)
         registered = _upload(client, target, path, documents) if options.upload else None
+        name = options.run_name or new_name(values)
+        if options.schedule:
+            made = sending.schedule(
+                client, target, path, values, name, options.schedule, registered
+            )
+            return _shown(Outcome("submitted", made, where=cluster.schedule_link(target, made)))
         if registered and not (options.run or options.wait):
             where = f"{target.ui}/#/pipelines/details/{registered.pipeline_id}"
-            return Outcome("submitted", "", where=f"{where}/version/{registered.version_id}")
-        name = options.run_name or f"{values['publish_name']} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
-        if options.schedule:
-            made = cluster.schedule(client, target, path, values, name, options.schedule)
-            return Outcome("submitted", made, where=f"{target.ui}/#/recurringrun/details/{made}")
-        run_id = cluster.submit(client, target, path, values, name, registered)
+            place = f"{where}/version/{registered.version_id}"
+            return _shown(Outcome("submitted", "", where=place))
+        run_id = sending.submit_once(client, target, path, values, name, registered, again=True)
     return _follow(options, client, target, run_id, values)
+
+
+def new_name(values: Mapping[str, Any]) -> str:
+    """A name for a run that nobody named, and that no other run has."""
+    return f"{values['publish_name']} {datetime.now(UTC):%Y-%m-%d %H:%M:%S} {uuid4().hex[:6]}"
+
+
+def _shown(outcome: Outcome) -> Outcome:
+    print(outcome.where, file=sys.stderr, flush=True)
+    return outcome
 
 
 def _upload(
     client: Any, target: cluster.Endpoint, path: Path, documents: list[dict[str, Any]]
-) -> cluster.Registered:
+) -> sending.Registered:
     # the same content has the same name, so a second upload finds the first
     text = json.dumps(documents, sort_keys=True)
     version = hashlib.sha256(text.encode()).hexdigest()[:12]
     name = documents[0]["pipelineInfo"]["name"]
-    registered = cluster.upload(client, target, path, name, version)
+    registered = sending.upload(client, target, path, name, version)
     word = "registered" if registered.new else "was registered before"
     print(f"pipeline {name}, version {version}: {word}", file=sys.stderr)
     return registered

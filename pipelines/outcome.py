@@ -13,7 +13,7 @@ from rich.table import Table
 
 from dpo.storage.manifest import read_manifest
 
-State = Literal["succeeded", "failed", "refused", "cancelled", "timed out", "submitted"]
+State = Literal["succeeded", "failed", "refused", "cancelled", "timed out", "unknown", "submitted"]
 
 EXIT_CODES: dict[State, int] = {
     "succeeded": 0,
@@ -22,8 +22,10 @@ EXIT_CODES: dict[State, int] = {
     "refused": 3,
     "cancelled": 4,
     "timed out": 5,
+    "unknown": 5,
 }
-"""2 is a mistake in the command or its configuration, as everywhere in this project."""
+"""2 is a mistake in the command or its configuration, as everywhere in this project. 5 is what may
+go on: the time was over, or the endpoint or the store could not be asked any more."""
 
 
 @dataclass
@@ -35,7 +37,7 @@ class Outcome:
     where: str = ""
     """Link to the run in the UI, or its folder."""
     message: str = ""
-    """Why it failed."""
+    """Why it failed, or why nothing more is known of it."""
     steps: dict[str, str] = field(default_factory=dict)
     """done, cached, failed or skipped."""
     seconds: dict[str, float] = field(default_factory=dict)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from rich.console import Console
 
 from dpo.config.overrides import model_overrides
 from dpo.config.parameters import STARTS
-from dpo.errors import ConfigError, PipelineError, RequestError
+from dpo.errors import ConfigError, RequestError, StoreError
 from dpo.plan.booked import check_booked
 from pipelines import history, package, start
 from pipelines.deployment import image_assignments, load_deployment, with_images, with_store
@@ -98,6 +98,8 @@ def run_pipeline(
         ConfigError: a setting that cannot work; found before anything runs.
         DpoError: data, base model, store or endpoint that are not to be had.
     """
+    if timeout_seconds is not None and not 0 < timeout_seconds < math.inf:
+        raise ConfigError(f"timeout_seconds={timeout_seconds} is not a positive number of seconds")
     on_cluster = where == "cluster"
     if on_cluster:
         require_endpoint(endpoint)
@@ -258,17 +260,15 @@ def run_here(job: Job, console: Console, *, timeout_seconds: float | None = None
     Raises:
         DpoError: what is wrong before the first step runs.
     """
-    from dpo.data.plan import plan_run
-
     obtain_model(job.parameters)
     plan = history.with_candidates(
-        plan_run(job.parameters, key_only=job.runner == "processes"),
+        planned(job.parameters, key_only=job.runner == "processes"),
         package.candidates_of(job.documents),
     )
     try:
         run = run_local(job, console, timeout_seconds=timeout_seconds)
     except TimeoutError:
-        return Outcome("timed out", "", message=f"stopped after {timeout_seconds:.0f} seconds")
+        return Outcome("timed out", "", message=f"stopped after {timeout_seconds:g} seconds")
     with suppress(OSError):
         history.remember(run.folder, plan, run.states)
     outcome = Outcome(
@@ -284,15 +284,30 @@ def run_here(job: Job, console: Console, *, timeout_seconds: float | None = None
     return outcome
 
 
+def planned(values: Mapping[str, Any], *, key_only: bool) -> dict[str, str]:
+    """What ``plan_run`` says before a run; a store that is not there lets none begin.
+
+    Raises:
+        RequestError: the store does not answer, or its bucket is missing.
+        DpoError: what else is wrong.
+    """
+    from dpo.data.plan import plan_run
+
+    try:
+        return plan_run(values, key_only=key_only)
+    except StoreError as error:
+        raise RequestError(error.found, where=error.where, fix=error.fix) from None
+
+
 def obtain_model(values: Mapping[str, Any]) -> None:
     """Have the base model here before the run, where its absence would end it.
 
     Raises:
-        PipelineError: it is not to be had.
+        RequestError: it is not to be had.
     """
     command = [sys.executable, "-m", "dpo", "fetch", *model_overrides(values["model"])]
     if subprocess.run(command, check=False, stdout=2).returncode:
-        raise PipelineError(
+        raise RequestError(
             f"the base model {values['model']} could not be obtained",
             fix="see the message above",
         )
@@ -308,16 +323,17 @@ def _run_on_cluster(
     wait: bool,
     timeout_seconds: float | None,
 ) -> Outcome:
-    from pipelines import cluster
+    from pipelines import cluster, sending
+    from pipelines.on_cluster import new_name
     from pipelines.watch import wait as wait_for
 
     place = cluster.endpoint(*target)
     client = cluster.connect(place)
-    name = run_name or f"{values['publish_name']} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
+    name = run_name or new_name(values)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "package.yaml")
         package.save_package(documents, path)
-        run_id = cluster.submit(client, place, path, values, name)
+        run_id = sending.submit_once(client, place, path, values, name, again=True)
     link = cluster.link(place, run_id)
     if not wait:
         return Outcome("submitted", run_id, where=link)

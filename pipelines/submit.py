@@ -1,7 +1,9 @@
 """Starts the pipeline: on this machine (``--local``) or on a Kubeflow Pipelines endpoint.
 
-Exit codes: 0 success, 1 the run failed, 2 a mistake in the command or its settings, 3 the gate
-refused the model, 4 the run was cancelled, 5 the time was over, 130 interrupted.
+Exit codes: 0 success, 1 the run failed, 2 nothing was started (a mistake in the command or its
+settings; a run, an endpoint or a store that is not there), 3 the gate refused the model, 4 the run
+was cancelled, 5 the waiting ended before the run (the time was over, or the endpoint did not answer
+any more), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from pipelines.run import (
     Where,
     obtain_model,
     package_for,
+    planned,
     require_store,
     run_here,
     runs_folder,
@@ -131,7 +134,7 @@ def parser() -> Arguments:
         default=[],
         metavar="KEY=VALUE",
         help="one setting of the deployment (train.gpus=2, images.data=NAME@sha256:...); "
-        "may be repeated; reruns no finished step, but for the images",
+        "may be repeated; reruns no finished step, but for images and model_cache",
     )
     where.add_argument(
         "--images", type=Path, metavar="FILE", help="JSON that `make images-push` wrote"
@@ -300,10 +303,8 @@ def _dry_run(
     target = options.package or runs / "package.yaml"
     target.parent.mkdir(parents=True, exist_ok=True)
     package.save_package(documents, target)
-    from dpo.data.plan import plan_run
-
     obtain_model(values)
-    plan = plan_run(values, key_only=options.local != "docker")
+    plan = planned(values, key_only=options.local != "docker")
     plan = history.with_candidates(plan, package.candidates_of(documents))
     expected = history.expectations(plan, runs / "history", rerun)
     if options.output == "json":
@@ -325,7 +326,7 @@ def _finish(options: argparse.Namespace, outcome: Outcome) -> None:
     if options.output == "json":
         print(outcome.as_json())
         return
-    console = Console(stderr=outcome.state in ("failed", "timed out"))
+    console = Console(stderr=outcome.state in ("failed", "timed out", "unknown"))
     show(outcome, console, next_command=_next_command(options, outcome))
 
 

@@ -6,23 +6,27 @@ does not tell a failed run from a good one. The verdict is read from the store.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 from urllib.parse import quote
 
-from dpo.errors import PipelineError, StoreError
+from dpo.errors import DpoError, PipelineError, StoreError
 from dpo.storage.runs import read_run_manifest
 from pipelines.cluster import Endpoint, link, problem
+from pipelines.connection import ANSWER_SECONDS, pair
 from pipelines.events import Watcher, advice
 from pipelines.outcome import Outcome
 from pipelines.steps import TASKS, step_of
 
 _FIRST_POLL_SECONDS = 0.2
 _POLL_SECONDS = 5.0
-_TRANSIENT_FAILURES = 12
+_AWAY_SECONDS = 600.0
+"""How long an endpoint may be away while somebody waits without a limit."""
 _TOKEN_FAILURES = 2
+_OTHER_FAILURES = 12
 _FINAL = {"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"}
 _LOG_LINES = 8
 _WORDS = {"SUCCEEDED": "done", "SKIPPED": "skipped"}
@@ -47,41 +51,94 @@ def wait(
         timeout_seconds: None waits for ever.
         say: Takes one line for each change of a step.
 
-    Raises:
-        PipelineError: the endpoint stopped answering, or the run was deleted.
-        StoreError: the run ended well and its verdict cannot be read from here.
+    Returns:
+        How the run ended; ``timed out`` or ``unknown`` where it may go on.
     """
-    deadline = time.monotonic() + timeout_seconds if timeout_seconds else None
+    deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
     outcome = Outcome("timed out", run_id, where=link(target, run_id))
-    failures, pause = 0, _FIRST_POLL_SECONDS
+    trouble, pause = _Trouble(target, patient=deadline is not None), _FIRST_POLL_SECONDS
     watcher = Watcher(run_id, target.namespace)
-    while deadline is None or time.monotonic() < deadline:
+    while (left := _left(deadline)) > 0:
         try:
-            run = client.get_run(run_id)
-            failures = 0
+            run = _ask(client, run_id, min(ANSWER_SECONDS, left))
         except Exception as error:
-            failures += 1
-            if failures >= _tries(error):
-                raise problem("the run cannot be read any more", target, error) from None
+            if trouble.is_final(error, say):
+                return trouble.ended(outcome)
         else:
+            trouble.over()
             _report_steps(run, outcome, say)
             if run.state in _FINAL:
                 return _ended(client, run, outcome, store, watcher)
             for text in watcher.news():
                 say(text)
-        time.sleep(pause)
+        time.sleep(max(0.0, min(pause, _left(deadline))))
         pause = min(pause * 1.5, _POLL_SECONDS)
-    outcome.message = f"the run has not ended after {timeout_seconds:.0f} s; it goes on"
+    outcome.message = f"the run has not ended after {timeout_seconds:g} s; it goes on"
+    if trouble.last:
+        outcome.message += f"\n{trouble.last}"
     return outcome
 
 
-def _tries(error: Exception) -> int:
-    """How often in a row a request may fail like this."""
-    status = getattr(error, "status", None)
-    if status in (403, 404):
-        return 1
-    # a token that the kubelet is just renewing
-    return _TOKEN_FAILURES if status == 401 else _TRANSIENT_FAILURES
+def _left(deadline: float | None) -> float:
+    return math.inf if deadline is None else deadline - time.monotonic()
+
+
+def _ask(client: Any, run_id: str, seconds: float) -> Any:
+    """The run; kfp's own method takes no time limit."""
+    return client._run_api.run_service_get_run(run_id, _request_timeout=pair(seconds))
+
+
+class _Trouble:
+    """An endpoint that does not answer well, and when to give it up.
+
+    Args:
+        target: The endpoint.
+        patient: There is a deadline, and an endpoint that is away may come back until then.
+    """
+
+    def __init__(self, target: Endpoint, *, patient: bool) -> None:
+        self.target, self.patient = target, patient
+        self.last: PipelineError | None = None
+        self.status: int | None = None
+        self.times = 0
+        self.since = 0.0
+
+    def over(self) -> None:
+        """The endpoint answered."""
+        self.last, self.times = None, 0
+
+    def is_final(self, error: Exception, say: Callable[[str], None]) -> bool:
+        """Note a failure; whether to ask no more."""
+        if not self.times:
+            self.since = time.monotonic()
+        self.times += 1
+        self.status = getattr(error, "status", None)
+        self.last = problem("the run cannot be read", self.target, error)
+        if (most := self._most_times(error)) is not None:
+            return self.times >= most
+        if self.times == 1:
+            say(f"{self.last.found}; asking again")
+        return not self.patient and time.monotonic() - self.since >= _AWAY_SECONDS
+
+    def _most_times(self, error: Exception) -> int | None:
+        """How often in a row a request may fail like this; None for an endpoint that is away."""
+        from urllib3.exceptions import HTTPError
+
+        if self.status in (403, 404):
+            return 1
+        if self.status == 401:
+            # a token that the kubelet is just renewing
+            return _TOKEN_FAILURES
+        away = isinstance(error, HTTPError) or (self.status or 0) >= 500
+        return None if away else _OTHER_FAILURES
+
+    def ended(self, outcome: Outcome) -> Outcome:
+        """What is known at the end: a run that is gone has failed, every other one may go on."""
+        gone = self.status == 404
+        outcome.state = "failed" if gone else "unknown"
+        text = "" if gone else "how the run goes on is not known: look at its page\n"
+        outcome.message = f"{text}{self.last}"
+        return outcome
 
 
 def step_states(run: Any) -> dict[str, str]:
@@ -141,14 +198,14 @@ def _ended(client: Any, run: Any, outcome: Outcome, store: str, watcher: Watcher
     # task outputs are empty in the run API (kubeflow/pipelines#9858): the store knows the verdict
     try:
         manifest = read_run_manifest(store, outcome.run_id)
-    except StoreError as error:
+        if "verdict" not in manifest:
+            raise PipelineError(
+                f"run {outcome.run_id} succeeded, but its manifest in the store holds no verdict",
+                where=store,
+                fix="look at its gate in the UI",
+            )
+    except (PipelineError, StoreError) as error:
         return _without_store(outcome, error)
-    if "verdict" not in manifest:
-        raise PipelineError(
-            f"run {outcome.run_id} succeeded, but its manifest in the store holds no verdict",
-            where=store,
-            fix="look at its gate in the UI",
-        )
     outcome.verdict = manifest["verdict"]
     outcome.published = manifest.get("published") or {}
     outcome.evaluation = manifest.get("evaluation") or {}
@@ -156,11 +213,13 @@ def _ended(client: Any, run: Any, outcome: Outcome, store: str, watcher: Watcher
     return outcome
 
 
-def _without_store(outcome: Outcome, error: StoreError) -> Outcome:
+def _without_store(outcome: Outcome, error: DpoError) -> Outcome:
     """The store may answer inside the cluster only: whether ``publish`` ran tells the verdict."""
     published = outcome.steps.get("publish") == "done"
     if not published and outcome.steps.get("gate") != "done":
-        raise error
+        outcome.state = "unknown"
+        outcome.message = f"the run ended well, and its verdict is not known:\n{error}"
+        return outcome
     outcome.state = "succeeded" if published else "refused"
     outcome.message = (
         f"the verdict is read from the run's steps, for its manifest cannot be read from here:\n"

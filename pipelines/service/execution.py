@@ -217,7 +217,11 @@ def _on_cluster(
 
     def say(text: str) -> None:
         # "STEP: STATE", or "STEP: waiting: REASON" and advice for the operator
-        name, state, *_ = text.split(": ")
+        name, _, state = text.partition(": ")
+        if name not in states:
+            # about the endpoint
+            return
+        state = state.partition(": ")[0]
         states[name] = _BACKEND_WORDS.get(state, state)
         database.update(run.id, steps=_named(states))
 
@@ -243,7 +247,7 @@ def _named(states: Mapping[str, str]) -> list[dict[str, Any]]:
 def _submit(
     client: Any, target: Any, parameters: dict[str, Any], name: str, settings: Settings
 ) -> str:
-    from pipelines import cluster
+    from pipelines import sending
     from pipelines.deployment import load_deployment
 
     with tempfile.TemporaryDirectory() as folder:
@@ -252,7 +256,7 @@ def _submit(
         documents = package.deployed_package(deployment)
         package.keep_checkpoints(documents, parameters["publish_store"])
         package.save_package(documents, path)
-        return cluster.submit_once(client, target, path, parameters, name)
+        return sending.submit_once(client, target, path, parameters, name)
 
 
 @contextmanager

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from urllib3.exceptions import HTTPError
 
 from dpo.errors import PipelineError, StoreUnavailable
 from dpo.storage.runs import write_run_manifest
 from dpo.storage.store import open_store
-from pipelines import cluster, package, submit, watch
+from pipelines import cluster, connection, package, sending, submit, watch
 from tests.support.kfp_backend import STEPS, Fault, Scenario, running_backend, task
 
 IMAGES = [
@@ -276,14 +277,50 @@ def test_a_few_failing_answers_are_lived_with(backend, store, command):
     assert [fault.times for fault in backend.faults] == [0, 0]
 
 
-def test_an_endpoint_that_stays_broken_is_reported(backend, command, monkeypatch):
-    monkeypatch.setattr(watch, "_TRANSIENT_FAILURES", 3)
+def test_an_endpoint_that_comes_back_before_the_deadline_is_waited_for(backend, store, command):
+    backend.scenario = Scenario(tasks=[all_done()], on_end=verdict(store, True))
+    backend.faults = [Fault(r"/runs/[^/]+$", status=503, times=20, message="no healthy upstream")]
+    code, _, said = command("--wait", "--timeout-seconds", "60")
+    assert code == 0
+    assert said.count("no healthy upstream (HTTP 503); asking again") == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(503, "no healthy upstream (HTTP 503)"), (401, "upstream (HTTP 401)")]
+)
+def test_a_run_that_cannot_be_followed_any_more_is_no_failed_run(
+    backend, command, monkeypatch, status, words
+):
+    monkeypatch.setattr(watch, "_AWAY_SECONDS", 0.1)
     backend.faults = [
-        Fault(r"/runs/[^/]+$", status=503, times=10**6, message="no healthy upstream")
+        Fault(r"/runs/[^/]+$", status=status, times=10**6, message="no healthy upstream")
     ]
-    code, _, said = command("--wait")
-    assert code == 1
-    assert "cannot be read any more: no healthy upstream (HTTP 503)" in said
+    code, outcome, _ = command("--wait")
+    assert (code, outcome["state"]) == (5, "unknown")
+    assert [outcome["run_id"]] == list(backend.runs)
+    assert outcome["where"].endswith(outcome["run_id"])
+    assert words in outcome["message"]
+
+
+def test_the_deadline_holds_when_the_endpoint_does_not_answer(backend, command):
+    backend.faults = [Fault(r"/runs/[^/]+$", times=9, hold_seconds=30)]
+    began = time.monotonic()
+    code, outcome, _ = command("--wait", "--timeout-seconds", "1")
+    assert (code, outcome["state"]) == (5, "timed out")
+    assert "timed out" in outcome["message"]
+    assert time.monotonic() - began < 25
+
+
+@pytest.mark.parametrize("asked", ["GET", "POST"])
+def test_no_request_waits_for_ever(backend, monkeypatch, asked):
+    client = cluster.connect(cluster.endpoint())
+    monkeypatch.setattr(connection, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(connection, "_CHANGE_SECONDS", 0.2)
+    backend.faults = [Fault(r"/experiments$", times=9, method=asked, hold_seconds=20)]
+    began = time.monotonic()
+    with pytest.raises(HTTPError):
+        client.create_experiment("e") if asked == "POST" else client.list_experiments()
+    assert time.monotonic() - began < 10
 
 
 def test_a_deleted_run_is_reported_at_once(backend, command, monkeypatch):
@@ -296,9 +333,9 @@ def test_a_deleted_run_is_reported_at_once(backend, command, monkeypatch):
         return run
 
     backend.get_run = get_run
-    code, _, said = command("--wait")
-    assert code == 1
-    assert "not found (HTTP 404)" in said
+    code, outcome, _ = command("--wait")
+    assert (code, outcome["state"]) == (1, "failed")
+    assert "not found (HTTP 404)" in outcome["message"]
 
 
 def test_a_renewed_token_is_read_again(backend, store, command, tmp_path, monkeypatch):
@@ -323,7 +360,7 @@ def test_an_expired_token_is_named_before_anything_is_sent(backend, command, mon
     backend.token = "wanted"
     monkeypatch.setenv("KF_PIPELINES_TOKEN", "old")
     code, _, said = command("--wait")
-    assert code == 1
+    assert code == 2, "nothing was started"
     assert "token expired (HTTP 401)" in said
     assert "renew it" in said
     assert not backend.runs
@@ -332,7 +369,7 @@ def test_an_expired_token_is_named_before_anything_is_sent(backend, command, mon
 def test_an_endpoint_that_is_down(command, monkeypatch, backend):
     monkeypatch.setenv("KF_PIPELINES_ENDPOINT", "http://127.0.0.1:9")
     code, _, said = command()
-    assert code == 1
+    assert code == 2, "nothing was started"
     assert "the endpoint does not answer" in said
     assert "http://127.0.0.1:9" in said
 
@@ -344,11 +381,87 @@ def test_no_endpoint_is_a_message(command, monkeypatch, backend):
     assert "set KF_PIPELINES_ENDPOINT" in said
 
 
-def test_a_run_that_left_no_manifest_says_so(backend, command):
+def test_a_run_that_left_no_manifest_is_judged_by_its_steps(backend, command):
     backend.scenario = Scenario(tasks=[all_done()])
-    code, _, said = command("--wait")
+    code, outcome, _ = command("--wait")
+    assert (code, outcome["state"]) == (0, "succeeded")
+    assert "left no manifest" in outcome["message"]
+    backend.scenario = Scenario(tasks=[task("ingest", "SUCCEEDED")])
+    code, outcome, _ = command("--wait")
+    assert (code, outcome["state"]) == (5, "unknown")
+    assert "its verdict is not known" in outcome["message"]
+    assert outcome["run_id"] in backend.runs
+
+
+@pytest.mark.parametrize("status", [500, 502])
+def test_a_lost_answer_starts_no_second_run(backend, command, monkeypatch, status):
+    monkeypatch.setattr(sending, "_LOOKS_SECONDS", (0.0, 0.0))
+    _, first, _ = command("--run-name", "mine")
+    backend.faults = [Fault(r"/runs$", status=status, method="POST", after=True)]
+    code, second, _ = command("--run-name", "mine")
+    assert (code, second["state"]) == (0, "submitted")
+    assert list(backend.runs) == [first["run_id"], second["run_id"]]
+    assert first["run_id"] != second["run_id"]
+
+
+def test_an_answer_that_is_lost_with_the_request_says_that_no_run_was_started(
+    backend, command, monkeypatch
+):
+    monkeypatch.setattr(sending, "_LOOKS_SECONDS", (0.0, 0.0))
+    backend.faults = [Fault(r"/runs$", status=502, method="POST")]
+    code, _, said = command("--run-name", "mine")
     assert code == 1
-    assert "left no manifest" in said
+    assert "it has none named 'mine': send it again" in said
+    backend.faults = [
+        Fault(r"/runs$", status=502, method="POST", after=True),
+        # the first look, before the run is sent, is answered
+        Fault(r"/runs$", status=502, method="GET", times=0),
+    ]
+    original = backend.create_run
+
+    def create_run(body):
+        backend.faults[1].times = 9
+        return original(body)
+
+    backend.create_run = create_run
+    code, _, said = command("--run-name", "mine")
+    assert code == 1
+    assert "look for 'mine' at" in said
+    assert len(backend.runs) == 1
+
+
+def test_a_refused_run_is_told_from_one_that_failed(backend, command):
+    backend.faults = [Fault(r"/runs$", status=400, method="POST", message="no such field")]
+    code, _, said = command()
+    assert code == 2
+    assert "the endpoint refused the run: no such field (HTTP 400)" in said
+
+
+def test_runs_that_nobody_named_have_names_of_their_own(backend, command):
+    command()
+    command()
+    assert len({run["display_name"] for run in backend.runs.values()}) == 2
+
+
+def test_uploading_finds_its_version_among_hundreds(backend, command):
+    command("--upload")
+    (versions,) = backend.versions.values()
+    others = [{**versions[0], "display_name": f"other-{number}"} for number in range(250)]
+    versions[:0] = others
+    code, _, said = command("--upload")
+    assert code == 0
+    assert "was registered before" in said
+
+
+def test_a_pipeline_of_the_same_name_in_another_namespace_is_not_ours(backend, command):
+    _, theirs, _ = command("--upload", "--namespace", "theirs")
+    _, ours, _ = command("--upload", "--namespace", "ours")
+    assert theirs["where"] != ours["where"]
+    code, again, said = command("--upload", "--namespace", "ours")
+    assert code == 0
+    assert "was registered before" in said
+    assert again["where"] == ours["where"]
+    assert {p["namespace"] for p in backend.pipelines.values()} == {"ours", "theirs"}
 
 
 def test_uploading_twice_registers_once(backend, command):
@@ -387,13 +500,24 @@ def test_rerun_reaches_the_endpoint_for_these_steps_alone(backend, command):
 
 
 def test_a_schedule_starts_no_run_now(backend, command):
-    code, _, _ = command("--schedule", "0 0 3 * * *", "--run-name", "nightly")
+    code, outcome, said = command("--schedule", "0 0 3 * * *", "--run-name", "nightly")
     assert code == 0
     assert not backend.runs
     (made,) = backend.schedules.values()
+    assert made["recurring_run_id"] == outcome["run_id"]
+    assert f"{backend.url}/#/recurringrun/details/{outcome['run_id']}" in said.splitlines()
     assert made["display_name"] == "nightly"
     assert made["trigger"]["cron_schedule"]["cron"] == "0 0 3 * * *"
     assert int(made["max_concurrency"]) == 1
+
+
+def test_a_schedule_of_an_uploaded_package_is_linked_to_its_version(backend, command):
+    command("--upload", "--schedule", "0 0 3 * * *")
+    (made,) = backend.schedules.values()
+    (versions,) = backend.versions.values()
+    reference = made["pipeline_version_reference"]["pipeline_version_id"]
+    assert reference in {version["pipeline_version_id"] for version in versions}
+    assert not backend.runs
 
 
 def test_a_schedule_of_five_fields_is_refused_here(backend, command):
@@ -434,7 +558,7 @@ def test_a_parameter_that_the_endpoint_does_not_know(backend, tmp_path):
     path = tmp_path / "package.yaml"
     package.save_package(package.load_package(), path)
     with pytest.raises(PipelineError, match="parameter none is not defined") as caught:
-        cluster.submit(client, target, path, {"none": 1}, "run")
+        sending.submit(client, target, path, {"none": 1}, "run")
     assert "another version" in str(caught.value)
 
 

@@ -283,7 +283,7 @@ def test_a_store_that_does_not_answer_is_named(checkout, first):
     nobody = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ACCESS_KEY_ID": "user"}
     nobody["AWS_SECRET_ACCESS_KEY"] = "planted-secret"
     done = checkout.run("--store", "s3://models", environment=nobody)
-    assert done.returncode == 1
+    assert done.returncode == 2, "nothing was started"
     assert "127.0.0.1:9" in done.stderr
     assert "Traceback" not in done.stderr
     assert "planted-secret" not in done.stderr

@@ -6,7 +6,7 @@ import pytest
 
 from dpo.storage.runs import write_run_manifest
 from dpo.storage.store import open_store
-from pipelines import cluster, watch
+from pipelines import cluster, sending, watch
 from pipelines.service import execution
 from pipelines.service.database import Database, NewRun
 from pipelines.service.settings import Settings
@@ -167,7 +167,7 @@ def test_a_refused_submission_is_a_failed_run_and_another_name_is_not_taken_for_
     _, run, work = accepted
     backend.faults = [Fault(r"/runs$", method="POST", status=400, times=9)]
     target = cluster.endpoint()
-    assert cluster.find_run(cluster.connect(target), target, f"{run.id}x") is None
+    assert sending.find_runs(cluster.connect(target), target, f"{run.id}x") == []
     ended = work()
     assert ended.state == "failed"
     assert "refused" in ended.message

@@ -145,7 +145,9 @@ class Backend:
 
     def list_runs(self, query: dict[str, str]) -> dict[str, Any]:
         runs = [r for r in self.runs.values() if r["experiment_id"] == query["experiment_id"]]
-        return {"runs": _matching(runs, query)}
+        if query.get("sort_by") == "created_at desc":
+            runs.reverse()
+        return _page("runs", _matching(runs, query), query)
 
     def terminate(self, run_id: str) -> dict[str, Any]:
         run = self._run(run_id)
@@ -179,19 +181,25 @@ class Backend:
         return {"experiments": _matching(self.experiments.values(), query)}
 
     def list_pipelines(self, query: dict[str, str]) -> dict[str, Any]:
-        return {"pipelines": _matching(self.pipelines.values(), query)}
+        space = query.get("namespace", "")
+        here = [p for p in self.pipelines.values() if p.get("namespace", "") == space]
+        return _page("pipelines", _matching(here, query), query)
 
-    def list_versions(self, pipeline_id: str) -> dict[str, Any]:
-        return {"pipeline_versions": self.versions.get(pipeline_id, [])}
+    def list_versions(self, pipeline_id: str, query: dict[str, str]) -> dict[str, Any]:
+        return _page("pipeline_versions", self.versions.get(pipeline_id, []), query)
 
-    def upload(self, name: str, text: str, description: str) -> dict[str, Any]:
-        if any(p["display_name"] == name for p in self.pipelines.values()):
+    def upload(
+        self, name: str, text: str, description: str = "", namespace: str = ""
+    ) -> dict[str, Any]:
+        known = [(p["display_name"], p["namespace"]) for p in self.pipelines.values()]
+        if (name, namespace) in known:
             raise Refused(409, f"Failed to create a pipeline: {name} already exists", 6)
         identity = str(uuid4())
         self.pipelines[identity] = {
             "pipeline_id": identity,
             "display_name": name,
             "description": description,
+            "namespace": namespace,
             "created_at": _now(),
         }
         self.versions[identity] = []
@@ -238,6 +246,13 @@ def _matching(items: Any, query: dict[str, str]) -> list[dict[str, Any]]:
     return [i for i in items if all(i.get(keys.get(k, k)) == v for k, v in wanted.items())]
 
 
+def _page(name: str, items: list[dict[str, Any]], query: dict[str, str]) -> dict[str, Any]:
+    """One page of a list, and where the next one begins."""
+    first, size = int(query.get("page_token") or 0), int(query.get("page_size") or 10)
+    more = {"next_page_token": str(first + size)} if first + size < len(items) else {}
+    return {name: items[first : first + size], **more}
+
+
 def _pipeline_spec(spec: dict[str, Any]) -> dict[str, Any]:
     """The pipeline's part of a submitted package, parsed as the backend parses it."""
     plain: dict[str, Any] = spec.get("pipeline_spec", spec)
@@ -277,13 +292,18 @@ _ROUTES: list[tuple[str, str, str | None, Callable[..., Any]]] = [
         "GET",
         r"/pipelines/([^/]+)/versions",
         "V2beta1ListPipelineVersionsResponse",
-        lambda b, r, i: b.list_versions(i),
+        lambda b, r, i: b.list_versions(i, r.query),
     ),
     (
         "POST",
         r"/pipelines/upload",
         "V2beta1Pipeline",
-        lambda b, r: b.upload(r.query["name"], r.file(), r.query.get("description", "")),
+        lambda b, r: b.upload(
+            r.query["name"],
+            r.file(),
+            r.query.get("description", ""),
+            r.query.get("namespace", ""),
+        ),
     ),
     (
         "POST",

@@ -1,0 +1,257 @@
+"""What is sent to an endpoint: packages to register, runs and schedules to start."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo.errors import ConfigError, PipelineError, RequestError
+from pipelines.cluster import Endpoint, experiment_id, problem, quiet
+
+_LOOKS_SECONDS = (0.0, 1.0, 3.0)
+"""Pauses before each look whether a run was started: the endpoint may be busy starting it."""
+_PAGE = 100
+_CRON_FIELDS = 6
+_REQUEST_TIMEOUT = 408
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A pipeline version on the endpoint."""
+
+    pipeline_id: str
+    version_id: str
+    new: bool
+    """Whether this call made it."""
+
+
+def upload(client: Any, target: Endpoint, package: Path, name: str, version: str) -> Registered:
+    """Register a package, once: what is there under this name and version is used again.
+
+    Args:
+        client: From ``connect``.
+        target: Where it is connected to.
+        package: The compiled pipeline.
+        name: Pipeline that it becomes, or becomes a version of.
+        version: Name of the version; the same for the same content.
+
+    Raises:
+        PipelineError: the endpoint refused it.
+    """
+    try:
+        with quiet():
+            pipeline_id = _pipeline_id(client, target, name)
+            if pipeline_id is None:
+                pipeline_id = client.upload_pipeline(
+                    str(package), pipeline_name=name, namespace=target.namespace
+                ).pipeline_id
+            for known in _versions(client, pipeline_id):
+                if known.display_name == version:
+                    return Registered(pipeline_id, known.pipeline_version_id, new=False)
+            made = client.upload_pipeline_version(
+                str(package), pipeline_version_name=version, pipeline_id=pipeline_id
+            )
+    except Exception as error:
+        raise problem("the endpoint refused the pipeline", target, error) from None
+    return Registered(pipeline_id, str(made.pipeline_version_id), new=True)
+
+
+def _pipeline_id(client: Any, target: Endpoint, name: str) -> str | None:
+    """Of the pipeline with this name; kfp's own search knows no namespace."""
+    found = client.list_pipelines(
+        page_size=_PAGE, filter=_named(name), namespace=target.namespace
+    ).pipelines
+    named = [pipeline for pipeline in found or [] if pipeline.display_name == name]
+    return str(named[0].pipeline_id) if named else None
+
+
+def _versions(client: Any, pipeline_id: str) -> Iterator[Any]:
+    token = ""
+    while True:
+        page = client.list_pipeline_versions(pipeline_id, page_size=_PAGE, page_token=token)
+        yield from page.pipeline_versions or []
+        if not (token := page.next_page_token or ""):
+            return
+
+
+def _named(name: str) -> str:
+    predicate = {"operation": "EQUALS", "key": "display_name", "stringValue": name}
+    return json.dumps({"predicates": [predicate]})
+
+
+def submit(
+    client: Any,
+    target: Endpoint,
+    package: Path,
+    parameters: Mapping[str, Any],
+    run_name: str,
+    registered: Registered | None = None,
+) -> str:
+    """Start a run; returns its id.
+
+    Args:
+        client: From ``connect``.
+        target: Where it is connected to.
+        package: The compiled pipeline.
+        parameters: Values of its parameters.
+        run_name: Name in the UI.
+        registered: Version to run and be linked to, instead of the package itself.
+
+    Raises:
+        RequestError: the endpoint refused it; nothing was started.
+        PipelineError: the endpoint gave no answer; the run may have started.
+    """
+    try:
+        with quiet():
+            run = client.run_pipeline(
+                experiment_id=experiment_id(client, target),
+                job_name=run_name,
+                params=dict(parameters),
+                **_what(package, registered),
+            )
+    except Exception as error:
+        if _is_refusal(error):
+            raise problem("the endpoint refused the run", target, error, RequestError) from None
+        raise problem("the endpoint did not say that the run started", target, error) from None
+    return str(run.run_id)
+
+
+def _what(package: Path, registered: Registered | None) -> dict[str, Any]:
+    """What is to run: a registered version, or else the package itself."""
+    if registered:
+        return {"pipeline_id": registered.pipeline_id, "version_id": registered.version_id}
+    return {"pipeline_package_path": str(package)}
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the endpoint said no; another answer, or none, leaves open what it did."""
+    status = getattr(error, "status", None) or 0
+    return 400 <= status < 500 and status != _REQUEST_TIMEOUT
+
+
+def submit_once(
+    client: Any,
+    target: Endpoint,
+    package: Path,
+    parameters: Mapping[str, Any],
+    run_name: str,
+    registered: Registered | None = None,
+    *,
+    again: bool = False,
+) -> str:
+    """Start one run, also where the answer is lost; its id.
+
+    The backend takes no id and no key from its caller, so the name tells: whoever stopped between
+    the start and noting the id, or had no answer, finds the run by it.
+
+    Args:
+        client: From ``connect``.
+        target: Where it is connected to.
+        package: The compiled pipeline.
+        parameters: Values of its parameters.
+        run_name: Name in the UI.
+        registered: Version to run and be linked to, instead of the package itself.
+        again: Start one although there are runs with this name, as a person's name may be used
+            twice; else a run with this name is the one that was meant.
+
+    Raises:
+        RequestError: the endpoint refused it; nothing was started.
+        PipelineError: the endpoint does not say whether it has it.
+    """
+    known = find_runs(client, target, run_name)
+    if known and not again:
+        return known[-1]
+    try:
+        return submit(client, target, package, parameters, run_name, registered)
+    except RequestError:
+        raise
+    except PipelineError as lost:
+        # the answer may be what was lost, not the request
+        return _started(client, target, run_name, known, lost)
+
+
+def _started(
+    client: Any, target: Endpoint, run_name: str, known: list[str], lost: PipelineError
+) -> str:
+    """Id of the run with this name that was not ``known`` before."""
+    fix = f"it has none named {run_name!r}: send it again"
+    for pause in _LOOKS_SECONDS:
+        time.sleep(pause)
+        try:
+            new = [found for found in find_runs(client, target, run_name) if found not in known]
+        except PipelineError:
+            fix = f"look for {run_name!r} at {target.ui}/#/runs before you send it again"
+            continue
+        if new:
+            return new[-1]
+        fix = f"it has none named {run_name!r}: send it again"
+    raise PipelineError(lost.found, where=lost.where, fix=fix)
+
+
+def find_runs(client: Any, target: Endpoint, run_name: str) -> list[str]:
+    """Ids of the experiment's runs with this name, the newest first.
+
+    Raises:
+        PipelineError: the endpoint does not answer.
+    """
+    try:
+        with quiet():
+            found = client.list_runs(
+                experiment_id=experiment_id(client, target),
+                page_size=_PAGE,
+                sort_by="created_at desc",
+                filter=_named(run_name),
+            )
+    except Exception as error:
+        raise problem("the endpoint does not list its runs", target, error) from None
+    return [str(run.run_id) for run in found.runs or [] if run.display_name == run_name]
+
+
+def schedule(
+    client: Any,
+    target: Endpoint,
+    package: Path,
+    parameters: Mapping[str, Any],
+    run_name: str,
+    cron: str,
+    registered: Registered | None = None,
+) -> str:
+    """Start runs at set times; returns the id of the recurring run.
+
+    Args:
+        client: From ``connect``.
+        target: Where it is connected to.
+        package: The compiled pipeline.
+        parameters: Values of its parameters.
+        run_name: Name in the UI.
+        cron: Six fields, seconds first, as Kubeflow wants it.
+        registered: Version to run and be linked to, instead of the package itself.
+
+    Raises:
+        PipelineError: the endpoint refused it.
+    """
+    if len(cron.split()) != _CRON_FIELDS:
+        raise ConfigError(
+            f"the schedule {cron!r} has {len(cron.split())} fields",
+            where="--schedule",
+            fix='give six, seconds first: "0 0 3 * * *" is every night at three',
+        )
+    try:
+        with quiet():
+            made = client.create_recurring_run(
+                experiment_id=experiment_id(client, target),
+                job_name=run_name,
+                cron_expression=cron,
+                params=dict(parameters),
+                **_what(package, registered),
+                # a run that outlasts the interval is not joined by a second one
+                max_concurrency=1,
+                no_catchup=True,
+            )
+    except Exception as error:
+        raise problem("the endpoint refused the schedule", target, error) from None
+    return str(made.recurring_run_id)
