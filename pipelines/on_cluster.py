@@ -16,6 +16,7 @@ from uuid import uuid4
 from pipelines import cluster, package, sending
 from pipelines.asked import not_empty
 from pipelines.outcome import Outcome
+from pipelines.shared_places import check_places
 from pipelines.watch import wait
 
 
@@ -57,10 +58,13 @@ def run_on_cluster(
     """Do what the options ask of the endpoint.
 
     Raises:
+        ConfigError: what the run writes would not outlive its pods.
         PipelineError: the endpoint does not answer or refuses.
         KeyboardInterrupt: with a text that says what goes on.
     """
     target = cluster.endpoint(options.endpoint, options.namespace, options.experiment)
+    if not (options.cancel or options.retry):
+        check_places(documents, str(values["publish_store"]))
     client = cluster.connect(target)
     if options.cancel:
         cluster.cancel(client, target, options.cancel)

@@ -325,8 +325,10 @@ def _run_on_cluster(
 ) -> Outcome:
     from pipelines import cluster, sending
     from pipelines.on_cluster import new_name
+    from pipelines.shared_places import check_places
     from pipelines.watch import wait as wait_for
 
+    check_places(documents, str(values["publish_store"]))
     place = cluster.endpoint(*target)
     client = cluster.connect(place)
     name = run_name or new_name(values)

@@ -249,12 +249,14 @@ def _submit(
 ) -> str:
     from pipelines import sending
     from pipelines.deployment import load_deployment
+    from pipelines.shared_places import check_places
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "package.yaml")
         deployment = load_deployment(settings.deployment)
         documents = package.deployed_package(deployment)
         package.keep_checkpoints(documents, parameters["publish_store"])
+        check_places(documents, parameters["publish_store"])
         package.save_package(documents, path)
         return sending.submit_once(client, target, path, parameters, name)
 

@@ -32,6 +32,8 @@ def backend(monkeypatch, tmp_path):
     # kfp keeps a context file in the home folder
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("KUBECONFIG", raising=False)
+    # where the stand-in's runs leave their verdict
+    monkeypatch.setenv("DPO_SHARED_FOLDER", str(tmp_path))
     with running_backend() as server:
         monkeypatch.setenv("KF_PIPELINES_ENDPOINT", server.url)
         yield server
@@ -267,6 +269,29 @@ def test_ctrl_c(backend, store, tmp_path, cancels):
         assert process.returncode == 130
         assert "the run goes on" in err
         assert run["state"] == "RUNNING"
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        ((), "publish_store"),
+        (("--deploy", "model_cache.claim=m", "--deploy", "model_cache.mount_path={root}"), ""),
+        (("--store", "s3://b", "--deploy", "checkpoint_uri=file:///x"), "checkpoint_uri"),
+        (("--store", "s3://b", "--deploy", "checkpoint_uri=/x"), "checkpoint_uri"),
+        (("--store", "s3://b", "--deploy", "checkpoint_uri=s3://c"), ""),
+        (("--store", "file://{root}/../x", "--deploy", "model_cache.claim=m"), "publish_store"),
+    ],
+)
+def test_a_folder_that_dies_with_its_pod_is_no_store(
+    backend, command, monkeypatch, tmp_path, settings, refused
+):
+    monkeypatch.delenv("DPO_SHARED_FOLDER")
+    code, _, said = command(*(word.format(root=tmp_path) for word in settings))
+    assert code == (2 if refused else 0)
+    assert len(backend.runs) == (0 if refused else 1)
+    if refused:
+        assert "is a folder of each pod's own" in said
+        assert f"where: {refused}" in said
 
 
 def test_a_few_failing_answers_are_lived_with(backend, store, command):

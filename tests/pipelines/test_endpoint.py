@@ -87,6 +87,8 @@ def place(request, monkeypatch, tmp_path, capsys):
     # kfp keeps a context file in the home folder
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("KUBECONFIG", raising=False)
+    # where the stand-in's runs leave their verdict
+    monkeypatch.setenv("DPO_SHARED_FOLDER", str(tmp_path))
     monkeypatch.setattr(watch, "_FIRST_POLL_SECONDS", 0.01)
     images = {"data": "registry.test/data:1", "train": "registry.test/train:1"}
     with running_backend() as backend:

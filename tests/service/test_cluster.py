@@ -56,7 +56,9 @@ class Killed(BaseException):
 
 
 @pytest.fixture
-def backend(monkeypatch):
+def backend(monkeypatch, tmp_path):
+    # where the stand-in's runs leave their verdict
+    monkeypatch.setenv("DPO_SHARED_FOLDER", str(tmp_path))
     monkeypatch.setattr(watch, "_FIRST_POLL_SECONDS", 0.02, raising=False)
     with running_backend() as running:
         monkeypatch.setenv("KF_PIPELINES_ENDPOINT", running.url)
@@ -159,6 +161,15 @@ def test_a_lost_answer_does_not_lose_the_run(accepted, backend):
     ended = work()
     assert ended.state == "succeeded", ended.message
     assert list(backend.runs) == [ended.backend_run]
+
+
+def test_a_store_that_dies_with_the_pods_is_refused(accepted, backend, monkeypatch):
+    monkeypatch.delenv("DPO_SHARED_FOLDER")
+    _, _, work = accepted
+    ended = work()
+    assert ended.state == "failed"
+    assert "is a folder of each pod's own" in ended.message
+    assert backend.runs == {}
 
 
 def test_a_refused_submission_is_a_failed_run_and_another_name_is_not_taken_for_it(
