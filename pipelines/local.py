@@ -85,7 +85,8 @@ def run_local(job: Job, console: Console, *, timeout_seconds: float | None = Non
         containers.check_images(job.documents)
     with locked(job.runs) as lock:
         drop_broken_cache_entries(job.runs / "cache")
-        run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")[:-3]
+        # the store may be shared by machines, so the second alone would not do
+        run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
         folder = job.runs / "history" / run_id
         folder.mkdir(parents=True)
         events = folder / "progress.jsonl"
@@ -110,6 +111,7 @@ def run_local(job: Job, console: Console, *, timeout_seconds: float | None = Non
 def _start_worker(job: Job, folder: Path, events: Path, lock: int) -> subprocess.Popen[bytes]:
     save_package(job.documents, folder / "package.yaml")
     description = {
+        "run_id": folder.name,
         "package": str(folder / "package.yaml"),
         "arguments": dict(job.parameters),
         "pipeline_root": str(job.runs / "artifacts"),

@@ -35,6 +35,7 @@ def main(job_file: str, parent: int) -> int:
         cache_root=job["cache_root"],
     )
     _keep_outputs_in_loops()
+    _name_run(job["run_id"])
     pipeline = components.load_component_from_file(job["package"])
     try:
         pipeline(**job["arguments"])
@@ -62,6 +63,21 @@ def _keep_outputs_in_loops() -> None:
         return made
 
     task_spec_utils.create_parameter_loop_iteration_task_spec = keep_outputs
+
+
+def _name_run(run_id: str) -> None:
+    """Let steps see the id that the user is told, so that a run in a shared store is found by it.
+
+    kfp.local 2.17 takes eight random digits instead. No part of a cache key: only steps that are
+    never cached read it.
+    """
+    from kfp.local.orchestrator import dag_orchestrator, enhanced_dag_orchestrator
+
+    def named(run: Any) -> Any:
+        return lambda **arguments: run(**{**arguments, "unique_pipeline_id": run_id})
+
+    dag_orchestrator.run_dag = named(dag_orchestrator.run_dag)
+    enhanced_dag_orchestrator.run_enhanced_dag = named(enhanced_dag_orchestrator.run_enhanced_dag)
 
 
 def _runner(local: Any, job: dict[str, Any]) -> Any:

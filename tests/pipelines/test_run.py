@@ -85,6 +85,12 @@ def test_another_beta_reruns_preference_and_what_follows(checkout, first):
     assert settings["loss"]["beta"] == 0.2
 
 
+def test_the_store_knows_a_run_by_the_id_that_is_told(checkout, first):
+    found = {path.parent.name for path in _manifest_files(checkout)}
+    assert first["run_id"] in found
+    assert found <= {path.name for path in (checkout.folder / "runs/history").iterdir()}
+
+
 def explained(checkout):
     program = [sys.executable, str(checkout.folder / "pipelines/submit.py"), "explain"]
     done = subprocess.run(
