@@ -22,7 +22,7 @@ def gate(
         verdict: Folder with verdict.json: each rule with its figure and limit.
         report: The report with the verdict on top.
         settings: JSON of the settings that this step reads (see config/README.md).
-        run_id: Names the run's folder in the store.
+        run_id: Names the run's folder in the store; empty records nothing there.
 
     Returns:
         Whether the policy is to be published. Unnamed, because kfp.local resolves no other
@@ -32,6 +32,7 @@ def gate(
 
     from dpo.evaluate.gate import run_gate
     from dpo.publish.runs import record_verdict
+    from dpo.storage.progress import message
     from dpo.storage.step import copy_report, step
 
     with step("gate", settings) as run:
@@ -39,10 +40,13 @@ def gate(
             run.config, Path(verdict.path), evaluation=Path(evaluation.path), code=run.code
         )
         copy_report(Path(verdict.path, "report.html"), Path(report.path))
-        record_verdict(
-            run.config.publish,
-            run_id,
-            evaluation=Path(evaluation.path),
-            verdict=Path(verdict.path),
-        )
+        if not run_id:
+            message("gate", "no run_id is given: the store keeps no record of the verdict")
+        else:
+            record_verdict(
+                run.config.publish,
+                run_id,
+                evaluation=Path(evaluation.path),
+                verdict=Path(verdict.path),
+            )
     return decision.approved

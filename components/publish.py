@@ -26,7 +26,7 @@ def publish(
         published: Folder with published.json: URL, content hash, bytes moved.
         metrics: Counts of files and bytes.
         settings: JSON of the settings that this step reads (see config/README.md).
-        run_id: Names the run's folder in the store.
+        run_id: Names the run's folder in the store; empty records nothing there.
     """
     from pathlib import Path
 

@@ -20,7 +20,8 @@ from dpo.publish.registry import register
 from dpo.publish.runs import configured_store
 from dpo.publish.version import publish_files
 from dpo.storage.manifest import Manifest, read_manifest, record, staged, write_manifest
-from dpo.storage.runs import artifact_records, write_run_manifest
+from dpo.storage.progress import message
+from dpo.storage.runs import artifact_records, run_prefix, write_run_manifest
 
 
 def run_publish(
@@ -41,13 +42,17 @@ def run_publish(
         policy: Checkpoint of the preference stage.
         evaluation: Output of evaluate, of this policy.
         verdict: Output of gate, on this evaluation.
-        run_id: Names the run's folder in the store.
+        run_id: Names the run's folder in the store; empty records nothing there.
         code: Fingerprint of the code, kept in the manifest.
 
     Raises:
+        ConfigError: the run's id could name another place.
         ArtifactError: an input is incomplete, refused, or not of the same run.
         StoreError: the store refuses or does not answer.
     """
+    if run_id:
+        # a wrong id is found before the model is published
+        run_prefix(run_id)
     trained, judged, decided = approved_inputs(policy, evaluation, verdict)
     store = configured_store(config.publish)
     settings = config.publish
@@ -60,13 +65,16 @@ def run_publish(
             facts=_facts(run_id, trained),
             deadline_seconds=settings.deadline_seconds,
         )
-    write_run_manifest(
-        store,
-        run_id,
-        published=asdict(published),
-        policy={"content_hash": trained.content_hash, "inputs": trained.inputs},
-        artifacts=artifact_records(trained),
-    )
+    if not run_id:
+        message("publish", "no run_id is given: the store keeps no record of the run")
+    else:
+        write_run_manifest(
+            store,
+            run_id,
+            published=asdict(published),
+            policy={"content_hash": trained.content_hash, "inputs": trained.inputs},
+            artifacts=artifact_records(trained),
+        )
     if settings.registry:
         facts = _registry_facts(run_id, trained, evaluation)
         register(settings.registry, published.name, published.content_hash, published.url, facts)

@@ -5,7 +5,8 @@ import json
 import pytest
 from kfp import compiler, components, dsl
 
-from dpo.storage.manifest import read_manifest
+from components.gate import gate
+from dpo.storage.manifest import read_manifest, staged, write_manifest
 from pipelines import package
 from pipelines.deployment import Images
 
@@ -53,3 +54,19 @@ def test_a_component_runs_in_another_pipeline(
     )
     (manifest,) = kfp_processes.glob("*/ingest/pairs/manifest.json")
     assert read_manifest(manifest.parent, stage="ingest").details["metrics"]["pairs"] == 64
+
+
+def test_the_gate_alone_needs_neither_a_run_nor_a_store(tmp_path, capsys):
+    with staged(tmp_path / "evaluation") as judged:
+        accuracy = {"value": 0.9, "low": 0.8, "high": 1.0}
+        figures = {"after": {"reward_accuracy": accuracy}, "held_out": "pairs", "policy": {}}
+        (judged / "evaluation.json").write_text(json.dumps(figures))
+        (judged / "report.html").write_text("<p>figures</p>")
+        write_manifest(judged, "evaluate")
+    places = {
+        name: dsl.Artifact(name, str(tmp_path / name))
+        for name in ("evaluation", "verdict", "report")
+    }
+    assert gate.python_func(**places) is True
+    assert json.loads((tmp_path / "verdict/verdict.json").read_text())["approved"]
+    assert "no run_id is given" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from dpo.cli import main
 from dpo.config.compose import compose
 from dpo.config.places import builtin
 from dpo.config.stages import restrict
-from dpo.errors import ArtifactError, ObjectMissing, StoreError
+from dpo.errors import ArtifactError, ConfigError, ObjectMissing, StoreError
 from dpo.publish.runs import record_verdict
 from dpo.publish.stage import run_publish
 from dpo.publish.verify import pull, verify
@@ -85,6 +85,18 @@ def test_what_is_published_is_whole_and_latest_names_it(run, url):
     names = {entry["path"] for entry in manifest["files"]}
     assert {"model.safetensors", "tokenizer.json", "README.md"} <= names
     assert not {"run.json", "metrics.jsonl", "manifest.json"} & names
+
+
+def test_without_a_run_the_model_alone_is_published(run, url):
+    published = publish(run, url, run_id="")
+    assert verify(published["url"])["run_id"] == ""
+    assert list(open_store(url).list("runs")) == []
+
+
+def test_a_run_id_that_is_none_publishes_nothing(run, url):
+    with pytest.raises(ConfigError, match="is not a run id"):
+        publish(run, url, run_id="../other")
+    assert not (run / "store" / "policy").exists()
 
 
 def test_unchanged_content_moves_no_bytes_and_says_so(run, url):
