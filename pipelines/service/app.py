@@ -24,7 +24,7 @@ from pipelines.service.database import Run
 from pipelines.service.guards import Guard, RateLimit
 from pipelines.service.logs import log, request_id
 from pipelines.service.posting import add_trigger
-from pipelines.service.problems import FieldError, Problem, ProblemDocument, described
+from pipelines.service.problems import Answer, FieldError, Problem, ProblemDocument, described
 from pipelines.service.settings import Settings
 from pipelines.service.shared import CallerOf, Service
 
@@ -220,7 +220,7 @@ def _add_lists(app: FastAPI, service: Service) -> None:
     ) -> JSONResponse:
         runs = service.database.runs(caller.communities, limit=limit, before=before)
         further = runs[-1].created if len(runs) == limit else None
-        return JSONResponse({"runs": [views.answer(run) for run in runs], "nextBefore": further})
+        return Answer({"runs": [views.answer(run) for run in runs], "nextBefore": further})
 
 
 def _add_runs(app: FastAPI, service: Service) -> None:
@@ -231,7 +231,7 @@ def _add_runs(app: FastAPI, service: Service) -> None:
         responses=described(401, 404, 422, 429),
     )
     def get_run(run_id: str, caller: CallerOf) -> JSONResponse:
-        return JSONResponse(views.answer(_find(service, run_id, caller)))
+        return Answer(views.answer(_find(service, run_id, caller)))
 
     @app.delete(
         "/runs/{run_id}",
@@ -246,7 +246,7 @@ def _add_runs(app: FastAPI, service: Service) -> None:
         if run is None:
             raise Problem(409, "the run has ended")
         log("cancelled", run_id=run_id, caller=caller.name)
-        return JSONResponse(views.answer(run), 202)
+        return Answer(views.answer(run), 202)
 
     @app.get(
         "/runs/{run_id}/report",

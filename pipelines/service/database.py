@@ -172,7 +172,7 @@ class Database:
             run = self._get(connection, row.run_id)
             if run is not None and run.state not in AGAIN:
                 self._claim(connection, new, set(names) - set(claims), run.id)
-                return run, False
+                return self._call_back_too(connection, new, run), False
         run_id = str(uuid4())
         connection.execute(sa.insert(_runs).values(**_row(new, run_id)))
         connection.execute(
@@ -194,6 +194,21 @@ class Database:
         run = self._get(connection, run_id)
         assert run is not None
         return run, True
+
+    def _call_back_too(self, connection: sa.Connection, new: NewRun, run: Run) -> Run:
+        """Whoever asks for a run that goes on, and has no callback yet, is told of its end."""
+        if new.callback_url is None:
+            return run
+        connection.execute(
+            sa.update(_runs)
+            .where(
+                _runs.c.id == run.id,
+                _runs.c.callback_url.is_(None),
+                _runs.c.state.not_in(ENDED),
+            )
+            .values(callback_url=new.callback_url)
+        )
+        return self._get(connection, run.id) or run
 
     def _take_turns(self, connection: sa.Connection, community: str) -> None:
         """One request of a community at a time: what it reads must hold until it has written."""

@@ -16,9 +16,9 @@ from starlette.requests import ClientDisconnect
 from dpo.data.toy import toy_rows
 from pipelines.service import views
 from pipelines.service.auth import Caller
-from pipelines.service.database import KeyReused, NewRun
+from pipelines.service.database import ENDED, KeyReused, NewRun, Run
 from pipelines.service.logs import log, request_id
-from pipelines.service.problems import FieldError, Problem, described
+from pipelines.service.problems import Answer, FieldError, Problem, described
 from pipelines.service.settings import Settings
 from pipelines.service.shared import CallerOf, Service
 from pipelines.service.submission import Checked, Unacceptable
@@ -108,9 +108,16 @@ def add_trigger(app: FastAPI, service: Service) -> None:
         service.figures.rows.labels("used").inc(checked.pairs)
         service.figures.rows.labels("dropped").inc(checked.dropped)
         headers = {"Location": f"/runs/{run.id}"}
-        return JSONResponse(
-            {**views.answer(run), "new": created}, 202 if created else 200, headers=headers
-        )
+        shown = {**views.answer(run), **_not_called(checked, run), "new": created}
+        return Answer(shown, 202 if created else 200, headers=headers)
+
+
+def _not_called(checked: Checked, run: Run) -> dict[str, str]:
+    """Why an earlier request's run does not call the address of this one, where it does not."""
+    if checked.callback_url in (None, run.callback_url):
+        return {}
+    why = "the run has ended" if run.state in ENDED else "the run calls another address"
+    return {"callback": f"not called: {why}"}
 
 
 def _check_key(key: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
@@ -10,6 +11,16 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 MEDIA_TYPE = "application/problem+json"
+
+
+class Answer(JSONResponse):
+    """JSON of any text: half a character of what was posted is shown as its escape."""
+
+    def render(self, content: Any) -> bytes:
+        """The bytes of the answer."""
+        # as Starlette writes it, whose encoding ends in an exception here
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode("utf-8", "backslashreplace")
 
 
 class FieldError(BaseModel):
@@ -64,7 +75,7 @@ class Problem(Exception):
             errors=self.errors,
             request_id=request_id,
         )
-        return JSONResponse(
+        return Answer(
             document.model_dump(), self.status, headers=self.headers, media_type=MEDIA_TYPE
         )
 

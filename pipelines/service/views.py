@@ -72,7 +72,9 @@ class RunAnswer(_Answer):
     metrics: dict[str, Interval] = Field(description="On held-out pairs, after training.")
     report_url: str | None = Field(alias="reportUrl")
     model_url: str | None = Field(alias="modelUrl")
-    callback: str | None = Field(description="delivered, failed: ... or refused: ...")
+    callback: str | None = Field(
+        description="delivered, failed: ..., refused: ... or, for a posted address, not called: ..."
+    )
     cancelling: bool = Field(description="Somebody asked for its end.")
 
 

@@ -116,3 +116,21 @@ def test_the_answer_names_the_field(tmp_path):
         assert answer.json["errors"][0]["field"] == "callbackUrl"
         assert client.post({**body(), "callbackUrl": 3}).status == 422
         assert client.post({**body(), "callbackUrl": None}).status == 202
+
+
+def test_data_that_is_posted_again_with_a_callback_is_told_of_or_says_why_not(tmp_path):
+    allowed = {"callback_hosts": ("a.example",), "callback_secret": "key"}
+    with served(tmp_path / "data", **allowed) as client:
+        first = client.post(body()).json
+        database = client.app.state.service.database
+
+        def again(path):
+            return client.post({**body(), "callbackUrl": f"https://a.example/{path}"}).json
+
+        assert first["callback"] is None
+        assert (again("1")["callback"], again("1")["runId"]) == (None, first["runId"])
+        assert database.get(first["runId"], None).callback_url == "https://a.example/1"
+        assert again("2")["callback"] == "not called: the run calls another address"
+        database.end(first["runId"], "succeeded")
+        assert again("2")["callback"] == "not called: the run has ended"
+        assert database.get(first["runId"], None).callback_url == "https://a.example/1"

@@ -99,6 +99,8 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
         ({"communityId": "acme", "dataset": {}}, 422, "dataset", "wrong_type"),
         ({"communityId": "acme", "dataset": []}, 422, "dataset", "empty"),
         ({"communityId": "acme", "dataset": [PAIR], "x": 1}, 422, "x", "unknown_field"),
+        # half a character
+        ({"\ud800": 1, "communityId": "acme", "dataset": []}, 422, "\ud800", "unknown_field"),
         *(
             ({"communityId": "acme", "dataset": [PAIR], name: value}, 422, name, "unknown_field")
             for name in ("data_uri", "sft_model_uri", "reference_uri", "datasets", "publish_store")
