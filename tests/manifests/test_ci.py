@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from pipelines import submit
+from pipelines.deployment import load_deployment
 from tests.support.checkout import ROOT
 
 CI = ROOT / "manifests" / "ci"
@@ -29,6 +30,10 @@ def test_the_command_is_one_that_submit_takes(name):
     assert options.wait
     assert options.output == "json"
     assert options.deployment == "gpu"
+    settings = load_deployment(options.deployment, options.deploy[:2])
+    # of the store in the command
+    assert settings.store_secret
+    assert "S3_ENDPOINT" in settings.environment
 
 
 @pytest.mark.parametrize("name", ["github.yaml", "gitlab.yaml"])
