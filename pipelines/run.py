@@ -100,6 +100,9 @@ def run_pipeline(
     """
     if timeout_seconds is not None and not 0 < timeout_seconds < math.inf:
         raise ConfigError(f"timeout_seconds={timeout_seconds} is not a positive number of seconds")
+    if start_from is not None and not start_from.strip():
+        # or an empty variable would run everything
+        raise ConfigError("start_from is empty", fix="pass a run's id, or None for none")
     on_cluster = where == "cluster"
     if on_cluster:
         require_endpoint(endpoint)

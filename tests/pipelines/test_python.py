@@ -53,6 +53,8 @@ def test_a_run_ends_in_a_published_model(tmp_path):
         ({"where": "docker", "store": "s3://m", "images": {"dta": "r/d:1"}}, ConfigError, "KIND"),
         ({"nodes": 2}, ConfigError, "nodes=2 is for Kubeflow"),
         ({"start_from": "none"}, PipelineError, "there is no local run none"),
+        ({"start_from": ""}, ConfigError, "start_from is empty"),
+        ({"timeout_seconds": 0}, ConfigError, "timeout_seconds=0 is not a positive number"),
         ({"sweep": {"loss.beta": [0.1, 0.1]}}, ConfigError, "names a value twice"),
         ({"sweep": {"loss.bta": [0.1, 0.2]}}, ConfigError, "loss.bta"),
         ({"settings": {"model": "tiny", "datasets": ["/no/such.jsonl"]}}, None, "such"),
