@@ -1,8 +1,6 @@
 """The command on an endpoint: what it sends, what it says, how it exits."""
 
 import json
-import os
-import re
 import signal
 import subprocess
 import sys
@@ -10,76 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
-from urllib3.exceptions import HTTPError
 
-from dpo.errors import PipelineError, StoreUnavailable
+from dpo.errors import StoreUnavailable
 from dpo.storage.runs import write_run_manifest
 from dpo.storage.store import open_store
-from pipelines import cluster, connection, package, sending, submit, watch
-from tests.support.kfp_backend import STEPS, Fault, Scenario, running_backend, task
-
-IMAGES = [
-    *("--deploy", "images.data=registry.test/data:1"),
-    *("--deploy", "images.train=registry.test/train:1"),
-]
-
-
-@pytest.fixture
-def backend(monkeypatch, tmp_path):
-    for name in [name for name in os.environ if name.startswith("KF_PIPELINES")]:
-        monkeypatch.delenv(name)
-    # kfp keeps a context file in the home folder
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("KUBECONFIG", raising=False)
-    # where the stand-in's runs leave their verdict
-    monkeypatch.setenv("DPO_SHARED_FOLDER", str(tmp_path))
-    with running_backend() as server:
-        monkeypatch.setenv("KF_PIPELINES_ENDPOINT", server.url)
-        yield server
-
-
-@pytest.fixture
-def store(tmp_path):
-    return (tmp_path / "store").as_uri()
-
-
-@pytest.fixture
-def command(store, capsys, monkeypatch):
-    """Runs ``submit.py``; returns exit code, the JSON object and what stderr said."""
-    monkeypatch.setattr(watch, "_FIRST_POLL_SECONDS", 0.01)
-    monkeypatch.setattr(watch, "_POLL_SECONDS", 0.02)
-    # a compilation of seconds, which has a test of its own
-    monkeypatch.setattr(submit, "_check_package_is_current", lambda: None)
-
-    def run(*arguments):
-        code = submit.main([*IMAGES, "--store", store, "--output", "json", *arguments])
-        printed = capsys.readouterr()
-        assert printed.out.count("\n") == 1, "one JSON object and nothing else on stdout"
-        outcome = json.loads(printed.out)
-        assert outcome.get("exit_code", code) == code
-        return code, outcome, printed.err
-
-    return run
-
-
-def verdict(store, approved):
-    """What gate and publish leave in the store."""
-
-    def write(run_id):
-        published = {"published": {"name": "policy", "content_hash": "ab" * 32}}
-        write_run_manifest(
-            open_store(store),
-            run_id,
-            verdict={"approved": approved, "rules": []},
-            **(published if approved else {}),
-        )
-
-    return write
-
-
-def all_done(state="SUCCEEDED"):
-    return [row for step in STEPS for row in task(step, state)]
+from pipelines import package, submit, watch
+from tests.support.kfp_backend import STEPS, Fault, Scenario, task
+from tests.support.submitted import IMAGES, all_done, verdict
 
 
 def test_an_approved_run_exits_0_and_tells_each_step(backend, store, command):
@@ -271,29 +206,6 @@ def test_ctrl_c(backend, store, tmp_path, cancels):
         assert run["state"] == "RUNNING"
 
 
-@pytest.mark.parametrize(
-    ("settings", "refused"),
-    [
-        ((), "publish_store"),
-        (("--deploy", "model_cache.claim=m", "--deploy", "model_cache.mount_path={root}"), ""),
-        (("--store", "s3://b", "--deploy", "checkpoint_uri=file:///x"), "checkpoint_uri"),
-        (("--store", "s3://b", "--deploy", "checkpoint_uri=/x"), "checkpoint_uri"),
-        (("--store", "s3://b", "--deploy", "checkpoint_uri=s3://c"), ""),
-        (("--store", "file://{root}/../x", "--deploy", "model_cache.claim=m"), "publish_store"),
-    ],
-)
-def test_a_folder_that_dies_with_its_pod_is_no_store(
-    backend, command, monkeypatch, tmp_path, settings, refused
-):
-    monkeypatch.delenv("DPO_SHARED_FOLDER")
-    code, _, said = command(*(word.format(root=tmp_path) for word in settings))
-    assert code == (2 if refused else 0)
-    assert len(backend.runs) == (0 if refused else 1)
-    if refused:
-        assert "is a folder of each pod's own" in said
-        assert f"where: {refused}" in said
-
-
 def test_a_few_failing_answers_are_lived_with(backend, store, command):
     backend.scenario = Scenario(tasks=[all_done()], on_end=verdict(store, True))
     backend.faults = [Fault(r"/runs/[^/]+$", times=3), Fault(r"/runs/[^/]+$", times=2, cut=True)]
@@ -334,18 +246,6 @@ def test_the_deadline_holds_when_the_endpoint_does_not_answer(backend, command):
     assert (code, outcome["state"]) == (5, "timed out")
     assert "timed out" in outcome["message"]
     assert time.monotonic() - began < 25
-
-
-@pytest.mark.parametrize("asked", ["GET", "POST"])
-def test_no_request_waits_for_ever(backend, monkeypatch, asked):
-    client = cluster.connect(cluster.endpoint())
-    monkeypatch.setattr(connection, "ANSWER_SECONDS", 0.2)
-    monkeypatch.setattr(connection, "_CHANGE_SECONDS", 0.2)
-    backend.faults = [Fault(r"/experiments$", times=9, method=asked, hold_seconds=20)]
-    began = time.monotonic()
-    with pytest.raises(HTTPError):
-        client.create_experiment("e") if asked == "POST" else client.list_experiments()
-    assert time.monotonic() - began < 10
 
 
 def test_a_deleted_run_is_reported_at_once(backend, command, monkeypatch):
@@ -418,103 +318,6 @@ def test_a_run_that_left_no_manifest_is_judged_by_its_steps(backend, command):
     assert outcome["run_id"] in backend.runs
 
 
-@pytest.mark.parametrize("status", [500, 502])
-def test_a_lost_answer_starts_no_second_run(backend, command, monkeypatch, status):
-    monkeypatch.setattr(sending, "_LOOKS_SECONDS", (0.0, 0.0))
-    _, first, _ = command("--run-name", "mine")
-    backend.faults = [Fault(r"/runs$", status=status, method="POST", after=True)]
-    code, second, _ = command("--run-name", "mine")
-    assert (code, second["state"]) == (0, "submitted")
-    assert list(backend.runs) == [first["run_id"], second["run_id"]]
-    assert first["run_id"] != second["run_id"]
-
-
-def test_an_answer_that_is_lost_with_the_request_says_that_no_run_was_started(
-    backend, command, monkeypatch
-):
-    monkeypatch.setattr(sending, "_LOOKS_SECONDS", (0.0, 0.0))
-    backend.faults = [Fault(r"/runs$", status=502, method="POST")]
-    code, _, said = command("--run-name", "mine")
-    assert code == 1
-    assert "it has none named 'mine': send it again" in said
-    backend.faults = [
-        Fault(r"/runs$", status=502, method="POST", after=True),
-        # the first look, before the run is sent, is answered
-        Fault(r"/runs$", status=502, method="GET", times=0),
-    ]
-    original = backend.create_run
-
-    def create_run(body):
-        backend.faults[1].times = 9
-        return original(body)
-
-    backend.create_run = create_run
-    code, _, said = command("--run-name", "mine")
-    assert code == 1
-    assert "look for 'mine' at" in said
-    assert len(backend.runs) == 1
-
-
-def test_a_refused_run_is_told_from_one_that_failed(backend, command):
-    backend.faults = [Fault(r"/runs$", status=400, method="POST", message="no such field")]
-    code, _, said = command()
-    assert code == 2
-    assert "the endpoint refused the run: no such field (HTTP 400)" in said
-
-
-def test_runs_that_nobody_named_have_names_of_their_own(backend, command):
-    command()
-    command()
-    assert len({run["display_name"] for run in backend.runs.values()}) == 2
-
-
-def test_uploading_finds_its_version_among_hundreds(backend, command):
-    command("--upload")
-    (versions,) = backend.versions.values()
-    others = [{**versions[0], "display_name": f"other-{number}"} for number in range(250)]
-    versions[:0] = others
-    code, _, said = command("--upload")
-    assert code == 0
-    assert "was registered before" in said
-
-
-def test_a_pipeline_of_the_same_name_in_another_namespace_is_not_ours(backend, command):
-    _, theirs, _ = command("--upload", "--namespace", "theirs")
-    _, ours, _ = command("--upload", "--namespace", "ours")
-    assert theirs["where"] != ours["where"]
-    code, again, said = command("--upload", "--namespace", "ours")
-    assert code == 0
-    assert "was registered before" in said
-    assert again["where"] == ours["where"]
-    assert {p["namespace"] for p in backend.pipelines.values()} == {"ours", "theirs"}
-
-
-def test_uploading_twice_registers_once(backend, command):
-    code, outcome, said = command("--upload")
-    assert code == 0
-    assert "registered" in said
-    assert not backend.runs
-    (pipeline,) = backend.pipelines.values()
-    assert pipeline["display_name"] == "preference-fine-tuning"
-    versions = len(backend.versions[pipeline["pipeline_id"]])
-    _, again, said = command("--upload")
-    assert "was registered before" in said
-    assert again["where"] == outcome["where"]
-    assert len(backend.versions[pipeline["pipeline_id"]]) == versions
-    command("--upload", "--deploy", "train.memory=9Gi")
-    assert len(backend.pipelines) == 1
-    assert len(backend.versions[pipeline["pipeline_id"]]) == versions + 1
-
-
-def test_a_run_of_an_uploaded_package_is_linked_to_its_version(backend, command):
-    _, outcome, _ = command("--upload", "--run")
-    reference = backend.runs[outcome["run_id"]]["pipeline_version_reference"]
-    (pipeline,) = backend.pipelines
-    ids = {version["pipeline_version_id"] for version in backend.versions[pipeline]}
-    assert reference["pipeline_id"] == pipeline
-    assert reference["pipeline_version_id"] in ids
-
-
 def test_rerun_reaches_the_endpoint_for_these_steps_alone(backend, command):
     _, outcome, _ = command("--rerun", "sft,publish")
     spec = backend.runs[outcome["run_id"]]["pipeline_spec"]["pipeline_spec"]
@@ -522,34 +325,6 @@ def test_rerun_reaches_the_endpoint_for_these_steps_alone(backend, command):
     tasks = {n: t for dag in dags for n, t in dag.get("dag", {}).get("tasks", {}).items()}
     cached = {n for n, t in tasks.items() if t.get("cachingOptions", {}).get("enableCache")}
     assert cached == {"ingest", "reference", "preference", "evaluate"}
-
-
-def test_a_schedule_starts_no_run_now(backend, command):
-    code, outcome, said = command("--schedule", "0 0 3 * * *", "--run-name", "nightly")
-    assert code == 0
-    assert not backend.runs
-    (made,) = backend.schedules.values()
-    assert made["recurring_run_id"] == outcome["run_id"]
-    assert f"{backend.url}/#/recurringrun/details/{outcome['run_id']}" in said.splitlines()
-    assert made["display_name"] == "nightly"
-    assert made["trigger"]["cron_schedule"]["cron"] == "0 0 3 * * *"
-    assert int(made["max_concurrency"]) == 1
-
-
-def test_a_schedule_of_an_uploaded_package_is_linked_to_its_version(backend, command):
-    command("--upload", "--schedule", "0 0 3 * * *")
-    (made,) = backend.schedules.values()
-    (versions,) = backend.versions.values()
-    reference = made["pipeline_version_reference"]["pipeline_version_id"]
-    assert reference in {version["pipeline_version_id"] for version in versions}
-    assert not backend.runs
-
-
-def test_a_schedule_of_five_fields_is_refused_here(backend, command):
-    code, _, said = command("--schedule", "0 3 * * *")
-    assert code == 2
-    assert "has 5 fields" in said
-    assert not backend.schedules
 
 
 @pytest.mark.parametrize(
@@ -575,16 +350,6 @@ def test_a_value_out_of_range_is_refused_before_anything_is_sent(
     assert "Traceback" not in said
     assert not backend.runs
     assert not backend.pipelines
-
-
-def test_a_parameter_that_the_endpoint_does_not_know(backend, tmp_path):
-    target = cluster.endpoint()
-    client = cluster.connect(target)
-    path = tmp_path / "package.yaml"
-    package.save_package(package.load_package(), path)
-    with pytest.raises(PipelineError, match="parameter none is not defined") as caught:
-        sending.submit(client, target, path, {"none": 1}, "run")
-    assert "another version" in str(caught.value)
 
 
 @pytest.mark.parametrize(("approved", "code"), [(True, 0), (False, 3)])
@@ -697,22 +462,6 @@ def test_explain_without_an_endpoint_says_what_is_missing(capsys, tmp_path, monk
     said = capsys.readouterr().err
     assert "nothing is known of run foo" in said
     assert "--store" in said
-
-
-def test_another_version_of_the_pipeline_that_is_there_stays_and_ours_is_added(backend, command):
-    theirs = package.load_package()
-    theirs[0]["root"]["inputDefinitions"]["parameters"].pop("seed")
-    name = theirs[0]["pipelineInfo"]["name"]
-    there = backend.upload(name, yaml.safe_dump_all(theirs), "an older one")["pipeline_id"]
-    before = [version["pipeline_version_id"] for version in backend.versions[there]]
-    code, outcome, said = command("--upload", "--run")
-    assert (code, outcome["state"]) == (0, "submitted")
-    assert re.search(rf"pipeline {name}, version [0-9a-f]{{12}}: registered", said)
-    after = [version["pipeline_version_id"] for version in backend.versions[there]]
-    assert after[: len(before)] == before
-    assert len(after) == len(before) + 1
-    run = backend.runs[outcome["run_id"]]
-    assert run["pipeline_version_reference"]["pipeline_version_id"] == after[-1]
 
 
 def test_the_candidates_of_a_sweep_are_one_step_each_with_the_worst_state(backend, store, command):

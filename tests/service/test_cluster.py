@@ -106,7 +106,7 @@ def test_a_run_is_followed_to_its_report_and_model(accepted, backend):
 
 
 def test_a_worker_killed_before_it_noted_the_backends_run_submits_once(
-    accepted, backend, monkeypatch
+    accepted, backend, monkeypatch, tmp_path
 ):
     database, run, work = accepted
     update = database.update
@@ -122,6 +122,7 @@ def test_a_worker_killed_before_it_noted_the_backends_run_submits_once(
     assert (len(backend.runs), database.get(run.id, None).backend_run) == (1, None)
     monkeypatch.undo()
     monkeypatch.setenv("KF_PIPELINES_ENDPOINT", backend.url)
+    monkeypatch.setenv("DPO_SHARED_FOLDER", str(tmp_path))
     ended = work()
     assert ended.state == "succeeded", ended.message
     assert list(backend.runs) == [ended.backend_run]
