@@ -1,8 +1,8 @@
 """Floating-point operations of a pair, and the time that they take.
 
 Notation: p, c, r tokens of prompt, chosen and rejected response; M weights of all blocks that
-multiply every token (two operations each, forward); V, D vocabulary and hidden size; L blocks, H
-query width.
+multiply every token (two operations each, forward; of experts, those that a token passes); V, D
+vocabulary and hidden size; L blocks, H query width.
 
 A pair with the prompt shared passes p + c + r tokens; unshared it passes (p + c) + (p + r); padded,
 every sequence is as long as the longest of its batch.
@@ -22,8 +22,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dpo.plan.architecture import Architecture
 from dpo.plan.lengths import Lengths
+from dpo.plan.shape import Architecture
 
 Layout = Literal["shared", "unshared", "padded"]
 
@@ -94,7 +94,7 @@ def flops(
         attended = sum(length * p + _causal(length) for length in responses)
         attended += _causal(p) * (1 if shared else len(responses))
         n_head = sum(responses)
-    matrices = 2.0 * shape.n_layers * shape.block_matrices * n_tokens
+    matrices = 2.0 * shape.n_layers * shape.active_matrices * n_tokens
     attention = 4.0 * shape.n_layers * shape.query_width * attended
     head = 2.0 * shape.vocabulary * shape.width * n_head
     blocks = matrices + attention

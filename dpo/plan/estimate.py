@@ -9,7 +9,8 @@ from typing import Any
 from dpo.config.losses import SFTLoss
 from dpo.config.schema import RunConfig
 from dpo.errors import ConfigError
-from dpo.plan.architecture import Architecture, architecture_of
+from dpo.plan.adapters import lora_parameters
+from dpo.plan.architecture import architecture_of
 from dpo.plan.compute import (
     DEFAULT_GPU,
     DEFAULT_UTILISATION,
@@ -19,8 +20,10 @@ from dpo.plan.compute import (
     flops,
     seconds,
 )
+from dpo.plan.kinds import KNOWN_MARGIN, UNKNOWN_MARGIN
 from dpo.plan.lengths import DEFAULT, Lengths
-from dpo.plan.memory import Job, Memory, Mode, predict, reserve
+from dpo.plan.memory import COMPARED, Job, Memory, Mode, predict, reserve
+from dpo.plan.shape import Architecture
 
 GIB = float(2**30)
 _MOST_GPUS = 1024
@@ -76,6 +79,8 @@ class Plan:
     stage: str
     model: str
     parameters: int
+    parameters_margin: float
+    """Share of the parameters by which they may be wrong."""
     machine: Machine
     lengths: Lengths
     memory: Memory
@@ -99,6 +104,7 @@ class Plan:
             "stage": self.stage,
             "model": self.model,
             "parameters": self.parameters,
+            "parameters_margin": self.parameters_margin,
             "gpus": self.machine.gpus,
             "gpu": self.machine.gpu,
             "gpu_memory_gib": self.machine.memory_gib,
@@ -159,6 +165,7 @@ def plan_stage(
         stage=stage,
         model=config.model.name_or_path,
         parameters=shape.parameters,
+        parameters_margin=KNOWN_MARGIN if shape.known else UNKNOWN_MARGIN,
         machine=machine,
         lengths=found,
         memory=memory,
@@ -221,16 +228,6 @@ def job_of(config: RunConfig, shape: Architecture, machine: Machine, lengths: Le
     )
 
 
-def lora_parameters(shape: Architecture, rank: int) -> int:
-    """Weights of a LoRA adapter on every matrix of every block."""
-    d, q, kv, f = shape.width, shape.query_width, shape.kv_width, shape.mlp_width
-    matrices = [(d, q), (d, kv), (d, kv), (q, d), (d, f), (f, d)] + [(d, f)] * shape.gated
-    if shape.model_type in ("gpt_neox", "gpt2"):
-        # query, key and value are one matrix
-        matrices = [(d, q + 2 * kv), (q, d), (d, f), (f, d)]
-    return shape.n_layers * rank * sum(rows + columns for rows, columns in matrices)
-
-
 def _lora_rank(config: RunConfig) -> int | None:
     return config.lora.rank if config.lora.enabled else None
 
@@ -279,8 +276,13 @@ def _check_batch(config: RunConfig, machine: Machine) -> None:
 def _warnings(config: RunConfig, shape: Architecture, machine: Machine) -> Iterator[str]:
     if config.max_length > shape.context:
         yield f"max_length ({config.max_length}) exceeds the model's context ({shape.context})"
-    if not shape.exact:
-        yield f"{shape.model_type} models are planned like Llama: weights to 1 %, activations rough"
+    if not shape.known:
+        yield (
+            f"{shape.model_type or 'such'} models are not known here: their weights are counted "
+            f"like Llama's and may be wrong by {UNKNOWN_MARGIN:.0%}, or more; activations are rough"
+        )
+    elif shape.model_type not in COMPARED:
+        yield f"activations of {shape.model_type} models are rough; weights are right to 1 %"
     if machine.gpus > 1 and config.trainer.name == "BasicTrainer":
         yield "trainer=BasicTrainer trains in one process: FSDPTrainer shares the weights"
 

@@ -13,8 +13,8 @@ Per device, with n devices that share the weights (FSDP; n = 1 else):
                  all logits where the architecture takes the padded path
 
 The reference's log-probabilities are cached, so there is no second model. ``a`` and ``b`` count the
-tensors that autograd keeps, read from runs under fake tensors (tests/plan/test_memory.py repeats
-that); the whole is compared with measured peaks there.
+tensors that autograd keeps, read from runs under fake tensors; tests/train/test_simulate.py
+compares the whole with a simulated step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dpo.plan.architecture import Architecture
+from dpo.plan.shape import Architecture
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 Mode = Literal["float32", "autocast", "half"]
@@ -47,6 +47,8 @@ _LIKE = {
     **{"phi": "gpt_neox", "opt": "gpt2"},
 }
 """Blocks of the same make; of these only mistral's was compared with a simulated step."""
+COMPARED = ("gpt_neox", "gpt2", "llama", "mistral")
+"""Kinds whose account was compared with a simulated step."""
 _CHUNK_TOKENS = 128
 _GPU_CONTEXT = 0.75 * 2**30
 """What the driver and its libraries keep, and NCCL's buffers; an allowance, not measured."""
@@ -137,7 +139,7 @@ def _states(job: Job) -> tuple[float, float, float]:
             gradients += (gathered + 4) * max(block, shape.embedding_parameters)
     if job.mode == "autocast":
         # casts of weights are kept until backward has passed them
-        weights += 2 * shape.n_layers * shape.block_matrices
+        weights += 2 * shape.matrices
     values = {"RMSprop": 1, "AdamW": 2}[job.optimizer]
     return weights, gradients, values * job.trained * size / n
 

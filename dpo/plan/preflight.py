@@ -9,6 +9,7 @@ from dpo.config.parameters import stage_configs
 from dpo.config.schema import RunConfig
 from dpo.errors import ConfigError, ModelError
 from dpo.plan.estimate import GIB, Machine, Plan, plan_stage
+from dpo.plan.kinds import KNOWN_MARGIN
 from dpo.plan.lengths import Lengths
 
 _SHOWN_CHANGES = 5
@@ -42,6 +43,8 @@ def preflight(
 def check_fit(config: RunConfig, machine: Machine, lengths: Lengths | None = None) -> Plan | None:
     """The plan of one training stage; None where the model's architecture is not known here.
 
+    A plan that may be wrong by half stops only a run that would need more than twice the memory.
+
     Raises:
         ConfigError: it does not fit.
     """
@@ -49,7 +52,7 @@ def check_fit(config: RunConfig, machine: Machine, lengths: Lengths | None = Non
         plan = plan_stage(config, machine, lengths)
     except ModelError:
         return None
-    if not plan.fits:
+    if not plan.fits and _least(plan) > machine.memory_gib * GIB:
         changes = "\n        ".join(plan.advice[:_SHOWN_CHANGES])
         raise ConfigError(
             f"the {plan.stage} stage of {plan.model} is predicted to need "
@@ -59,3 +62,9 @@ def check_fit(config: RunConfig, machine: Machine, lengths: Lengths | None = Non
             fix=f"one of\n        {changes}",
         )
     return plan
+
+
+def _least(plan: Plan) -> float:
+    """What the plan says is needed, in bytes, less what it may be wrong by where that is much."""
+    share = plan.parameters_margin if plan.parameters_margin > KNOWN_MARGIN else 0.0
+    return plan.memory.total * (1 - share)

@@ -9,12 +9,14 @@ from dpo.config.compose import compose
 from dpo.config.schema import ModelConfig
 from dpo.errors import ConfigError, ModelError
 from dpo.modeling.attention import ARCHITECTURES
-from dpo.plan.architecture import _shipped, architecture_of, config_values, from_config
+from dpo.plan.adapters import lora_parameters
+from dpo.plan.architecture import _shipped, architecture_of, config_values
 from dpo.plan.compute import flops, seconds
-from dpo.plan.estimate import GIB, Machine, job_of, lora_parameters, plan_stage
+from dpo.plan.estimate import GIB, Machine, job_of, plan_stage
 from dpo.plan.lengths import DEFAULT, HH_PAIRS, Lengths
 from dpo.plan.memory import PACKED_TYPES, predict
 from dpo.plan.preflight import check_fit, preflight
+from dpo.plan.sizes import from_config
 
 PUBLISHED = {
     "EleutherAI/pythia-2.8b": 2_775_208_960,
