@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo.config.schema import RunConfig
-from dpo.errors import ConfigError
+from dpo.errors import ConfigError, DpoError
 from dpo.plan.architecture import architecture_of
 from dpo.plan.estimate import GIB, Machine, Plan, job_of, plan_stage, with_peak
 from dpo.plan.lengths import Lengths, find_lengths
@@ -86,7 +86,7 @@ def simulated(config: RunConfig, plan: Plan) -> Plan:
     """The plan with the peak of a step under fake tensors in place of the account's.
 
     The account still says what the memory is used for; what the step needs beside it counts as
-    activations.
+    activations. Where a step cannot be simulated, the account's plan says so and stays.
 
     Raises:
         DpoError: no model can be built from the architecture.
@@ -95,13 +95,19 @@ def simulated(config: RunConfig, plan: Plan) -> Plan:
     peak_bytes = import_module("dpo.train.simulate").peak_bytes
     shape = architecture_of(config.model)
     job = job_of(config, shape, plan.machine, plan.lengths)
-    peak = peak_bytes(
-        config.model_copy(update={"micro_batch_tokens": job.micro_batch_tokens}),
-        gpus=job.devices,
-        dtype=_products(config, job.mode),
-        row=_row(job.micro_batch_tokens, plan.lengths),
-        n_rows=2 if job.several_micro_batches else 1,
-    )
+    try:
+        peak = peak_bytes(
+            config.model_copy(update={"micro_batch_tokens": job.micro_batch_tokens}),
+            gpus=job.devices,
+            dtype=_products(config, job.mode),
+            row=_row(job.micro_batch_tokens, plan.lengths),
+            n_rows=2 if job.several_micro_batches else 1,
+        )
+    except DpoError:
+        raise
+    except Exception as error:
+        # a model's own code, under tensors without values
+        return _by_account(plan, error)
     changed = with_peak(plan, peak)
     if changed.fits or plan.advice:
         return changed
@@ -109,6 +115,12 @@ def simulated(config: RunConfig, plan: Plan) -> Plan:
     share = (plan.memory.total - plan.memory.reserve) / peak
     smaller = replace(plan.machine, gpu_memory_gib=plan.machine.memory_gib * share)
     return replace(changed, advice=plan_stage(config, smaller, plan.lengths).advice)
+
+
+def _by_account(plan: Plan, error: Exception) -> Plan:
+    reason = " ".join(str(error).split())[:120]
+    text = f"a step of this model could not be simulated ({type(error).__name__}: {reason})"
+    return replace(plan, warnings=(*plan.warnings, f"{text}; this is the account"))
 
 
 def _products(config: RunConfig, mode: str) -> str:

@@ -8,6 +8,7 @@ is alive, so a change of the code that keeps more shows by itself. One process i
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 import weakref
@@ -27,7 +28,7 @@ from dpo.config.schema import RunConfig
 from dpo.data.log_probs import PairLogProbs
 from dpo.data.packing import pack
 from dpo.data.tokenize import TokenizedExample
-from dpo.modeling import attention
+from dpo.modeling import attention, plain
 from dpo.modeling.precision import DTYPES, autocast
 from dpo.modeling.sharded import Scorer, shard
 from dpo.plan.architecture import config_values
@@ -35,6 +36,8 @@ from dpo.train.optimizer import build_optimizer
 from dpo.train.parallel import Layout
 from dpo.train.step import Objective
 from dpo.train.trainer import checkpoint_activations
+
+_reports = logging.getLogger("torch._subclasses.fake_tensor")
 
 
 class StorageCount(TorchDispatchMode):
@@ -116,6 +119,7 @@ def peak_bytes(
     with (
         _processes(gpus),
         _attention_of_a_gpu(),
+        _no_reports(),
         StorageCount() as count,
         warnings.catch_warnings(),
     ):
@@ -156,13 +160,22 @@ def _model(config: RunConfig) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = dict(config_values(config.model))
-    settings = AutoConfig.for_model(values.pop("model_type"), **values)
-    eager = settings.model_type == "gptj"
-    return AutoModelForCausalLM.from_config(
-        settings,
-        dtype=DTYPES[config.model.policy_dtype],
-        attn_implementation="eager" if eager else "sdpa",
-    ).eval()
+    kind = values.pop("model_type")
+
+    def build(**options: Any) -> Any:
+        # a configuration of its own: what failed with one stays in it
+        settings = AutoConfig.for_model(kind, **values)
+        dtype = DTYPES[config.model.policy_dtype]
+        return AutoModelForCausalLM.from_config(settings, dtype=dtype, **options)
+
+    try:
+        model = build(attn_implementation="sdpa")
+    except ValueError:
+        # as where a model is loaded: Bloom, GPT-J and models without attention do not have it
+        model = build()
+    # whether padding changes values cannot be seen where there are none
+    setattr(model, plain._PADS, True)
+    return model.eval()
 
 
 def _backward(objective: Objective, row: tuple[int, int, int], n_rows: int) -> None:
@@ -187,6 +200,16 @@ def _attention_of_a_gpu() -> Iterator[None]:
         yield
     finally:
         names["LONGEST"] = before
+
+
+@contextmanager
+def _no_reports() -> Iterator[None]:
+    """None of torch's own reports, with a traceback, of an operation that fake tensors refuse."""
+    before, _reports.disabled = _reports.disabled, True
+    try:
+        yield
+    finally:
+        _reports.disabled = before
 
 
 @contextmanager

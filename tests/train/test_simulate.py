@@ -10,7 +10,8 @@ import pytest
 
 from dpo.config.compose import compose
 from dpo.plan.architecture import architecture_of
-from dpo.plan.estimate import Machine, job_of
+from dpo.plan.command import simulated
+from dpo.plan.estimate import Machine, job_of, plan_stage
 from dpo.plan.lengths import DEFAULT
 from dpo.plan.memory import predict
 from dpo.train.simulate import peak_bytes
@@ -28,6 +29,17 @@ GPT2 = {
     **{"model_type": "gpt2", "n_embd": 384, "n_layer": 4, "n_head": 6, "vocab_size": 4096},
     "n_positions": 2048,
 }
+GPTJ = {
+    **{"model_type": "gptj", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 300},
+    **{"n_positions": 2048, "rotary_dim": 16},
+}
+BLOOM = {"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 300}
+_GROUPED = {
+    **{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300},
+    **{"num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 2048},
+}
+GEMMA2 = {"model_type": "gemma2", "head_dim": 16, "sliding_window": 16, **_GROUPED}
+MIXTRAL = {"model_type": "mixtral", "num_local_experts": 4, **_GROUPED}
 ROW = (584, 194, 246)
 TOKENS = sum(ROW)
 
@@ -84,6 +96,26 @@ def test_the_account_follows_the_step_of_shards(settings, dtype, words):
     simulated = peak_bytes(config, gpus=4, dtype=dtype, row=ROW)
     mode = "half" if words else "float32"
     assert account(config, 4, mode) == pytest.approx(simulated, rel=0.25)
+
+
+@pytest.mark.parametrize("gpus", [1, 4])
+@pytest.mark.parametrize("values", [GPTJ, BLOOM, GEMMA2], ids=lambda values: values["model_type"])
+def test_models_of_the_padded_path_are_simulated(settings, values, gpus):
+    """At least weights, gradients and one value of RMSprop's, in float32 shards."""
+    config = settings(values, "trainer=FSDPTrainer")
+    parameters = architecture_of(config.model).parameters
+    peak = peak_bytes(config, gpus=gpus, dtype="float32", row=(40, 20, 30))
+    assert peak > 3 * 4 * parameters / gpus
+
+
+def test_what_cannot_be_simulated_is_planned_by_the_account_in_one_line(settings, capfd):
+    config = settings(MIXTRAL, "n_examples=10")
+    lengths = replace(DEFAULT, prompt=20, chosen=10, rejected=10)
+    plan = simulated(config, plan_stage(config, Machine(), lengths))
+    assert not plan.simulated
+    assert "could not be simulated (RuntimeError" in plan.warnings[-1]
+    assert "\n" not in plan.warnings[-1]
+    assert "Traceback" not in capfd.readouterr().err
 
 
 MEASURE = """
