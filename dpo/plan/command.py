@@ -102,6 +102,7 @@ def simulated(config: RunConfig, plan: Plan) -> Plan:
             dtype=_products(config, job.mode),
             row=_row(job.micro_batch_tokens, plan.lengths),
             n_rows=2 if job.several_micro_batches else 1,
+            on_gpu=job.on_gpu,
         )
     except DpoError:
         raise

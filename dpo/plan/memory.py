@@ -19,7 +19,7 @@ compares the whole with a simulated step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dpo.plan.shape import Architecture
@@ -93,7 +93,7 @@ class Memory:
     optimizer: float
     activations: float
     logits: float
-    reserve: float
+    reserve: float = 0.0
     """The driver's context and what the allocator loses; 0 on a CPU."""
 
     @property
@@ -105,20 +105,31 @@ class Memory:
 
 def predict(job: Job) -> Memory:
     """The peak of a job: in the middle of a step, or in the optimiser's update if that is more."""
+    step, update = _in_step(job), _in_update(job)
+    return step if step.total > update.total else update
+
+
+def _in_step(job: Job) -> Memory:
     weights, gradients, optimizer = _states(job)
+    gathered, reduced, casts = _gathered(job)
     activations, logits = _activations(job), _logits(job)
     if not job.several_micro_batches:
-        # activations go as gradients come
-        activations = max(activations + logits - gradients, 0.1 * activations)
-        logits = min(logits, activations)
-        activations -= logits
-    update = _update(job)
-    if update > activations + logits:
-        # the split is that of the moment of the peak: activations are gone by then
-        optimizer, activations, logits = optimizer + update, 0.0, 0.0
-    used = weights + gradients + optimizer + activations + logits
-    kept = reserve(used) if job.on_gpu else 0.0
-    return Memory(weights, gradients, optimizer, activations, logits, kept)
+        # activations and casts go as gradients come
+        going = activations + logits + casts
+        left = max(going - gradients - reduced, 0.1 * going) / going
+        activations, logits, casts = left * activations, left * logits, left * casts
+    weights += gathered + casts
+    return _with_reserve(job, Memory(weights, gradients + reduced, optimizer, activations, logits))
+
+
+def _in_update(job: Job) -> Memory:
+    """Activations, casts and gathered weights are gone by then."""
+    weights, gradients, optimizer = _states(job)
+    return _with_reserve(job, Memory(weights, gradients, optimizer + _update(job), 0.0, 0.0))
+
+
+def _with_reserve(job: Job, memory: Memory) -> Memory:
+    return replace(memory, reserve=reserve(memory.total)) if job.on_gpu else memory
 
 
 def reserve(used: float) -> float:
@@ -127,21 +138,28 @@ def reserve(used: float) -> float:
 
 
 def _states(job: Job) -> tuple[float, float, float]:
-    shape, size, n = job.shape, BYTES[job.weights_dtype], job.devices
-    total = shape.parameters + (job.adapter_parameters or 0)
-    weights, gradients = total * size / n, job.trained * size / n
-    if n > 1:
+    """Weights, gradients and the optimiser's values, as far as this device holds them."""
+    size, n = BYTES[job.weights_dtype], job.devices
+    total = job.shape.parameters + (job.adapter_parameters or 0)
+    values = {"RMSprop": 1, "AdamW": 2}[job.optimizer]
+    trained = job.trained * size / n
+    return total * size / n, trained, values * trained
+
+
+def _gathered(job: Job) -> tuple[float, float, float]:
+    """Gathered weights, gradients before and while they are reduced, and casts of weights."""
+    shape, size = job.shape, BYTES[job.weights_dtype]
+    weights = gradients = 0.0
+    if job.devices > 1:
         gathered = 2 if job.mode == "half" else size
         block = shape.block_parameters
-        weights += gathered * (2 * block + shape.embedding_parameters)
+        weights = float(gathered * (2 * block + shape.embedding_parameters))
         if job.adapter_parameters is None:
             # as it comes out of backward, and in float32 to be summed over devices
-            gradients += (gathered + 4) * max(block, shape.embedding_parameters)
-    if job.mode == "autocast":
-        # casts of weights are kept until backward has passed them
-        weights += 2 * shape.matrices
-    values = {"RMSprop": 1, "AdamW": 2}[job.optimizer]
-    return weights, gradients, values * job.trained * size / n
+            gradients = float((gathered + 4) * max(block, shape.embedding_parameters))
+    # of those that are multiplied in another type, until backward has passed them
+    casts = 2.0 * shape.matrices if job.mode == "autocast" else 0.0
+    return weights, gradients, casts
 
 
 def _activations(job: Job) -> float:

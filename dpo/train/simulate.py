@@ -101,7 +101,13 @@ class StorageCount(TorchDispatchMode):
 
 
 def peak_bytes(
-    config: RunConfig, *, gpus: int, dtype: str, row: tuple[int, int, int], n_rows: int = 2
+    config: RunConfig,
+    *,
+    gpus: int,
+    dtype: str,
+    row: tuple[int, int, int],
+    n_rows: int = 2,
+    on_gpu: bool = False,
 ) -> int:
     """Peak of one process, in bytes; nothing is allocated.
 
@@ -111,6 +117,7 @@ def peak_bytes(
         dtype: Type of the products.
         row: Tokens of prompt, chosen and rejected responses in a row, all examples together.
         n_rows: Rows of a step.
+        on_gpu: The optimiser is to work as on a GPU, with all weights at once.
 
     Raises:
         DpoError: the model is not known, or has no block of the given name.
@@ -135,12 +142,18 @@ def peak_bytes(
             with fake:
                 scorer = shard(scorer, config.model, mesh, device="cpu")
         with fake:
-            _steps(config, scorer, dtype, row, n_rows)
+            _steps(config, scorer, dtype, row, n_rows, on_gpu=on_gpu)
     return count.peak
 
 
 def _steps(
-    config: RunConfig, scorer: Scorer, dtype: str, row: tuple[int, int, int], n_rows: int
+    config: RunConfig,
+    scorer: Scorer,
+    dtype: str,
+    row: tuple[int, int, int],
+    n_rows: int,
+    *,
+    on_gpu: bool = False,
 ) -> None:
     """Two optimiser steps: the second has the optimiser's state."""
     model = scorer.model
@@ -149,6 +162,10 @@ def _steps(
     )
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = build_optimizer(trained, config)
+    if on_gpu and config.optimizer == "RMSprop":
+        # torch's choice for tensors on a GPU; these say that they are on a CPU
+        for group in optimizer.param_groups:
+            group["foreach"] = True
     for _ in range(2):
         _backward(objective, row, n_rows)
         torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm, foreach=True)

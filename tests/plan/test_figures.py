@@ -138,6 +138,13 @@ def test_states_by_hand():
     assert lora.memory.total < plan.memory.total / 2
 
 
+def test_casts_and_gathered_weights_are_gone_when_the_optimiser_works():
+    """Few tokens: the update's peak is weights, gradients, squares and their roots, in shards."""
+    settings = config("model=zephyr", "trainer=FSDPTrainer")
+    memory = plan_stage(settings, Machine(gpus=2, gpu_memory_gib=400)).memory
+    assert memory.total - memory.reserve == 4 * 4 * 7_241_732_096 / 2
+
+
 def test_adapter_parameters_are_those_of_peft():
     from dpo.config.places import builtin
     from dpo.config.schema import LoraConfig

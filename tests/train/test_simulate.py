@@ -98,6 +98,38 @@ def test_the_account_follows_the_step_of_shards(settings, dtype, words):
     assert account(config, 4, mode) == pytest.approx(simulated, rel=0.25)
 
 
+@pytest.mark.parametrize(("on_gpu", "copies"), [(True, 4), (False, 3)])
+def test_a_gpu_s_rmsprop_holds_one_more_value_of_every_weight(settings, on_gpu, copies):
+    """Weights, gradients, squares, and on a GPU the roots of all of these at once; 4 bytes each.
+
+    What else there is, with few tokens, are single tensors: the gradient of the embeddings before
+    it is added, or the roots of one tensor on a CPU."""
+    config = settings({**NEOX, "num_hidden_layers": 12})
+    parameters = architecture_of(config.model).parameters
+    peak = peak_bytes(config, gpus=1, dtype="float32", row=(8, 4, 4), on_gpu=on_gpu)
+    assert peak == pytest.approx(4 * copies * parameters, rel=0.08)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "words"),
+    [
+        (1, ["model=pythia28"]),
+        pytest.param(2, ["model=zephyr", "trainer=FSDPTrainer"], marks=pytest.mark.long),
+        pytest.param(
+            2, ["model=zephyr", "trainer=FSDPTrainer", "batch_size=64"], marks=pytest.mark.long
+        ),
+        pytest.param(
+            4, ["model=pythia28", "trainer=FSDPTrainer", "batch_size=64"], marks=pytest.mark.long
+        ),
+        pytest.param(1, ["model=gpt2-large", "batch_size=64"], marks=pytest.mark.long),
+    ],
+)
+def test_both_predictions_of_shipped_models_agree(gpus, words):
+    config = compose([*words, "n_examples=10"]).config
+    plan = plan_stage(config, Machine(gpus=gpus, gpu_memory_gib=400), DEFAULT)
+    assert plan.memory.total == pytest.approx(simulated(config, plan).memory.total, rel=0.15)
+
+
 @pytest.mark.parametrize("gpus", [1, 4])
 @pytest.mark.parametrize("values", [GPTJ, BLOOM, GEMMA2], ids=lambda values: values["model_type"])
 def test_models_of_the_padded_path_are_simulated(settings, values, gpus):
