@@ -34,20 +34,25 @@ class _Sizes:
         """The number called ``name``, or what another kind calls so.
 
         Raises:
-            ModelError: it is not there and has no default.
+            ModelError: it has no default, and is not there or below 1.
         """
         for key in (name, *_NAMES.get(name, ())):
             found = self.values.get(key)
             if isinstance(found, int) and not isinstance(found, bool):
+                if default is None and found < 1:
+                    raise self._error(f"has {key} {found}")
                 return found
         if default is None:
-            raise ModelError(
-                f"the model's configuration has no {name}",
-                where=f"model_type {self.kind_name or 'missing'}",
-                fix="`dpo plan` knows decoder-only models of transformers whose blocks have "
-                "attention; give another model",
-            )
+            raise self._error(f"has no {name}")
         return default
+
+    def _error(self, problem: str) -> ModelError:
+        return ModelError(
+            f"the model's configuration {problem}",
+            where=f"model_type {self.kind_name or 'missing'}",
+            fix="`dpo plan` knows decoder-only models of transformers whose blocks have "
+            "attention; give another model",
+        )
 
 
 def from_config(values: Mapping[str, Any]) -> Architecture:
@@ -159,7 +164,8 @@ def _experts(size: _Sizes, kind: Kind, mlp_width: int) -> Experts | None:
 def _expert_blocks(size: _Sizes) -> int:
     n_layers = size("num_hidden_layers")
     step = max(1, size("decoder_sparse_step", 1))
-    plain = size.values.get("mlp_only_layers") or ()
+    named = size.values.get("mlp_only_layers")
+    plain = named if isinstance(named, list) else []
     first = size("first_k_dense_replace", 0)
     return sum(
         (layer + 1) % step == 0 and layer not in plain and layer >= first

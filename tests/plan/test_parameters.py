@@ -196,3 +196,8 @@ def test_what_has_no_attention_is_not_planned():
     with pytest.raises(ModelError, match="has no num_attention_heads") as error:
         from_config({"model_type": "mamba", "hidden_size": 768, "num_hidden_layers": 32})
     assert "whose blocks have attention" in str(error.value)
+
+
+def test_a_size_of_nothing_is_named():
+    with pytest.raises(ModelError, match="has num_attention_heads 0"):
+        from_config({"model_type": "llama", **sizes(64, 2, 0, 100)})
