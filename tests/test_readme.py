@@ -47,6 +47,7 @@ def submitted(words):
     )
 
 
+@pytest.mark.long
 def test_the_single_steps_work_one_after_the_other(tmp_path):
     """With the tiny model in place of the real one, everything else as written."""
     steps = commands(README, ["dpo"])

@@ -102,16 +102,19 @@ def _shell(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """The model on the meta device; None for a class that looks at values while it is made."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    try:
+    def make(**options: str) -> Any:
+        # read again for each try: one that failed leaves its attention in the configuration
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code, **options
+        )
+
+    try:
         with torch.device("meta"):
             try:
-                options["attn_implementation"] = "sdpa"
-                model = AutoModelForCausalLM.from_config(config, **options)
+                model = make(attn_implementation="sdpa")
             except ValueError:
-                del options["attn_implementation"]
-                model = AutoModelForCausalLM.from_config(config, **options)
+                model = make()
     except Exception:
         return None
     hidden = (value for module in model.modules() for value in vars(module).values())

@@ -61,10 +61,12 @@ def verdict_of(rows, folder, *more):
     return run_gate(restrict(config, "gate"), folder / "verdict", evaluation=judged)
 
 
+@pytest.mark.long
 def test_what_learnt_real_preferences_is_approved(real_pairs, tmp_path):
     assert verdict_of(real_pairs, tmp_path).approved
 
 
+@pytest.mark.long
 def test_the_same_run_with_flipped_labels_is_refused(real_pairs, tmp_path):
     verdict = verdict_of(flipped(real_pairs), tmp_path, "n_epochs=1")
     assert not verdict.approved

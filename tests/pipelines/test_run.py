@@ -176,6 +176,7 @@ def test_rerun_runs_a_step_again_and_what_reads_its_output(checkout, first):
     assert checkpoint(outcome).content_hash == checkpoint(first).content_hash
 
 
+@pytest.mark.long
 def test_a_changed_line_of_training_code_retrains_and_does_not_ingest(checkout, first):
     checkout.edit("dpo/train/optimizer.py", "weight_decay=0.0, fused=True", "weight_decay=0.0")
     try:
@@ -198,6 +199,7 @@ def test_a_changed_line_of_the_report_does_not_retrain(checkout, first):
     assert ran(outcome) == ["evaluate"]
 
 
+@pytest.mark.long
 def test_a_changed_data_line_reruns_everything(checkout, first):
     before = checkout.data.read_text(encoding="utf-8")
     lines = before.splitlines(keepends=True)

@@ -19,7 +19,7 @@ from tests.support.kfp_backend import Fault
         (("--deploy", "model_cache.claim=m", "--deploy", "model_cache.mount_path={root}"), ""),
         (("--store", "s3://bucket", "--deploy", "checkpoint_uri=file:///x"), "checkpoint_uri"),
         (("--store", "s3://bucket", "--deploy", "checkpoint_uri=/x"), "checkpoint_uri"),
-        (("--store", "file://{root}/../x", "--deploy", "model_cache.claim=m"), "publish_store"),
+        (("--store", "file://{root}-beside", "--deploy", "model_cache.claim=m"), "publish_store"),
     ],
 )
 def test_a_folder_that_dies_with_its_pod_is_no_store(
