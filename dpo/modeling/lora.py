@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpo.config.schema import LoraConfig
 from dpo.errors import ConfigError, ModelError
@@ -93,7 +93,8 @@ def linear_names(model: Any) -> list[str]:
             name.rpartition(".")[2]
             for name, module in model.named_modules()
             if module is not head
-            and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+            # Falcon's are called FalconLinear; routers of experts derive from torch's as well
+            and type(module).__name__.endswith(("Linear", "Conv1D"))
         }
     )
 
