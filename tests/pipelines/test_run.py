@@ -104,6 +104,7 @@ def explained(checkout):
     return json.loads(done.stdout)["steps"]
 
 
+@pytest.mark.long
 def test_explain_says_which_input_made_a_step_run(checkout, first):
     checkout.outcome("--set", "loss.beta=0.3")
     steps = explained(checkout)
@@ -190,6 +191,7 @@ def test_a_changed_line_of_training_code_retrains_and_does_not_ingest(checkout, 
     assert checkpoint(outcome).code != checkpoint(first).code
 
 
+@pytest.mark.long
 def test_a_changed_line_of_the_report_does_not_retrain(checkout, first):
     checkout.edit("dpo/evaluate/bootstrap.py", "_LEVELS = (2.5, 97.5)", "_LEVELS = (5, 95)")
     try:
@@ -312,7 +314,7 @@ def _wait_for(checkout, step):
 @pytest.mark.parametrize(
     ("how", "code"),
     [
-        pytest.param(signal.SIGINT, 130, id="ctrl-c"),
+        pytest.param(signal.SIGINT, 130, id="ctrl-c", marks=pytest.mark.long),
         pytest.param(signal.SIGKILL, -signal.SIGKILL, id="kill", marks=pytest.mark.long),
     ],
 )

@@ -22,6 +22,8 @@ from dpo.publish.verify import verify
 from tests.service.support import ServiceProcess, body
 from tests.support.browser import NoBrowser, chromium
 
+pytestmark = pytest.mark.long
+
 SIGNING_KEY = ECC.generate(curve="ed25519").export_key(format="PEM")
 SECRETS = {
     "DPO_SERVICE_CALLBACK_SECRET": "planted-secret-of-callbacks",

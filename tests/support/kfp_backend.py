@@ -13,7 +13,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -352,7 +352,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, self._dispatch(path))
         except Refused as refused:
             text = {"error": refused.message, "message": refused.message, "code": refused.code}
-            self._send(refused.status, text)
+            # whoever asked may have given up meanwhile
+            with suppress(BrokenPipeError, ConnectionResetError):
+                self._send(refused.status, text)
         except ConnectionAbortedError:
             self.close_connection = True
 
