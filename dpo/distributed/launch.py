@@ -67,7 +67,7 @@ def n_hosts() -> int:
 
 
 def is_shared(config: RunConfig) -> bool:
-    """Whether processes are to be started that each hold the whole model and do a share.
+    """Whether processes are to be started that each do a share of the pairs and prompts.
 
     Hosts that train together each do all of it, and so does a BasicTrainer's one process.
     """

@@ -30,7 +30,8 @@ from dpo.evaluate.judge import Match, check_service, judge
 from dpo.evaluate.measure import Measured, Measurement, Models
 from dpo.evaluate.parts import in_part
 from dpo.evaluate.report import write_reports
-from dpo.modeling.lora import SFT_CHECKPOINT, base_of, is_adapter
+from dpo.modeling.lora import base_of, is_adapter
+from dpo.storage.lineage import SFT_CHECKPOINT
 from dpo.storage.manifest import Manifest, read_manifest, staged, write_manifest
 from dpo.storage.progress import track
 from dpo.storage.provenance import made_by

@@ -18,9 +18,6 @@ from torch import Tensor
 from dpo.config.schema import LoraConfig
 from dpo.errors import ConfigError, ModelError
 
-SFT_CHECKPOINT = "sft-checkpoint-"
-"""Begins the base's name in a published adapter that was trained on an SFT model; its content hash
-follows. ``dpo.publish`` writes it."""
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = "default"
 _PREFIX = "base_model.model."

@@ -21,7 +21,7 @@ from dpo.errors import ArtifactError, ConfigError, ModelError, writing
 from dpo.publish import adapter, card
 from dpo.publish.tensors import INDEX, SINGLE, model_tensors, read_tensors, write_model
 from dpo.storage.base_model import is_here, local_model
-from dpo.storage.lineage import base_model
+from dpo.storage.lineage import SFT_CHECKPOINT, base_model
 from dpo.storage.manifest import MANIFEST, FileEntry, Manifest, read_manifest, sha256_file
 
 _LEFT_OUT = {
@@ -148,7 +148,7 @@ def _adapter_alone(folder: Path, config: RunConfig, manifest: Manifest) -> None:
     base = card.shown_base(_began_with(manifest, config))
     if sft := manifest.inputs.get("base"):
         # it changes the SFT model, not the model of the hub: a name that loads would be a wrong one
-        base = f"sft-checkpoint-{sft}"
+        base = f"{SFT_CHECKPOINT}{sft}"
     _replace(folder / adapter.CONFIG, adapter.alone(adapter.read_config(folder), base))
 
 

@@ -13,6 +13,9 @@ from typing import Any
 
 from dpo.storage.manifest import Manifest
 
+SFT_CHECKPOINT = "sft-checkpoint-"
+"""Begins the base's name in a published adapter that was trained on an SFT model; that model's
+content hash follows."""
 FILE = "sources.json"
 """Not part of the output's content: the same evaluation may come from other places."""
 

@@ -20,14 +20,7 @@ from dpo.publish.verify import pull, verify
 from dpo.storage.manifest import content_hash, read_manifest, staged, write_manifest
 from dpo.storage.runs import read_run_manifest
 from dpo.storage.store import open_store
-
-
-def output(folder, stage, files, **manifest):
-    with staged(folder) as partial:
-        for name, content in files.items():
-            (partial / name).write_text(json.dumps(content), encoding="utf-8")
-        write_manifest(partial, stage, **manifest)
-    return read_manifest(folder)
+from tests.publish.pipeline import output
 
 
 @pytest.fixture
