@@ -15,6 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from dpo.storage.progress import time_left
+
 State = Literal["waiting", "running", "done", "cached", "failed", "skipped"]
 
 _MARKS: dict[State, tuple[str, str]] = {
@@ -42,11 +44,36 @@ class StepView:
     note: str = ""
     started: float = 0.0
     ended: float = 0.0
+    counted: tuple[float, int] = (0.0, 0)
+    """When units were first counted, and how many: before that a step loads its model."""
+    told: float = 0.0
+    """When units were last counted."""
 
     @property
     def seconds(self) -> float:
         """Time since the step began, or the time it took."""
         return (self.ended or time.time()) - self.started if self.started else 0.0
+
+    @property
+    def left(self) -> str:
+        """Time to the end of the loop at its pace so far."""
+        since, before = self.counted
+        return time_left(self.told - since, self.done - before, self.done, self.total)
+
+    def settle(self) -> None:
+        """Nothing more will come: what did not end has failed, what did not begin was not run."""
+        if self.state == "running":
+            self.state, self.ended = "failed", time.time()
+        elif self.state == "waiting":
+            self.state = "skipped"
+
+    def count(self, event: dict[str, Any]) -> None:
+        """Take one event with a number of units; another loop of the step counts anew."""
+        done, unit = event["done"], event["unit"]
+        if not self.counted[0] or unit != self.unit or done < self.done:
+            self.counted = event["time"], done
+        self.unit, self.done, self.total, self.told = unit, done, event["total"], event["time"]
+        self.note = event["note"] or self.note
 
 
 @dataclass
@@ -71,8 +98,7 @@ class RunView:
             case "start":
                 self._start(view, event["time"])
             case "progress":
-                view.unit, view.done, view.total = event["unit"], event["done"], event["total"]
-                view.note = event["note"] or view.note
+                view.count(event)
             case "message":
                 self.messages.append(f"{view.name}: {event['text']}")
             case "end":
@@ -82,7 +108,7 @@ class RunView:
                 self.error = event
 
     def _start(self, view: StepView, now: float) -> None:
-        view.state, view.started, view.ended = "running", now, 0.0
+        view.state, view.started, view.ended, view.counted = "running", now, 0.0, (0.0, 0)
         if view.name == LAST:
             # it comes after a failure and after a refusal as well
             self._settle_before_the_end()
@@ -95,24 +121,14 @@ class RunView:
                 earlier.state = "cached"
 
     def _settle_before_the_end(self) -> None:
-        """A step that began and did not end has failed; what never began was not run."""
         for view in self.steps.values():
-            if view.name == LAST:
-                continue
-            if view.state == "running":
-                view.state, view.ended = "failed", time.time()
-            elif view.state == "waiting":
-                view.state = "skipped"
+            if view.name != LAST:
+                view.settle()
 
-    def finish(self, *, succeeded: bool) -> None:
+    def finish(self) -> None:
         """Settle the states of steps that sent nothing, when the run is over."""
         for view in self.steps.values():
-            if view.state == "running":
-                view.state, view.ended = "failed", time.time()
-            elif view.state == "waiting":
-                view.state = "skipped"
-        if not succeeded:
-            return
+            view.settle()
 
 
 def render(view: RunView) -> Group:
@@ -139,7 +155,9 @@ def _detail(step: StepView) -> Text:
         return Text("")
     of = f"/{step.total:,}" if step.total else ""
     count = f"{step.done:,}{of} {step.unit}" if step.unit else ""
-    parts = [f"{step.seconds:.0f} s", count, step.note if step.state == "running" else ""]
+    parts = [f"{step.seconds:.0f} s", count]
+    if step.state == "running":
+        parts += [step.left, step.note]
     return Text("  ".join(part for part in parts if part), "dim" if step.ended else "")
 
 
@@ -168,7 +186,7 @@ class Display:
     def update(self) -> None:
         """Show what changed."""
         for text in self.view.messages[self._messages :]:
-            self.console.print(escape(text), highlight=False, style="dim")
+            self._say(escape(text), style="dim")
         self._messages = len(self.view.messages)
         if self._live is None:
             self._print_lines()
@@ -182,6 +200,9 @@ class Display:
                 continue
             self._printed[step.name] = (step.state, now)
             detail = _detail(step).plain
-            self.console.print(
-                f"{step.name:12} {step.state:8} {escape(detail)}".rstrip(), highlight=False
-            )
+            self._say(f"{step.name:12} {step.state:8} {escape(detail)}".rstrip())
+
+    def _say(self, text: str, style: str = "") -> None:
+        # a log has lines of any length: one that is broken at 80 columns is hard to search
+        whole = not self.console.is_terminal
+        self.console.print(text, highlight=False, style=style, soft_wrap=whole)

@@ -100,7 +100,7 @@ def run_local(job: Job, console: Console, *, timeout_seconds: float | None = Non
             if job.runner == "docker":
                 containers.stop_containers(run_id)
         succeeded = worker.returncode == 0
-        view.finish(succeeded=succeeded)
+        view.finish()
         run = _outcome(job, folder, run_id, view, succeeded, started)
         with suppress(OSError):
             # the run is what it is, also where its record does not fit on the disk

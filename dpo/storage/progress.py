@@ -81,9 +81,9 @@ def message(step: str, text: str) -> None:
 class Bar:
     """Progress of one long loop. Use as a context manager; see ``track``."""
 
-    def __init__(self, step: str, unit: str, total: int | None) -> None:
+    def __init__(self, step: str, unit: str, total: int | None, done: int = 0) -> None:
         self.step, self.unit, self.total = step, unit, total
-        self.done = 0
+        self.done = self._before = done
         self.shortest_seconds = 0.0
         """Least time between two lines; where they go may ask for more."""
         self._shown = 0.0
@@ -154,16 +154,24 @@ class Bar:
 
     def _left(self) -> str:
         """Time to the end at the pace so far."""
-        if not self.total or not 0 < self.done < self.total:
-            return ""
-        seconds = (time.monotonic() - self._began) / self.done * (self.total - self.done)
-        minutes, rest = divmod(round(seconds), 60)
-        return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} left"
+        seconds = time.monotonic() - self._began
+        return time_left(seconds, self.done - self._before, self.done, self.total)
 
 
-def track(step: str, unit: str, total: int | None) -> Bar:
-    """A progress bar for ``total`` units (rows, steps, samples, bytes) of ``step``."""
-    return Bar(step, unit, total)
+def track(step: str, unit: str, total: int | None, done: int = 0) -> Bar:
+    """A progress bar for ``total`` units (rows, steps, samples, bytes) of ``step``.
+
+    ``done`` of them were done before, by an attempt that was ended.
+    """
+    return Bar(step, unit, total, done)
+
+
+def time_left(seconds: float, counted: int, done: int, total: int | None) -> str:
+    """As h:mm:ss, where ``counted`` of the ``done`` units took ``seconds``; "" if not known."""
+    if not total or counted < 1 or done >= total:
+        return ""
+    minutes, rest = divmod(round(seconds / counted * (total - done)), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} left"
 
 
 @contextmanager

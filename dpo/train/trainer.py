@@ -71,9 +71,9 @@ class Trainer:
         order = self.examples.order
         before, started = self.position.trained, time.monotonic()
         self._saved_at = self._counted_at = started
-        with self._polite_end(), track(self.stage, "steps", order.total_steps) as bar:
+        steps = track(self.stage, "steps", order.total_steps, self.position.steps)
+        with self._polite_end(), steps as bar:
             bar.shortest_seconds = self.config.minimum_log_interval_secs
-            bar.advance(self.position.steps)
             if self.config.do_first_eval and not self.position.steps:
                 self._evaluate()
             for indices, loader in order.batches(self.position.loader):

@@ -122,7 +122,7 @@ def _follow(process: subprocess.Popen[bytes], run: Run, folder: Path, database: 
             for event in found:
                 view.apply(event)
         if ended:
-            view.finish(succeeded=process.returncode == 0)
+            view.finish()
         steps = _steps(view)
         if steps != shown:
             database.update(run.id, steps=steps)
