@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.json as pj
 
 from dpo.data import repeats, suspects
+from dpo.data.alike import alike_rows
 from dpo.data.formats import ASSISTANT
 from dpo.data.lines import Piece, newlines
 from dpo.data.schema import SPLIT_WORDS, TEST, TRAIN
@@ -136,9 +137,7 @@ class Columns:
         for column in (prompt, chosen, rejected, target):
             if column.null_count < len(column):
                 sound &= self._cleanness.of(column)
-        sound &= ~mask_of(
-            pc.equal(pc.utf8_trim_whitespace(chosen), pc.utf8_trim_whitespace(rejected))
-        )
+        sound[alike_rows(*map(pc.utf8_trim_whitespace, (chosen, rejected)))] = False
         starts = [
             pc.binary_slice(text.cast(pa.binary()), 0, self.validator.answer_bytes)
             for text in (chosen, rejected)
@@ -359,6 +358,8 @@ def _dialogues(texts: _Texts) -> tuple[_Texts, Mask]:
             fits &= mask_of(two)
             parts = _halved(pc.if_else(two, text, ASSISTANT))
         halves.append((pc.list_element(parts, 0), pc.list_element(parts, 1)))
+    # it may repeat the prompt
+    fits &= ~mask_of(pc.is_valid(texts.target))
     (start, chosen), (other_start, rejected) = halves
     fits &= mask_of(pc.equal(start, other_start))
     prompt = pc.binary_join_element_wise(start, ASSISTANT, "")

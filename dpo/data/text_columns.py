@@ -16,11 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo.data.suspects import lists_as_text
-from dpo.data.validate import CONTROLS, INVISIBLE, REPLACEMENT
+from dpo.data.validate import CONTROLS, INVISIBLE, MISREAD, REPLACEMENT
 
 _SPACES = b"\t\n\v\f\r\x1c\x1d\x1e\x1f "
 _HIGH = 0xC2
 """First byte of U+0080 to U+00BF, of which those below U+00A0 are controls."""
+_MISREAD_STARTS = (b"\xc3\xa2", b"\xc3\x83")
 _SEEN_BYTES = 64
 
 Mask = npt.NDArray[np.bool_]
@@ -33,8 +34,9 @@ class Cleanness:
 
     def __init__(self, reserved: Sequence[str]) -> None:
         self._words = [word.encode() for word in (REPLACEMENT, *reserved)]
-        words = b"|".join(map(re.escape, self._words))
+        words = b"|".join([*map(re.escape, self._words), MISREAD.pattern])
         self._forbidden = re.compile(b"[" + re.escape(CONTROLS) + b"]|" + words)
+        self._starts = _starts([*self._words, *_MISREAD_STARTS])
 
     def of(self, texts: pa.Array) -> Mask:
         """Texts (or nulls) that are neither empty nor hold what must not be there."""
@@ -55,12 +57,28 @@ class Cleanness:
         n_controls = np.count_nonzero(codes < 32) - np.count_nonzero(codes == ord("\n"))
         if n_controls:
             n_controls -= sum(np.count_nonzero(codes == ord(code)) for code in "\r\t")
-        return (
-            not n_controls
-            and b"\x7f" not in raw
+        return not n_controls and b"\x7f" not in raw and not self._has_words(raw, codes)
+
+    def _has_words(self, raw: bytes, codes: Bytes) -> bool:
+        """By their first two bytes, which few texts have: a tokenizer may have many words."""
+        for first, seconds in self._starts.items():
             # one byte is found many times as fast as several
-            and not any(word[:1] in raw and word in raw for word in self._words)
-        )
+            if bytes([first]) not in raw:
+                continue
+            places = np.flatnonzero(codes == first)
+            places = places[seconds[codes[np.minimum(places + 1, len(codes) - 1)]]]
+            if any(self._forbidden.match(raw, place) for place in places.tolist()):
+                return True
+        return False
+
+
+def _starts(words: Sequence[bytes]) -> dict[int, Mask]:
+    """By the first byte of some words: which bytes may be the second."""
+    found: dict[int, Mask] = {}
+    for word in words:
+        seconds = found.setdefault(word[0], np.zeros(256, dtype=bool))
+        seconds[list(word[1:2]) or slice(None)] = True
+    return found
 
 
 def _high_controls(raw: bytes, codes: Bytes) -> Rows:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo.data import repeats
+from dpo.data.alike import NO_WIDTH, look_alike
 from dpo.data.chat import marks_of, to_chat, turns
 from dpo.data.encodings import not_utf8
 from dpo.data.formats import ASSISTANT, HUMAN, Candidate, Message, RowError
@@ -21,11 +22,17 @@ from dpo.data.schema import TEST, TRAIN, pair_id, prompt_digest, split_of
 from dpo.data.tokenize import Limits, tokenize_pair
 
 CONTROLS = bytes(code for code in range(32) if code not in b"\n\r\t") + b"\x7f"
-INVISIBLE = re.compile("[\\s\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]*")
+INVISIBLE = re.compile(f"[\\s{NO_WIDTH}]*")
 """White space, and characters of no width."""
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _HIGH_CONTROL = re.compile(rb"\xc2[\x80-\x9f]")
 """U+0080 to U+009F."""
+MISREAD = re.compile(
+    rb"\xc3(?:\xa2\xe2\x82\xac(?:\xe2\x84\xa2|\xe2\x80[\x9c\x9d\xb9]|\xc5\x93|\xcb\x9c|\xc2[\xa2\xa6])"
+    rb"|\x83\xc2[\xa1-\xaa\xac-\xba\xbc-\xbf])"
+)
+"""Quotes, dashes and letters with accents whose UTF-8 was read as Windows-1252. Before guillemets
+and spaces that do not break the letter is one of Portuguese."""
 _TURN = re.compile(r"\n\n(?:Human|Assistant|System):")
 _HEADINGS = {heading[1:] for heading in (HUMAN, ASSISTANT, SYSTEM)}
 """Lines that begin a turn in the text of a dialogue; some chat templates write the same."""
@@ -48,6 +55,17 @@ def _stripped(candidate: Candidate) -> Candidate:
     """The same with its turns stripped, and their text as the prompt."""
     messages = tuple(Message(role, said.strip()) for role, said in candidate.messages or ())
     return candidate._replace(prompt=as_text(messages), messages=messages)
+
+
+def _refuse_equal(chosen: str, rejected: str) -> None:
+    if chosen == rejected:
+        raise RowError("chosen_equals_rejected", "chosen and rejected are the same text")
+    if look_alike(chosen, rejected):
+        raise RowError(
+            "chosen_equals_rejected",
+            "chosen and rejected look the same: they differ only in spaces, in characters that "
+            "nobody sees or in how accents are written",
+        )
 
 
 class Checked(NamedTuple):
@@ -92,8 +110,7 @@ class Validator:
             candidate = candidate._replace(messages=turns(candidate.prompt))
         if candidate.messages:
             self._check_messages(candidate)
-        if candidate.chosen.strip() == candidate.rejected.strip():
-            raise RowError("chosen_equals_rejected", "chosen and rejected are the same text")
+        _refuse_equal(candidate.chosen.strip(), candidate.rejected.strip())
         # the split must depend neither on the way a source writes turns nor on the template
         bare = _stripped(candidate) if in_chat else candidate
         digest, near = prompt_digest(bare.prompt), repeats.near_hash(bare.prompt)
@@ -136,7 +153,7 @@ class Validator:
 
     @cached_property
     def _marks(self) -> re.Pattern[str]:
-        return _any_of(self._all_marks()) or re.compile(r"(?!)")
+        return _any_of(self.reserved) or re.compile(r"(?!)")
 
     def _split(self, candidate: Candidate, digest: bytes) -> str:
         if self.split in (TRAIN, TEST):
@@ -191,6 +208,13 @@ class Validator:
                 f"dashes of Windows-1252 become when read as Latin-1: {_ADVICE_ON_ENCODING}",
                 name,
             )
+        if b"\xc3" in data and (misread := MISREAD.search(data)):
+            raise RowError(
+                "broken_encoding",
+                f"{name} has {misread[0].decode()!r}, as UTF-8 becomes when it is read as "
+                f"Windows-1252: {_ADVICE_ON_ENCODING}",
+                name,
+            )
         reserved = self._reserved_in_prompts if name == "prompt" else self._reserved
         if reserved and (found := reserved.search(text)):
             self._refuse_reserved(name, found[0])
@@ -204,15 +228,10 @@ class Validator:
         """Without the headings that a dialogue has as one text: its turns are checked apart."""
         return _any_of([text for text in self.reserved if text not in _HEADINGS])
 
-    @property
+    @cached_property
     def reserved(self) -> list[str]:
-        """Texts that mean something to the model: the end mark; in a chat, all special tokens."""
-        if self.prompt_format == "chat":
-            return self._all_marks()
-        return [self.tokenizer.eos_token] if self.tokenizer.eos_token else []
-
-    def _all_marks(self) -> list[str]:
-        """The end mark, all special tokens, and the marks of the chat template."""
+        """Texts that mean something to the model: the end mark, all special tokens, and the marks
+        of the chat template, longer ones first."""
         marks = {self.tokenizer.eos_token, *self.tokenizer.all_special_tokens}
         # transformers' tokenizers name some of them here only
         added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
@@ -233,7 +252,8 @@ class Validator:
             )
         raise RowError(
             "special_token_in_text",
-            f"{name} has {found} in its text, which is a mark to the model: remove it",
+            f"{name} has {found} in its text, which is a mark to the model: remove it"
+            + (", or give turns as messages" if name == "prompt" else ""),
             name,
         )
 

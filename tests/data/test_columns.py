@@ -69,6 +69,15 @@ TEXT = st.one_of(
                 "\u200b",
                 " \ufeff\u00ad\n",
                 "\u3000\u2060\u180e",
+                *(
+                    "yes\u200b",
+                    "caf e",
+                    "cafe\u0301",
+                    "a  b",
+                    "a\u00a0b",
+                    "a\nb",
+                    "x" * 300 + "\u00ad",
+                ),
                 "a\u200d",
                 "\u200da",
                 " " * 70 + "\u200b",
@@ -105,6 +114,8 @@ ROW = st.one_of(
             # texts that chosen and rejected may have
             "a": VALUE,
             "b": VALUE,
+            "answer_a": VALUE,
+            "answer_b": VALUE,
         },
     ),
     st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "id"]), VALUE),
@@ -186,3 +197,16 @@ def test_nesting_that_is_deeper_than_a_stack_is_a_reason(ingest: Callable[..., O
     fast, slow = both("".join([*map(str, [json.dumps(good_row(1)), "\n", deep])]).encode(), {})
     assert fast == slow
     assert fast[3][3] == {"unreadable": 1}
+
+
+@given(st.lists(st.text("<|abc\u00e9>", max_size=8), max_size=5))
+@settings(deadline=None)
+def test_words_are_found_in_columns(texts: list[str]) -> None:
+    """A tokenizer's special tokens, which may have any letters and any number of them."""
+    words = ["<|a|>", "<|ab", "<b>", "\u00e9a", "c"]
+    sound = [bool(text) and not any(word in text for word in words) for text in texts]
+    cleanness = Cleanness(words)
+    assert [cleanness.of(pa.array([text])).tolist() for text in texts] == [[one] for one in sound]
+    # of several texts, what stands across their borders may be named as well
+    together = cleanness.of(pa.array(texts, pa.string())).tolist()
+    assert not any(clean and not one for clean, one in zip(together, sound, strict=True))

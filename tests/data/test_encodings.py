@@ -10,7 +10,7 @@ from dpo.cli import main
 from dpo.data.encodings import not_utf8
 from dpo.data.readers import rows
 from dpo.errors import DataError
-from tests.data.conftest import Outcome
+from tests.data.conftest import Outcome, good_row
 
 WINDOWS = "iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW"
 
@@ -92,6 +92,36 @@ def test_half_characters_reach_no_report(
     assert (len(found.pairs), len(found.quarantine)) == (2, 1)
     (told,) = found.report["examples"][found.reasons[0]]
     assert told.startswith(f"bad: {name}, line ")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("it\u2019s", "\u00e2\u20ac\u2122"),
+        ("\u201cyes\u201c", "\u00e2\u20ac\u0153"),
+        ("one \u2014 two", "\u00e2\u20ac\u201d"),
+        ("wait\u2026", "\u00e2\u20ac\u00a6"),
+        ("caf\u00e9", "\u00c3\u00a9"),
+        ("\u00fcber", "\u00c3\u00bc"),
+    ],
+)
+def test_utf8_that_was_read_as_windows_1252_is_refused(
+    ingest: Callable[..., Outcome], text: str, found: str
+) -> None:
+    misread = text.encode().decode("cp1252")
+    rows = [good_row(number) for number in range(40)]
+    rows[7]["chosen"], rows[8]["rejected"] = misread, text
+    (line,) = ingest(rows).quarantine
+    assert (line["line"], line["reason"]) == (8, "broken_encoding")
+    assert found in line["advice"]
+
+
+def test_words_that_end_in_such_a_letter_are_not(ingest: Callable[..., Outcome]) -> None:
+    rows = [good_row(n) for n in range(40)]
+    rows[3]["chosen"] = (
+        "\u00abAMANH\u00c3\u00bb, AMANH\u00c3\u00a0\u00e9 L\u00c2 \u20ac 5, \u00e2 S\u00c3O"
+    )
+    assert ingest(rows).quarantine == []
 
 
 @pytest.mark.parametrize("output", ["text", "json"])

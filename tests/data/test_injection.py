@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from dpo.config.schema import ModelConfig, RunConfig
 from dpo.data.chat import marks_of, to_chat
@@ -96,6 +97,33 @@ def test_a_prompt_of_one_text_may_be_a_dialogue(ingest: Ingest) -> None:
 
 
 ANSWERS = {"chosen": " yes", "rejected": " no"}
+
+
+def with_special_token(tiny_model: Path, folder: Path, token: str) -> ModelConfig:
+    shutil.copytree(tiny_model, folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([token])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return ModelConfig(name_or_path=str(folder))
+
+
+@pytest.mark.parametrize("field", ["prompt", "chosen", "rejected", "sft_target"])
+def test_no_text_is_read_as_a_control_token_in_raw_format(
+    ingest: Ingest, tiny_model: Path, tmp_path: Path, field: str
+) -> None:
+    """Training reads special tokens of the tokenizer in any text as such."""
+    model = with_special_token(tiny_model, tmp_path / "model", "<|im_start|>")
+    plain = {**good_row(40), field: "a <|im_start|> b"}
+    turns = {**plain, "prompt": [{"role": "user", "content": plain["prompt"]}]}
+    rows = [*map(good_row, range(40)), plain, turns]
+    lines = ingest(rows, model=model).quarantine
+    assert [(line["line"], line["reason"]) for line in lines] == [
+        (41, "special_token_in_text"),
+        (42, "special_token_in_text"),
+    ]
+    assert ("as messages" in lines[0]["advice"]) == (field == "prompt")
+    # to another model these are letters
+    assert len(ingest(rows).pairs) == 42
 
 
 def test_marks_of_a_template(tiny_model: Path) -> None:

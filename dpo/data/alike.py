@@ -1,0 +1,128 @@
+"""Answers that look the same though their bytes differ: nobody can prefer one to the other.
+
+Nobody sees characters of no width, how an accented letter is put together (NFC, NFD), how many
+spaces of what kind stand between words, and those at the end of a line. Line breaks and
+indentation count.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+NO_WIDTH = "\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff"
+"""Characters of no width, as a class of a regular expression has them."""
+# joiners change how letters of some scripts, and emoji, are drawn
+_UNSEEN = re.compile(f"(?![\u200c\u200d])[{NO_WIDTH}]|(?<![^\\x00-\u02ff])[\u200c\u200d]")
+_BLOCK = 256
+_LOOKED_AT = 64
+"""Bytes from either end of a text that are compared in columns."""
+
+Rows = npt.NDArray[np.int64]
+_Offsets = npt.NDArray[np.int32]
+
+
+def look_alike(one: str, other: str) -> bool:
+    """Whether two texts differ, if at all, only in what nobody sees.
+
+    Args:
+        one: Stripped.
+        other: Stripped.
+    """
+    # what stands before and after plain characters that differ cannot make up for them
+    if _differ_plainly(one, other) or _differ_plainly(one[::-1], other[::-1]):
+        return False
+    return _seen(one) == _seen(other)
+
+
+def _differ_plainly(one: str, other: str) -> bool:
+    n_both = min(len(one), len(other))
+    start = 0
+    while start < n_both and one[start : start + _BLOCK] == other[start : start + _BLOCK]:
+        start += _BLOCK
+    for left, right in zip(one[start : start + _BLOCK], other[start:n_both], strict=False):
+        if left != right:
+            return _is_plain(left) and _is_plain(right)
+    return False
+
+
+@lru_cache(4096)
+def _is_plain(char: str) -> bool:
+    """Whether a character is seen, and neither made of others nor put together with them."""
+    return not (
+        char.isspace()
+        or _UNSEEN.match(char)
+        or char in "\u200c\u200d"
+        or unicodedata.combining(char)
+        or unicodedata.normalize("NFD", char) != char
+    )
+
+
+def _seen(text: str) -> str:
+    lines = []
+    for line in _UNSEEN.sub("", text).split("\n"):
+        words = line.split()
+        indent = line[: len(line) - len(line.lstrip())] if words else ""
+        lines.append(indent + " ".join(words))
+    return unicodedata.normalize("NFC", "\n".join(lines).strip())
+
+
+def alike_rows(chosen: pa.Array, rejected: pa.Array) -> list[int]:
+    """Numbers of the rows whose two texts look alike.
+
+    Args:
+        chosen: Stripped texts; a null is like nothing.
+        rejected: The same.
+    """
+    columns = _bytes_of(chosen), _bytes_of(rejected)
+    rows = np.flatnonzero(
+        chosen.is_valid().to_numpy(zero_copy_only=False)
+        & rejected.is_valid().to_numpy(zero_copy_only=False)
+    )
+    for from_end in (False, True):
+        rows = _not_told_apart(columns, rows, from_end=from_end)
+    texts = ((row, chosen[row].as_py(), rejected[row].as_py()) for row in rows.tolist())
+    return [row for row, one, other in texts if look_alike(one, other)]
+
+
+def _bytes_of(texts: pa.Array) -> tuple[npt.NDArray[np.uint8], _Offsets]:
+    """The bytes of all texts, and where each begins; the last number is where the last one ends."""
+    _, offsets, data = texts.buffers()
+    found = np.frombuffer(offsets, dtype=np.int32)[texts.offset : texts.offset + len(texts) + 1]
+    return np.frombuffer(data if data is not None else b"", dtype=np.uint8), found
+
+
+def _not_told_apart(
+    columns: tuple[tuple[npt.NDArray[np.uint8], _Offsets], ...], rows: Rows, *, from_end: bool
+) -> Rows:
+    """The rows in which no two plain ASCII characters stand where the texts first differ."""
+    step = -1 if from_end else 1
+    places, rooms = [], []
+    for _, offsets in columns:
+        starts, ends = offsets[rows].astype(np.int64), offsets[rows + 1].astype(np.int64)
+        places.append(ends - 1 if from_end else starts)
+        rooms.append(ends - starts)
+    room = np.minimum(*rooms)
+    open_ = np.arange(len(rows))
+    left = [open_[:0]]
+    for number in range(_LOOKED_AT):
+        ended = room[open_] <= number
+        left.append(open_[ended])
+        open_ = open_[~ended]
+        if not len(open_):
+            break
+        one, other = (
+            codes[place[open_] + step * number]
+            for (codes, _), place in zip(columns, places, strict=True)
+        )
+        differ = one != other
+        plain = (one > ord(" ")) & (one < 0x7F) & (other > ord(" ")) & (other < 0x7F)
+        left.append(open_[differ & ~plain])
+        open_ = open_[~differ]
+    found: Rows = rows[np.sort(np.concatenate([*left, open_]))]
+    return found
