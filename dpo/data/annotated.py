@@ -37,6 +37,8 @@ _OTHER_WORDS = re.compile(
     r"error|mistake|toxic|harm|unsafe|severity|risk|bias|hallucinat|worse|worst|reject"
 )
 """Of questions about something else, and of scores that are better when lower."""
+_KNOWN = frozenset({"selected", "choices", "rating", "number", "text"})
+"""Keys of Label Studio's values; a text is a comment."""
 _ANSWER = r"(?:response|answer|completion|output|candidate|text|generation|summary|model)"
 _OF_ANSWER = (
     # rating_1, rating1, quality-response-a
@@ -156,6 +158,9 @@ def _of_result(result: Mapping[str, Any], value: Mapping[str, Any]) -> Iterator[
     question = str(result.get("from_name", ""))
     if "start" in value or "end" in value:
         return
+    if not value.keys() & _KNOWN:
+        # nobody knows what it says, but it says something
+        yield Said(question, dict(value), "unknown")
     for key in ("selected", "choices", "rating", "number"):
         found = value.get(key)
         if isinstance(found, list):

@@ -4,24 +4,27 @@
     context + response1 + response2 + overall_preference        HelpSteer3
     prompt + response_0 + response_1 + better_response_id       a number of the names
     conversation_a + conversation_b + winner                    arenas
+    prompt + response_a + response_b + winner_model_a + ...     the Chatbot Arena's, with 0 and 1
     question + answer_0 + answer_1 + score_0 + score_1          WebGPT; a score for each name
     info + summaries + choice                                   OpenAI's comparisons of summaries
+    info + summary                                              its ratings of one summary each
 
 Records of annotation tools, with what several people said, are in ``annotated``.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo.data.formats import Candidate, RowError, split_field, text_field
+from dpo.data.formats import Candidate, Rating, RowError, split_field, text_field
 from dpo.data.messages import candidate, read_messages
-from dpo.data.prompts import prompt_of
+from dpo.data.prompts import PROMPTS, prompt_of
 from dpo.data.shapes import as_number, messages, scored_pairs
-from dpo.data.verdicts import VERDICTS, Scores, answer_names, mark_of, scores_of
+from dpo.data.verdicts import VERDICTS, Scores, answer_names, mark_of, repeated, scores_of
 
-_SCORE_WORDS = ("score", "rating")
+_SCORES = ("score_{mark}", "rating_{mark}", "winner_{mark}", "winner_model_{mark}")
 
 
 def is_compared(row: Mapping[str, Any]) -> bool:
@@ -34,21 +37,22 @@ def is_compared(row: Mapping[str, Any]) -> bool:
 def compared(row: Mapping[str, Any]) -> list[Candidate]:
     """Answers in fields of their own, and the verdict in another or a score for each."""
     field = next((name for name in VERDICTS if row.get(name) is not None), "")
+    names = answer_names(row)
+    row = _without_lists(row, names)
     if not field:
-        names = answer_names(row)
         if found := _score_names(row, names):
             return scored(row, names, [as_number(row[name], name) for name in found])
         raise RowError("not_annotated", "nobody has said which answer is better", "preference")
-    return _by_verdict(row, field)
+    return _by_verdict(row, names, field)
 
 
-def _by_verdict(row: Mapping[str, Any], field: str) -> list[Candidate]:
-    names, value = answer_names(row), row.get(field)
+def _by_verdict(row: Mapping[str, Any], names: list[str], field: str) -> list[Candidate]:
+    value = row.get(field)
     if not names:
         raise RowError("missing_field", "two answers are needed, such as response_1 and response_2")
     if value == []:
         raise RowError("not_annotated", "nobody has said which answer is better", field)
-    scores = scores_of(field, value, names, row)
+    scores = scores_of(field, value, names, row) or repeated(value, names, row)
     if scores is None:
         raise RowError(
             "unknown_verdict",
@@ -60,11 +64,62 @@ def _by_verdict(row: Mapping[str, Any], field: str) -> list[Candidate]:
 
 def _score_names(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """``score_0`` and ``score_1`` of ``answer_0`` and ``answer_1``; empty where one is missing."""
-    for word in _SCORE_WORDS:
-        found = [f"{word}_{mark_of(name)}" for name in names]
+    for form in _SCORES:
+        found = [form.format(mark=mark_of(name)) for name in names]
         if all(row.get(name) is not None for name in found):
             return found
     return []
+
+
+def _without_lists(row: Mapping[str, Any], names: Sequence[str]) -> Mapping[str, Any]:
+    """A row of the Chatbot Arena, whose texts are lists of the turns of each side.
+
+    Raises:
+        RowError: there are several turns: then each answer continues a dialogue of its own.
+    """
+    question = next((name for name in PROMPTS if row.get(name) is not None), "")
+    lists = {name: _list_of(row.get(name)) for name in (question, *names)}
+    if not names or not all(lists.values()):
+        return row
+    if any(len(items) != 1 for items in lists.values()):
+        raise RowError(
+            "prompts_differ",
+            f"{question} and {', '.join(names)} are lists of several turns, so each answer "
+            "continues another dialogue: keep the dialogues of one turn",
+            question,
+        )
+    return {**row, **{name: items[0] or "" for name, items in lists.items()}}
+
+
+def _list_of(value: Any) -> list[str | None]:
+    """A list of texts, were it saved as JSON text; empty where a value is something else."""
+    if isinstance(value, str) and value.startswith("[") and value.rstrip().endswith("]"):
+        try:
+            # takes half characters, which the check of the texts refuses
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return []
+    texts = isinstance(value, list) and all(isinstance(text, str | None) for text in value)
+    return value if texts else []
+
+
+def rated_summary(row: Mapping[str, Any]) -> list[Rating]:
+    """A summary of a post or an article and how good it is overall."""
+    info, answer = row.get("info"), row.get("summary")
+    if not isinstance(info, Mapping) or not isinstance(answer, Mapping):
+        raise RowError("wrong_type", "info and summary must be objects", "summary")
+    axes = answer.get("axes")
+    score = axes.get("overall") if isinstance(axes, Mapping) else None
+    if score is None:
+        raise RowError("not_annotated", "nobody has rated the summary overall", "summary")
+    text = f" {text_field(answer, 'text').strip()}"
+    return [Rating(_to_summarize(info), None, text, as_number(score, "overall"), _split(row))]
+
+
+def _split(row: Mapping[str, Any]) -> str | None:
+    # valid1, valid2: held out of the paper's reward model
+    held_out = row.get("split") in ("valid1", "valid2")
+    return split_field({"split": "valid"} if held_out else row)
 
 
 def summaries(row: Mapping[str, Any]) -> list[Candidate]:
@@ -84,10 +139,8 @@ def summaries(row: Mapping[str, Any]) -> list[Candidate]:
         if not isinstance(answer, Mapping):
             raise RowError("wrong_type", "each of summaries must be {text}", "summaries")
         texts.append(f" {text_field(answer, 'text').strip()}")
-    # valid1, valid2: held out of the paper's reward model
-    held_out = row.get("split") in ("valid1", "valid2")
-    split = split_field({"split": "valid"} if held_out else row)
-    return [Candidate(_to_summarize(info), texts[choice], texts[1 - choice], split=split)]
+    pair = texts[choice], texts[1 - choice]
+    return [Candidate(_to_summarize(info), *pair, split=_split(row))]
 
 
 def _to_summarize(info: Mapping[str, Any]) -> str:

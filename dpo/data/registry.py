@@ -7,14 +7,14 @@ from functools import partial
 from typing import Any
 
 from dpo.config.schema import SourceConfig
-from dpo.data import annotated, compared, custom, formats, shapes
+from dpo.data import annotated, compared, custom, formats, shapes, trees
 from dpo.data.fields import named_texts, opened, refuse_media
 from dpo.data.formats import ASSISTANT, Candidate, Parser, Rating, RowError, split_field
 from dpo.data.lines import json_row
 from dpo.data.prompts import PROMPTS, framed, refuse_unread_question
 from dpo.data.quarantine import row_of_fields
 from dpo.data.repeats import REASONS
-from dpo.data.verdicts import answer_names
+from dpo.data.verdicts import answer_names, named_answers
 
 
 def _common_text(row: Mapping[str, Any]) -> Sequence[Candidate]:
@@ -42,12 +42,16 @@ _BY_SHAPE: Mapping[str, Parser] = {
     "asked": compared.asked,
     "exported": annotated.exported,
     "common_text": _common_text,
+    "tree": trees.tree,
+    "rated_summary": compared.rated_summary,
 }
 """Told by a row's keys and values only."""
 _ALIASES = {
     **{f"chosen_{word}": "chosen" for word in ("response", "answer", "text", "completion")},
     **{f"rejected_{word}": "rejected" for word in ("response", "answer", "text", "completion")},
     **{"response_chosen": "chosen", "response_rejected": "rejected"},
+    # StackLLaMA's
+    **{"response_j": "chosen", "response_k": "rejected"},
 }
 _PAIR = frozenset({"prompt", "chosen", "rejected"})
 
@@ -81,11 +85,17 @@ def _parse(
         raise RowError("wrong_type", f"expected an object with fields, found a {kind}")
     if _is_quarantined(row):
         return _mended(row, partial(_parse, parsers=parsers, format_name=format_name))
-    row = named_texts(opened(renamed(row)))
+    row = named_answers(named_texts(opened(renamed(row))))
     refuse_media(row)
     found = detect(row) if format_name == "auto" else _by_values(format_name, row)
     if found is None:
         keys = ", ".join(map(str, list(row)[:8])) or "no fields"
+        if names := answer_names(row):
+            raise RowError(
+                "unknown_format",
+                f"{' and '.join(names)} are answers, and no field that is known says which is "
+                f"better: name it winner, with the better one's name or a tie in it; found {keys}",
+            )
         if row.keys() & {"messages", "conversations"}:
             # what a model is tuned with before it learns preferences
             keys += " (a dialogue without a second answer says nothing about what is preferred)"
@@ -94,8 +104,11 @@ def _parse(
             f"no known format has these fields: {keys}; use prompt, chosen and rejected, or set "
             "the source's format",
         )
+    items = parsers[found](row)
+    if row.get("sft_target") is not None and found not in ("pairs", "novalto"):
+        items = shapes.with_target(row, items)
     # SHP's history is its prompt
-    return framed(row, parsers[found](row), history=found != "shp")
+    return framed(row, items, history=found != "shp")
 
 
 def _mended(line: Mapping[str, Any], parse: Parser) -> Sequence[Candidate | Rating]:
@@ -140,6 +153,8 @@ def detect(row: Mapping[str, Any]) -> str | None:
         if _has_messages(row) or keys & {"messages", "conversations", "conversation"}:
             return "messages"
         return "pairs" if "prompt" in row else _without_prompt(row, keys)
+    if trees.is_tree(row):
+        return "tree"
     if answer_names(row) and annotated.is_exported(row):
         return "exported"
     if compared.is_compared(row):
@@ -148,6 +163,7 @@ def detect(row: Mapping[str, Any]) -> str | None:
         ("argilla", {"fields", "responses"}),
         ("labelstudio", {"data", "annotations"}),
         ("summaries", {"info", "summaries", "choice"}),
+        ("rated_summary", {"info", "summary"}),
         ("openai", {"input", "preferred_output", "non_preferred_output"}),
         ("shp", {"history", "human_ref_A", "human_ref_B"}),
         ("se", {"question", "answers"}),

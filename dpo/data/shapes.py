@@ -42,7 +42,7 @@ from dpo.data.messages import (
 from dpo.data.prompts import prompt_of
 
 _PROMPT_LISTS = ("prompt", "messages", "conversations", "conversation")
-_ANSWER_LISTS = ("responses", "completions", "answers", "candidates", "generations")
+ANSWER_LISTS = ("responses", "completions", "answers", "candidates", "generations")
 _ANSWER_TEXTS = ("text", "response", "completion", "content", "answer")
 _SCORES = ("fine-grained_score", "overall_score", "score", "rating", "helpfulness")
 _BOOLEANS = {"true": 1.0, "false": 0.0}
@@ -56,6 +56,9 @@ def messages(row: Mapping[str, Any]) -> list[Candidate]:
     chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
     name = next((key for key in _PROMPT_LISTS if row.get(key) is not None), None)
     given = row[name] if name else None
+    if name not in (None, "prompt") and min(len(chosen), len(rejected)) > 1:
+        # Capybara's: another account of the dialogue
+        given = given if isinstance(given, list) and all(map(is_message, given)) else None
     if name is None and len(chosen) == len(rejected) == 1:
         # two answers alone: the question has another name
         given, name = prompt_of(row, needed=False)
@@ -73,6 +76,23 @@ def messages(row: Mapping[str, Any]) -> list[Candidate]:
             split=split,
         )
     ]
+
+
+def with_target(row: Mapping[str, Any], items: Sequence[Candidate | Rating]) -> list[Any]:
+    """Pairs with the row's own SFT target, which may be a text, a message or a whole dialogue.
+
+    Raises:
+        RowError: it is none of these, or has another prompt than the pairs.
+    """
+    answer = _answer(row, "sft_target")
+    found: list[Any] = []
+    for item in items:
+        if isinstance(item, Candidate):
+            text = _last(item.messages or (), answer, "sft_target")
+            text = f" {text.strip()}" if item.messages else text.removeprefix(item.prompt)
+            item = item._replace(sft_target=text)
+        found.append(item)
+    return found
 
 
 def openai(row: Mapping[str, Any]) -> list[Candidate]:
@@ -150,7 +170,7 @@ def _common_prefix(
 
 def ranked(row: Mapping[str, Any]) -> list[Candidate]:
     """A prompt and a list of answers with scores or ranks."""
-    name = next((key for key in _ANSWER_LISTS if row.get(key) is not None), _ANSWER_LISTS[0])
+    name = next((key for key in ANSWER_LISTS if row.get(key) is not None), ANSWER_LISTS[0])
     answers = row.get(name)
     if not isinstance(answers, list) or len(answers) > MAX_ANSWERS:
         raise RowError("wrong_type", f"{name} must be a list of at most {MAX_ANSWERS}", name)

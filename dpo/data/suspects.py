@@ -15,10 +15,12 @@ import pyarrow.compute as pc
 
 from dpo.data.fields import LIST_AS_TEXT, MEDIA, TOOLS
 from dpo.data.prompts import HISTORY, SYSTEMS
+from dpo.data.verdicts import MARK_CHARS, answer_names
 
 _READ_TOO = (*SYSTEMS, HISTORY, *MEDIA, TOOLS)
 _LIST = re.compile(LIST_AS_TEXT.pattern.encode())
 _STARTS = b"[{"
+_CHAR_BYTES = 4
 
 Mask = npt.NDArray[np.bool_]
 
@@ -37,16 +39,21 @@ def other_fields(table: pa.Table) -> Mask:
 
 
 def names_of_fields(table: pa.Table, texts: tuple[str, ...]) -> Mask:
-    """Rows whose chosen and rejected are names of other fields."""
+    """Rows whose chosen and rejected may be names of other fields, or marks of answers in them."""
     found = np.zeros(table.num_rows, dtype=bool)
     names = [name for name in table.column_names if name not in texts]
     pair = [table[name] for name in ("chosen", "rejected") if name in table.column_names]
     if not names or len(pair) < 2:
         return found
     longest = max(len(name.encode()) for name in names)
+    has_answers = len(answer_names(dict.fromkeys(names, ""))) > 0
+    if has_answers:
+        longest = max(longest, MARK_CHARS * _CHAR_BYTES)
     short = [pc.less_equal(pc.binary_length(column), longest) for column in pair]
     rows = np.flatnonzero(pc.and_(*short).fill_null(False).to_numpy())
-    if len(rows):
+    if has_answers:
+        found[rows] = True
+    elif len(rows):
         values = pa.array(names)
         named = [pc.is_in(column.take(pa.array(rows)), values) for column in pair]
         found[rows] = pc.and_(*named).to_numpy()

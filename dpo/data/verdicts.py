@@ -1,32 +1,53 @@
 """What a verdict says: which of some named answers it prefers, or that it prefers none.
 
-A verdict is read as a whole. ``model_a``, ``Response 2``, ``left`` and the name of a model that
-wrote one of the answers are verdicts; a mark at the end of a text is none, for ``not a``,
-``worse: b``, ``llama`` and ``idea`` have one too.
+A verdict is read as a whole. ``model_a``, ``Response 2``, ``left``, ``[[A]]``, ``A is slightly
+better`` and the name of a model that wrote one of the answers are verdicts; a mark at the end of a
+text is none, for ``not a``, ``worse: b``, ``llama`` and ``idea`` have one too. So of sentences only
+those count that are one of a few forms from their first word to the last.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo.data.shapes import as_number
+from dpo.data.shapes import ANSWER_LISTS, as_number
 
 _NOUNS = "response|answer|completion|output|candidate|text|conversation|generation|summary"
 _NAME = re.compile(rf"^({_NOUNS})[ _-]?(\d{{1,2}}|[a-h])$", re.IGNORECASE)
-_NAMED = re.compile(
-    rf"(?:(?:{_NOUNS}|model|assistant|option|system)[ _:#-]{{0,3}})?(\d{{1,2}}|[a-h])"
+_ONE = rf"(?:(?:{_NOUNS}|model|assistant|option|system)[ _:#-]{{0,3}})?(\d{{1,2}}|[a-h])"
+_NAMED = re.compile(_ONE)
+_BY = (
+    "(?:much|far|significantly|considerably|clearly|definitely|strongly|"
+    "slightly|somewhat|marginally|a bit|a little)"
 )
+_SENTENCES = (
+    re.compile(
+        rf"{_ONE} (?:is|was) (?:the )?(?:{_BY} )?(?:better|best|preferred)"
+        rf"(?: (?:than|to|over) {_ONE})?"
+    ),
+    re.compile(rf"{_ONE} (?:{_BY} )?(?:wins|won)()"),
+    re.compile(rf"(?:i )?(?:{_BY} )?prefer(?:red|s)?:? {_ONE}(?: (?:to|over) {_ONE})?"),
+)
+_ORDER = re.compile(r"\s*(>+|<+|=+)\s*")
 SIGNED = ("preference_strength", "overall_preference")
 """Numbers below 0 prefer the first answer, above 0 the second."""
 VERDICTS = (
     *("preference", "preferred", "winner", "comparison", "choice", "better", "best"),
-    *("better_response_id", *SIGNED, "selected", "ranking"),
+    *("better_response_id", *SIGNED, "selected", "ranking", "verdict", "vote"),
+    *("preferred_response", "better_response", "best_response", "chosen"),
 )
-_TIES = re.compile(r"^(tie|both|equal|neither|same|draw|none)")
+_TIES = re.compile(
+    r"(?:(?:about|roughly|a|the) )*(tie|both|equal|neither|same|draw|none)(?!.* but )"
+)
+_TIE_OF_TWO = "[[c]]"
+"""What judges of MT-Bench are told to write where neither of two answers is better."""
 _SIDES = {"left": 0, "first": 0, "right": 1, "second": 1}
 _MODELS = ("model_{mark}", "model{mark}", "model_name_{mark}", "{name}_model", "{name}_model_name")
+MARK_CHARS = 64
+"""No longer are the names by which ``chosen`` and ``rejected`` are told from texts."""
 
 Scores = list[float]
 
@@ -65,32 +86,122 @@ def scores_of(
     Raises:
         RowError: a number is needed, and there is another value.
     """
+    value = _opened(value, len(names))
     if isinstance(value, list):
         return _ranking(value, names)
     if field in SIGNED:
         number = as_number(value, field)
         return [-min(number, 0.0), max(number, 0.0), *[0.0] * (len(names) - 2)]
-    winner = _of_models(value, names, row)
-    if winner is None:
-        if isinstance(value, str) and _TIES.match(value.strip().lower()):
-            return [0.0] * len(names)
-        winner = _winner(value, names)
-    return None if winner is None else [float(index == winner) for index in range(len(names))]
+    for find in (_of_models, _winner):
+        winner = find(value, names, row)
+        if winner is not None:
+            return [float(index == winner) for index in range(len(names))]
+    if not isinstance(value, str):
+        return None
+    return [0.0] * len(names) if _is_tie(value, names) else _order(value, names)
+
+
+def repeated(value: Any, names: Sequence[str], row: Mapping[str, Any]) -> Scores | None:
+    """Scores of answers of which a verdict repeats one; None where it repeats none or several."""
+    same = [float(isinstance(value, str) and row[name] == value) for name in names]
+    return same if sum(same) == 1 else None
+
+
+def named_answers(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row whose ``chosen`` and ``rejected`` are texts, were they marks of answers beside them.
+
+    ``chosen: "A", rejected: "B"`` of ``response_a`` and ``response_b``, the models' names, or
+    numbers in a list of answers, which begin with 0 where one is 0, with 1 where one is the last.
+    """
+    pair = row.get("chosen"), row.get("rejected")
+    if not all(isinstance(value, str | int) and len(str(value)) <= MARK_CHARS for value in pair):
+        return row
+    if all(type(value) is int for value in pair):
+        row = _of_list(row, pair)
+    names = answer_names(row)
+    for find in (_of_models, _winner):
+        chosen, rejected = (find(value, names, row) for value in pair)
+        if chosen is not None and rejected is not None and chosen != rejected:
+            return {**row, "chosen": row[names[chosen]], "rejected": row[names[rejected]]}
+    return row
+
+
+def _of_list(row: Mapping[str, Any], pair: tuple[Any, Any]) -> Mapping[str, Any]:
+    name = next((name for name in ANSWER_LISTS if isinstance(row.get(name), list)), None)
+    if name is None or pair[0] == pair[1]:
+        return row
+    answers, low, high = row[name], min(pair), max(pair)
+    if low == 0 and high < len(answers):
+        first = 0
+    elif low > 0 and high == len(answers):
+        first = 1
+    else:
+        return row
+    return {**row, "chosen": answers[pair[0] - first], "rejected": answers[pair[1] - first]}
+
+
+def _opened(value: Any, n_answers: int) -> Any:
+    """A ranking that a table has as the text of a list."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return found if len(found) == n_answers else value
+
+
+def _is_tie(value: str, names: Sequence[str]) -> bool:
+    said = value.strip().lower()
+    return bool(_TIES.match(_bare(said))) or (said == _TIE_OF_TWO and len(names) == 2)
+
+
+def _bare(said: str) -> str:
+    """What was said without brackets, quotes and stars around it."""
+    return said.lstrip(" [(*\"'`").rstrip(" ])*\"'`.!")
 
 
 def _ranking(value: Sequence[Any], names: Sequence[str]) -> Scores | None:
-    """``[{value: name, rank: 1}, ...]`` of Argilla, or the ranks in the answers' order."""
+    """``[{value: name, rank: 1}, ...]`` of Argilla, the names from the best to the worst, or the
+    ranks in the answers' order."""
     if len(value) != len(names):
         return None
+    if all(isinstance(item, str) and not item.strip().isdecimal() for item in value):
+        return _by_place([[item] for item in value], names)
     if not all(isinstance(item, Mapping) for item in value):
         return [-as_number(item, "ranking") for item in value]
     found = [0.0] * len(names)
     for item in value:
-        index = _winner(item.get("value"), names)
+        index = _winner(item.get("value"), names, item)
         if index is None:
             return None
         found[index] = -as_number(item.get("rank"), "rank")
     return found
+
+
+def _order(value: str, names: Sequence[str]) -> Scores | None:
+    """``A > B = C``, or with ``<`` from the worst to the best."""
+    parts = _ORDER.split(_bare(value.strip().lower()))
+    signs = {sign[0] for sign in parts[1::2]}
+    if not signs or signs >= {"<", ">"}:
+        return None
+    places = [[parts[0]]]
+    for sign, name in zip(parts[1::2], parts[2::2], strict=True):
+        if sign[0] == "=":
+            places[-1].append(name)
+        else:
+            places.append([name])
+    return _by_place(places[::-1] if "<" in signs else places, names)
+
+
+def _by_place(places: Sequence[Sequence[str]], names: Sequence[str]) -> Scores | None:
+    """The scores of answers that are named from the best to the worst, each once."""
+    scores: dict[int | None, float] = {}
+    for place, equal in enumerate(places):
+        scores.update({_winner(name, names, {}): -float(place) for name in equal})
+    if sum(map(len, places)) != len(names) or scores.keys() != set(range(len(names))):
+        return None
+    return [scores[index] for index in range(len(names))]
 
 
 def _of_models(value: Any, names: Sequence[str], row: Mapping[str, Any]) -> int | None:
@@ -106,19 +217,24 @@ def _of_models(value: Any, names: Sequence[str], row: Mapping[str, Any]) -> int 
     return found[0] if len(found) == 1 else None
 
 
-def _winner(value: Any, names: Sequence[str]) -> int | None:
-    """Index of the answer that a verdict names, by the name or by its mark (``model_a``, ``2``)."""
+def _winner(value: Any, names: Sequence[str], _: Mapping[str, Any]) -> int | None:
+    """Index of the answer that a verdict names: by its name, its mark or one of ``_SENTENCES``."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, str | int) or isinstance(value, bool):
         return None
-    said = str(value).strip().lower()
+    said = _bare(str(value).strip().lower())
     if said in _SIDES:
         return _SIDES[said]
-    match = _NAMED.fullmatch(said)
+    matches = (pattern.fullmatch(said) for pattern in (_NAMED, *_SENTENCES))
+    match = next(filter(None, matches), None)
+    if match is None:
+        return None
     marks = [_plain(mark_of(name)) for name in names]
-    wanted = _plain(match[1]) if match else None
-    return marks.index(wanted) if wanted in marks else None
+    wanted, *others = (_plain(mark) for mark in match.groups() if mark)
+    if wanted not in marks or any(other == wanted or other not in marks for other in others):
+        return None
+    return marks.index(wanted)
 
 
 def _plain(mark: str) -> str:

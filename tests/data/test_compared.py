@@ -95,6 +95,17 @@ def test_comparisons_of_summaries() -> None:
     assert parse(article) == [expected]
 
 
+def test_ratings_of_summaries() -> None:
+    """A row of the same set's other half, whose ratings are by several axes."""
+    summary = {"text": " A fall.", "policy": "x", "axes": {"overall": 6, "accuracy": 2}}
+    row = {"info": SUMMARIES["info"], "summary": summary, "worker": "w", "split": "valid1"}
+    prompt = "SUBREDDIT: r/AskDocs\n\nTITLE: Ouch\n\nPOST: I fell.\n\nTL;DR:"
+    assert parse(row) == [Rating(prompt, None, " A fall.", 6.0, "test")]
+    assert reason({**row, "summary": {**summary, "axes": {}}}) == "not_annotated"
+    assert reason({**row, "summary": "A fall."}) == "wrong_type"
+    assert reason({**row, "summary": {**summary, "text": None}}) == "missing_field"
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

@@ -129,6 +129,7 @@ def test_names_of_other_fields_give_way_to_their_texts() -> None:
         {**ROW, "images": "a.jpg"},
         {**ROW, "tools": '[{"name": "f"}]'},
         {**ROW, "c": "text of c", "r": "text of r"},
+        {**ROW, "response_a": "a", "response_b": "b", "chosen": "B", "rejected": "A"},
         as_json(DIALOGUES),
         {**ROW, **as_json(DIALOGUES)},
         {**ROW, "prompt": json.dumps([USER])},

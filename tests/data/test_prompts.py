@@ -1,10 +1,12 @@
 """What an answer answers: the question's field, its input, the system message, earlier turns."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from dpo.data.formats import Candidate, Message, Rating, RowError
+from tests.data.conftest import Outcome
 from tests.data.test_formats import BOT, HI, NO, SYSTEM, USER, parse, reason, texts
 
 PAIR = {"chosen": "The answer is 5", "rejected": "The answer is 6"}
@@ -179,3 +181,35 @@ def test_a_context_goes_with_its_question() -> None:
 def test_an_instruction_that_is_no_text_is_refused(value: Any) -> None:
     row = {"instruction": value, "input": "i", "chosen": "a", "rejected": "b"}
     assert reason(row) == "wrong_type"
+
+
+def test_another_account_of_whole_dialogues_is_no_prompt() -> None:
+    """Capybara's conversation is a list of {input, output}."""
+    row = {"conversation": [{"input": "Hi?", "output": "Oh."}]}
+    row |= {"chosen": [USER, BOT], "rejected": [USER, NO]}
+    assert texts(row) == [(HI, " Yes.", " No.")]
+
+
+@pytest.mark.parametrize(
+    ("row", "target"),
+    [
+        ({"prompt": [USER], "chosen": "Yes.", "rejected": "No."}, "Oh."),
+        ({"prompt": [USER], "chosen": "Yes.", "rejected": "No."}, {**BOT, "content": "Oh."}),
+        ({"chosen": [USER, BOT], "rejected": [USER, NO]}, [USER, {**BOT, "content": "Oh."}]),
+        ({"question": "Hi?", "chosen": "Yes.", "rejected": "No."}, "Oh."),
+        ({"chosen": f"{HI} Yes.", "rejected": f"{HI} No."}, f"{HI} Oh."),
+        ({"chosen": f"{HI} Yes.", "rejected": f"{HI} No."}, " Oh."),
+    ],
+)
+def test_a_rows_own_sft_target(
+    ingest: Callable[..., Outcome], row: dict[str, Any], target: Any
+) -> None:
+    assert [pair.sft_target for pair in parse({**row, "sft_target": target})] == [" Oh."]
+    rows = [{**row, "sft_target": target}, *({**row, "id": n} for n in range(2))]
+    assert ingest(rows).pairs[0]["sft_target"] == " Oh."
+    assert reason({**row, "sft_target": 5}) == "wrong_type"
+
+
+def test_stack_llamas_names() -> None:
+    row = {"qid": 1, "question": "Hi?", "response_j": "Yes.", "response_k": "No."}
+    assert texts(row) == [(HI, " Yes.", " No.")]

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from dpo.data.formats import Rating
+from dpo.data.formats import Rating, RowError
 from tests.data.test_formats import parse, reason, texts
 
 FIRST, SECOND = [("p", "a", "b")], [("p", "b", "a")]
@@ -138,6 +138,13 @@ def test_results_of_another_form_are_no_verdict(result: Any) -> None:
     assert reason(row) == "not_annotated"
 
 
+def test_results_that_nobody_knows_are_no_silence() -> None:
+    """A ranking of Label Studio's lists: somebody has judged."""
+    ranked = ("rank", "ranker", {"ranker": {"best": ["answer2", "answer1"]}})
+    assert reason(label_studio(ranked)) == "unknown_verdict"
+    assert texts(label_studio(("pw", "pairwise", {"selected": "left"}), ranked)) == FIRST
+
+
 def test_argillas_data_sets_of_version_1() -> None:
     def row(*people: tuple[Any, str]) -> dict[str, Any]:
         said = [
@@ -169,3 +176,115 @@ def test_argillas_data_sets_of_version_2() -> None:
     assert reason({**row, "preference.responses": []}) == "not_annotated"
     rated = {"prompt": "p", "response": "a", "quality.responses": [4, 2]}
     assert parse(rated) == [Rating("p", None, "a", 3.0)]
+
+
+# --- verdicts in words, in columns and in order ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("[[B]]", "[B]", "(b)", "**B**", "B.", '"B"', "B is better", "B is slightly better."),
+        *("Response B is much better than Response A", "B was preferred", "B wins", "I prefer B"),
+        *("b is the best", "strongly prefer B", "prefers B over A", "[[B>>A]]", "B > A", "A < B"),
+    ],
+)
+def test_verdicts_in_words(value: str) -> None:
+    assert texts({**LETTERS, "preference": value}) == SECOND
+
+
+@pytest.mark.parametrize("value", ["[[C]]", "[[A=B]]", "About the same", "a tie", "**Tie**"])
+def test_ties_in_words(value: str) -> None:
+    assert reason({**LETTERS, "verdict": value}) == "equal_scores"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("B is not better", "B is worse", "A is better, but B is safer", "B is better than C"),
+        *("B is better than B", "B > B", "B > C", "A > B < A", "C", "[C]", "b is better?", ". . x"),
+        "both are fine, but A is better",
+    ],
+)
+def test_other_words_are_no_verdict(value: str) -> None:
+    assert reason({**LETTERS, "preference": value}) == "unknown_verdict"
+
+
+THREE = {"prompt": "p", "response_1": "a", "response_2": "b", "response_3": "c"}
+BY_PLACE = [("p", "a", "b"), ("p", "c", "a"), ("p", "c", "b")]
+
+
+@pytest.mark.parametrize(
+    ("ranking", "expected"),
+    [
+        (["response_3", "response_1", "response_2"], BY_PLACE),
+        ('["Response 3", "Response 1", "Response 2"]', BY_PLACE),
+        ("3 > 1 > 2", BY_PLACE),
+        ("response_2 < response_1 < response_3", BY_PLACE),
+        ("3 > 1 = 2", BY_PLACE[1:]),
+        # numbers are the answers' ranks, in their order
+        ([2, 3, 1], BY_PLACE),
+        ("[2, 3, 1]", BY_PLACE),
+        (["2", "3", "1"], BY_PLACE),
+    ],
+)
+def test_rankings_of_named_answers(ranking: Any, expected: Any) -> None:
+    assert texts({**THREE, "ranking": ranking}) == expected
+
+
+@pytest.mark.parametrize(
+    "ranking", ["3 > 1", ["response_3", "response_3", "response_1"], "3 > 2 > 2"]
+)
+def test_rankings_that_leave_an_answer_out_are_no_verdict(ranking: Any) -> None:
+    assert reason({**THREE, "ranking": ranking}) == "unknown_verdict"
+
+
+ARENA = {"prompt": '["p"]', "response_a": '["a"]', "response_b": '["b"]', "model_a": "x"}
+
+
+def winner(a: Any, b: Any, tie: Any) -> dict[str, Any]:
+    return {"winner_model_a": a, "winner_model_b": b, "winner_tie": tie}
+
+
+def test_the_chatbot_arenas_columns() -> None:
+    assert texts({**ARENA, **winner(1, 0, 0)}) == FIRST
+    assert texts({**ARENA, **winner("0", "1", "0")}) == SECOND
+    assert texts({**ARENA, **winner(False, True, False)}) == SECOND
+    assert texts({**LETTERS, **winner(0, 1, 0)}) == SECOND
+    assert reason({**ARENA, **winner(0, 0, 1)}) == "equal_scores"
+    assert reason({**ARENA, **winner("?", 0, 1)}) == "wrong_type"
+    lists = {"prompt": ["p"], "response_a": ["a"], "response_b": ["b"]}
+    assert texts({**lists, **winner(1, 0, 0)}) == FIRST
+    # each side of a longer dialogue has earlier turns of its own
+    longer = {"prompt": '["p", "q"]', "response_a": '["a", "c"]', "response_b": '["b", "d"]'}
+    assert reason({**longer, **winner(1, 0, 0)}) == "prompts_differ"
+    assert texts({**ARENA, "response_b": '["b"', **winner(1, 0, 0)}) == [('["p"]', '["a"]', '["b"')]
+
+
+def test_marks_of_answers_stand_for_their_texts() -> None:
+    assert texts({**LETTERS, "chosen": "B", "rejected": "A"}) == SECOND
+    assert texts({**LETTERS, "chosen": "answer a", "rejected": "answer b"}) == FIRST
+    assert texts({**NUMBERS, "chosen": 2, "rejected": 1}) == SECOND
+    models = {"model_a": "llama", "model_b": "gpt-4"}
+    assert texts({**LETTERS, **models, "chosen": "gpt-4", "rejected": "llama"}) == SECOND
+    assert texts({**LETTERS, "chosen": "B"}) == SECOND
+    assert texts({**LETTERS, "chosen": "b"}) == SECOND
+    assert texts({"prompt": "p", "answer_a": "a x", "answer_b": "a y", "chosen": "a y"}) == [
+        ("p", "a y", "a x")
+    ]
+    assert texts({"prompt": "p", "chosen": "A", "rejected": "B"}) == [("p", "A", "B")]
+    assert reason({**NUMBERS, "chosen": 1, "rejected": 0}) == "wrong_type"
+    answers = {"prompt": "p", "responses": ["a", "b"]}
+    assert texts({**answers, "chosen": 1, "rejected": 0}) == SECOND
+    assert texts({**answers, "chosen": 1, "rejected": 2}) == FIRST
+    # who knows where the counting begins
+    three = {"prompt": "p", "responses": ["a", "b", "c"]}
+    assert reason({**three, "chosen": 1, "rejected": 2}) == "wrong_type"
+    assert reason({**three, "chosen": 0, "rejected": 3}) == "wrong_type"
+    assert reason({**three, "chosen": -1, "rejected": 3}) == "wrong_type"
+    assert reason({**LETTERS, "chosen": True, "rejected": False}) == "wrong_type"
+
+
+def test_two_answers_without_a_verdict_say_what_is_missing() -> None:
+    with pytest.raises(RowError, match="answer_a and answer_b are answers, and no field"):
+        parse({**LETTERS, "label": 1})
