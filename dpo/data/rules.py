@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from dpo.config.places import chat_templates
 from dpo.config.schema import RunConfig
 from dpo.data.check import Rules
+from dpo.data.special_tokens import kind_of_model
 from dpo.data.text_tokenizer import load_text_tokenizer
 from dpo.data.tokenize import Limits
-from dpo.errors import ConfigError
+from dpo.errors import ConfigError, ModelError
 from dpo.storage.base_model import TOKENIZER_FILES, local_tokenizer
 from dpo.storage.manifest import content_hash, sha256_file
 
@@ -32,14 +36,22 @@ def rules_of(config: RunConfig) -> Rules:
 
 
 def tokenizer_fingerprint(config: RunConfig) -> str:
-    """sha256 over the tokenizer's files: ingest depends on it and on nothing else of the model.
+    """sha256 over the tokenizer's files and the model's kind, from which its class may follow:
+    ingest depends on them and on nothing else of the model.
 
     Raises:
-        ModelError: it is nowhere.
+        ModelError: it is nowhere, or ``config.json`` cannot be read.
     """
     place = local_tokenizer(config.model)
     files = sorted({path for pattern in TOKENIZER_FILES for path in place.glob(pattern)})
-    return content_hash({path.name: sha256_file(path) for path in files if path.is_file()})
+    hashes = {path.name: sha256_file(path) for path in files if path.is_file()}
+    try:
+        kind = orjson.dumps(kind_of_model(place))
+    except ValueError:
+        raise ModelError(
+            "config.json is no JSON", where=str(place), fix="fetch the model again"
+        ) from None
+    return content_hash({**hashes, "kind": hashlib.sha256(kind).hexdigest()})
 
 
 def _template(config: RunConfig) -> str | None:

@@ -70,10 +70,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _of_class(folder: Path, config: Mapping[str, Any]) -> Mapping[str, str]:
+def kind_of_model(folder: Path) -> dict[str, Any]:
+    """What ``config.json`` says of the tokenizer's class; nothing of weights."""
     model = read_json(folder / "config.json")
-    named = config.get("tokenizer_class") or model.get("tokenizer_class")
-    name = named or CLASSES.get(str(model.get("model_type")), "")
+    return {name: model.get(name) for name in ("tokenizer_class", "model_type")}
+
+
+def _of_class(folder: Path, config: Mapping[str, Any]) -> Mapping[str, str]:
+    model = kind_of_model(folder)
+    named = config.get("tokenizer_class") or model["tokenizer_class"]
+    name = named or CLASSES.get(str(model["model_type"]), "")
     return CLASS_TOKENS.get(str(name).removesuffix("Fast"), {})
 
 

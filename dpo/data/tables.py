@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo.data.encodings import not_utf8
 from dpo.data.lines import CUT, MAX_ROW_BYTES, RawRow
+from dpo.errors import DataError
 
 _BATCH_ROWS = 1000
 _BATCH_BYTES = 16 * 2**20
+_READ_BYTES = 64 * 2**20
+"""Of a larger Arrow file no batch is read whole."""
 _SHOWN_CHARS = 200
 """Of each field of a row that is too large."""
 
@@ -22,7 +27,7 @@ _SHOWN_CHARS = 200
 def parquet_rows(path: Path, shown: str) -> Iterator[RawRow]:
     """Every row of a Parquet file."""
     with pq.ParquetFile(path, memory_map=False, pre_buffer=False) as file:
-        yield from _rows(_parquet_batches(file), shown)
+        yield from _rows(_parts(_parquet_batches(file)), shown)
 
 
 def _parquet_batches(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
@@ -41,28 +46,71 @@ def _batch_rows(group: pq.RowGroupMetaData) -> int:
 
 def arrow_rows(path: Path, shown: str) -> Iterator[RawRow]:
     """Every row of the file format, or of the stream format that ``datasets`` writes."""
-    with path.open("rb") as head:
-        is_file = head.read(6) == b"ARROW1"
-    with pa.OSFile(str(path)) as source:
-        if is_file:
-            reader = pa.ipc.open_file(source)
-            batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
-            yield from _rows(batches, shown)
-        else:
-            yield from _rows(pa.ipc.open_stream(source), shown)
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size <= _READ_BYTES:
+            with pa.OSFile(str(path)) as source:
+                yield from _rows(_parts(_arrow_batches(source)), shown)
+            return
+        # a batch may be the whole table, as polars writes it: only what is looked at is in memory
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        yield from _mapped_rows(mapped, file, shown)
 
 
-def _rows(batches: Iterable[pa.RecordBatch], shown: str) -> Iterator[RawRow]:
+def _mapped_rows(mapped: mmap.mmap, file: IO[bytes], shown: str) -> Iterator[RawRow]:
+    with pa.BufferReader(pa.py_buffer(mapped)) as source:
+        parts = _parts(_arrow_batches(source))
+        yield from _rows(_forgotten(parts, mapped, file, shown), shown)
+
+
+def _arrow_batches(source: pa.NativeFile) -> Iterator[pa.RecordBatch]:
+    is_file = source.read(6) == b"ARROW1"
+    source.seek(0)
+    if is_file:
+        reader = pa.ipc.open_file(source)
+        yield from (reader.get_batch(index) for index in range(reader.num_record_batches))
+    else:
+        yield from pa.ipc.open_stream(source)
+
+
+def _forgotten(
+    parts: Iterator[pa.RecordBatch], mapped: mmap.mmap, file: IO[bytes], shown: str
+) -> Iterator[pa.RecordBatch]:
+    """The parts of a mapped file; the pages of those that are done leave memory.
+
+    Raises:
+        DataError: the file became shorter: to touch what is gone would end the process.
+    """
+    n_bytes = 0
+    while os.fstat(file.fileno()).st_size == len(mapped):
+        part = next(parts, None)
+        if part is None:
+            return
+        n_bytes += part.nbytes
+        yield part
+        if n_bytes > _BATCH_BYTES:
+            mapped.madvise(mmap.MADV_DONTNEED)
+            n_bytes = 0
+    raise DataError(
+        "the file changed while it was read",
+        where=shown,
+        fix="wait until it is written, then run again",
+    )
+
+
+def _parts(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    return (part for batch in batches for part in _small(batch))
+
+
+def _rows(parts: Iterable[pa.RecordBatch], shown: str) -> Iterator[RawRow]:
     number = 0
-    for batch in batches:
-        for part in _small(batch):
-            may_be_large = part.nbytes > MAX_ROW_BYTES
-            for value, problem in _values(part):
-                number += 1
-                if may_be_large and _size(value) > MAX_ROW_BYTES:
-                    problem = f"the row is larger than {MAX_ROW_BYTES // 2**20} MiB"
-                    value = _start(value)
-                yield RawRow(shown, number, value, problem)
+    for part in parts:
+        may_be_large = part.nbytes > MAX_ROW_BYTES
+        for value, problem in _values(part):
+            number += 1
+            if may_be_large and _size(value) > MAX_ROW_BYTES:
+                problem = f"the row is larger than {MAX_ROW_BYTES // 2**20} MiB"
+                value = _start(value)
+            yield RawRow(shown, number, value, problem)
 
 
 def _values(part: pa.RecordBatch) -> Iterator[tuple[Any, str]]:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -80,6 +81,27 @@ def test_tables(tmp_path: Path) -> None:
         found = read(path)
         assert values(found) == ROWS
         assert [row.line for row in found] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_a_large_arrow_file_is_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: Any
+) -> None:
+    """One batch may be the whole table: polars writes such files."""
+    monkeypatch.setattr(tables, "_READ_BYTES", 1000)
+    monkeypatch.setattr(tables, "_BATCH_BYTES", 10_000)
+    table = pa.table({"prompt": [f"{n:04d}" * 10 for n in range(2500)], "n": range(2500)})
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    for name, writer_of in (("file", pa.ipc.new_file), ("stream", pa.ipc.new_stream)):
+        path = tmp_path / f"{name}.arrow"
+        with writer_of(path, table.schema, options=options) as writer:
+            writer.write_table(table)
+        assert values(read(path)) == table.to_pylist()
+        left = rows(path, name)
+        assert next(left).value["n"] == 0
+        os.truncate(path, 5000)
+        with pytest.raises(DataError, match="changed while it was read"):
+            list(left)
 
 
 def test_json_without_a_suffix_is_known_by_its_bytes(tmp_path: Path) -> None:

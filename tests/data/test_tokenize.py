@@ -144,3 +144,21 @@ def test_the_tokenizers_fingerprint_follows_its_files_alone(tmp_path: Path) -> N
     with (tmp_path / "tokenizer.json").open("a") as file:
         file.write("\n")
     assert tokenizer_fingerprint(config) != before
+
+
+def test_the_tokenizers_fingerprint_follows_the_models_kind(tmp_path: Path) -> None:
+    """It names the end mark where the tokenizer's own files do not."""
+    for path in (GOLDEN / "model").iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = RunConfig(model=ModelConfig(name_or_path=str(tmp_path)))
+    found = []
+    for kind in ({"model_type": "gpt2"}, {"model_type": "qwen2"}, {"tokenizer_class": "X"}):
+        for layers in (1, 2):
+            (tmp_path / "config.json").write_text(json.dumps({**kind, "num_hidden_layers": layers}))
+            found.append(tokenizer_fingerprint(config))
+    assert found[::2] == found[1::2]
+    assert len(set(found)) == 3
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="is no JSON"):
+        tokenizer_fingerprint(config)
