@@ -86,8 +86,8 @@ def alike_rows(chosen: pa.Array, rejected: pa.Array) -> list[int]:
     )
     for from_end in (False, True):
         rows = _not_told_apart(columns, rows, from_end=from_end)
-    texts = ((row, chosen[row].as_py(), rejected[row].as_py()) for row in rows.tolist())
-    return [row for row, one, other in texts if look_alike(one, other)]
+    texts = (column.take(pa.array(rows)).to_pylist() for column in (chosen, rejected))
+    return [row for row, *pair in zip(rows.tolist(), *texts, strict=True) if look_alike(*pair)]
 
 
 def _bytes_of(texts: pa.Array) -> tuple[npt.NDArray[np.uint8], _Offsets]:

@@ -224,17 +224,23 @@ def _document(stream: Iterable[bytes], shown: str) -> Iterator[RawRow]:
 # --- CSV ------------------------------------------------------------------------------------------
 
 
+_EXCELS_DELIMITER = re.compile(r'"?sep=([,;\t|])"?\s*')
+"""A line that Excel writes and reads above the header."""
+
+
 def _csv(stream: Iterable[bytes], shown: str) -> Iterator[RawRow]:
     too_long: set[int] = set()
     texts: list[str] = []
     lines = _text_lines(stream, too_long, texts)
-    header = next(lines, "")
+    header, before = next(lines, ""), 0
     delimiter = max(",;\t|", key=header.count)
+    if told := _EXCELS_DELIMITER.fullmatch(header):
+        header, before, delimiter = next(lines, ""), 1, told[1]
     csv.field_size_limit(MAX_ROW_BYTES)
     reader = csv.reader(chain([header], lines), delimiter=delimiter, strict=True)
     names = _header(reader, shown)
     while True:
-        first = reader.line_num + 1
+        first = before + reader.line_num + 1
         texts.clear()
         try:
             fields = next(reader)
@@ -245,14 +251,15 @@ def _csv(stream: Iterable[bytes], shown: str) -> Iterator[RawRow]:
                 shown,
                 first,
                 "".join(texts),
-                f"CSV: {error}{_span(first, reader.line_num)}",
+                f"CSV: {error}{_span(first, before + reader.line_num)}",
             )
             continue
-        if not too_long.isdisjoint(range(first, reader.line_num + 1)):
+        last = before + reader.line_num
+        if not too_long.isdisjoint(range(first, last + 1)):
             problem = f"a line is longer than {MAX_ROW_BYTES // 2**20} MiB"
             yield RawRow(shown, first, "".join(texts) + CUT, problem)
         elif fields and len(fields) != len(names):
-            problem = wrong_number(len(fields), len(names)) + _span(first, reader.line_num)
+            problem = wrong_number(len(fields), len(names)) + _span(first, last)
             yield RawRow(shown, first, fields_of_row(names, fields), problem)
         elif fields:
             # an empty cell is a missing value
@@ -264,7 +271,11 @@ def _header(reader: Any, shown: str) -> list[str]:
     try:
         names: list[str] = next(reader, [])
     except csv.Error as error:
-        raise DataError(f"the CSV header cannot be read: {error}", where=shown) from None
+        raise DataError(
+            f"the CSV header cannot be read: {error}",
+            where=shown,
+            fix="save the table with line ends of Unix or Windows and each quote in a pair",
+        ) from None
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(
             f"the CSV header names {twice[0]!r} twice", where=shown, fix="rename one of the columns"

@@ -23,6 +23,7 @@ TITLES: Mapping[str, str] = {
     "custom_format_failed": "Your own function made no pair of the row",
     "unknown_verdict": "The verdict names neither answer",
     "empty": "A text is empty",
+    "placeholder": "A mark stands where a text is missing",
     "broken_encoding": "Characters were lost when the text was saved",
     "broken_markup": "The HTML cannot be read",
     "control_character": "The text has invisible control characters",

@@ -16,7 +16,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo.data.suspects import lists_as_text
-from dpo.data.validate import CONTROLS, INVISIBLE, MISREAD, REPLACEMENT
+from dpo.data.validate import (
+    CONTROLS,
+    INVISIBLE,
+    MISREAD,
+    PLACEHOLDER_CHARS,
+    PLACEHOLDERS,
+    REPLACEMENT,
+)
 
 _SPACES = b"\t\n\v\f\r\x1c\x1d\x1e\x1f "
 _HIGH = 0xC2
@@ -45,6 +52,7 @@ class Cleanness:
         raw, ends = buffer_of(texts)
         codes = np.frombuffer(raw, dtype=np.uint8)
         clean[_unseen(raw, codes, ends)] = False
+        clean[_placeholders(raw, codes, ends)] = False
         clean[lists_as_text(raw, ends)] = False
         places = _high_controls(raw, codes).tolist()
         if not self._looks_clean(raw, codes):
@@ -123,6 +131,24 @@ def _unseen(raw: bytes, codes: Bytes, ends: npt.NDArray[np.int32]) -> list[int]:
         if INVISIBLE.fullmatch(part):
             found.append(row)
     return found
+
+
+_PLACEHOLDER_STARTS = np.zeros(256, dtype=bool)
+_PLACEHOLDER_STARTS[[*_SPACES, *range(0x80, 256)]] = True
+_PLACEHOLDER_STARTS[[ord(text[0]) for text in PLACEHOLDERS]] = True
+_PLACEHOLDER_ENDS = np.zeros(256, dtype=bool)
+_PLACEHOLDER_ENDS[[*_SPACES, *range(0x80, 256)]] = True
+_PLACEHOLDER_ENDS[[ord(text[-1]) for text in PLACEHOLDERS]] = True
+
+
+def _placeholders(raw: bytes, codes: Bytes, ends: npt.NDArray[np.int32]) -> list[int]:
+    """Short texts that are placeholders between white space: by their first and last bytes."""
+    lengths = np.diff(ends, prepend=0)
+    some = np.flatnonzero((lengths > 0) & (lengths <= 4 * PLACEHOLDER_CHARS))
+    first, last = codes[ends[some] - lengths[some]], codes[ends[some] - 1]
+    some = some[_PLACEHOLDER_STARTS[first] & _PLACEHOLDER_ENDS[last]]
+    texts = (raw[ends[row] - lengths[row] : ends[row]].decode().strip() for row in some.tolist())
+    return [row for row, text in zip(some.tolist(), texts, strict=True) if text in PLACEHOLDERS]
 
 
 def buffer_of(texts: pa.Array) -> tuple[bytes, npt.NDArray[np.int32]]:

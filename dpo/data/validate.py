@@ -24,6 +24,15 @@ from dpo.data.tokenize import Limits, tokenize_pair
 CONTROLS = bytes(code for code in range(32) if code not in b"\n\r\t") + b"\x7f"
 INVISIBLE = re.compile(f"[\\s{NO_WIDTH}]*")
 """White space, and characters of no width."""
+PLACEHOLDERS = frozenset(
+    {
+        *("nan", "<NA>", "[deleted]", "[removed]", "#N/A", "#NAME?", "#REF!", "#VALUE!"),
+        *("#DIV/0!", "#NUM!", "#NULL!"),
+    }
+)
+"""What pandas, Reddit and Excel write in the place of a text."""
+PLACEHOLDER_CHARS = 24
+"""No longer is a text that holds one of these and white space, if it is told."""
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _HIGH_CONTROL = re.compile(rb"\xc2[\x80-\x9f]")
 """U+0080 to U+009F."""
@@ -183,6 +192,13 @@ class Validator:
         """
         if not text or text.isspace():
             raise RowError("empty", f"{name} is empty", name)
+        if len(text) <= PLACEHOLDER_CHARS and text.strip() in PLACEHOLDERS:
+            raise RowError(
+                "placeholder",
+                f"{name} is {text.strip()}, which stands for a text that is missing: give the "
+                "text, or leave the row out",
+                name,
+            )
         if INVISIBLE.fullmatch(text):
             raise RowError("empty", f"{name} has nothing but characters that nobody sees", name)
         try:

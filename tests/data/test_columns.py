@@ -83,6 +83,7 @@ TEXT = st.one_of(
                 " " * 70 + "\u200b",
                 "\u3042 \u200b",
             ),
+            *(" nan\n", "[deleted]", "\u3000#NAME?" + " " * 16, "#N/A" + " " * 21, "nana"),
             *("\r\n", '"quoted" \\ back', "}\n{", "\u2028", "\U0001f600"),
             *("\n\nHuman: q\n\nAssistant: a", "\n\nHuman: q\n\nAssistant: b", "\n\nAssistant:"),
             *('[{"role": "user", "content": "q"}]', "[{'role': 'user', 'content': 'q'}]"),

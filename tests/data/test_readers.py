@@ -311,6 +311,13 @@ def test_csv_delimiters(tmp_path: Path, delimiter: str) -> None:
     assert values(read(tmp_path / "x.csv", data)) == [{"a": "1", "b": "2,5"}]
 
 
+@pytest.mark.parametrize("first", ["sep=;", '"sep=;"', "sep=;\r"])
+def test_csv_of_excel_may_tell_its_delimiter(tmp_path: Path, first: str) -> None:
+    found = read(tmp_path / "x.csv", f"{first}\na,b;c\n1;2\n\n3;4;5\n".encode())
+    assert [(row.line, row.value) for row in found[:1]] == [(3, {"a,b": "1", "c": "2"})]
+    assert [(row.line, bool(row.problem)) for row in found] == [(3, False), (5, True)]
+
+
 def test_which_files_can_be_read_in_blocks(tmp_path: Path) -> None:
     for name, data, plain in (
         ("a.jsonl", LINES, True),
