@@ -108,7 +108,10 @@ def _ending(prompt: str) -> str:
     text = " ".join(prompt.strip().removesuffix("Assistant:").split())
     if len(text) <= _SHOWN_PROMPT_CHARS:
         return text
-    return "… " + text[-_SHOWN_PROMPT_CHARS:].partition(" ")[2]
+    text = text[-_SHOWN_PROMPT_CHARS:]
+    # a text without spaces, as Chinese is, or one long word
+    _, space, rest = text[: len(text) // 2].partition(" ")
+    return "… " + (rest + text[len(text) // 2 :] if space else text)
 
 
 def _percent(share: float) -> str:

@@ -12,6 +12,7 @@ from dpo.data import assemble
 from dpo.data.lengths import length_figures
 from dpo.data.reasons import TITLES
 from dpo.data.repeats import REASONS
+from dpo.data.report import _ending
 from dpo.data.tokenize import Limits, tokenize_pair
 from tests.data.conftest import Outcome, good_row
 
@@ -71,6 +72,29 @@ def test_the_page_needs_nothing_and_runs_nothing(report: Outcome) -> None:
     assert "chosen is empty." in page
     assert "A text is empty" in page
     assert "default-src 'none'" in page
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [
+        ("Hi?\n\nAssistant:", "Hi?"),
+        ("one two " * 20 + "end?", "… " + "one two " * 13 + "end?"),
+        ("\u4f60\u597d" * 100, "… " + "\u4f60\u597d" * 55),
+        ("w" * 200 + " end?", "… " + "w" * 105 + " end?"),
+    ],
+)
+def test_the_end_of_a_prompt_is_shown_with_spaces_and_without(prompt: str, shown: str) -> None:
+    assert _ending(prompt) == shown
+
+
+def test_texts_of_other_directions_turn_nothing_around(ingest: Callable[..., Outcome]) -> None:
+    """Marks of direction end with the element that they are in."""
+    hebrew = "\u202e\u05e9\u05dc\u05d5\u05dd"
+    found = ingest([good_row(1) | {"prompt": hebrew}, good_row(2) | {"chosen": f"{hebrew}\a"}])
+    page = (found.folder / "report.html").read_text(encoding="utf-8")
+    assert len(re.findall(hebrew, page)) == len(
+        re.findall(f'<(?:bdi|summary dir="auto"|pre dir="auto")>[^<]*{hebrew}', page)
+    )
 
 
 def test_every_reason_of_the_code_has_words() -> None:
