@@ -46,11 +46,15 @@ def answer_figures(
             {
                 "tokens": [float(length) for length in lengths],
                 "repetition": [repetition(item.ids) for item in given],
+            }
+        )
+        shares = bootstrap.shares(
+            {
                 "empty": [float(not text.strip()) for text in texts],
                 "cut_off": [float(not item.ended) for item in given],
             }
         )
-        found[name] = {key: figure.as_json() for key, figure in means.items()}
+        found[name] = {key: figure.as_json() for key, figure in {**means, **shares}.items()}
         low, median, high = np.percentile(lengths, (5, 50, 95))
         found[name]["tokens_percentiles"] = {"5": low, "50": median, "95": high}
     sft, policy = (

@@ -46,6 +46,25 @@ def interval(value: float, draws_B: Array) -> Interval:
     return Interval(float(value), float(low), float(high))
 
 
+def share_interval(value: float, draws_B: Array, n_prompts: int) -> Interval:
+    """A share of prompts with its interval, also where the prompts all agree.
+
+    Every resample of prompts that are all right is all right, so the bootstrap would take 2 right
+    answers of 2 for certainty. There the bound is the exact one of Clopper and Pearson (1934) for
+    so many prompts: 0.025^(1/n) below 1, and as far above 0. One prompt that is right in part says
+    nothing: 0 to 1.
+    """
+    found = interval(value, draws_B)
+    if found.low != found.high or not n_prompts:
+        return found
+    bound = (_LEVELS[0] / 100) ** (1 / n_prompts)
+    if value == 1:
+        return Interval(1.0, bound, 1.0)
+    if value == 0:
+        return Interval(0.0, 0.0, 1 - bound)
+    return Interval(found.value, 0.0, 1.0) if n_prompts == 1 else found
+
+
 class Bootstrap:
     """Resamples of the prompts behind n pairs; every figure sees the same ones."""
 
@@ -93,12 +112,26 @@ class Bootstrap:
         self, values: Mapping[str, Sequence[float] | Array], mask_n: Array | None = None
     ) -> dict[str, Interval]:
         """Mean and interval of each figure, over the pairs where ``mask_n`` is 1."""
+        return {name: interval(*found) for name, found in self._ratios_to(values, mask_n).items()}
+
+    def shares(
+        self, values: Mapping[str, Sequence[float] | Array], mask_n: Array | None = None
+    ) -> dict[str, Interval]:
+        """As ``means``, of values between 0 and 1 that count what is so (``share_interval``)."""
+        n_prompts = self.n_groups if mask_n is None else len(set(self.group_n[mask_n > 0]))
+        ratios = self._ratios_to(values, mask_n)
+        return {name: share_interval(*found, n_prompts) for name, found in ratios.items()}
+
+    def _ratios_to(
+        self, values: Mapping[str, Sequence[float] | Array], mask_n: Array | None
+    ) -> dict[str, tuple[float, Array]]:
+        """Mean and its resamples of each figure, over the pairs where ``mask_n`` is 1."""
         ones_n = np.ones(len(self.group_n)) if mask_n is None else mask_n
         columns = {
             name: (np.asarray(value, dtype=np.float64) * ones_n, ones_n)
             for name, value in values.items()
         }
-        return {name: interval(*found) for name, found in self.ratios(columns).items()}
+        return self.ratios(columns)
 
 
 def intervals(

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo.evaluate.bootstrap import Array, Bootstrap, interval
+from dpo.evaluate.bootstrap import Array, Bootstrap, interval, share_interval
 
 _N_BINS = 10
 _MAX_ROC_POINTS = 100
@@ -113,6 +113,7 @@ def _reliability(bootstrap: Bootstrap, margin_n: Array) -> dict[str, Any]:
         right, right_B = ratios[f"right{number}"]
         confidence, confidence_B = ratios[f"confidence{number}"]
         error += masks[position].mean() * abs(right - confidence)
+        n_prompts = len(set(bootstrap.group_n[bin_n == number]))
         # a bin without a pair in a resample has no weight there
         error_B += shares_BK[:, position] * np.nan_to_num(np.abs(right_B - confidence_B))
         bins.append(
@@ -120,7 +121,7 @@ def _reliability(bootstrap: Bootstrap, margin_n: Array) -> dict[str, Any]:
                 "from": 0.5 + number / 2 / _N_BINS,
                 "n_pairs": int(masks[position].sum()),
                 "confidence": confidence,
-                "accuracy": interval(right, right_B).as_json(),
+                "accuracy": share_interval(right, right_B, n_prompts).as_json(),
             }
         )
     return {"reliability": bins, "ece": interval(error, error_B).as_json()}

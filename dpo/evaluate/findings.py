@@ -12,6 +12,7 @@ _MISCALIBRATED = 0.1
 _EMPTY_SHARE = 0.05
 _LONGER = 1.5
 _MORE_REPETITION = 0.1
+_FEW_PROMPTS = 20
 
 Figure = Mapping[str, float]
 
@@ -27,7 +28,15 @@ class Finding:
 
 def findings(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
     """What is worth calling out in an evaluation's figures, the gravest first."""
-    makers = (_chosen_log_probs, _length_bias, _calibration, _answers, _judge)
+    makers = (
+        _other_loss,
+        _few_prompts,
+        _chosen_log_probs,
+        _length_bias,
+        _calibration,
+        _answers,
+        _judge,
+    )
     found = [finding for maker in makers for finding in maker(evaluation)]
     found.sort(key=lambda finding: finding.tone != "warning")
     return [asdict(finding) for finding in found]
@@ -36,6 +45,49 @@ def findings(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
 def _range(figure: Figure, digits: int = 2) -> str:
     low, high = f"{figure['low']:.{digits}f}", f"{figure['high']:.{digits}f}"
     return f"{figure['value']:.{digits}f} [{low}, {high}]"
+
+
+def loss_text(loss: Mapping[str, Any]) -> str:
+    """A loss section as its settings."""
+    others = (f"loss.{key}={value}" for key, value in sorted(loss.items()) if key != "name")
+    return " ".join([f"loss={loss.get('name')}", *others])
+
+
+def is_other_loss(trained: Mapping[str, Any], measured: Mapping[str, Any]) -> bool:
+    """Whether a policy was trained with another loss than its rewards are measured with.
+
+    What only one of them has is a setting that the other's version of the code did not know.
+    """
+    return any(trained[key] != measured[key] for key in trained.keys() & measured.keys())
+
+
+def _other_loss(evaluation: Mapping[str, Any]) -> Iterator[Finding]:
+    trained = (evaluation.get("policy") or {}).get("loss")
+    measured = evaluation.get("loss")
+    if trained and measured and is_other_loss(trained, measured):
+        yield Finding(
+            "other_loss",
+            "warning",
+            f"The policy was trained with {loss_text(trained)}, but rewards, margins and loss are "
+            f"measured with {loss_text(measured)}.",
+        )
+
+
+def _few_prompts(evaluation: Mapping[str, Any]) -> Iterator[Finding]:
+    n_prompts = evaluation.get("n_prompts", _FEW_PROMPTS)
+    if n_prompts == 1:
+        yield Finding(
+            "few_prompts",
+            "warning",
+            "All held-out pairs have one prompt: it cannot tell how far these figures hold for "
+            "others, and the intervals of means have no width.",
+        )
+    elif n_prompts < _FEW_PROMPTS:
+        yield Finding(
+            "few_prompts",
+            "warning",
+            f"Only {n_prompts} prompts are held out: figures and intervals are rough.",
+        )
 
 
 def _chosen_log_probs(evaluation: Mapping[str, Any]) -> Iterator[Finding]:

@@ -79,7 +79,7 @@ def figures(held_out: HeldOut, config: RunConfig) -> dict[str, Any]:
         "n_prompts": bootstrap.n_groups,
         "chance": CHANCE,
         "before": _of_model(bootstrap, before),
-        "after": _of_model(bootstrap, after) | _json(bootstrap.means(rewards)),
+        "after": _of_model(bootstrap, after) | _of_rewards(bootstrap, rewards),
         "change": _change(bootstrap, before, after),
         "slices": slices(
             bootstrap,
@@ -120,7 +120,7 @@ def _published(
     gained = {name: rewards[name] - theirs[name] for name in ("reward_accuracy", "reward_margin")}
     return {
         **_of_model(bootstrap, sums),
-        **_json(bootstrap.means(theirs)),
+        **_of_rewards(bootstrap, theirs),
         "improvement": _json(bootstrap.means(gained)),
     }
 
@@ -131,16 +131,25 @@ def _json(found: dict[str, Interval]) -> dict[str, Any]:
 
 def _of_model(bootstrap: Bootstrap, sums: Sums) -> dict[str, Any]:
     chosen_mean_n = sums.chosen_n / sums.chosen_tokens_n
-    values = {
+    shares = {
         "accuracy_sum": _likelier(sums),
         "accuracy_per_token": _likelier_per_token(sums),
+    }
+    values = {
         "chosen_logp": sums.chosen_n,
         "rejected_logp": sums.rejected_n,
         "chosen_nll_per_token": -chosen_mean_n,
     }
     ratios = bootstrap.ratios({"nll": (-sums.chosen_n, sums.chosen_tokens_n)})
     perplexity = interval(float(np.exp(ratios["nll"][0])), np.exp(ratios["nll"][1]))
-    return _json({**bootstrap.means(values), "perplexity": perplexity})
+    measured = {**bootstrap.shares(shares), **bootstrap.means(values)}
+    return _json({**measured, "perplexity": perplexity})
+
+
+def _of_rewards(bootstrap: Bootstrap, rewards: dict[str, Array]) -> dict[str, Any]:
+    others = {name: values for name, values in rewards.items() if name != "reward_accuracy"}
+    accuracy = bootstrap.shares({"reward_accuracy": rewards["reward_accuracy"]})
+    return _json({**accuracy, **bootstrap.means(others)})
 
 
 def _likelier(sums: Sums) -> Array:

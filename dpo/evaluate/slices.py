@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo.evaluate.bootstrap import Array, Bootstrap, interval
+from dpo.evaluate.bootstrap import Array, Bootstrap, Interval, interval, share_interval
 
 _N_PROMPT_BINS = 4
 _MUCH_LONGER = 1.5
@@ -47,11 +47,13 @@ def slices(
 def _measure(
     bootstrap: Bootstrap, rewards: Mapping[str, Array], masks: Iterator[tuple[str, Array]]
 ) -> list[dict[str, Any]]:
-    names = ("reward_accuracy", "reward_margin")
     found = []
     for label, mask_n in masks:
-        means = bootstrap.means({name: rewards[name] for name in names}, mask_n)
-        figures = {name: figure.as_json() for name, figure in means.items()}
+        measured = {
+            **bootstrap.shares({"reward_accuracy": rewards["reward_accuracy"]}, mask_n),
+            **bootstrap.means({"reward_margin": rewards["reward_margin"]}, mask_n),
+        }
+        figures = {name: figure.as_json() for name, figure in measured.items()}
         found.append({"slice": label, "n_pairs": int(mask_n.sum()), **figures})
     return found
 
@@ -100,4 +102,12 @@ def _length_bias(
         }
     )
     value = ratios["longer"][0] - ratios["shorter"][0]
-    return interval(value, ratios["longer"][1] - ratios["shorter"][1]).as_json()
+    found = interval(value, ratios["longer"][1] - ratios["shorter"][1])
+    if found.low == found.high:
+        # both sides agree in themselves: no resample shows how few prompts say so
+        longer, shorter = (
+            share_interval(*ratios[name], len(set(bootstrap.group_n[mask_n > 0])))
+            for name, mask_n in (("longer", longer_n), ("shorter", shorter_n))
+        )
+        found = Interval(value, longer.low - shorter.high, longer.high - shorter.low)
+    return found.as_json()

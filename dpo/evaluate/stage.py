@@ -24,7 +24,7 @@ from dpo.distributed.launch import is_shared, launch
 from dpo.distributed.together import is_first
 from dpo.errors import ConfigError, DataError
 from dpo.evaluate.answers import answer_figures
-from dpo.evaluate.findings import findings
+from dpo.evaluate.findings import findings, is_other_loss, loss_text
 from dpo.evaluate.heldout import HeldOut, figures, pair_values
 from dpo.evaluate.judge import Match, check_service, judge
 from dpo.evaluate.measure import Measured, Measurement, Models
@@ -33,7 +33,7 @@ from dpo.evaluate.report import write_reports
 from dpo.modeling.lora import base_of, is_adapter
 from dpo.storage.lineage import SFT_CHECKPOINT
 from dpo.storage.manifest import Manifest, read_manifest, staged, write_manifest
-from dpo.storage.progress import track
+from dpo.storage.progress import message, track
 from dpo.storage.provenance import made_by
 
 FORMAT_VERSION = 2
@@ -165,6 +165,13 @@ def _read(config: RunConfig, *, pairs: Path, sft: Path, policy: Path, reference:
         "policy": read_manifest(policy, stage="preference"),
         "reference": read_manifest(reference, stage="reference"),
     }
+    trained = manifests["policy"].settings.get("loss") or {}
+    if is_first() and is_other_loss(trained, config.loss.model_dump(mode="json")):
+        message(
+            "evaluate",
+            f"the policy was trained with {loss_text(trained)}: give evaluate the same loss "
+            "settings, or its rewards are those of another",
+        )
     held_out = read_pairs(pairs, TEST)
     chosen = evaluation_indices(len(held_out.rows), config.n_eval_examples, config.seed)
     if not chosen:
@@ -227,6 +234,7 @@ def _result(
         "held_out": _pairs_hash(given.rows),
         "policy": {
             "content_hash": policy.content_hash,
+            "loss": policy.settings.get("loss"),
             "files": {entry.path: entry.sha256 for entry in policy.files},
         },
         "samples_file": "samples.json",

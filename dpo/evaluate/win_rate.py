@@ -41,7 +41,7 @@ def win_rates(
     both = np.asarray(scores, dtype=np.float64)
     score_n = both.mean(axis=1)
     bootstrap = Bootstrap(prompts, n_bootstrap=n_bootstrap, seed=seed)
-    means = bootstrap.means(
+    means = bootstrap.shares(
         {
             "win_rate": score_n,
             "wins": (score_n > 0.5).astype(float),

@@ -10,6 +10,7 @@ from dpo.config.schema import RunConfig
 from dpo.data.log_probs import PairLogProbs
 from dpo.evaluate.bootstrap import Bootstrap, intervals
 from dpo.evaluate.heldout import HeldOut, figures
+from dpo.evaluate.report import headline
 
 
 def row(chosen, rejected):
@@ -78,6 +79,43 @@ def test_pairs_of_one_prompt_are_drawn_together():
     once = intervals({"x": sample}, names, n_bootstrap=2000, seed=0)["x"]
     often = intervals({"x": np.repeat(sample, 10)}, np.repeat(names, 10), n_bootstrap=2000, seed=0)
     assert often["x"].high - often["x"].low == pytest.approx(once.high - once.low, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("values", "groups", "expected"),
+    [
+        # 0.025 ^ (1/n) for n prompts, whatever the number of their pairs (Clopper and Pearson)
+        ([1, 1], "pq", (1, 0.025**0.5, 1)),
+        ([1, 1, 1, 1], "ppqq", (1, 0.025**0.5, 1)),
+        ([0, 0, 0], "pqr", (0, 0, 1 - 0.025 ** (1 / 3))),
+        ([1], "p", (1, 0.025, 1)),
+        ([1, 0, 1, 1], "pppp", (0.75, 0, 1)),
+    ],
+)
+def test_prompts_that_all_agree_are_no_certainty(values, groups, expected):
+    bootstrap = Bootstrap(list(groups), n_bootstrap=100, seed=0)
+    found = bootstrap.shares({"x": values})["x"]
+    assert (found.value, found.low, found.high) == pytest.approx(expected)
+    # the same prompts among others
+    mask_n = np.array([1.0] * len(values) + [0.0] * 9)
+    wider = Bootstrap([*groups, *"abcdefghi"], n_bootstrap=100, seed=0)
+    found = wider.shares({"x": [*values, *[0.5] * 9]}, mask_n)["x"]
+    assert (found.value, found.low, found.high) == pytest.approx(expected)
+
+
+def test_two_pairs_that_are_both_right_do_not_show_a_preference():
+    """Reward accuracy 1 of 2 prompts: its lower bound is 0.025 ^ (1/2) = 0.158, below chance."""
+    found = values(DPOLoss(beta=0.5))
+    assert found["after"]["reward_accuracy"]["low"] == pytest.approx(0.025**0.5)
+    assert found["slices"]["source"][0]["reward_accuracy"]["low"] == pytest.approx(0.025**0.5)
+    assert "do not show" in headline(found)[0]
+
+
+def test_a_policy_that_is_the_sft_model_learned_no_opposite():
+    found = figures(HeldOut(["p", "q"] * 20, BEFORE * 20, BEFORE * 20), RunConfig())
+    text, tone = headline(found)
+    assert "no other than the SFT model" in text
+    assert tone == "bad"
 
 
 def test_one_long_prompt_takes_no_memory_for_the_others():

@@ -52,6 +52,12 @@ def test_length_differences_by_hand():
     assert found["length_bias"]["value"] == 0.5
 
 
+def test_two_pairs_are_no_length_bias():
+    """1 - 0, each of one prompt: from 0.025 - (1 - 0.025) to 1 - 0."""
+    found = measured([1, 0], [3, 2], [2, 3])["length_bias"]
+    assert (found["value"], found["low"], found["high"]) == pytest.approx((1, -0.95, 1))
+
+
 def test_prompt_lengths_fall_into_four_bins_of_like_size():
     found = measured([1] * 8, [1] * 8, [1] * 8, prompts=[1, 2, 3, 4, 5, 6, 7, 8])
     assert [(row["slice"], row["n_pairs"]) for row in found["prompt_tokens"]] == [
@@ -198,3 +204,29 @@ def test_collapse_is_a_fall_by_more_than_a_fifth_beyond_doubt(value, high, kind)
 def test_length_bias_is_called_out_when_its_interval_is_above_zero(low, kind):
     bias = {"length_bias": {"value": 0.2, "low": low, "high": 0.4}}
     assert kinds(evaluation(slices=bias)) == kind
+
+
+@pytest.mark.parametrize(("n", "kind"), [(1, ["few_prompts"]), (19, ["few_prompts"]), (20, [])])
+def test_few_prompts_are_called_out(n, kind):
+    assert kinds(evaluation(n_prompts=n)) == kind
+
+
+DPO = {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("trained", "called_out"),
+    [
+        (DPO, False),
+        ({**DPO, "beta": 0.5}, True),
+        ({"name": "ipo", "beta": 0.1, "log_probs": "sum"}, True),
+        # a setting that came later
+        ({"name": "dpo", "beta": 0.1}, False),
+        (None, False),
+    ],
+)
+def test_a_policy_of_another_loss_is_called_out(trained, called_out):
+    found = findings(evaluation(loss=DPO, policy={"loss": trained}))
+    assert [item["kind"] for item in found] == ["other_loss"] * called_out
+    if called_out:
+        assert f"loss={trained['name']} loss.beta={trained['beta']}" in found[0]["text"]
