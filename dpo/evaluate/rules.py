@@ -116,7 +116,7 @@ def _maxima(config: GateConfig, evaluation: Mapping[str, Any]) -> Iterator[Rule]
             config.max_length_growth,
             ("answers", "length_growth", "value"),
             "mean answer length as a multiple of the SFT model's",
-            "evaluation.n_samples",
+            "evaluation.n_samples, where not all of the SFT model's answers are empty",
         ),
         (
             "max_repetition",

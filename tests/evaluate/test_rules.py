@@ -6,7 +6,7 @@ import pytest
 
 from dpo.config.compose import compose
 from dpo.config.stages import restrict
-from dpo.errors import ArtifactError
+from dpo.errors import ArtifactError, ConfigError
 from dpo.evaluate.gate import run_gate
 from dpo.evaluate.verdict_text import with_verdict
 from dpo.storage.manifest import staged, write_manifest
@@ -125,6 +125,19 @@ def test_a_figure_that_is_missing_or_no_number_fails_its_rule(tmp_path, setting,
     assert not found.passed
     assert found.value is None
     assert "no such figure" in found.explanation
+
+
+@pytest.mark.parametrize(
+    ("rule", "source"),
+    [
+        ("max_kl", "n_kl_samples"),
+        ("max_length_growth", "n_samples"),
+        ("max_repetition", "n_samples"),
+    ],
+)
+def test_a_rule_whose_figure_is_switched_off_is_refused_before_anything_is_trained(rule, source):
+    with pytest.raises(ConfigError, match=f"gate.{rule} is set, but evaluation.{source} is 0"):
+        compose([f"gate.{rule}=1", f"evaluation.{source}=0"])
 
 
 def test_rules_that_are_not_set_are_not_checked(tmp_path):
