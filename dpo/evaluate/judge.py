@@ -47,7 +47,9 @@ _FIX = (
 _MAX_BYTES = 1_000_000
 _MAX_WAIT_SECONDS = 30.0
 _PIECE_BYTES = 1 << 16
-_BUSY = {408, 409, 425, 429, 500, 502, 503, 504}
+_BUSY = {408, 409, 425, 429}
+"""Status of a service that may answer later, as are those from 500 on but ``_NEVER``."""
+_NEVER = {501, 505}
 _OF_THIS_PROMPT = {400, 413, 422}
 """Status of a request that the service does not take: a content filter, too many tokens."""
 _MAX_IN_A_ROW = 5
@@ -287,7 +289,7 @@ class Service:
 
     def _refused(self, error: urllib.error.HTTPError, text: bytes) -> Exception:
         status = f"HTTP {error.code}"
-        if error.code in _BUSY:
+        if error.code in _BUSY or (error.code >= 500 and error.code not in _NEVER):
             return _Try(status, _seconds(error.headers.get("Retry-After")))
         if error.code in _OF_THIS_PROMPT:
             # some models are asked at their own temperature only

@@ -10,6 +10,7 @@ It prints its port, answers by RULE, and tells ``GET /count`` how many requests 
     html        no JSON at all
     empty       a reply without choices
     busy        429 with Retry-After: 0 when a request comes for the first time
+    overloaded  529, which is Cloudflare's and others', in place of 429
     always-busy 429 always
     unauthorized 401, with the sent key in the body
     key         401 unless the key is "sesame"
@@ -90,8 +91,8 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def refusal(self, body: dict[str, Any], new: bool) -> int | None:
-        if RULE == "always-busy" or (RULE == "busy" and new):
-            return 429
+        if RULE == "always-busy" or (RULE in ("busy", "overloaded") and new):
+            return 529 if RULE == "overloaded" else 429
         if RULE == "unauthorized":
             return 401
         if RULE == "key" and self.headers.get("Authorization") != "Bearer sesame":

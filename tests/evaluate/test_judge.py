@@ -56,7 +56,7 @@ def _no_key(monkeypatch):
     monkeypatch.setenv("DPO_JUDGE_HOSTS", "127.0.0.1")
 
 
-@pytest.mark.parametrize("rule", ["longer", "words", "busy", "parts", "warm"])
+@pytest.mark.parametrize("rule", ["longer", "words", "busy", "overloaded", "parts", "warm"])
 def test_the_win_rate_by_hand(rule):
     """The longer answer wins: the policy's in p1 and p4, the other's in p2, a tie in p3."""
     with serving(rule) as url:
