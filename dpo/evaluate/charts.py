@@ -40,7 +40,7 @@ def line_chart(title: str, values: Sequence[float], x_label: str = "optimiser st
     ticks = "".join(
         f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{place(1, y)[1]:.1f}" '
         f'y2="{place(1, y)[1]:.1f}"/>'
-        f'<text x="{_LEFT - 6}" y="{place(1, y)[1] + 4:.1f}" text-anchor="end">{y:.3g}</text>'
+        f'<text x="{_LEFT - 6}" y="{place(1, y)[1] + 4:.1f}" text-anchor="end">{_tick(y)}</text>'
         for y in (low, (low + high) / 2, high)
     )
     base = _HEIGHT - _BOTTOM
@@ -55,6 +55,15 @@ def line_chart(title: str, values: Sequence[float], x_label: str = "optimiser st
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(summary)}">'
         f'{ticks}{labels}<polyline class="curve" points="{path}"/></svg>'
     )
+
+
+def _tick(value: float) -> str:
+    """A number beside an axis, of at most seven characters: what is longer is cut off there."""
+    size = abs(value)
+    if size >= 100_000 or 0 < size < 0.01:
+        digits, power = f"{value:.1e}".split("e")
+        return f"{digits}e{int(power)}"
+    return f"{value:.0f}" if size >= 1000 else f"{value:.3g}"
 
 
 def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
@@ -93,7 +102,7 @@ def _square(title: str, inner: str, x_label: str, y_label: str, low: float) -> s
         for v, anchor in ((low, "start"), (middle, "middle"), (1.0, "end"))
     )
     return (
-        f'<svg class="square" viewBox="0 0 {_SQUARE} {_SQUARE + 22}" role="img" '
+        f'<svg class="square" viewBox="0 0 {_SQUARE} {base + 38}" role="img" '
         f'aria-label="{escape(title)}">'
         f'<rect class="frame" x="{left}" y="{top}" width="{size}" height="{size}"/>'
         f'<line class="chance" x1="{left}" y1="{base}" x2="{left + size}" y2="{top}"/>{ticks}'

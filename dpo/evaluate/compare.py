@@ -21,7 +21,8 @@ from dpo.evaluate import charts
 from dpo.evaluate.bootstrap import Bootstrap
 from dpo.evaluate.compared_samples import shared_samples
 from dpo.evaluate.markdown import cell, fenced
-from dpo.evaluate.report import environment, interval_text
+from dpo.evaluate.numbers import interval_text
+from dpo.evaluate.report import environment
 from dpo.evaluate.samples import CHANGES
 from dpo.storage.store import is_store_url, open_store
 
@@ -224,9 +225,14 @@ def _short(where: str) -> str:
 def _difference(first: Run, other: Run) -> Mapping[str, float] | None:
     a, b = first.pairs, other.pairs
     try:
-        if not a or not b or a["pair_id"] != b["pair_id"]:
+        if not a or not b:
             return None
-        gained = np.asarray(b["reward_accuracy"]) - np.asarray(a["reward_accuracy"])
+        # the same data read in another order has its pairs in another order
+        places = {pair_id: place for place, pair_id in enumerate(b["pair_id"])}
+        if places.keys() != set(a["pair_id"]):
+            return None
+        order = [places[pair_id] for pair_id in a["pair_id"]]
+        gained = np.asarray(b["reward_accuracy"])[order] - np.asarray(a["reward_accuracy"])
         bootstrap = Bootstrap(a["prompt"], n_bootstrap=_N_BOOTSTRAP, seed=0)
         return bootstrap.means({"gained": gained})["gained"].as_json()
     except (KeyError, ValueError, TypeError) as error:

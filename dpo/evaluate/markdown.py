@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo.evaluate.bounds import largest, shortened
+from dpo.evaluate.bounds import clipped, largest, shortened
+from dpo.evaluate.numbers import interval_text, number_text, percent_text, signed_text
 
 _LONGEST_CHARACTERS = 2000
 _MOST_SAMPLES = 20
@@ -16,6 +17,7 @@ def markdown_report(
     headline: str,
     evaluation: Mapping[str, Any],
     samples: Sequence[Mapping[str, Any]],
+    curves: Sequence[Mapping[str, Any]],
     data: Mapping[str, Any] | None,
     settings: Mapping[str, str],
     provenance: Mapping[str, Mapping[str, str]],
@@ -26,6 +28,7 @@ def markdown_report(
         ["# Evaluation", "", verdict_mark, "", f"**{headline}**"],
         _findings(evaluation),
         _figures(evaluation),
+        _curves(curves),
         _slices(evaluation),
         _calibration(evaluation),
         _answers(evaluation),
@@ -40,7 +43,8 @@ def markdown_report(
 def cell(text: object) -> str:
     """A text that cannot leave its cell of a table."""
     plain = " ".join(str(text).split()).replace("\\", "\\\\").replace("|", "\\|")
-    return plain.replace("<", "&lt;").replace("`", "\\`")
+    # nor become a link, an image that is fetched, or emphasis
+    return re.sub(r"([`*_\[\]])", r"\\\1", plain.replace("<", "&lt;"))
 
 
 def fenced(text: str) -> str:
@@ -50,19 +54,15 @@ def fenced(text: str) -> str:
     return f"{fence}text\n{text}\n{fence}"
 
 
-def _interval(figure: Mapping[str, float] | None) -> str:
-    if figure is None:
-        return "–"
-    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
-
-
 def _findings(evaluation: Mapping[str, Any]) -> list[str]:
     return [f"- {cell(finding['text'])}" for finding in evaluation["findings"]]
 
 
 def _figures(evaluation: Mapping[str, Any]) -> list[str]:
-    from dpo.evaluate.report import FIGURES
+    from dpo.evaluate.report import FIGURES, change_text
 
+    published = evaluation.get("published", {})
+    measured = "reward_accuracy" in published
     part = "" if evaluation["part"] == "all" else f", {evaluation['part']} part"
     lines = ["## What changed", ""]
     lines += [
@@ -70,20 +70,34 @@ def _figures(evaluation: Mapping[str, Any]) -> list[str]:
         "intervals by resampling prompts.",
         "",
     ]
-    lines += ["| figure | before (SFT) | after (policy) | change |", "|---|---|---|---|"]
+    titles = ["figure", "before (SFT)", "after (policy)", "change"]
+    titles += ["published"] if measured else []
+    lines += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for key, label, _ in FIGURES:
         before, after = evaluation["before"].get(key), evaluation["after"][key]
-        change = evaluation["change"].get(key)
-        lines.append(
-            f"| {label} | {_interval(before)} | {_interval(after)} | {_interval(change)} |"
-        )
+        cells = [label, interval_text(before), interval_text(after)]
+        cells.append(change_text(evaluation["change"], key))
+        cells += [interval_text(published.get(key))] if measured else []
+        lines.append(f"| {' | '.join(cells)} |")
     if kl := evaluation.get("kl"):
         lines += [
             "",
-            f"KL divergence from the SFT model: {_interval(kl['per_answer'])} nats an answer, "
-            f"{_interval(kl['per_token'])} a token, on {kl['n_answers']} answers sampled from the "
-            "policy (Schulman's k3).",
+            f"KL divergence from the SFT model: {interval_text(kl['per_answer'])} nats an answer, "
+            f"{interval_text(kl['per_token'])} a token, on {kl['n_answers']} answers sampled from "
+            "the policy (Schulman's k3).",
         ]
+    return lines
+
+
+def _curves(curves: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where each learning curve begins and ends; its picture is in the page."""
+    if not curves:
+        return []
+    lines = ["## Learning curves", "", "| curve | first step | last step | steps |"]
+    lines.append("|---|---|---|---|")
+    for curve in curves:
+        first, last = (number_text(curve[name], 4) for name in ("first", "last"))
+        lines.append(f"| {cell(curve['title'])} | {first} | {last} | {curve['n_steps']} |")
     return lines
 
 
@@ -94,7 +108,7 @@ def _slices(evaluation: Mapping[str, Any]) -> list[str]:
         rows = largest(every, lambda row: row["n_pairs"])
         for row in rows:
             name = f"{key.replace('_', ' ')}: {shortened(row['slice'])}"
-            accuracy = _interval(row["reward_accuracy"])
+            accuracy = interval_text(row["reward_accuracy"])
             lines.append(f"| {cell(name)} | {row['n_pairs']} | {accuracy} |")
         if len(rows) < len(every):
             left_out = len(every) - len(rows)
@@ -105,13 +119,13 @@ def _slices(evaluation: Mapping[str, Any]) -> list[str]:
 def _calibration(evaluation: Mapping[str, Any]) -> list[str]:
     found = evaluation["calibration"]
     return [
-        f"Area under the ROC curve of the implicit reward: {_interval(found['auc'])}; expected "
-        f"calibration error: {_interval(found['ece'])}."
+        f"Area under the ROC curve of the implicit reward: {interval_text(found['auc'])}; expected "
+        f"calibration error: {interval_text(found['ece'])}."
     ]
 
 
 def _answers(evaluation: Mapping[str, Any]) -> list[str]:
-    from dpo.evaluate.report import ANSWER_FIGURES
+    from dpo.evaluate.report import ANSWER_FIGURES, PERCENTILES, percentiles_text
 
     answers = evaluation.get("answers")
     if not answers:
@@ -119,16 +133,22 @@ def _answers(evaluation: Mapping[str, Any]) -> list[str]:
     names = [name for name in ("sft", "policy", "published") if name in answers]
     lines = ["## Answers", "", f"| figure | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for key, label in ANSWER_FIGURES:
-        cells = " | ".join(_interval(answers[name][key]) for name in names)
+        figures = (answers[name][key] for name in names)
+        shown = (interval_text(f, 1) if key == "tokens" else percent_text(f) for f in figures)
+        cells = " | ".join(shown)
         lines.append(f"| {label} | {cells} |")
+    cells = " | ".join(percentiles_text(answers[name]) for name in names)
+    lines.append(f"| {PERCENTILES} | {cells} |")
+    if growth := answers.get("length_growth"):
+        lines += ["", f"The policy's answers are {interval_text(growth)} times as long."]
     judged = evaluation.get("judge")
     if judged and "win_rate" in judged:
         reasons = ", ".join(f"{cell(reason)} ({n})" for reason, n in judged["left_out"].items())
         left_out = f"; {judged['n_left_out']} left out, without a verdict: {reasons}"
         lines += [
             "",
-            f"Judged by {cell(judged['model'])}: win rate {_interval(judged['win_rate'])}, "
-            f"length-controlled {_interval(judged['win_rate_length_controlled'])}, on "
+            f"Judged by {cell(judged['model'])}: win rate {interval_text(judged['win_rate'])}, "
+            f"length-controlled {interval_text(judged['win_rate_length_controlled'])}, on "
             f"{judged['n_judged']} of {judged['n_asked']} prompts"
             f"{left_out if reasons else ''}.",
         ]
@@ -139,12 +159,12 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> list[str]:
     lines: list[str] = []
     for number, sample in enumerate(samples[:_MOST_SAMPLES], 1):
         change = sample.get("reward_change")
-        shown = "" if change is None else f", reward change {change:+.3f}"
+        shown = "" if change is None else f", reward change {signed_text(change)}"
         lines += [f"### Prompt {number} ({cell(sample['dataset'])}{shown})", ""]
         for title, key in (("Prompt", "prompt"), ("SFT", "sft"), ("Policy", "policy")):
-            lines += [f"{title}:", "", fenced(str(sample[key])[:_LONGEST_CHARACTERS]), ""]
+            lines += [f"{title}:", "", fenced(clipped(str(sample[key]), _LONGEST_CHARACTERS)), ""]
         if sample.get("published") is not None:
-            text = fenced(str(sample["published"])[:_LONGEST_CHARACTERS])
+            text = fenced(clipped(str(sample["published"]), _LONGEST_CHARACTERS))
             lines += ["Published:", "", text, ""]
     if len(samples) > _MOST_SAMPLES:
         lines += [f"{len(samples) - _MOST_SAMPLES} more are in samples.json."]
@@ -154,12 +174,23 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> list[str]:
 def _data(data: Mapping[str, Any] | None) -> list[str]:
     if not data:
         return []
-    return [
+    reasons = ", ".join(f"{cell(name)}: {n}" for name, n in data["reasons"].items())
+    lines = [
         "## Data",
         "",
-        f"{data['pairs']} pairs of {data['rows']} rows: {data['train_pairs']} to train on, "
-        f"{data['test_pairs']} held out, {data['rejected']} rows rejected.",
+        f"{data['pairs']:,} pairs of {data['rows']:,} rows: {data['train_pairs']:,} to train on, "
+        f"{data['test_pairs']:,} held out, {data['rejected']:,} rows rejected"
+        f"{f' ({reasons})' if reasons else ''}, {data['near_duplicates']:,} near duplicates.",
+        "",
+        "| source | pairs | rejected rows | fingerprint |",
+        "|---|---|---|---|",
     ]
+    for source in data["sources"]:
+        figures = f"{source['pairs']:,} | {source['rejected']:,}"
+        lines.append(f"| {cell(source['name'])} | {figures} | {cell(source['fingerprint'])} |")
+    if left_out := data["n_sources_left_out"]:
+        lines.append(f"| {left_out:,} smaller ones are left out | | | |")
+    return lines
 
 
 def _settings(settings: Mapping[str, str]) -> list[str]:

@@ -19,6 +19,7 @@ from markupsafe import Markup
 from dpo.evaluate import charts
 from dpo.evaluate.bounds import PAGE_BYTES, clipped, first_values, in_bytes, largest, shortened
 from dpo.evaluate.markdown import markdown_report
+from dpo.evaluate.numbers import interval_text, percent_text, signed_text
 from dpo.evaluate.samples import BUDGET_BYTES, CHANGES, shown_samples
 from dpo.evaluate.verdict_text import MARK
 
@@ -41,6 +42,7 @@ ANSWER_FIGURES = (
     ("empty", "Empty answers"),
     ("cut_off", "Answers that did not end"),
 )
+PERCENTILES = "Tokens: median (5 % to 95 %)"
 _CURVES = (
     ("loss/train", "training loss"),
     ("nll_train/per_token", "training loss per token"),
@@ -79,6 +81,7 @@ def write_reports(
         for stage, values in settings.items()
     }
     origins = {name: first_values(values, "the manifests") for name, values in provenance.items()}
+    drawn = _charts(curves)
     page = {
         "headline": text,
         "tone": tone,
@@ -87,8 +90,9 @@ def write_reports(
         "columns": _columns(evaluation),
         "slices": _slices(evaluation),
         "calibration": _calibration(evaluation),
-        "charts": _charts(curves),
+        "charts": drawn,
         "answer_figures": ANSWER_FIGURES,
+        "percentiles": PERCENTILES,
         "changes": CHANGES,
         "data": data,
         "settings": shown_settings,
@@ -97,7 +101,7 @@ def write_reports(
     }
     html = _page(page, samples)
     (folder / "report.html").write_text(html, encoding="utf-8", errors="replace")
-    text = markdown_report(text, evaluation, samples, data, shown_settings, origins, MARK)
+    text = markdown_report(text, evaluation, samples, drawn, data, shown_settings, origins, MARK)
     (folder / "report.md").write_text(text, encoding="utf-8", errors="replace")
 
 
@@ -120,13 +124,25 @@ def environment() -> Environment:
     found = Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined
     )
-    found.filters |= {"interval": interval_text, "percent": percent_text}
+    found.filters |= {
+        "interval": interval_text,
+        "percent": percent_text,
+        "signed": signed_text,
+        "percentiles": percentiles_text,
+    }
     return found
 
 
 def headline(evaluation: Mapping[str, Any]) -> tuple[str, str]:
     """The verdict of the figures in a sentence, and its tone: ``good`` or ``bad``."""
     accuracy, chance = evaluation["after"]["reward_accuracy"], evaluation["chance"]
+    rewards = [evaluation["after"][name] for name in ("chosen_reward", "rejected_reward")]
+    if all(reward["low"] == reward["high"] == 0 for reward in rewards):
+        return (
+            "The policy is no other than the SFT model: it gives every held-out response the same "
+            "log-probability, so all rewards are 0 and no pair is decided.",
+            "bad",
+        )
     shown = f"{accuracy['value']:.2f} [{accuracy['low']:.2f}, {accuracy['high']:.2f}]"
     if accuracy["low"] > chance:
         return (
@@ -147,25 +163,6 @@ def headline(evaluation: Mapping[str, Any]) -> tuple[str, str]:
     )
 
 
-def interval_text(figure: Mapping[str, float] | None, digits: int | None = None) -> str:
-    """A figure with its interval; a dash where there is none."""
-    if figure is None:
-        return "–"
-    if digits is None:
-        size = abs(figure["value"])
-        digits = 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3
-    value, low, high = (f"{figure[key]:.{digits}f}" for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]".replace("-", "−")
-
-
-def percent_text(figure: Mapping[str, float] | None) -> str:
-    """A share as per cent with its interval."""
-    if figure is None:
-        return "–"
-    value, low, high = (f"{100 * figure[key]:.0f}" for key in ("value", "low", "high"))
-    return f"{value} % [{low}, {high}]"
-
-
 def _columns(evaluation: Mapping[str, Any]) -> list[str]:
     measured = "reward_accuracy" in evaluation.get("published", {})
     return ["before", "after", "change", *(["published"] if measured else [])]
@@ -179,17 +176,24 @@ def _row(evaluation: Mapping[str, Any], key: str, label: str, meaning: str) -> d
         "meaning": meaning,
         "before": interval_text(evaluation["before"].get(key)),
         "after": interval_text(after),
-        "change": _change(evaluation["change"], key),
+        "change": change_text(evaluation["change"], key),
         "published": interval_text(evaluation.get("published", {}).get(key)),
         # built from numbers alone
         "bar": Markup(bar),
     }
 
 
-def _change(change: Mapping[str, Any], key: str) -> str:
+def change_text(change: Mapping[str, Any], key: str) -> str:
+    """What changed in a figure, as a difference; as a factor where it is the perplexity."""
     if key == "perplexity":
         return f"× {interval_text(change['perplexity_growth'])}"
     return interval_text(change.get(key))
+
+
+def percentiles_text(answers: Mapping[str, Any]) -> str:
+    """How the lengths of a model's answers are spread."""
+    found = answers["tokens_percentiles"]
+    return f"{found['50']:.0f} ({found['5']:.0f} to {found['95']:.0f})"
 
 
 def _slices(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -236,7 +240,8 @@ def _charts(curves: Mapping[str, Path]) -> list[dict[str, Any]]:
             if svg := charts.line_chart(f"{stage}: {name}", values):
                 # built from numbers and the names above
                 title = f"{stage[0].upper()}{stage[1:]}: {name}"
-                found.append({"title": title, "svg": Markup(svg)})
+                ends = {"first": values[0], "last": values[-1], "n_steps": len(values)}
+                found.append({"title": title, "svg": Markup(svg), **ends})
     return found
 
 

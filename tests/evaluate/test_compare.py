@@ -13,7 +13,7 @@ from dpo.evaluate.compare import compare, read_runs
 from dpo.evaluate.compared_samples import marked_against, shared_samples
 from dpo.storage.store import open_store
 from tests.evaluate.conftest import made_evaluation
-from tests.support.browser import CONTRAST, CUT_OFF, HOSTILE, quiet_pages
+from tests.support.browser import CONTRAST, CUT_OFF, HOSTILE, SVG_CUT_OFF, quiet_pages
 
 
 def write(folder, **settings):
@@ -55,6 +55,21 @@ def test_differences_are_taken_pair_by_pair(three, tmp_path):
         - first.figure("after", "reward_accuracy")["value"]
     )
     assert strong.difference["value"] == pytest.approx(expected)
+
+
+def test_pairs_in_another_order_are_the_same_pairs(three, tmp_path):
+    names, path = [str(path) for path in three[:2]], three[1] / "pairs.json"
+
+    def differences():
+        return [run.difference for run in compare(names, tmp_path / "out")]
+
+    expected, pairs = differences(), json.loads(path.read_text(encoding="utf-8"))
+    turned = {name: column[::-1] for name, column in pairs.items()}
+    path.write_text(json.dumps(turned), encoding="utf-8")
+    assert differences() == expected
+    pairs["pair_id"][0] = "another"
+    path.write_text(json.dumps(pairs), encoding="utf-8")
+    assert differences() == [None, None]
 
 
 def test_a_folder_above_holds_all_of_its_runs(three, tmp_path):
@@ -191,6 +206,7 @@ def test_the_page_in_a_browser(opened, width, scheme):
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate(CUT_OFF) == []
+    assert page.evaluate(SVG_CUT_OFF) == []
     assert page.locator("svg g").count() == 3
     assert page.locator("tbody tr").count() == 3
     assert page.title() == "Preference fine-tuning: comparison"

@@ -1,15 +1,18 @@
 """The report in a real browser: quiet, whole, filterable, and inert against hostile texts."""
 
 import json
+import re
 from html.parser import HTMLParser
 
 import pytest
 
+from dpo.evaluate import charts
 from dpo.evaluate.bounds import largest
+from dpo.evaluate.markdown import cell
 from dpo.evaluate.report import write_reports
 from dpo.evaluate.samples import change_of, matched, shown_samples, words_of
 from tests.evaluate.conftest import made_evaluation
-from tests.support.browser import CONTRAST, CUT_OFF, HOSTILE, quiet_pages
+from tests.support.browser import CONTRAST, CUT_OFF, HOSTILE, SVG_CUT_OFF, quiet_pages
 
 WIDTHS = [320, 768, 1440]
 DATA = {
@@ -72,6 +75,7 @@ def test_nothing_is_cut_off(opened, width, scheme):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert page.evaluate(CUT_OFF) == []
+    assert page.evaluate(SVG_CUT_OFF) == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
@@ -132,10 +136,16 @@ def test_works_in_a_sandboxed_frame_without_an_origin(opened, report, tmp_path):
         f"<script>document.querySelector('iframe').srcdoc = {page_html}</script>",
         encoding="utf-8",
     )
-    page = opened(outer.as_uri())
+    page = opened(outer.as_uri(), reduced_motion="reduce")
     frame = page.frame_locator("iframe")
     frame.locator("#by-source").select_option("hh")
     assert frame.locator("#shown").inner_text() == "3 of 6 shown"
+    # the frame has no address: a link to a section must not load the outer page into it
+    frame.get_by_role("link", name="Provenance").click()
+    assert frame.locator("h1").inner_text() == "Evaluation"
+    inside = page.frames[1]
+    assert inside.evaluate("document.activeElement.id") == "provenance"
+    assert inside.evaluate("document.activeElement.getBoundingClientRect().top") < 600
 
 
 def test_prints_everything(opened):
@@ -254,12 +264,53 @@ def test_what_the_judge_left_out_is_said(tmp_path):
     assert "on 6 of 9 prompts; 3 left out, without a verdict: HTTP 400 (2), &lt;b> (1)." in markdown
 
 
+def test_markdown_says_what_the_page_says(tmp_path):
+    """Every number of the page's tables, where the curves begin and end, and what is cut off."""
+    _, made, _ = made_evaluation()
+    path = write(tmp_path, samples=[{**made[0], "sft": "long " * 500, "published": "third"}])
+    page, text = (path.with_suffix(end).read_text(encoding="utf-8") for end in (".html", ".md"))
+    rows = re.findall(r'data-label="(?:before|after|change|sft|policy)">([^<]+)<', page)
+    assert len(rows) > 30
+    assert [number for number in rows if number.strip() not in text] == []
+    # 1 / step, and step, in 1,199 steps
+    assert "| SFT: training loss | 1.0000 | 0.0008 | 1199 |" in text
+    assert "| SFT: gradient norm | 1.0000 | 1199.0000 | 1199 |" in text
+    assert "(500 more characters in samples.json)" in text
+    # 5 tokens against 3
+    assert "are 1.667 [1.667, 1.667] times as long" in text
+    assert "1.667 [1.667, 1.667] times as long" in page
+    assert "| Tokens: median (5 % to 95 %) | 3 (3 to 3) | 5 (5 to 5) |" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "escaped"),
+    [
+        ("![x](http://127.0.0.1/y)", r"!\[x\](http://127.0.0.1/y)"),
+        ("*a* __b__ `c`", r"\*a\* \_\_b\_\_ \`c\`"),
+        ("a | b\n<c>", r"a \| b &lt;c>"),
+    ],
+)
+def test_a_cell_of_markdown_fetches_and_marks_nothing(text, escaped):
+    assert cell(text) == escaped
+
+
 def test_markdown_holds_the_same_and_its_fences(report):
     text = report.with_suffix(".md").read_text(encoding="utf-8")
     for heading in ("What changed", "Where it holds", "Answers", "Data", "Provenance"):
         assert f"\n## {heading}\n" in text
     assert "````text" in text
     assert "| <b>" not in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        *((0.0, "0"), (0.6931, "0.693"), (-0.0123, "-0.0123"), (123.4, "123"), (1199.0, "1199")),
+        *((0.000834, "8.3e-4"), (-0.00834, "-8.3e-3"), (123456.0, "1.2e5"), (-99999.0, "-99999")),
+    ],
+)
+def test_numbers_beside_an_axis_are_short(value, text):
+    assert f">{text}<" in charts.line_chart("t", [value, value + 1])
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,12 @@ CUT_OFF = """() => [...document.querySelectorAll("body *")].filter(e =>
     && e.scrollWidth > e.clientWidth + 1
     && getComputedStyle(e).display !== "inline").map(e => e.outerHTML.slice(0, 120))"""
 """Finds what is wider than its place."""
+SVG_CUT_OFF = """() => [...document.querySelectorAll("svg text")].filter(e => {
+    const [own, all] = [e.getBoundingClientRect(), e.closest("svg").getBoundingClientRect()];
+    return own.left < all.left - .5 || own.right > all.right + .5
+      || own.top < all.top - .5 || own.bottom > all.bottom + .5;
+  }).map(e => e.outerHTML)"""
+"""Finds texts of a chart that stand out of it, and so are not seen."""
 CONTRAST = """() => {
   const rgb = text => text.match(/[\\d.]+/g).map(Number);
   const light = ([r, g, b]) => [r, g, b].map(v => (v /= 255) <= .04045 ? v / 12.92
