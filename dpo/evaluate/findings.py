@@ -44,32 +44,34 @@ def findings(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _range(figure: Figure, digits: int = 2) -> str:
     low, high = f"{figure['low']:.{digits}f}", f"{figure['high']:.{digits}f}"
-    return f"{figure['value']:.{digits}f} [{low}, {high}]"
+    return f"{figure['value']:.{digits}f} [{low}, {high}]".replace("-", "−")
 
 
-def loss_text(loss: Mapping[str, Any]) -> str:
-    """A loss section as its settings."""
-    others = (f"loss.{key}={value}" for key, value in sorted(loss.items()) if key != "name")
-    return " ".join([f"loss={loss.get('name')}", *others])
-
-
-def is_other_loss(trained: Mapping[str, Any], measured: Mapping[str, Any]) -> bool:
-    """Whether a policy was trained with another loss than its rewards are measured with.
+def other_loss(trained: Mapping[str, Any], measured: Mapping[str, Any]) -> tuple[str, str] | None:
+    """What differs between the loss of a policy and the one of its rewards, as settings; or None.
 
     What only one of them has is a setting that the other's version of the code did not know.
     """
-    return any(trained[key] != measured[key] for key in trained.keys() & measured.keys())
+    both = sorted(trained.keys() & measured.keys(), key=lambda key: (key != "name", key))
+    differing = [key for key in both if trained[key] != measured[key]]
+    if not differing:
+        return None
+    shown = [key for key in both if key in ("name", "beta") or key in differing]
+    first, second = (
+        " ".join(f"{'loss' if key == 'name' else f'loss.{key}'}={loss[key]}" for key in shown)
+        for loss in (trained, measured)
+    )
+    return first, second
 
 
 def _other_loss(evaluation: Mapping[str, Any]) -> Iterator[Finding]:
-    trained = (evaluation.get("policy") or {}).get("loss")
-    measured = evaluation.get("loss")
-    if trained and measured and is_other_loss(trained, measured):
+    trained = (evaluation.get("policy") or {}).get("loss") or {}
+    if differing := other_loss(trained, evaluation.get("loss") or {}):
         yield Finding(
             "other_loss",
             "warning",
-            f"The policy was trained with {loss_text(trained)}, but rewards, margins and loss are "
-            f"measured with {loss_text(measured)}.",
+            f"The policy was trained with {differing[0]}, but rewards, margins and loss are "
+            f"measured with {differing[1]}.",
         )
 
 

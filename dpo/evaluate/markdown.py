@@ -55,7 +55,10 @@ def fenced(text: str) -> str:
 
 
 def _findings(evaluation: Mapping[str, Any]) -> list[str]:
-    return [f"- {cell(finding['text'])}" for finding in evaluation["findings"]]
+    return [
+        f"- {'**Warning.** ' if finding['tone'] == 'warning' else ''}{cell(finding['text'])}"
+        for finding in evaluation["findings"]
+    ]
 
 
 def _figures(evaluation: Mapping[str, Any]) -> list[str]:

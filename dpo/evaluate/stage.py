@@ -24,7 +24,7 @@ from dpo.distributed.launch import is_shared, launch
 from dpo.distributed.together import is_first
 from dpo.errors import ConfigError, DataError
 from dpo.evaluate.answers import answer_figures
-from dpo.evaluate.findings import findings, is_other_loss, loss_text
+from dpo.evaluate.findings import findings, other_loss
 from dpo.evaluate.heldout import HeldOut, figures, pair_values
 from dpo.evaluate.judge import Match, check_service, judge
 from dpo.evaluate.measure import Measured, Measurement, Models
@@ -166,11 +166,12 @@ def _read(config: RunConfig, *, pairs: Path, sft: Path, policy: Path, reference:
         "reference": read_manifest(reference, stage="reference"),
     }
     trained = manifests["policy"].settings.get("loss") or {}
-    if is_first() and is_other_loss(trained, config.loss.model_dump(mode="json")):
+    differing = other_loss(trained, config.loss.model_dump(mode="json"))
+    if differing and is_first():
         message(
             "evaluate",
-            f"the policy was trained with {loss_text(trained)}: give evaluate the same loss "
-            "settings, or its rewards are those of another",
+            f"the policy was trained with {differing[0]}: give evaluate the same settings, or its "
+            "rewards are those of another loss",
         )
     held_out = read_pairs(pairs, TEST)
     chosen = evaluation_indices(len(held_out.rows), config.n_eval_examples, config.seed)

@@ -272,6 +272,7 @@ def test_markdown_says_what_the_page_says(tmp_path):
     rows = re.findall(r'data-label="(?:before|after|change|sft|policy)">([^<]+)<', page)
     assert len(rows) > 30
     assert [number for number in rows if number.strip() not in text] == []
+    assert "\n- **Warning.** The answers grew to 1.67 " in text
     # 1 / step, and step, in 1,199 steps
     assert "| SFT: training loss | 1.0000 | 0.0008 | 1199 |" in text
     assert "| SFT: gradient norm | 1.0000 | 1199.0000 | 1199 |" in text

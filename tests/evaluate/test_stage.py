@@ -189,6 +189,15 @@ def test_samples_take_turns_between_the_sources(whole):
     assert all(isinstance(sample["reward_change"], float) for sample in samples)
 
 
+def test_a_policy_that_is_measured_with_another_loss_is_called_out(trained, whole, tmp_path, capfd):
+    settings = ("loss.beta=0.5", "evaluation.n_samples=0", "evaluation.n_kl_samples=0")
+    found = evaluate(trained, tmp_path / "out", *settings)
+    said = "trained with loss=dpo loss.beta=0.1"
+    assert [said in item["text"] for item in found["findings"]].count(True) == 1
+    assert f"the policy was {said}: give evaluate the same settings" in capfd.readouterr().err
+    assert "other_loss" not in {item["kind"] for item in whole[0]["findings"]}
+
+
 def test_a_published_version_that_is_the_policy_is_as_good(whole):
     found, output = whole
     improvement = found["published"]["improvement"]
