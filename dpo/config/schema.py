@@ -278,7 +278,8 @@ class EvaluationConfig(Section):
 
 
 class GateConfig(Section):
-    """Rules that a policy must pass before it is published; a rule that is null is off."""
+    """Rules that a policy must pass before it is published; the first is always on, of the others
+    one that is null is off."""
 
     min_reward_accuracy: float = Field(0.5, ge=0, le=1)
     """The lower 95 % bound of held-out reward accuracy must exceed this."""

@@ -45,14 +45,15 @@ def _reward_accuracy(limit: float, evaluation: Mapping[str, Any]) -> Rule:
     low = measured["low"]
     passed = low > limit
     word = "exceeds" if passed else "does not exceed"
+    own, other = _apart(low, limit)
     return Rule(
         name="min_reward_accuracy",
         value=low,
         limit=limit,
         passed=passed,
         explanation=(
-            f"reward accuracy {measured['value']:.3f}: its lower 95 % bound {low:.3f} {word} "
-            f"{limit:.3f}"
+            f"reward accuracy {measured['value']:.3f}: its lower 95 % bound {own} {word} "
+            f"{other}"
         ),
     )
 
@@ -149,8 +150,12 @@ def _maximum(name: str, limit: float, value: float | None, what: str, source: st
 
 
 def _apart(value: float, limit: float, sign: str = "") -> tuple[str, str]:
-    """Both with as many decimals, at least three, as it takes to see that they differ."""
-    digits = next((n for n in range(3, 9) if f"{value:.{n}f}" != f"{limit:.{n}f}"), 3)
+    """Both with as many decimals, at least three, as it takes to see a limit and that they differ."""
+
+    def seen(n: int) -> bool:
+        return f"{value:.{n}f}" != f"{limit:.{n}f}" and bool(float(f"{limit:.{n}f}")) == bool(limit)
+
+    digits = next((n for n in range(3, 9) if seen(n)), 3)
     return f"{value:{sign}.{digits}f}", f"{limit:{sign}.{digits}f}"
 
 

@@ -60,6 +60,7 @@ def test_the_lower_bound_must_exceed_the_limit(tmp_path, low, approved):
         # 0.1 + 0.2 is 0.30000000000000004
         (0.1 + 0.2, True, "0.300 is within 0.300"),
         (0.3001, False, "0.3001 exceeds 0.3000"),
+        (0.3, True, "0.300 is within 0.300"),
     ],
 )
 def test_a_figure_just_over_its_limit_can_be_told_from_it(tmp_path, kl, approved, said):
@@ -67,6 +68,24 @@ def test_a_figure_just_over_its_limit_can_be_told_from_it(tmp_path, kl, approved
     verdict = gate(tmp_path / "v", judged, "gate.max_kl=0.3")
     assert rule(verdict, "max_kl").passed is approved
     assert said in rule(verdict, "max_kl").explanation
+
+
+def test_a_small_limit_is_not_shown_as_0(tmp_path):
+    verdict = gate(tmp_path / "v", evaluation(tmp_path / "e"), "gate.max_kl=0.0002")
+    assert "4.0000 exceeds 0.0002" in rule(verdict, "max_kl").explanation
+
+
+@pytest.mark.parametrize(
+    ("low", "said"),
+    [
+        (0.5504, "0.5504 exceeds 0.5500"),
+        (0.5496, "0.5496 does not exceed 0.5500"),
+        (0.55, "0.550 does not exceed 0.550"),
+    ],
+)
+def test_a_bound_just_beside_its_limit_can_be_told_from_it(tmp_path, low, said):
+    verdict = gate(tmp_path / "v", evaluation(tmp_path / "e", low), "gate.min_reward_accuracy=0.55")
+    assert said in rule(verdict, "min_reward_accuracy").explanation
 
 
 def test_force_is_recorded(tmp_path):
