@@ -199,16 +199,22 @@ def _parsed(
 def _label(runs: Sequence[Run]) -> None:
     """Name each run by its loss, by what differs, and by its folder where that is not enough."""
     for run in runs:
-        loss = run.evaluation.get("loss") or {}
-        shown = [str(loss.get("name", "run"))]
-        shown += [f"β {loss['beta']}"] if "beta" in loss else []
-        smoothing = loss.get("label_smoothing")
-        shown += [f"smoothing {smoothing}"] if smoothing else []
-        run.label = " ".join(shown)
+        run.label = _loss_label(run.evaluation.get("loss") or {})
     for run in _repeated(runs):
         run.label = f"{run.label} ({_short(run.where)})"
     for run in _repeated(runs):
         run.label = f"{run.label} #{runs.index(run) + 1}"
+
+
+def _loss_label(loss: Mapping[str, Any]) -> str:
+    """A loss by its name, its strength, and each option that makes it another one."""
+    shown = [str(loss.get("name", "run"))]
+    shown += [f"β {loss['beta']}"] if "beta" in loss else []
+    options = (("label_smoothing", "smoothing"), ("gamma", "γ"), ("sft_weight", "SFT term"))
+    shown += [f"{name} {loss[key]}" for key, name in options if loss.get(key)]
+    shown += ["reference-free"] if loss.get("reference_free") else []
+    shown += ["per token"] if loss.get("log_probs") == "mean" else []
+    return " ".join(shown)
 
 
 def _repeated(runs: Sequence[Run]) -> list[Run]:
@@ -297,6 +303,8 @@ def run_compare(arguments: Sequence[str]) -> int:
     """
     names = [text for text in arguments if not text.startswith("output=")]
     outputs = [text.removeprefix("output=") for text in arguments if text.startswith("output=")]
+    if outputs and not outputs[-1]:
+        raise EvaluationError("output= names no folder", fix="output=FOLDER, or leave it out")
     output = Path(outputs[-1] if outputs else "comparison").expanduser()
     try:
         runs = compare(names, output)

@@ -52,8 +52,7 @@ def _reward_accuracy(limit: float, evaluation: Mapping[str, Any]) -> Rule:
         limit=limit,
         passed=passed,
         explanation=(
-            f"reward accuracy {measured['value']:.3f}: its lower 95 % bound {own} {word} "
-            f"{other}"
+            f"reward accuracy {measured['value']:.3f}: its lower 95 % bound {own} {word} {other}"
         ),
     )
 
@@ -150,7 +149,7 @@ def _maximum(name: str, limit: float, value: float | None, what: str, source: st
 
 
 def _apart(value: float, limit: float, sign: str = "") -> tuple[str, str]:
-    """Both with as many decimals, at least three, as it takes to see a limit and that they differ."""
+    """Both with as many decimals, at least three, as it takes to see the limit and a difference."""
 
     def seen(n: int) -> bool:
         return f"{value:.{n}f}" != f"{limit:.{n}f}" and bool(float(f"{limit:.{n}f}")) == bool(limit)

@@ -8,6 +8,7 @@ import pytest
 from markupsafe import Markup
 
 from dpo.cli import main
+from dpo.config.losses import DPOLoss, IPOLoss, SimPOLoss
 from dpo.errors import EvaluationError
 from dpo.evaluate.compare import compare, read_runs
 from dpo.evaluate.compared_samples import marked_against, shared_samples
@@ -44,6 +45,23 @@ def test_the_best_comes_first_and_runs_are_named_by_what_differs(three, tmp_path
     ]
     values = [run.figure("after", "reward_accuracy")["value"] for run in found]
     assert values == sorted(values, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("loss", "label"),
+    [
+        (DPOLoss(beta=0.3), "dpo β 0.3"),
+        (DPOLoss(reference_free=True), "dpo β 0.1 reference-free"),
+        (DPOLoss(label_smoothing=0.2, sft_weight=1), "dpo β 0.1 smoothing 0.2 SFT term 1.0"),
+        (IPOLoss(log_probs="mean"), "ipo β 0.1 per token"),
+        (SimPOLoss(), "simpo β 2.0 γ 0.5"),
+    ],
+)
+def test_a_loss_is_named_with_what_makes_it_another(three, tmp_path, loss, label):
+    path = three[0] / "evaluation.json"
+    values = json.loads(path.read_text(encoding="utf-8")) | {"loss": loss.model_dump(mode="json")}
+    path.write_text(json.dumps(values), encoding="utf-8")
+    assert label in {run.label for run in compare([str(path) for path in three], tmp_path / "out")}
 
 
 def test_differences_are_taken_pair_by_pair(three, tmp_path):
@@ -118,6 +136,8 @@ def test_an_evaluation_that_cannot_be_read_is_named(three, tmp_path, text, capsy
 
 
 def test_one_run_is_no_comparison(three, tmp_path, capsys):
+    assert main(["compare", *map(str, three), "output="]) == 1
+    assert "output= names no folder" in capsys.readouterr().err
     assert main(["compare", str(three[0])]) == 1
     assert "two or more" in capsys.readouterr().err
     assert main(["compare", str(three[0]), str(tmp_path / "nowhere")]) == 1
