@@ -192,7 +192,8 @@ def trade_off(points: Sequence[tuple[str, Mapping[str, float], Mapping[str, floa
     """
     xs = [bound for _, kl, _ in points for bound in (kl["low"], kl["high"])]
     ys = [bound for _, _, accuracy in points for bound in (accuracy["low"], accuracy["high"])]
-    width, height, left, bottom, top = 640, 380, 60, 46, 16
+    # narrow, so that its letters are those of a page on a phone too
+    width, height, left, bottom, top = 360, 270, 62, 42, 12
     x_low, x_high = _padded(xs)
     y_low, y_high = _padded(ys)
     x_low = max(0.0, x_low)
@@ -229,7 +230,8 @@ def trade_off(points: Sequence[tuple[str, Mapping[str, float], Mapping[str, floa
         f"{label}: {a['value']:.3f} at {kl['value']:.3f}" for label, kl, a in points
     )
     return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{ticks}'
+        f'<svg class="trade" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{escape(title)}">{ticks}'
         f'<text x="{(left + width) / 2}" y="{height - 8}" text-anchor="middle">KL divergence from '
         f"the SFT model, nats an answer</text>"
         f'<text transform="translate(14 {(top + base) / 2}) rotate(-90)" text-anchor="middle">'

@@ -108,12 +108,15 @@ def _page(
     runs: Sequence[Run], same: bool, samples: Sequence[dict[str, Any]], n_left_out: int
 ) -> str:
     template = environment().get_template("compare.html.j2")
+    title, chart = _chart(runs)
     return template.render(
         runs=runs,
         columns=COLUMNS,
         same_pairs=same,
         best=ranked(runs)[0],
-        chart=Markup(_chart(runs)),
+        chart_title=title,
+        # labels are escaped by the chart
+        chart=Markup(chart),
         samples=samples,
         n_left_out=n_left_out,
         sources=sorted({sample["dataset"] for sample in samples}),
@@ -249,8 +252,8 @@ def _difference(first: Run, other: Run) -> Mapping[str, float] | None:
         ) from None
 
 
-def _chart(runs: Sequence[Run]) -> str:
-    """Accuracy against divergence where every run has both, else accuracies below each other."""
+def _chart(runs: Sequence[Run]) -> tuple[str, str]:
+    """Title and chart: accuracy against divergence where every run has both, else accuracies."""
     points = []
     for run in runs:
         accuracy, kl = run.figure("after", "reward_accuracy"), run.figure("kl", "per_answer")
@@ -258,10 +261,11 @@ def _chart(runs: Sequence[Run]) -> str:
             break
         points.append((run.label, kl, accuracy))
     if len(points) == len(runs):
-        return charts.trade_off(points)
+        return "Accuracy and divergence", charts.trade_off(points)
     rows = [(run.label, run.evaluation["after"]["reward_accuracy"]) for run in runs]
     title = "reward accuracy: " + ", ".join(f"{name} {f['value']:.3f}" for name, f in rows)
-    return charts.interval_rows(rows, title=title, chance=runs[0].evaluation.get("chance", 0.5))
+    chance = runs[0].evaluation.get("chance", 0.5)
+    return "Reward accuracy", charts.interval_rows(rows, title=title, chance=chance)
 
 
 def _markdown(runs: Sequence[Run], same: bool, samples: Sequence[Mapping[str, Any]]) -> str:

@@ -227,11 +227,29 @@ def test_the_page_in_a_browser(opened, width, scheme):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate(CUT_OFF) == []
     assert page.evaluate(SVG_CUT_OFF) == []
+    letters = [e.bounding_box()["height"] for e in page.locator("svg text:not([transform])").all()]
+    assert min(letters) > 8
+    assert max(letters) < 30
     assert page.locator("svg g").count() == 3
     assert page.locator("tbody tr").count() == 3
     assert page.title() == "Preference fine-tuning: comparison"
     ratio, where = page.evaluate(CONTRAST)
     assert ratio >= 4.5, where
+
+
+def test_without_a_divergence_the_chart_shows_accuracies_in_letters_of_the_page(
+    browser, three, tmp_path
+):
+    path = three[1] / "evaluation.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    del values["kl"]
+    path.write_text(json.dumps(values), encoding="utf-8")
+    compare([str(path) for path in three], tmp_path / "out")
+    with quiet_pages(browser) as open_page:
+        page = open_page((tmp_path / "out/compare.html").as_uri())
+        assert page.locator("h2").first.inner_text() == "Reward accuracy"
+        name = page.locator("svg text.name").first
+        assert name.bounding_box()["height"] < 30
 
 
 def test_answers_are_side_by_side_and_can_be_filtered(opened):
