@@ -21,6 +21,8 @@ from dpo.evaluate.slices import slices
 from dpo.modeling.losses import PairLogps, preference_loss, uses_means
 
 CHANCE = 0.5
+_MOST_NATS = 700.0
+"""Of the mean loss of a token whose exponential is taken."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def _of_model(bootstrap: Bootstrap, sums: Sums) -> dict[str, Any]:
         "chosen_nll_per_token": -chosen_mean_n,
     }
     ratios = bootstrap.ratios({"nll": (-sums.chosen_n, sums.chosen_tokens_n)})
-    perplexity = interval(float(np.exp(ratios["nll"][0])), np.exp(ratios["nll"][1]))
+    perplexity = _exponentials(*ratios["nll"])
     measured = {**bootstrap.shares(shares), **bootstrap.means(values)}
     return _json({**measured, "perplexity": perplexity})
 
@@ -150,6 +152,11 @@ def _of_rewards(bootstrap: Bootstrap, rewards: dict[str, Array]) -> dict[str, An
     others = {name: values for name, values in rewards.items() if name != "reward_accuracy"}
     accuracy = bootstrap.shares({"reward_accuracy": rewards["reward_accuracy"]})
     return _json({**accuracy, **bootstrap.means(others)})
+
+
+def _exponentials(value: float, draws_B: Array) -> Interval:
+    # what is larger has no number, and JSON none for infinity
+    return interval(float(np.exp(min(value, _MOST_NATS))), np.exp(np.minimum(draws_B, _MOST_NATS)))
 
 
 def _likelier(sums: Sums) -> Array:
@@ -165,7 +172,7 @@ def _change(bootstrap: Bootstrap, before: Sums, after: Sums) -> dict[str, Any]:
     """Differences on the same pairs, whose intervals are narrower than those of either side."""
     chosen_n, rejected_n = after.chosen_n - before.chosen_n, after.rejected_n - before.rejected_n
     ratio = bootstrap.ratios({"nll": (-chosen_n, after.chosen_tokens_n)})["nll"]
-    growth = interval(float(np.exp(ratio[0])), np.exp(ratio[1]))
+    growth = _exponentials(*ratio)
     means = bootstrap.means(
         {
             "chosen_logp": chosen_n,

@@ -24,6 +24,7 @@ from dpo.data.log_probs import PairLogProbs
 from dpo.data.schema import TEST, Pair
 from dpo.data.tokenize import TokenizedExample, load_tokenizer
 from dpo.distributed.together import each_a_share
+from dpo.errors import ModelError
 from dpo.evaluate.kl import kl_figures
 from dpo.modeling.generation import Answer, answer, decode, encode
 from dpo.modeling.load import load_model
@@ -102,7 +103,7 @@ class Measurement:
             if self.sampled:
                 result.answers["sft"] = self._answers(self._load(models.sft), self.tokenizer, bar)
             policy = self._load(models.policy)
-            result.after = self._pairs(policy, bar)
+            result.after = self._pairs(policy, "policy", bar)
             kl_answers = self._policy_answers(policy, bar)
             ours = self._score(policy, self._answer_examples())
             kl_ours = self._score(policy, kl_answers)
@@ -149,12 +150,14 @@ class Measurement:
             bar=bar,
         )
 
-    def _pairs(self, model: Any, bar: Bar) -> list[PairLogProbs]:
+    def _pairs(self, model: Any, whose: str, bar: Bar) -> list[PairLogProbs]:
         scored = self._score(model, self.examples, bar)
-        return [
+        found = [
             PairLogProbs(TEST, example.tokens_hash(), chosen, rejected)
             for example, (chosen, rejected) in zip(self.examples, scored, strict=True)
         ]
+        check_finite(found, whose)
+        return found
 
     def _answers(self, model: Any, tokenizer: Any, bar: Bar) -> tuple[list[Answer], list[str]]:
         given = self._ask(model, tokenizer, self.sampled, bar)
@@ -235,9 +238,25 @@ class Measurement:
         model, tokenizer = self._load(folder, base), load_tokenizer(folder)
         # log-probabilities of other tokens could not be compared; answers can
         if tokenizer.get_vocab() == self.tokenizer.get_vocab():
-            self.result.published = self._pairs(model, bar)
+            self.result.published = self._pairs(model, "published version", bar)
         if self.sampled:
             self.result.answers["published"] = self._answers(model, tokenizer, bar)
+
+
+def check_finite(rows: Sequence[PairLogProbs], whose: str) -> None:
+    """Stop where figures would be made of what is no number.
+
+    Raises:
+        ModelError: with how many pairs have a log-probability that is NaN or infinite.
+    """
+    lost = sum(not np.isfinite([row.chosen.sum(), row.rejected.sum()]).all() for row in rows)
+    if lost:
+        raise ModelError(
+            f"the {whose} gives {lost} of {len(rows)} held-out pairs a log-probability that is NaN "
+            "or infinite",
+            fix="look at its weights and at the curves of its training; with float16, use bfloat16 "
+            "or float32",
+        )
 
 
 def _example(pair_id: str, prompt: list[int], *responses: list[int]) -> TokenizedExample:

@@ -56,6 +56,8 @@ _SLICES = (
     ("prompt_tokens", "By prompt length"),
     ("length_difference", "By difference in length"),
 )
+_ROUNDING = 1e-6
+"""Of a sum of log-probabilities in float32, as a share of it."""
 _LONGEST_SETTINGS = 16_000
 _FOR_THE_REST = 20_000
 """Bytes for the gate's verdict, and what stands around the samples once."""
@@ -136,11 +138,10 @@ def environment() -> Environment:
 def headline(evaluation: Mapping[str, Any]) -> tuple[str, str]:
     """The verdict of the figures in a sentence, and its tone: ``good`` or ``bad``."""
     accuracy, chance = evaluation["after"]["reward_accuracy"], evaluation["chance"]
-    rewards = [evaluation["after"][name] for name in ("chosen_reward", "rejected_reward")]
-    if all(reward["low"] == reward["high"] == 0 for reward in rewards):
+    if _is_unmoved(evaluation):
         return (
-            "The policy is no other than the SFT model: it gives every held-out response the same "
-            "log-probability, so all rewards are 0 and no pair is decided.",
+            "The policy is no other than the SFT model: the log-probabilities of the held-out "
+            "responses are the same but for rounding, so their rewards say nothing.",
             "bad",
         )
     shown = f"{accuracy['value']:.2f} [{accuracy['low']:.2f}, {accuracy['high']:.2f}]"
@@ -160,6 +161,15 @@ def headline(evaluation: Mapping[str, Any]) -> tuple[str, str]:
         f"These pairs do not show whether the policy learned the preference: reward accuracy "
         f"{shown}, where chance is {chance:.2f}. More held-out pairs or more training would tell.",
         "bad",
+    )
+
+
+def _is_unmoved(evaluation: Mapping[str, Any]) -> bool:
+    """Whether rewards are rounding: packed in other rows, equal weights differ in the last bits."""
+    return all(
+        max(abs(evaluation["change"][name][bound]) for bound in ("low", "high"))
+        <= _ROUNDING * abs(evaluation["before"][name]["value"])
+        for name in ("chosen_logp", "rejected_logp")
     )
 
 

@@ -27,7 +27,7 @@ from dpo.evaluate.answers import answer_figures
 from dpo.evaluate.findings import findings, other_loss
 from dpo.evaluate.heldout import HeldOut, figures, pair_values
 from dpo.evaluate.judge import Match, check_service, judge
-from dpo.evaluate.measure import Measured, Measurement, Models
+from dpo.evaluate.measure import Measured, Measurement, Models, check_finite
 from dpo.evaluate.parts import in_part
 from dpo.evaluate.report import write_reports
 from dpo.modeling.lora import base_of, is_adapter
@@ -184,6 +184,7 @@ def _read(config: RunConfig, *, pairs: Path, sft: Path, policy: Path, reference:
     limits = Limits(config.max_length, config.max_prompt_length, config.truncation_mode)
     examples = tokenize_rows(held_out, indices, tokenizer, limits)
     before = select_log_probs(read_log_probs(reference), examples, reference)
+    check_finite(before, "SFT model")
     return _Inputs(manifests, rows, examples, before, tokenizer)
 
 

@@ -1,5 +1,6 @@
 """Held-out figures and their intervals, by hand and against another implementation."""
 
+import math
 import tracemalloc
 
 import numpy as np
@@ -112,10 +113,18 @@ def test_two_pairs_that_are_both_right_do_not_show_a_preference():
 
 
 def test_a_policy_that_is_the_sft_model_learned_no_opposite():
-    found = figures(HeldOut(["p", "q"] * 20, BEFORE * 20, BEFORE * 20), RunConfig())
+    """Not even where the last bit of a sum differs, which makes ties of some pairs only."""
+    after = [row(pair.chosen * (1 - 1e-7), pair.rejected) for pair in BEFORE]
+    found = figures(HeldOut(["p", "q"] * 20, BEFORE * 20, after * 20), RunConfig())
     text, tone = headline(found)
     assert "no other than the SFT model" in text
     assert tone == "bad"
+
+
+def test_a_perplexity_beyond_all_numbers_is_still_one():
+    lost = figures(HeldOut(["p"], BEFORE[:1], [row([-1e6], [-1e6, -1])]), RunConfig())
+    assert 1e300 < lost["after"]["perplexity"]["value"] < math.inf
+    assert 1e300 < lost["change"]["perplexity_growth"]["high"] < math.inf
 
 
 def test_one_long_prompt_takes_no_memory_for_the_others():

@@ -9,9 +9,10 @@ import pytest
 
 from dpo.config.compose import compose
 from dpo.config.stages import restrict, stage_json
-from dpo.data.log_probs import read_log_probs
+from dpo.data.log_probs import PairLogProbs, read_log_probs
 from dpo.data.stage import run_ingest
-from dpo.errors import ConfigError, DataError
+from dpo.errors import ConfigError, DataError, ModelError
+from dpo.evaluate import stage
 from dpo.evaluate.measure import Measurement
 from dpo.evaluate.stage import run_evaluate
 from dpo.modeling import load
@@ -273,6 +274,26 @@ def test_the_parts_add_up_to_all(trained, whole, tmp_path):
     assert [part["part"] for part in found] == ["validation", "test"]
     assert sum(part["n_pairs"] for part in found) == whole[0]["n_pairs"]
     assert len({part["held_out"] for part in found}) == 2
+
+
+@pytest.mark.parametrize("broken", ["policy", "SFT model"])
+def test_a_model_of_nan_makes_no_figures(trained, tmp_path, broken, monkeypatch):
+    """Without answers nothing else would notice."""
+    settings = ("evaluation.n_samples=0", "evaluation.n_kl_samples=0")
+    lost = np.array([np.nan], np.float32)
+    if broken == "policy":
+        monkeypatch.setattr(
+            Measurement, "_score", lambda self, _, examples, *__: [(lost, lost)] * len(examples)
+        )
+    else:
+        monkeypatch.setattr(
+            stage,
+            "select_log_probs",
+            lambda _, examples, *__: [PairLogProbs("test", "", lost, lost)] * len(examples),
+        )
+    with pytest.raises(ModelError, match=rf"the {broken} gives (\d+) of \1 held-out pairs"):
+        evaluate(trained, tmp_path / "e", *settings)
+    assert not (tmp_path / "e").exists()
 
 
 def test_an_empty_part_is_said(trained, tmp_path):
