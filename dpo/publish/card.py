@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from dpo.errors import ArtifactError
-from dpo.publish.adapter import CONFIG
+from dpo.publish import template
+from dpo.publish.adapter import is_alone
 from dpo.storage.manifest import Manifest
 
 FILE = "README.md"
@@ -72,7 +73,8 @@ def model_card(
     loss = config["loss"]
     license_ = license_ or _license_of(base)
     sft = manifest.inputs.get("base", "")
-    alone = _is_adapter(model or policy)
+    prompts = str(_ingest(manifest).get("prompt_format", ""))
+    alone = is_alone(model or policy)
     metadata: dict[str, Any] = {
         "library_name": "peft" if alone else "transformers",
         "pipeline_tag": "text-generation",
@@ -82,8 +84,7 @@ def model_card(
     # an adapter of an SFT model is none of the hub's: whoever followed the name would load another
     if _is_hub_id(base) and not (alone and sft):
         metadata["base_model"] = base
-    hub_data = [entry[0] for key, entry in _DATA.items() if key in _data_names(manifest)]
-    if hub := sorted(item for item in hub_data if _HUB_ID.fullmatch(item)):
+    if hub := _hub_data(manifest):
         metadata["datasets"] = hub
     if license_ == "other":
         metadata["license_name"] = "see-licence-of-base-model-and-data"
@@ -99,7 +100,7 @@ then {_loss_name(loss)}.
 
 ## Use
 
-{_use_of_adapter(base, sft) if alone else _USE} The tokenizer has a chat template.
+{_use_of_adapter(base, sft) if alone else _USE} {template.sentence(model or policy, prompts)}
 
 ## Data
 
@@ -132,11 +133,6 @@ Text generation in the form of its training data, after an evaluation for the us
 
 {_LIMITS}
 """
-
-
-def _is_adapter(model: Path) -> bool:
-    """Whether the folder holds an adapter alone."""
-    return (model / CONFIG).is_file() and not (model / "config.json").is_file()
 
 
 def _base_of_adapter(base: str, sft: str) -> str:
@@ -229,6 +225,26 @@ def _data_names(manifest: Manifest) -> list[str]:
     return [str(name) for name in _ingest(manifest).get("datasets", [])]
 
 
+def _hub_data(manifest: Manifest) -> list[str]:
+    """Ids of the data sets that are on the hub."""
+    sources = _ingest(manifest).get("sources", {})
+    # what is part of a set is named after a comma
+    found = {
+        _DATA[name][0].partition(",")[0] if name in _DATA else _hub_id(sources.get(name) or {})
+        for name in _data_names(manifest)
+    }
+    return sorted(item for item in found if _HUB_ID.fullmatch(item))
+
+
+def _hub_id(source: Mapping[str, Any]) -> str:
+    """The data set of the hub that a source names; empty where it is another place."""
+    path = str(source.get("path") or "")
+    if not path:
+        return str(source.get("hub") or "")
+    owner, _, rest = path.removeprefix("hf://").removeprefix("datasets/").partition("/")
+    return f"{owner}/{rest.partition('/')[0]}" if path.startswith("hf://") else ""
+
+
 def _data(manifest: Manifest) -> str:
     sources = _ingest(manifest).get("sources", {})
     lines = []
@@ -237,8 +253,8 @@ def _data(manifest: Manifest) -> str:
         if name in _DATA:
             what, license_ = _DATA[name]
             lines.append(f"- {what} (licence: {license_})")
-        elif source.get("hub"):
-            lines.append(f"- {source['hub']} (licence: as its card says)")
+        elif hub := _hub_id(source):
+            lines.append(f"- {hub} (licence: as its card says)")
         else:
             shown = name if _PLAIN_NAME.fullmatch(name) else "a file"
             lines.append(f"- {shown}: pairs of one's own (licence: its owner's)")

@@ -19,6 +19,8 @@ from typing import Any
 from dpo.config.schema import RunConfig
 from dpo.errors import ArtifactError, ConfigError, ModelError, writing
 from dpo.publish import adapter, card
+from dpo.publish.template import DIALOGUE as DIALOGUE_TEMPLATE
+from dpo.publish.template import FILE as CHAT_TEMPLATE
 from dpo.publish.tensors import INDEX, SINGLE, model_tensors, read_tensors, write_model
 from dpo.storage.base_model import is_here, local_model
 from dpo.storage.lineage import SFT_CHECKPOINT, base_model
@@ -39,22 +41,6 @@ _OF_THE_MACHINE = {"_name_or_path", "name_or_path", "is_local", "local_files_onl
 _CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json", adapter.CONFIG)
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-CHAT_TEMPLATE = "chat_template.jinja"
-DIALOGUE_TEMPLATE = """\
-{%- for message in messages %}
-    {%- if message['role'] == 'assistant' %}
-        {{- '\\n\\nAssistant: ' + message['content'] }}
-    {%- elif message['role'] == 'user' %}
-        {{- '\\n\\nHuman: ' + message['content'] }}
-    {%- else %}
-        {{- message['content'] }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '\\n\\nAssistant:' }}
-{%- endif %}
-"""
-"""Of tokenizers that have none: the form of the raw dialogues that they were trained on."""
 
 
 @contextmanager
@@ -132,10 +118,8 @@ def _choose_weights(policy: Path, folder: Path, config: RunConfig, manifest: Man
         return
     max_bytes = config.publish.max_shard_mib << 20
     if has_adapter and not has_model:
-        base = _base_of(folder, config)
         read_manifest(policy, stage="preference")
-        _add_from_base(folder, base)
-        adapter.merge(folder, base, folder, max_bytes)
+        _merge(folder, folder, manifest, config)
     elif any(path.stat().st_size > max_bytes for path in folder.glob("*.safetensors")):
         _divide(policy, folder, max_bytes)
     for name in (adapter.CONFIG, adapter.WEIGHTS):
@@ -152,10 +136,48 @@ def _adapter_alone(folder: Path, config: RunConfig, manifest: Manifest) -> None:
     _replace(folder / adapter.CONFIG, adapter.alone(adapter.read_config(folder), base))
 
 
+def _merge(source: Path, target: Path, manifest: Manifest, config: RunConfig) -> None:
+    """Write the whole model of an adapter, whose base may be an adapter as well.
+
+    Args:
+        source: The adapter's folder.
+        target: Where to.
+        manifest: The adapter's.
+        config: Settings.
+    """
+    base = _base_of(source, config)
+    _check_base(base, manifest)
+    with tempfile.TemporaryDirectory(prefix="dpo-publish-") as temporary:
+        if adapter.is_alone(base):
+            _merge(base, Path(temporary), read_manifest(base), config)
+            base = Path(temporary)
+        _add_from_base(target, base)
+        adapter.merge(source, base, target, config.publish.max_shard_mib << 20)
+
+
+def _check_base(base: Path, manifest: Manifest) -> None:
+    """Refuse a base that changed since the adapter was trained on it.
+
+    Raises:
+        ArtifactError: it did.
+    """
+    if not (trained_on := manifest.inputs.get("base")):
+        # a model of the hub or of a folder: its lineage has no content hash to compare with
+        return
+    found = read_manifest(base).content_hash
+    if found != trained_on:
+        raise ArtifactError(
+            f"the adapter was trained on other weights ({trained_on[:12]}) than its base has now "
+            f"({found[:12]})",
+            where=str(base),
+            fix="train the adapter again, or put back the checkpoint that it was trained on",
+        )
+
+
 def _base_of(folder: Path, config: RunConfig) -> Path:
     """The folder of the adapter's base: one that it names, or a base model that is known here."""
     name = adapter.read_config(folder).get("base_model_name_or_path") or ""
-    if name and (Path(name) / "config.json").is_file():
+    if name and any((Path(name) / file).is_file() for file in ("config.json", adapter.CONFIG)):
         return Path(name)
     model = config.model.model_copy(update={"name_or_path": name})
     try:

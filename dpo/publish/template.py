@@ -1,0 +1,41 @@
+"""The chat template that is published, and what the card says of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+FILE = "chat_template.jinja"
+DIALOGUE = """\
+{%- for message in messages %}
+    {%- if message['role'] == 'assistant' %}
+        {{- '\\n\\nAssistant: ' + message['content'] }}
+    {%- elif message['role'] == 'user' %}
+        {{- '\\n\\nHuman: ' + message['content'] }}
+    {%- else %}
+        {{- message['content'] }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '\\n\\nAssistant:' }}
+{%- endif %}
+"""
+"""Of tokenizers that have none: the form of the raw dialogues that they were trained on."""
+_OTHER = """\
+The tokenizer's chat template is the base model's, and
+the training did not use it: its prompts were plain text, with the turns of dialogues begun by
+`Human:` and `Assistant:`, each after an empty line. The figures are of prompts in that form."""
+
+
+def sentence(model: Path, prompt_format: str) -> str:
+    """What a reader must know of the template.
+
+    Args:
+        model: Folder of what is published.
+        prompt_format: Of the training data; empty where it was not recorded.
+    """
+    own = model / FILE
+    if own.is_file() and own.read_text(encoding="utf-8") == DIALOGUE:
+        return "The tokenizer's chat template writes\ndialogues as `Human:` and `Assistant:`."
+    if prompt_format == "chat":
+        return "The training data went through the\ntokenizer's chat template."
+    return _OTHER if prompt_format == "raw" else "The tokenizer has a chat template."

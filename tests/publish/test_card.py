@@ -1,0 +1,152 @@
+"""The model card: what it says, and what its check refuses."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from dpo.config.places import builtin
+from dpo.errors import ArtifactError
+from dpo.publish import card
+from dpo.storage.manifest import read_manifest, write_manifest
+from tests.publish.checkpoints import checkpoint, published
+
+
+@pytest.fixture
+def text(tmp_path):
+    policy = checkpoint(tmp_path / "policy")
+    manifest = read_manifest(policy)
+    return card.model_card(policy, manifest, "policy", "HuggingFaceTB/SmolLM2-135M-Instruct", "")
+
+
+def test_the_card_says_what_a_reader_needs(text):
+    card.check_card(text, "here")
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert metadata["license"] == "apache-2.0"
+    assert metadata["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert ModelCard(text).data.to_dict()["library_name"] == "transformers"
+    for words in ("## Data", "## Licence", "## Intended use", "manifest.json", "runs/"):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("---\n\n#", "\n\n#", "no metadata block"),
+        ('license: "apache-2.0"\n', "", "no license"),
+        ("## Data", "## Pairs", "no section Data"),
+        ("## Limits\n", "## Limits\nsee /home/me/run\n", "an absolute path"),
+        ("## Limits\n", "## Limits\n![plot](x.png)\n", "an image"),
+        ('"HuggingFaceTB/SmolLM2-135M-Instruct"', '"/models/mine"', "no id of a hub"),
+        ("library_name:", ":\t{", "not YAML|no mapping"),
+    ],
+)
+def test_a_card_that_lacks_something_is_refused(text, old, new, words):
+    assert old in text
+    with pytest.raises(ArtifactError, match=words):
+        card.check_card(text.replace(old, new, 1), "here")
+
+
+def test_a_base_model_of_ones_own_leaves_no_path_in_the_card(tmp_path):
+    policy = checkpoint(tmp_path / "policy")
+    manifest = read_manifest(policy)
+    found = card.model_card(policy, manifest, "policy", str(tmp_path), "")
+    card.check_card(found, "here")
+    assert str(tmp_path) not in found
+    assert "license_name" in found
+
+
+def made_of(folder, base, *, before):
+    """A policy whose own settings name ``gpt2``, of a chain of artifacts that began with ``base``.
+
+    ``before``: the input by which each artifact names the one before it, the policy's first.
+    """
+    lineage, hashes = {}, ["a" * 64, "b" * 64, "c" * 64]
+    for number, hash_ in enumerate(hashes[: len(before)]):
+        first = number == len(before) - 1
+        settings = {"model": {"name_or_path": base if first else "gpt2"}}
+        parents = {} if first else {before[number + 1]: hashes[number + 1]}
+        lineage[hash_] = {"step": "sft", "configuration": settings, "parents": parents}
+    checkpoint(folder)
+    settings = {"model": {"name_or_path": "gpt2"}}
+    (folder / "manifest.json").unlink()
+    parents = {before[0]: hashes[0]} if before else {}
+    write_manifest(folder, "preference", settings=settings, inputs=parents, lineage=lineage)
+    return folder
+
+
+@pytest.mark.parametrize("before", [["base"], ["base", "policy", "base"]])
+def test_the_card_names_the_base_that_the_weights_began_with(tmp_path, before):
+    policy = made_of(tmp_path / "policy", "org/began-with", before=before)
+    published(policy, tmp_path / "out", "model=smollm2")
+    metadata = yaml.safe_load((tmp_path / "out/README.md").read_text().split("---")[1])
+    assert metadata["base_model"] == "org/began-with"
+    assert metadata["license"] == "other"
+
+
+def test_the_card_names_no_base_where_the_lineage_does_not_reach_it(tmp_path):
+    policy = made_of(tmp_path / "policy", "org/began-with", before=["base", "base"])
+    manifest = json.loads((policy / "manifest.json").read_text())
+    del manifest["lineage"]["b" * 64]
+    (policy / "manifest.json").write_text(json.dumps(manifest))
+    published(policy, tmp_path / "out", "model=smollm2")
+    text = (tmp_path / "out/README.md").read_text()
+    assert "base_model" not in text
+    assert "Base model: a model of one's own" in text
+
+
+def own_template(folder):
+    shutil.copytree(builtin("builtin:tiny"), folder, dirs_exist_ok=True)
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+
+
+@pytest.mark.parametrize(
+    ("prompt_format", "fill", "words"),
+    [
+        (
+            "raw",
+            own_template,
+            "the training did not use it: its prompts were plain text",
+        ),
+        ("raw", None, "chat template writes\ndialogues as `Human:` and `Assistant:`."),
+        ("chat", own_template, "The training data went through the\ntokenizer's chat template."),
+        (None, own_template, "The tokenizer has a chat template."),
+    ],
+)
+def test_the_card_says_whether_the_training_used_the_chat_template(
+    tmp_path, prompt_format, fill, words
+):
+    data = {"datasets": ["hh"], "prompt_format": prompt_format} if prompt_format else None
+    published(checkpoint(tmp_path / "policy", fill, data=data), tmp_path / "out")
+    assert words in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "ids", "shown"),
+    [
+        (
+            "hh_sample",
+            {},
+            ["Anthropic/hh-rlhf"],
+            "Anthropic/hh-rlhf, 1,900 of its pairs (lic",
+        ),
+        ("mine", {"hub": "org/set"}, ["org/set"], "- org/set (licence: as its card says)"),
+        ("mine", {"path": "hf://org/set/part"}, ["org/set"], "- org/set (licence: as"),
+        ("mine", {"path": "hf://datasets/org/set"}, ["org/set"], "- org/set (licence: as"),
+        (
+            "mine",
+            {"path": "/home/me/x.jsonl", "hub": "org/set"},
+            None,
+            "- mine: pairs of one's",
+        ),
+        ("se", {}, None, "StackExchange preferences (licence: CC BY-SA 4.0)"),
+    ],
+)
+def test_data_sets_of_the_hub_are_named_as_such(tmp_path, name, source, ids, shown):
+    data = {"datasets": [name], "sources": {name: source}}
+    published(checkpoint(tmp_path / "policy", data=data), tmp_path / "out")
+    text = (tmp_path / "out/README.md").read_text()
+    assert yaml.safe_load(text.split("---")[1]).get("datasets") == ids
+    assert shown in text
