@@ -13,13 +13,13 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo.errors import ArtifactError, StoreError, StoreUnavailable, WriteConflict
 from dpo.publish.lease import being_written
-from dpo.publish.signing import SIGNATURE, SIGNING_KEY, is_trusted, sign
 from dpo.storage.manifest import MANIFEST, FileEntry, content_hash
 from dpo.storage.progress import message, track
 from dpo.storage.published import (
@@ -30,6 +30,7 @@ from dpo.storage.published import (
     read_latest,
     read_version,
 )
+from dpo.storage.signing import SIGNATURE, SIGNING_KEY, is_trusted, sign
 from dpo.storage.store import Store
 
 _FILES_AT_ONCE = 4
@@ -88,7 +89,9 @@ def publish_files(
         moved = 0
         if not _is_whole(store, files, name, version):
             moved = _upload(store, folder, files, prefix)
-            _write_manifest(store, prefix, _manifest(name, version, files, facts or {}))
+            now = read_latest(store, name)
+            known = {**(facts or {}), "follows": now.sequence if now else 0}
+            _write_manifest(store, prefix, _manifest(name, version, files, known))
         point_latest(store, name, version)
     return Published(name, version, url, unchanged=False, bytes_moved=moved, files=len(files))
 
@@ -203,7 +206,8 @@ def point_latest(store: Store, name: str, version: str, *, back: bool = False) -
     key = f"{name}/{LATEST}"
     for _ in range(_CONFLICT_TRIES):
         now = read_latest(store, name)
-        if now and _names(now, name, version):
+        # going back signs anew: it ends what an older latest.json, put back, has named
+        if now and not back and _names(now, name, version):
             return now
         values = sign(
             {
@@ -211,6 +215,8 @@ def point_latest(store: Store, name: str, version: str, *, back: bool = False) -
                 "name": name,
                 "content_hash": version,
                 "previous": _previous(now, version, back=back),
+                # a time, so that it grows although a damaged latest.json was removed
+                "sequence": max(int(time.time() * 1000), now.sequence + 1 if now else 1),
             }
         )
         if now and SIGNATURE in now.values and SIGNATURE not in values:
@@ -269,8 +275,10 @@ def rollback(store: Store, name: str, version: str = "", *, seconds: float = 600
 def _target(store: Store, name: str, latest: Latest, version: str, where: str) -> str:
     if not version:
         for hash_ in latest.previous:
-            if read_version(store, f"{name}/{hash_}") is not None:
-                return hash_
+            # one that is damaged is none to go back to
+            with suppress(ArtifactError):
+                if read_version(store, f"{name}/{hash_}") is not None:
+                    return hash_
         raise ArtifactError(
             "there is no earlier version to go back to", where=where, fix="see `dpo list`"
         )

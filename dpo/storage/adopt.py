@@ -2,6 +2,7 @@
 
 What may be named: the folder of a step's output, and for the SFT model also a published version,
 in any store (``s3://bucket/path``, ``minio://...``, ``file:///folder``) or as an absolute folder.
+What is published is checked as ``dpo pull`` checks it, with its signatures; steps sign nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from dpo.storage.manifest import (
     write_manifest,
 )
 from dpo.storage.progress import track
+from dpo.storage.published import HASH, LATEST
 from dpo.storage.store import Store, is_store_url, open_store, safe_key
+from dpo.storage.trusted import find_version
 
 ACCEPTED: Mapping[str, tuple[str, ...]] = {
     "ingest": ("ingest",),
@@ -35,7 +38,6 @@ ACCEPTED: Mapping[str, tuple[str, ...]] = {
     "reference": ("reference",),
 }
 """Whose outputs may stand in for a step's."""
-_LATEST = "latest.json"
 _DOWNLOADS = 4
 
 
@@ -64,12 +66,23 @@ def read_artifact(uri: str, stage: str) -> Manifest:
 
     Raises:
         ConfigError: not a place of an artifact, or the output of another step.
-        ArtifactError: there is no complete artifact.
+        ArtifactError: there is no complete artifact, or a published one that is not trusted here.
         StoreError: the store does not answer.
     """
+    return _read(uri, stage)[1]
+
+
+def _read(uri: str, stage: str) -> tuple[Store, Manifest]:
+    """The store whose root is the artifact itself, and its manifest; see ``read_artifact``."""
+    store = artifact_store(uri)
     try:
-        store = _settled(uri)
-        manifest = _manifest(json.loads(store.read(MANIFEST)))
+        # a step's output in the place of a published model is none
+        published = HASH.fullmatch(store.root.rpartition("/")[2]) or store.stat(LATEST)
+        values = {} if published else json.loads(store.read(MANIFEST))
+        if "stage" not in values:
+            found = find_version(store.root)
+            store, values = artifact_store(store.url(found.prefix)), found.manifest
+        manifest = _manifest(values)
     except ObjectMissing:
         raise ArtifactError(
             f"there is no complete output to use in place of step {stage}: {MANIFEST} is missing",
@@ -87,16 +100,7 @@ def read_artifact(uri: str, stage: str) -> Manifest:
             where=uri,
             fix=f"name an output of {' or '.join(ACCEPTED[stage])}",
         )
-    return manifest
-
-
-def _settled(uri: str) -> Store:
-    """The store of the artifact itself: of a published name, its latest version."""
-    store = artifact_store(uri)
-    if store.stat(MANIFEST) is None and store.stat(_LATEST) is not None:
-        version = str(json.loads(store.read(_LATEST))["content_hash"])
-        return artifact_store(f"{store.root}/{safe_key(version)}")
-    return store
+    return store, manifest
 
 
 def _manifest(values: Mapping[str, Any]) -> Manifest:
@@ -151,14 +155,14 @@ def adopt(
         ConfigError: it is not an output that can stand in, or changed since the run was planned.
         StoreError: the store does not answer.
     """
-    manifest = read_artifact(uri, stage)
+    store, manifest = _read(uri, stage)
     if expected and manifest.content_hash != expected:
         raise ConfigError(
             "the artifact changed after the run was planned", where=uri, fix="start the run again"
         )
     _check_inputs(uri, manifest, inputs or {})
     with staged(output) as folder:
-        _fetch(_settled(uri), manifest.files, folder, stage, uri)
+        _fetch(store, manifest.files, folder, stage, uri)
         return write_manifest(
             folder,
             stage,

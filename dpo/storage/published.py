@@ -19,10 +19,11 @@ from dpo.storage.manifest import MANIFEST
 from dpo.storage.store import Store
 
 LATEST = "latest.json"
-LATEST_FORMAT = 3
-"""1 had no ``previous``, 2 no ``name`` and no ``signature``."""
-VERSION_FORMAT = 2
-"""1 had no ``run_id``, no ``lineage`` and no ``signature``."""
+LATEST_FORMAT = 4
+"""1 had no ``previous``, 2 no ``name`` and no ``signature``, 3 no ``sequence``."""
+VERSION_FORMAT = 3
+"""1 had no ``run_id``, no ``lineage`` and no ``signature``, 2 no ``follows``: the ``sequence`` that
+``latest.json`` had when the version was completed."""
 HASH = re.compile(r"[0-9a-f]{64}")
 _FIX = "remove it, then publish the model again: no file moves"
 
@@ -37,6 +38,8 @@ class Latest:
     """What it named before, newest first; a rollback goes back to the first."""
     etag: str = ""
     """Of the object, for a conditional write."""
+    sequence: int = 0
+    """Grows with every change: the time in ms since 1970, or one more than before."""
     values: Mapping[str, Any] = field(default_factory=dict)
     """All that it says, with its signature."""
 
@@ -59,10 +62,13 @@ def read_latest(store: Store, name: str = "") -> Latest | None:
     content_hash, previous = values.get("content_hash"), values.get("previous", [])
     if not (isinstance(content_hash, str) and HASH.fullmatch(content_hash)):
         raise ArtifactError("latest.json names no version", where=store.url(key), fix=_FIX)
+    sequence = values.get("sequence", 0)
     if not isinstance(previous, list) or not isinstance(values.get("name", ""), str):
         raise _unreadable("what it names is no list of versions, or no model", store.url(key))
+    if not isinstance(sequence, int):
+        raise _unreadable("its sequence is no number", store.url(key))
     earlier = tuple(hash_ for hash_ in previous if HASH.fullmatch(str(hash_)))
-    return Latest(content_hash, earlier, found.etag, values)
+    return Latest(content_hash, earlier, found.etag, sequence, values)
 
 
 def read_version(store: Store, prefix: str = "") -> dict[str, Any] | None:
@@ -90,6 +96,7 @@ def read_version(store: Store, prefix: str = "") -> dict[str, Any] | None:
 def _problem_of_version(values: Mapping[str, Any]) -> str:
     """What is not of its type in a version's manifest, so that no reader stumbles over it."""
     wrong = [name for name in ("name", "content_hash") if not isinstance(values[name], str)]
+    wrong += [] if isinstance(values.get("follows", 0), int) else ["follows"]
     wrong += [name for name in ("lineage", "provenance") if not _is_object(values.get(name))]
     if wrong:
         return f"{wrong[0]} is not of its type"

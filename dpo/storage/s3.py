@@ -82,6 +82,10 @@ class S3Store(Store):
             self._buffers.put(bytearray())
         self._pool = ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="parts")
 
+    @property
+    def identity(self) -> str:
+        return f"{self.connection.endpoint} {self.bucket}/{self.prefix}"
+
     def check(self, *, create: bool = False) -> None:
         if self._call(self.root, lambda: self._client.bucket_exists(self.bucket)):
             return
@@ -352,7 +356,7 @@ class S3Store(Store):
             method,
             self.bucket,
             self._key(key),
-            body=Body(data),
+            body=Body(data, lambda: self.given_up),
             # the client adds to the headers that it is given
             headers={**headers, PAYLOAD_HASH: UNSIGNED},
             query_params=query,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any, TypeVar
 
 import urllib3
@@ -18,6 +19,7 @@ from minio import time as signing_time
 from minio.error import InvalidResponseError, MinioException, S3Error, ServerError
 
 from dpo.errors import (
+    ConfigError,
     ObjectMissing,
     StoreAccessDenied,
     StoreError,
@@ -40,6 +42,7 @@ _SEND_BYTES = 64 << 10
 _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 10.0
 _SKEW_SECONDS = 300.0
+_CERTIFICATES = ("AWS_CA_BUNDLE", "SSL_CERT_FILE")
 
 _MISSING = {"NoSuchKey", "NoSuchBucket", "NoSuchObject", "NoSuchUpload"}
 _FULL = {"XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "QuotaExceeded"}
@@ -81,8 +84,8 @@ class Client(Minio):  # type: ignore[misc]
 class Body:
     """Bytes that are sent in small pieces, so that a slow connection is not taken for dead."""
 
-    def __init__(self, data: Bytes) -> None:
-        self._data = data
+    def __init__(self, data: Bytes, given_up: Callable[[], bool] = lambda: False) -> None:
+        self._data, self._given_up = data, given_up
 
     def __len__(self) -> int:
         return len(self._data)
@@ -90,6 +93,8 @@ class Body:
     def __iter__(self) -> Iterator[memoryview]:
         view = memoryview(self._data)
         for start in range(0, len(view), _SEND_BYTES):
+            if self._given_up():
+                raise StoreUnavailable("the upload was ended")
             yield view[start : start + _SEND_BYTES]
 
 
@@ -100,7 +105,7 @@ def make_client(to: Connection) -> Any:
         maxsize=_POOL_CONNECTIONS,
         retries=False,
         cert_reqs="CERT_REQUIRED",
-        ca_certs=os.environ.get("AWS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE"),
+        ca_certs=_certificates(),
     )
     return Client(
         to.endpoint,
@@ -111,6 +116,22 @@ def make_client(to: Connection) -> Any:
         secure=to.secure,
         http_client=pool,
     )
+
+
+def _certificates() -> str | None:
+    """The file of certificates that the environment names; None takes the system's.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    name = next((name for name in _CERTIFICATES if os.environ.get(name)), None)
+    if name and not Path(os.environ[name]).is_file():
+        raise ConfigError(
+            f"{name} names no file: {os.environ[name]}",
+            where=name,
+            fix="name the file with the certificate of the store's authority (PEM), or unset it",
+        )
+    return os.environ[name] if name else None
 
 
 class Caller:
@@ -182,6 +203,12 @@ class Caller:
                 "the store does not speak TLS at this address",
                 where=self._where(url),
                 fix="write http:// in place of https:// in AWS_ENDPOINT_URL or S3_ENDPOINT",
+            )
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            return StoreError(
+                f"the store's certificate is not trusted here: {_reason(error)}",
+                where=self._where(url),
+                fix="set AWS_CA_BUNDLE to the file with the certificate of its authority (PEM)",
             )
         return StoreUnavailable(
             f"the store does not answer: {_reason(error)}",

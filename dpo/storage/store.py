@@ -51,9 +51,16 @@ class Store(ABC):
         """How long a request is repeated while the store does not answer."""
         self.deadline: float | None = None
         """``time.monotonic()`` after which nothing is repeated any more."""
+        self.given_up = False
+
+    @property
+    def identity(self) -> str:
+        """What tells this store from every other one: its URL alone may be another service's."""
+        return self.root
 
     def give_up(self) -> None:
-        """Repeat no request from now on; those under way end by themselves."""
+        """Repeat no request from now on, and send no more of what is under way."""
+        self.given_up = True
         self.deadline = time.monotonic()
 
     def url(self, key: str) -> str:

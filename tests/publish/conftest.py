@@ -63,6 +63,8 @@ def check_store(url, allowed):
 def pipeline(tmp_path, monkeypatch):
     monkeypatch.setenv("DPO_IMAGE", "registry/train@sha256:" + "9" * 64)
     monkeypatch.setenv("DPO_COMMIT", "0123abc")
+    # where readers remember what they saw
+    monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache"))
     provenance._constant.cache_clear()
     yield Pipeline(tmp_path, f"file://{tmp_path}/store")
     provenance._constant.cache_clear()

@@ -167,6 +167,45 @@ def test_pulling_into_a_used_folder_is_refused(run, url):
     assert [path.name for path in (run / "pulled").iterdir()] == ["mine.txt"]
 
 
+def test_a_pull_that_was_killed_is_gone_on_with(run, url, monkeypatch):
+    publish(run, url)
+    target = run / "pulled"
+    pull(f"{url}/policy", target)
+    before = (target / "model.safetensors").stat().st_mtime_ns
+    (target / "config.json").rename(target / ".config.json.0123456789ab.partial")
+    pull(f"{url}/policy", target)
+    assert (target / "model.safetensors").stat().st_mtime_ns == before
+    assert not list(target.glob(".*"))
+    assert (target / "config.json").is_file()
+    # another version's file of the same name is not written over
+    (target / "config.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"config\.json is not of this version"):
+        pull(f"{url}/policy", target)
+    assert (target / "config.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("problem", [KeyboardInterrupt, StoreError("gone")])
+def test_a_pull_that_fails_leaves_nothing(run, url, monkeypatch, there, problem):
+    publish(run, url)
+    target = run / "a/pulled"
+    if there:
+        (target / "lost+found").mkdir(parents=True)
+    store = type(open_store(url))
+    download = store.download
+
+    def fail_at_the_end(self, key, path, progress=None):
+        if key.endswith("tokenizer.json"):
+            raise problem
+        download(self, key, path, progress)
+
+    monkeypatch.setattr(store, "download", fail_at_the_end)
+    with pytest.raises(type(problem) if isinstance(problem, Exception) else problem):
+        pull(f"{url}/policy", target)
+    assert [path.name for path in target.rglob("*")] == (["lost+found"] if there else [])
+    assert target.exists() == there
+
+
 def test_a_manifest_cannot_write_outside_the_target(tmp_path):
     store = open_store(f"file://{tmp_path}/store")
     entry = {"path": "../../escaped", "size": 1, "sha256": hashlib.sha256(b"x").hexdigest()}

@@ -11,6 +11,7 @@ from dpo.errors import ArtifactError, ConfigError
 from dpo.publish.lineage import chain
 from dpo.publish.signing import check
 from dpo.publish.verify import pull, verify
+from dpo.storage.adopt import adopt, read_artifact
 from dpo.storage.store import open_store
 from tests.publish.pipeline import source
 
@@ -170,3 +171,87 @@ def test_a_key_on_one_line_is_read(pipeline, keys, monkeypatch):
     monkeypatch.setenv("DPO_SIGNING_KEY", keys[0][0].replace("\n", "\\n"))
     pipeline.run("run-1", source("pairs.jsonl"))
     assert "which is trusted" in verify(f"{pipeline.root}/policy")["signed"]
+
+
+@pytest.fixture
+def three(pipeline, keys, monkeypatch):
+    """Three signed versions; the store, and each ``latest.json`` in turn."""
+    monkeypatch.setenv("DPO_SIGNING_KEY", keys[0][0])
+    store, texts = open_store(pipeline.root), []
+    for number in range(3):
+        pipeline.run(f"run-{number}", source(f"{number}.jsonl"), weight=number)
+        texts.append(store.read("policy/latest.json"))
+    return store, texts
+
+
+def test_an_older_latest_json_is_refused(pipeline, three, tmp_path, capsys):
+    """Each was signed by the right key, once; whoever can write to the store puts it back."""
+    (store, texts), url = three, f"{pipeline.root}/policy"
+    store.write("policy/latest.json", texts[0])
+    for read in (verify, chain, lambda url: pull(url, tmp_path / "out")):
+        with pytest.raises(ArtifactError, match=r"latest\.json is older than version [0-9a-f]{12}"):
+            read(url)
+    assert not (tmp_path / "out").exists()
+    # the version after it may be one whose publisher was killed before it was named
+    store.write("policy/latest.json", texts[1])
+    capsys.readouterr()
+    verify(url)
+    assert "an older latest.json was put back" in capsys.readouterr().err
+    store.write("policy/latest.json", texts[2])
+    verify(url)
+    assert "put back" not in capsys.readouterr().err
+    # and this machine has seen the newest now
+    store.write("policy/latest.json", texts[1])
+    with pytest.raises(ArtifactError, match="than the one that this machine read before") as caught:
+        verify(url)
+    # what the message advises
+    assert "--rollback" in caught.value.fix
+    second = json.loads(texts[1])["content_hash"]
+    assert main(["publish", "--rollback", url, f"version={second}"]) == 0
+    capsys.readouterr()
+    assert verify(url)["content_hash"] == second
+    assert "put back" not in capsys.readouterr().err
+
+
+def test_a_rollback_is_no_older_latest_json(pipeline, three, capsys):
+    url = f"{pipeline.root}/policy"
+    verify(url)
+    assert main(["publish", "--rollback", url]) == 0
+    verify(url)
+    pipeline.run("run-0", source("0.jsonl"), weight=0)
+    verify(url)
+    assert "put back" not in capsys.readouterr().err
+
+
+def test_a_damaged_latest_json_that_was_removed_is_made_anew(pipeline, three):
+    store, texts = three
+    url = f"{pipeline.root}/policy"
+    verify(url)
+    store.delete("policy/latest.json")
+    pipeline.run("run-2", source("2.jsonl"), weight=2)
+    assert verify(url)["content_hash"] == json.loads(texts[2])["content_hash"]
+
+
+def test_a_step_that_starts_from_a_published_model_checks_its_signatures(
+    pipeline, three, keys, monkeypatch
+):
+    (store, texts), url = three, f"{pipeline.root}/policy"
+    monkeypatch.delenv("DPO_SIGNING_KEY")
+    monkeypatch.setenv("DPO_TRUSTED_KEYS", keys[0][1])
+    first, third = (json.loads(texts[number])["content_hash"] for number in (0, 2))
+    adopt(url, pipeline.folder / "adopted", "sft", expected=third)
+    forged = {**json.loads(texts[2]), "content_hash": first}
+    store.write("policy/latest.json", json.dumps(forged).encode())
+    with pytest.raises(ArtifactError, match=r"latest\.json's signature is wrong"):
+        adopt(url, pipeline.folder / "forged", "sft")
+    assert read_artifact(f"{url}/{first}", "sft").content_hash == first
+    # an unsigned step's output in the place of a signed version
+    store.delete(f"policy/{first}/manifest.json")
+    shutil.copytree(
+        pipeline.folder / "run-0/sft", pipeline.folder / "store/policy" / first, dirs_exist_ok=True
+    )
+    with pytest.raises(ArtifactError, match="no published model is here"):
+        read_artifact(f"{url}/{first}", "sft")
+    monkeypatch.setenv("DPO_TRUSTED_KEYS", keys[1][1])
+    with pytest.raises(ArtifactError, match="not trusted here"):
+        read_artifact(f"{url}/{third}", "sft")

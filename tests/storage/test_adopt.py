@@ -50,7 +50,8 @@ def test_a_published_model_is_found_by_its_name_and_becomes_an_sft_model(tmp_pat
     (folder / "model.bin").write_text("bytes")
     manifest = {"format_version": 1, "name": "policy", "content_hash": version, "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    (folder.parent / "latest.json").write_text(json.dumps({"content_hash": version}))
+    latest = {"format_version": 1, "content_hash": version}
+    (folder.parent / "latest.json").write_text(json.dumps(latest))
     name = (tmp_path / "store/policy").as_uri()
     assert read_artifact(name, "sft").content_hash == version
     adopt(name, tmp_path / "out", "sft")
