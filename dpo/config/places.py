@@ -57,3 +57,9 @@ def cache_dir() -> Path:
     if chosen := os.environ.get("DPO_CACHE_DIR"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo"
+
+
+def tokens_dir() -> Path:
+    """``DPO_TOKENS_DIR``, else ``tokens`` in the cache: token ids of the texts of pairs."""
+    chosen = os.environ.get("DPO_TOKENS_DIR")
+    return Path(chosen).expanduser() if chosen else cache_dir() / "tokens"

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dpo.config.places import cache_dir
+from dpo.config.places import tokens_dir
 from dpo.data.parquet import PATTERN, Pairs
 from dpo.data.schema import Pair
 from dpo.data.tokenize import Limits, TokenizedExample, tokenize_pair
@@ -34,8 +33,6 @@ from dpo.errors import ArtifactError
 from dpo.storage.manifest import Manifest, read_manifest, staged, write_manifest
 from dpo.storage.progress import track
 
-TOKENS_DIR = "DPO_TOKENS_DIR"
-"""Environment variable: folder of the cache."""
 _VERSION = 1
 _BATCH_ROWS = 1000
 _CACHED_SHARE = 0.25
@@ -172,7 +169,7 @@ def fill_cache(folder: Path, tokenizer: Any) -> Path | None:
 
 def _cached(folder: Path, tokenizer: Any, encode: Encoder) -> Path | None:
     content_hash = read_manifest(folder, stage="ingest", verify=False).content_hash
-    root = _root()
+    root = tokens_dir()
     target = root / tokens_key(content_hash, tokenizer)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -184,11 +181,6 @@ def _cached(folder: Path, tokenizer: Any, encode: Encoder) -> Path | None:
         # a read-only home, or no room: the examples are made without it
         return None
     return target
-
-
-def _root() -> Path:
-    given = os.environ.get(TOKENS_DIR)
-    return Path(given).expanduser() if given else cache_dir() / _STAGE
 
 
 @contextmanager

@@ -6,7 +6,7 @@ Each takes one URL and settings as ``key=value``.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -86,9 +86,10 @@ def _pull(given: Given) -> int:
 
 def _list(given: Given) -> int:
     found = versions.list_versions(given.url)
+    unread = {url: text for version in found for url, text in version.problems.items()}
     if _as_json(given):
         print(json.dumps([asdict(version) for version in found], indent=1))
-        return 0
+        return 1 if unread else 0
     if not found:
         print("nothing is published here")
     for version in found:
@@ -98,7 +99,14 @@ def _list(given: Given) -> int:
             f"{state:10} {version.name or '.'} {version.content_hash} {time:%Y-%m-%d %H:%M:%S}Z "
             f"{len(version.files):4} files {version.size / 2**20:10,.1f} MiB  {version.run_id}"
         )
-    return 0
+    return _print_unread(unread)
+
+
+def _print_unread(unread: Mapping[str, str]) -> int:
+    """What could not be read; the exit code."""
+    for url, problem in unread.items():
+        print(f"not known {url}  {problem}")
+    return 1 if unread else 0
 
 
 def _retain(given: Given) -> int:
@@ -113,7 +121,7 @@ def _retain(given: Given) -> int:
         f"{len(done.removed)} versions and {done.unfinished} unfinished uploads were removed, "
         f"{len(done.busy)} were left for now"
     )
-    return 0
+    return _print_unread(done.unread)
 
 
 def _rollback(given: Given) -> int:
@@ -163,7 +171,11 @@ def _forget(given: Given) -> int:
         raise ConfigError(f"reports={reports}: write true or false", where="reports")
     found = lineage.forget(given.url, community, reports=reports == "true")
     if not _as_json(given):
-        print(f"removed {len(found.data)} data sets of {community}; what still depends on them:")
+        caches = f" and {len(found.tokens)} caches of its tokens" if found.tokens else ""
+        print(
+            f"removed {len(found.data)} data sets of {community}{caches}; what still depends on "
+            "them:"
+        )
     return _print_dependents(given, found, community)
 
 
@@ -173,8 +185,8 @@ def _print_dependents(given: Given, found: lineage.Dependents, community: str) -
     if _as_json(given):
         print(json.dumps({**asdict(found), "fingerprints": sorted(found.fingerprints)}, indent=1))
         return code
-    for url in found.data if "reports" not in given.settings else []:
-        print(f"data      {url}")
+    for place in [*found.data, *found.tokens] if "reports" not in given.settings else []:
+        print(f"data      {place}")
     for print_ in sorted(found.fingerprints):
         print(f"data      fingerprint {print_}")
     for model in found.models:
@@ -187,9 +199,7 @@ def _print_dependents(given: Given, found: lineage.Dependents, community: str) -
         print(f"artifact  {step} {hash_[:_SHOWN]}")
     if not (found.models or found.runs or found.artifacts):
         print(f"nothing below this URL was made of the data of {community}")
-    for url, problem in found.unread.items():
-        print(f"not known {url}  {problem}")
-    return code
+    return _print_unread(found.unread)
 
 
 def _as_json(given: Given) -> bool:

@@ -18,11 +18,14 @@ from dataclasses import dataclass
 from uuid import uuid4
 
 from dpo.errors import ObjectMissing, StoreError, WriteConflict
+from dpo.storage.progress import message
 from dpo.storage.store import Store
 
 PUBLISHING, RETIRING = "publishing", "retiring"
 RETIRING_SECONDS = 600.0
 """After this a mark of the clean-up is of a process that was killed."""
+_LONGEST_SECONDS = 86400.0
+"""What ``publish.deadline_seconds`` may be at most."""
 _PAUSE_SECONDS = 0.5
 
 
@@ -59,7 +62,11 @@ def being_written(
         with suppress(StoreError):
             store.delete(key)
         raise
-    store.delete(key)
+    try:
+        store.delete(key)
+    except StoreError as error:
+        # what was to be written is there
+        message("publish", f"{error.found}: the mark {store.url(key)} stays until its time is over")
 
 
 def _wait_for_clean_up(store: Store, mark: str, own: str, seconds: float) -> None:
@@ -82,10 +89,13 @@ def leases(store: Store, name: str, version: str) -> list[Lease]:
     for key, state in store.scan(f"{name}/{PUBLISHING}/{version}/"):
         try:
             values = json.loads(store.read(key))
-        except (ObjectMissing, ValueError):
+            files, seconds = tuple(map(str, values["files"])), float(values["seconds"])
+        except ObjectMissing:
             continue
-        ends = state.modified + float(values.get("seconds", 0))
-        found.append(Lease(key, tuple(values.get("files", ())), ends))
+        except (ValueError, KeyError, TypeError):
+            # it may be a publisher's all the same
+            files, seconds = (), _LONGEST_SECONDS
+        found.append(Lease(key, files, state.modified + seconds))
     return found
 
 

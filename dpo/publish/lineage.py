@@ -8,16 +8,19 @@ fingerprints of the sources. Nothing else is asked, so a chain can be read years
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
+from dpo.config.places import tokens_dir
 from dpo.errors import ArtifactError, ObjectMissing
-from dpo.publish.verify import find_version
-from dpo.storage.manifest import MANIFEST
+from dpo.storage.manifest import MANIFEST, read_manifest
 from dpo.storage.published import read_latest, read_version
 from dpo.storage.runs import parse_run
 from dpo.storage.store import Store, open_store
+from dpo.storage.trusted import find_version
 
 _ORDER = ("ingest", "sft", "reference", "preference", "evaluate", "gate", "publish")
 _LEAVES = ("evaluate", "gate", "publish")
@@ -51,6 +54,8 @@ class Dependents:
 
     data: list[str] = field(default_factory=list)
     """URLs of the data itself."""
+    tokens: list[str] = field(default_factory=list)
+    """Folders of this machine with token ids of its texts."""
     fingerprints: set[str] = field(default_factory=set)
     models: list[Model] = field(default_factory=list)
     runs: dict[str, list[str]] = field(default_factory=dict)
@@ -121,6 +126,7 @@ def dependents(url: str, community: str) -> Dependents:
         if len(tainted) == before:
             break
     found.models = [model for model in models if model.content_hash in tainted]
+    found.tokens = [str(folder) for folder in _token_caches() if _pairs(folder) in found.artifacts]
     stored = set(keys)
     for key, records in runs.items():
         if tainted & set(records):
@@ -129,6 +135,18 @@ def dependents(url: str, community: str) -> Dependents:
             present = [store.url(text) for text in texts if text in stored]
             found.runs[store.url(folder.rstrip("/"))] = present
     return found
+
+
+def _token_caches() -> list[Path]:
+    return sorted(path.parent for path in tokens_dir().glob(f"*/{MANIFEST}"))
+
+
+def _pairs(tokens: Path) -> str:
+    """Content hash of the pairs that token ids were made of; empty where nothing says it."""
+    try:
+        return read_manifest(tokens, verify=False).inputs.get("pairs", "")
+    except ArtifactError:
+        return ""
 
 
 def _spread(
@@ -235,8 +253,9 @@ def _model(store: Store, key: str) -> Model | None:
 def forget(url: str, community: str, *, reports: bool = False) -> Dependents:
     """Remove a community's data below a store's URL; returns what still depends on it.
 
-    Removed is ``communities/<name>/data/``, where the service keeps what was posted. Models, runs
-    and artifacts stay: which of them may is not for a command to decide. Manifests that cannot be
+    Removed is ``communities/<name>/data/``, where the service keeps what was posted, and token ids
+    of its texts in this machine's cache. Models, runs and artifacts stay: which of them may is not
+    for a command to decide. Manifests that cannot be
     read are in ``unread``; the data goes all the same.
 
     Args:
@@ -258,6 +277,8 @@ def forget(url: str, community: str, *, reports: bool = False) -> Dependents:
         found.runs = {run: [] if run in own else texts for run, texts in found.runs.items()}
     for object_url in removed:
         store.delete(object_url.removeprefix(f"{store.root}/"))
+    for folder in found.tokens:
+        shutil.rmtree(folder)
     return found
 
 

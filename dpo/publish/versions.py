@@ -29,6 +29,9 @@ class Version:
     name: str
     content_hash: str
     complete: bool = False
+    ours: bool = False
+    """Its name was published, or a publisher's mark names it: nobody else's folder of such a name.
+    """
     latest: bool = False
     published: float = 0.0
     """When its manifest was written, by the store's clock, in seconds since 1970."""
@@ -39,6 +42,8 @@ class Version:
     files: list[str] = field(default_factory=list)
     """Paths of what is there."""
     run_id: str = ""
+    problems: dict[str, str] = field(default_factory=dict)
+    """URL of its manifest, or of the name's ``latest.json``, that cannot be read, and why."""
 
 
 @dataclass
@@ -50,6 +55,8 @@ class Retained:
     """Would have been removed, but a publisher is at them."""
     unfinished: int = 0
     """Uploads that ended half-way and were removed."""
+    unread: dict[str, str] = field(default_factory=dict)
+    """URLs of what could not be read, and why: whatever depends on it was left."""
 
 
 def parent_of(url: str) -> tuple[Store, str]:
@@ -70,6 +77,7 @@ def list_versions(url: str, *, details: bool = True) -> list[Version]:
     """Versions at or below a URL: of a published name, or of all names in a store.
 
     Sorted by name; within a name the latest comes first, then those that it replaced, in order.
+    What cannot be read is in a version's ``problems``, and keeps nothing else from being listed.
 
     Args:
         url: Of a published name or of a store.
@@ -78,7 +86,28 @@ def list_versions(url: str, *, details: bool = True) -> list[Version]:
     return _list(open_store(url), details=details)
 
 
-def _list(store: Store, *, details: bool) -> list[Version]:
+def _list(store: Store, *, details: bool = True) -> list[Version]:
+    found, names = _scan(store)
+    by_name: dict[str, list[Version]] = defaultdict(list)
+    for version in found:
+        by_name[version.name].append(version)
+    ordered = []
+    for name in sorted(by_name):
+        latest = None
+        try:
+            latest = read_latest(store, name) if name in names else None
+        except ArtifactError as error:
+            for version in by_name[name]:
+                version.problems |= _problem(error)
+        ordered += _ordered(by_name[name], latest)
+    for version in ordered if details else []:
+        if version.complete:
+            _read(store, version)
+    return ordered
+
+
+def _scan(store: Store) -> tuple[list[Version], set[str]]:
+    """What looks like versions, by its keys alone; and the names that were published."""
     found: dict[tuple[str, str], Version] = {}
     scanned = list(store.scan())
     names = {match["name"] or "" for key, _ in scanned if (match := _LATEST_KEY.match(key))}
@@ -90,25 +119,37 @@ def _list(store: Store, *, details: bool) -> list[Version]:
         if name in (PUBLISHING, RETIRING) and name not in names:
             # the store's URL ends in the model's name: what is read as a name is the mark's folder
             name, mark = "", name
-        version = found.setdefault((name, hash_), Version(name, hash_))
-        if mark or not match["path"]:
+        if not mark and not match["path"]:
+            # a file that is named by a hash
+            continue
+        version = found.setdefault((name, hash_), Version(name, hash_, ours=name in names))
+        if mark:
+            version.ours = True
             continue
         version.files.append(match["path"])
         version.size += state.size
         version.touched = max(version.touched, state.modified)
         if match["path"] == MANIFEST:
             version.complete, version.published = True, state.modified
-    by_name: dict[str, list[Version]] = defaultdict(list)
-    for version in found.values():
-        by_name[version.name].append(version)
-    ordered = []
-    for name in sorted(by_name):
-        latest = read_latest(store, name) if name in names else None
-        ordered += _ordered(by_name[name], latest)
-    for version in ordered if details else []:
-        manifest = read_version(store, _prefix(version)) if version.complete else None
-        version.run_id = str(manifest["run_id"]) if manifest else ""
-    return ordered
+    return list(found.values()), names
+
+
+def _read(store: Store, version: Version) -> None:
+    """Take from a complete version's manifest what a list shows."""
+    try:
+        manifest = read_version(store, _prefix(version))
+    except ArtifactError as error:
+        version.problems |= _problem(error)
+        return
+    if manifest is None:
+        url = store.url(f"{_prefix(version)}/{MANIFEST}")
+        version.problems[url] = "it is no manifest of a version"
+    else:
+        version.run_id = str(manifest["run_id"])
+
+
+def _problem(error: ArtifactError) -> dict[str, str]:
+    return {str(error.where): error.found}
 
 
 def _ordered(versions: list[Version], latest: Latest | None) -> list[Version]:
@@ -133,7 +174,8 @@ def retain(url: str, keep: int, grace_hours: float = DEFAULT_GRACE_HOURS) -> Ret
 
     Never removed: the version that ``latest.json`` names, and one that a publisher writes. What an
     interrupted publisher left is removed when its mark has ended and nothing was written for
-    ``grace_hours``.
+    ``grace_hours``. A version whose manifest cannot be read stays and counts for none; a name whose
+    ``latest.json`` cannot be read is left as it is, and so are folders that are no publisher's.
 
     Args:
         url: Of a published name, or of a store with several.
@@ -146,13 +188,19 @@ def retain(url: str, keep: int, grace_hours: float = DEFAULT_GRACE_HOURS) -> Ret
     store = open_store(url)
     result = Retained()
     kept: dict[str, int] = defaultdict(int)
-    for version in _list(store, details=False):
+    for version in _list(store):
+        result.unread |= version.problems
+        if version.problems or not (version.complete or version.ours):
+            continue
         if version.complete:
             kept[version.name] += 1
             if version.latest or kept[version.name] <= keep:
                 _clean(store, version, result)
                 continue
-        _remove(store, version, grace_hours * 3600, result)
+        try:
+            _remove(store, version, grace_hours * 3600, result)
+        except ArtifactError as error:
+            result.unread |= _problem(error)
     return result
 
 

@@ -137,6 +137,20 @@ def test_forgetting_may_remove_what_shows_its_text(pipeline, communities):
     verify(f"{pipeline.root}/communities/acme/policy")
 
 
+def test_forgetting_removes_the_tokens_of_its_texts(pipeline, communities, monkeypatch, capsys):
+    cache = pipeline.folder / "tokens"
+    monkeypatch.setenv("DPO_TOKENS_DIR", str(cache))
+    for run_id in ("acme-run", "other-run"):
+        pairs = read_manifest(pipeline.folder / run_id / "pairs").content_hash
+        output(cache / run_id, "tokens", {"tokens.json": [1]}, inputs={"pairs": pairs})
+    (cache / "broken").mkdir()
+    (cache / "broken/manifest.json").write_text("{")
+    assert dependents(pipeline.root, "acme").tokens == [str(cache / "acme-run")]
+    assert main(["forget", pipeline.root, "community=acme"]) == 0
+    assert "removed 1 data sets of acme and 1 caches of its tokens" in capsys.readouterr().out
+    assert sorted(path.name for path in cache.iterdir()) == ["broken", "other-run"]
+
+
 def test_forgetting_leaves_the_reports_of_another_community_with_equal_data(pipeline):
     store = open_store(pipeline.root)
     for name in ("acme", "other"):

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from dpo.cli import main
 from dpo.errors import ArtifactError, StoreError, WriteConflict
 from dpo.publish import lease, version
 from dpo.publish.lease import being_retired, being_written
@@ -285,6 +286,56 @@ def test_a_store_without_conditional_writes_is_refused(bucket_url, tmp_path, mon
         with pytest.raises(StoreError, match="no conditional writes"):
             publish(url, tmp_path, 2)
     check_store(url, [first])
+
+
+def test_what_cannot_be_read_is_told_and_nothing_is_removed_for_it(url, tmp_path, capsys):
+    """A damaged manifest counts for none; of a damaged ``latest.json`` all versions stay."""
+    one, two, three = (publish(url, tmp_path, seed) for seed in (1, 2, 3))
+    others = [publish(url, tmp_path, seed, name="other") for seed in (4, 5)]
+    store = open_store(url)
+    store.write(f"policy/{two.content_hash}/manifest.json", b"{")
+    store.write("other/latest.json", b"{")
+    store.write(f"other/{'a' * 64}/half", b"half")
+    bad = {store.url(f"policy/{two.content_hash}/manifest.json"), store.url("other/latest.json")}
+    assert main(["list", url]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert {line.split()[2] for line in said if line.startswith("not known")} == bad
+    assert sum(one.content_hash in line for line in said) == 1
+    assert main(["list", url, "format=json"]) == 1
+    result = retain(url, keep=2, grace_hours=0)
+    assert (result.removed, set(result.unread)) == ([], bad)
+    assert store.read(f"other/{'a' * 64}/half") == b"half"
+    capsys.readouterr()
+    assert main(["retain", url, "keep=1"]) == 1
+    assert f"removed policy {one.content_hash}" in capsys.readouterr().out
+    left = {version.content_hash for version in list_versions(url)}
+    assert left == {h.content_hash for h in (two, three, *others)} | {"a" * 64}
+
+
+def test_a_rollback_passes_over_what_is_damaged(url, tmp_path):
+    one, two, _ = (publish(url, tmp_path, seed) for seed in (1, 2, 3))
+    store = open_store(url)
+    store.write(f"policy/{two.content_hash}/manifest.json", b"{")
+    assert rollback(store, "policy") == one.content_hash
+
+
+@pytest.mark.parametrize("key", ["blob", "manifest.json"])
+def test_folders_of_others_are_left(url, tmp_path, key):
+    """A store of blobs by their hashes, in the same bucket."""
+    publish(url, tmp_path, 1)
+    store = open_store(url)
+    for digit in "abc":
+        store.write(f"cas/{digit * 64}/{key}", b'{"format_version": 1}')
+        store.write(f"cas/{digit * 64}.json", b"{}")
+    assert retain(url, keep=1, grace_hours=0).removed == []
+    assert len(list(store.list("cas/"))) == 6
+
+
+def test_a_mark_that_cannot_be_read_may_be_a_publishers(url, tmp_path):
+    store = open_store(url)
+    done = [publish(url, tmp_path, seed) for seed in (1, 2)]
+    store.write(f"policy/publishing/{done[0].content_hash}/x.json", b"{")
+    assert hashes(retain(url, keep=1).busy) == [done[0].content_hash]
 
 
 def test_who_is_always_too_late_says_so(url, tmp_path, monkeypatch):
