@@ -11,6 +11,7 @@ from dpo.errors import MissingDependency, StoreError, StoreUnavailable
 
 _AUTHOR = "dpo-pipeline"
 _FORMAT, _FORMAT_VERSION = "safetensors", "1"
+_OURS = "minio://"
 
 
 def register(
@@ -34,15 +35,16 @@ def register(
         client = _client(address)
         # the client fails where it is asked for a version of a model that there is not
         known = client.get_registered_model(name)
-        if known is None or client.get_model_version(name, version) is None:
-            client.register_model(
-                name,
-                url,
-                version=version,
-                model_format_name=_FORMAT,
-                model_format_version=_FORMAT_VERSION,
-                metadata=dict(facts),
-            )
+        made = client.get_model_version(name, version) if known else None
+        if url.startswith(_OURS):
+            # whoever serves models knows the other name alone
+            url = f"s3://{url.removeprefix(_OURS)}"
+        form = {"model_format_name": _FORMAT, "model_format_version": _FORMAT_VERSION}
+        if made is None:
+            client.register_model(name, url, version=version, metadata=dict(facts), **form)
+        elif client.get_model_artifact(name, version) is None:
+            # the one before ended between the version and its place; there is no public call
+            client.async_runner(client._register_model_artifact(made, name, url, **form))
     except ImportError:
         raise MissingDependency(
             "the model is published; publish.registry needs the package model-registry",

@@ -63,6 +63,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.one(self.server.models, query)
         if kind == "model_version":
             return self.one(self.server.versions, query)
+        if kind == "model_artifact":
+            return self.one(self.server.artifacts, query)
         if match := re.fullmatch(r"registered_models/(\d+)/versions", kind):
             items = [v for v in self.server.versions if v["registeredModelId"] == match[1]]
         elif match := re.fullmatch(r"model_versions/(\d+)/artifacts", kind):
@@ -121,6 +123,15 @@ def test_registering_again_changes_nothing_and_a_second_version_is_added(service
     assert (len(service.models), len(service.versions)) == (1, 1)
     register(service.address, "policy", "f" * 64, URL, {"run_id": "run-2"})
     assert (len(service.models), len(service.versions)) == (1, 2)
+
+
+def test_a_version_that_was_left_without_its_place_gets_it(service):
+    """The publisher ended between the two requests."""
+    register(service.address, "policy", HASH, URL, {"run_id": "run-1"})
+    service.artifacts.clear()
+    register(service.address, "policy", HASH, URL, {"run_id": "run-1"})
+    assert [artifact["uri"] for artifact in service.artifacts] == [URL]
+    assert len(service.versions) == 1
 
 
 def test_nobody_answers():
