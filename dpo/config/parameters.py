@@ -125,16 +125,24 @@ def stage_configs(parameters: Mapping[str, Any]) -> dict[Stage, RunConfig]:
             "preference_loss=sft: the preference stage needs a preference loss",
             fix="choose dpo, ipo or another preference loss",
         )
-    _refuse_missing_adapter(sides["preference"])
+    _check_adapter(sides["preference"])
     if not sides["preference"].loss.needs_reference:
         # held-out pairs are scored all the same: the report compares with the SFT model
         sides["preference"] = sides["preference"].model_copy(update={"score_training_pairs": False})
     return {stage: restrict(sides[side], stage) for stage, side in _SIDE_OF_STAGE.items()}
 
 
-def _refuse_missing_adapter(config: RunConfig) -> None:
-    """Found here, and not by the last step: what is to be published alone must be trained so."""
+def _check_adapter(config: RunConfig) -> None:
+    """Found here, and not by the last step: an adapter alone is trained and published as one."""
     trained = config.lora.enabled and config.lora.save == "adapter"
+    if trained and config.publish.lora == "merged":
+        raise ConfigError(
+            "lora.save=adapter with publish.lora=merged: the step that publishes does not have the "
+            "model that the adapter belongs to",
+            where="publish.lora",
+            fix="leave lora.save=adapter out (a whole model is written and published), or add "
+            "publish.lora=adapter",
+        )
     if config.publish.lora == "adapter" and not trained:
         raise ConfigError(
             "publish.lora=adapter: the preference stage writes no adapter",

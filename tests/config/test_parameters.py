@@ -130,5 +130,7 @@ def test_an_adapter_that_is_not_written_cannot_be_published_alone(lora):
     with pytest.raises(ConfigError, match="writes no adapter"):
         stage_configs({**TINY, "preference_overrides": ["publish.lora=adapter", *lora]})
     written = ["publish.lora=adapter", "lora.enabled=true", "lora.save=adapter"]
+    with pytest.raises(ConfigError, match="does not have the model that the adapter belongs to"):
+        stage_configs({**TINY, "preference_overrides": written[1:]})
     configs = stage_configs({**TINY, "preference_overrides": written})
     assert configs["publish"].publish.lora == "adapter"
