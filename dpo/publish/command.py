@@ -6,6 +6,7 @@ Each takes one URL and settings as ``key=value``.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -19,6 +20,8 @@ from dpo.publish.version import rollback
 from dpo.storage.store import open_store
 
 _SHOWN = 12
+_SETTING = re.compile(r"[\w.]+=")
+"""A URL may have = in its path."""
 _ROLLBACK = "publish --rollback"
 
 
@@ -54,8 +57,8 @@ def run(name: str, arguments: Sequence[str], example: str) -> int:
         DpoError: what the command found.
     """
     known, command = _COMMANDS[name]
-    urls = [text for text in arguments if "=" not in text]
-    settings = dict(text.split("=", 1) for text in arguments if "=" in text)
+    urls = [text for text in arguments if not _SETTING.match(text)]
+    settings = dict(text.split("=", 1) for text in arguments if text not in urls)
     if unknown := sorted(set(settings) - set(known)):
         takes = f"it takes {', '.join(f'{key}=' for key in known)}" if known else "it takes none"
         raise ConfigError(f"dpo {name} knows no {unknown[0]}=", fix=takes)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-from dpo.errors import ArtifactError
+from dpo.errors import ArtifactError, StoreFull
 from dpo.publish.lease import PUBLISHING, RETIRING, RETIRING_SECONDS, being_retired, leases
 from dpo.storage.manifest import MANIFEST
 from dpo.storage.published import LATEST, Latest, read_latest, read_version
@@ -195,12 +197,15 @@ def retain(url: str, keep: int, grace_hours: float = DEFAULT_GRACE_HOURS) -> Ret
         if version.complete:
             kept[version.name] += 1
             if version.latest or kept[version.name] <= keep:
-                _clean(store, version, result)
+                # on a full disk that can wait
+                with suppress(StoreFull):
+                    _clean(store, version, result)
                 continue
-        try:
-            _remove(store, version, grace_hours * 3600, result)
-        except ArtifactError as error:
-            result.unread |= _problem(error)
+        with _noting(result):
+            try:
+                _remove(store, version, grace_hours * 3600, result)
+            except StoreFull:
+                _remove_when_full(store, version, grace_hours * 3600, result)
     return result
 
 
@@ -245,6 +250,38 @@ def _remove(store: Store, version: Version, grace_seconds: float, result: Retain
         for lease in ended:
             at.delete(lease.key)
     result.removed.append(version)
+
+
+def _remove_when_full(
+    store: Store, version: Version, grace_seconds: float, result: Retained
+) -> None:
+    """The same where a full disk has no room for a mark, until files have gone without one.
+
+    No publisher begins before that either, for its mark needs room as well. There is no mark to
+    tell the store's time by, so it is taken from this machine.
+    """
+    at, name = _at(store, version)
+    now, latest = time.time(), read_latest(at, name)
+    at_it = any(lease.ends > now for lease in leases(at, name, version.content_hash))
+    young = not version.complete and now - version.touched < grace_seconds
+    if at_it or young or (latest and latest.content_hash == version.content_hash):
+        result.busy.append(version)
+        return
+    for path in sorted(version.files, key=lambda path: path != MANIFEST):
+        at.delete(f"{name}/{version.content_hash}/{path}")
+        with suppress(StoreFull):
+            _remove(store, version, grace_seconds, result)
+            return
+    _remove(store, version, grace_seconds, result)
+
+
+@contextmanager
+def _noting(result: Retained) -> Iterator[None]:
+    """What cannot be read is noted, and the clean-up goes on."""
+    try:
+        yield
+    except ArtifactError as error:
+        result.unread |= _problem(error)
 
 
 def _discard(store: Store, name: str, version: Version, paths: list[str] | tuple[str, ...]) -> int:

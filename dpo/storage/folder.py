@@ -89,11 +89,7 @@ class FolderStore(Store):
             partial.unlink(missing_ok=True)
 
     def scan(self, prefix: str = "") -> Iterator[tuple[str, ObjectStat]]:
-        # not rglob: a folder that another process removes meanwhile would end it
-        walked = (
-            (Path(place, name), name) for place, _, names in os.walk(self.folder) for name in names
-        )
-        found = (path for path, name in walked if not _is_partial(name) and path.is_file())
+        found = (path for path in _walk(self.folder) if path.is_file())
         for key, path in sorted((p.relative_to(self.folder).as_posix(), p) for p in found):
             if key.startswith(prefix) and path.name != _LOCK:
                 # another process may remove it meanwhile
@@ -182,6 +178,20 @@ class FolderStore(Store):
             raise StoreUnavailable(
                 f"the folder cannot be used: {error.strerror}", where=where, fix="check the disk"
             ) from None
+
+
+def _walk(top: Path) -> Iterator[Path]:
+    """Files below a folder, those behind links to folders too, each folder once."""
+    seen = set()
+    # not rglob: a folder that another process removes meanwhile would end it
+    for place, folders, names in os.walk(top, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place, name) for name in names if not _is_partial(name))
 
 
 def _stat(path: Path) -> ObjectStat:

@@ -84,6 +84,7 @@ class Bar:
     def __init__(self, step: str, unit: str, total: int | None, done: int = 0) -> None:
         self.step, self.unit, self.total = step, unit, total
         self.done = self._before = done
+        self._told = 0
         self.shortest_seconds = 0.0
         """Least time between two lines; where they go may ask for more."""
         self._shown = 0.0
@@ -147,7 +148,8 @@ class Bar:
             self._rich.update(self._task, completed=self.done)
             if note:
                 self._rich.update(self._task, note=note)
-        elif not force or self.done:
+        elif self.done != self._told:
+            self._told = self.done
             of = f"/{self.total}" if self.total else ""
             text = f"{self.step}: {self.done}{of} {self.unit}  {note}  {self._left()}"
             print(text.rstrip(), file=sys.stderr)

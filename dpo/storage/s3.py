@@ -26,6 +26,7 @@ from uuid import uuid4
 from dpo.errors import (
     ArtifactError,
     ObjectMissing,
+    StoreAccessDenied,
     StoreError,
     StoreUnavailable,
     WriteConflict,
@@ -87,7 +88,7 @@ class S3Store(Store):
         return f"{self.connection.endpoint} {self.bucket}/{self.prefix}"
 
     def check(self, *, create: bool = False) -> None:
-        if self._call(self.root, lambda: self._client.bucket_exists(self.bucket)):
+        if self._is_there():
             return
         if not create:
             raise ObjectMissing(
@@ -98,6 +99,16 @@ class S3Store(Store):
         # another publisher may make it at the same moment
         with suppress(WriteConflict):
             self._call(self.root, lambda: self._client.make_bucket(self.bucket))
+
+    def _is_there(self) -> bool:
+        try:
+            return bool(self._call(self.root, lambda: self._client.bucket_exists(self.bucket)))
+        except StoreAccessDenied:
+            # an account that is limited to a prefix may ask for names below it and no more
+            below = f"{self.prefix}/" if self.prefix else ""
+            query = {"list-type": "2", "max-keys": "1", "prefix": below}
+            self._call(self.root, lambda: self._execute("GET", None, query))
+            return True
 
     def stat(self, key: str) -> ObjectStat | None:
         try:

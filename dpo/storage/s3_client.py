@@ -42,6 +42,7 @@ _SEND_BYTES = 64 << 10
 _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 10.0
 _SKEW_SECONDS = 300.0
+_REGION = "us-east-1"
 _CERTIFICATES = ("AWS_CA_BUNDLE", "SSL_CERT_FILE")
 
 _MISSING = {"NoSuchKey", "NoSuchBucket", "NoSuchObject", "NoSuchUpload"}
@@ -60,9 +61,10 @@ _DENIED = {
 
 
 class Client(Minio):  # type: ignore[misc]
-    """The minio client, except that a request may say itself what its payload's hash is.
+    """The minio client, except for two things.
 
-    The client would hash each body a second time; ours carry a checksum that the store compares.
+    A request may say itself what its payload's hash is: the client would hash each body a second
+    time, and ours carry a checksum that the store compares. And it needs no ``GetBucketLocation``.
     """
 
     def _build_headers(
@@ -79,6 +81,15 @@ class Client(Minio):  # type: ignore[misc]
         if creds:
             made[PAYLOAD_HASH] = given
         return made, date
+
+    def _get_region(self, bucket_name: str | None = None) -> str:
+        """An account that may not ask for it has the region that services have by default."""
+        try:
+            return str(super()._get_region(bucket_name))
+        except S3Error as error:
+            if error.code != "AccessDenied":
+                raise
+            return _REGION
 
 
 class Body:
@@ -256,7 +267,8 @@ class Caller:
         return StoreAccessDenied(
             f"{_DENIED[code]}{missing}",
             where=where,
-            fix="check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and the account's policy",
+            fix="check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and the account's policy "
+            "(without s3:ListBucket a store says this of all that is missing)",
         )
 
 

@@ -188,7 +188,8 @@ def open_store(url: str) -> Store:
     if parts.scheme == "file":
         from dpo.storage.folder import FolderStore
 
-        if parts.netloc not in ("", "localhost") or not parts.path.strip("/"):
+        named = parts.path.startswith("/") and parts.path.strip("/")
+        if parts.netloc not in ("", "localhost") or not named:
             raise ConfigError(
                 f"{url!r} does not name an absolute folder", fix="write file:///absolute/folder"
             )

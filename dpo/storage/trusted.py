@@ -52,7 +52,7 @@ def find_version(url: str) -> Found:
     """
     store = open_store(url)
     place, _, last = unquote(store.root).rpartition("/")
-    if manifest := read_version(store):
+    if manifest := _own_manifest(store):
         wanted = last if HASH.fullmatch(last) else ""
         return _checked(Found(store, "", manifest, ""), wanted, place if wanted else "")
     latest = read_latest(store)
@@ -75,6 +75,15 @@ def find_version(url: str) -> Found:
         )
     found = Found(store, f"{latest.content_hash}/", manifest, "")
     return _checked(found, latest.content_hash, unquote(store.root))
+
+
+def _own_manifest(store: Store) -> dict[str, Any] | None:
+    """The manifest of the version that a URL ends in; None where it ends in a name."""
+    try:
+        return read_version(store)
+    except StoreAccessDenied:
+        # an account that may not list is told so of what is missing; latest.json may be there
+        return None
 
 
 def _checked(found: Found, wanted: str, place: str) -> Found:

@@ -288,6 +288,15 @@ def test_the_commands_on_published_models(pipeline, communities, capsys):
     assert out.count("\nmodel ") == 2
 
 
+def test_a_url_may_have_an_equals_sign_in_its_path(pipeline, capsys):
+    root = f"{pipeline.root}/env=prod"
+    pipeline.run("run-1", source("pairs.jsonl"), store=root)
+    assert main(["verify", f"{root}/policy"]) == 0
+    assert main(["list", root, "format=json"]) == 0
+    assert main(["publish", "--rollback", f"publish.store={root}"]) == 1
+    assert "no earlier version" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from dpo.cli import main
-from dpo.errors import ArtifactError, StoreError, WriteConflict
+from dpo.errors import ArtifactError, StoreError, StoreFull, WriteConflict
 from dpo.publish import lease, version
 from dpo.publish.lease import being_retired, being_written
 from dpo.publish.version import point_latest, publish_files, rollback
@@ -336,6 +336,36 @@ def test_a_mark_that_cannot_be_read_may_be_a_publishers(url, tmp_path):
     done = [publish(url, tmp_path, seed) for seed in (1, 2)]
     store.write(f"policy/publishing/{done[0].content_hash}/x.json", b"{")
     assert hashes(retain(url, keep=1).busy) == [done[0].content_hash]
+
+
+@pytest.mark.parametrize("needed", [1, 3])
+def test_a_full_disk_is_cleaned_up(url, tmp_path, monkeypatch, needed):
+    """Nothing can be written until some files are gone, the clean-up's mark neither."""
+    one, two = (publish(url, tmp_path, seed) for seed in (1, 2))
+    store = type(open_store(url))
+    write, delete, gone = store.write, store.delete, []
+
+    def full(self, key, data, *, expected=None):
+        if len(gone) < needed:
+            raise StoreFull("no space left")
+        write(self, key, data, expected=expected)
+
+    def noted(self, key):
+        delete(self, key)
+        gone.append(key)
+
+    monkeypatch.setattr(store, "write", full)
+    monkeypatch.setattr(store, "delete", noted)
+    assert hashes(retain(url, keep=1).removed) == [one.content_hash]
+    assert gone[0] == f"policy/{one.content_hash}/manifest.json"
+    assert hashes(list_versions(url)) == [two.content_hash]
+    check_store(url, [two])
+    gone.clear()
+    # one that is being written has its mark, and what is young may get one
+    for name in (f"policy/publishing/{'a' * 64}/x.json", f"policy/{'b' * 64}/half"):
+        write(open_store(url), name, b'{"files": [], "seconds": 60}')
+    assert sorted(hashes(retain(url, keep=1).busy)) == ["a" * 64, "b" * 64]
+    assert gone == []
 
 
 def test_who_is_always_too_late_says_so(url, tmp_path, monkeypatch):

@@ -2,6 +2,11 @@
 
 import hashlib
 import os
+import shutil
+import ssl
+import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 import pytest
@@ -116,6 +121,7 @@ def test_no_key_leads_out_of_the_store(store, key):
         ("s3://user:planted@bucket/x", "credentials"),
         ("s3://Bad_Bucket", "bucket"),
         ("file://relative", "absolute"),
+        ("file:relative", "absolute"),
         ("s3://bucket/x?versionId=1", r"\?"),
         ("s3://bucket/../x", r"\.\."),
         ("s3://bucket/x/./y", r"\.\."),
@@ -127,6 +133,19 @@ def test_wrong_urls_are_named(url, words, no_store_variables):
     with pytest.raises(ConfigError, match=words) as caught:
         open_store(url)
     assert "planted" not in str(caught.value)
+
+
+def test_links_in_a_folder_are_followed_once(tmp_path):
+    """A name on another disk is listed; a link that leads back ends."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store/policy").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/back").symlink_to(tmp_path / "store")
+    (tmp_path / "store/nowhere").symlink_to(tmp_path / "none")
+    store = open_store((tmp_path / "store").as_uri())
+    store.write("policy/a", b"1")
+    store.write("b", b"2")
+    assert list(store.list()) == ["b", "policy/a"]
 
 
 @pytest.mark.minio
@@ -168,6 +187,46 @@ def test_tls_to_a_server_without_it_is_told_from_no_answer(bucket_url, monkeypat
     with pytest.raises(StoreError, match="does not speak TLS") as caught:
         open_store(bucket_url).read("k")
     assert "write http://" in str(caught.value)
+
+
+class Answers(BaseHTTPRequestHandler):
+    """Says that whatever is asked for is there."""
+
+    def do_HEAD(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        return
+
+
+def test_a_certificate_that_is_not_trusted_is_told_from_no_answer(
+    tmp_path, no_store_variables, monkeypatch
+):
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is needed to make a certificate: apt-get install openssl")
+    own, key = tmp_path / "own.pem", tmp_path / "key.pem"
+    kind = ["-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(own)]
+    subprocess.run(["openssl", "req", *kind, *names], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(own, key)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"https://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("AWS_REGION", "us-east-1")
+        monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+        monkeypatch.delenv("AWS_CA_BUNDLE", raising=False)
+        with pytest.raises(StoreError, match="certificate is not trusted here") as caught:
+            open_store("s3://bucket").check()
+        assert "AWS_CA_BUNDLE" in caught.value.fix
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(own))
+        open_store("s3://bucket").check()
+        server.shutdown()
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "none.pem"))
+    with pytest.raises(ConfigError, match=r"AWS_CA_BUNDLE names no file: .*none\.pem"):
+        open_store("s3://bucket")
 
 
 @pytest.mark.parametrize(
