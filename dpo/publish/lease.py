@@ -46,13 +46,14 @@ def being_written(
 ) -> Iterator[None]:
     """Keep the clean-up away from a version for at most ``seconds``.
 
-    The mark stays when the store failed: uploads may be left, and the mark tells where.
+    The mark stays when that fails: files and uploads may be left, and the mark tells where. It goes
+    on to count when the store failed, for uploads may still be under way.
 
     Raises:
         WriteConflict: the clean-up did not finish in that time.
     """
     key = f"{name}/{PUBLISHING}/{version}/{uuid4().hex}.json"
-    store.write(key, json.dumps({"files": list(files), "seconds": seconds}).encode())
+    store.write(key, _mark(files, seconds))
     try:
         _wait_for_clean_up(store, f"{name}/{RETIRING}/{version}.json", key, seconds)
         yield
@@ -60,13 +61,21 @@ def being_written(
         raise
     except BaseException:
         with suppress(StoreError):
-            store.delete(key)
+            if files:
+                # whole files may be left: the mark says whose, and that nobody is at them
+                store.write(key, _mark(files, 0.0))
+            else:
+                store.delete(key)
         raise
     try:
         store.delete(key)
     except StoreError as error:
         # what was to be written is there
         message("publish", f"{error.found}: the mark {store.url(key)} stays until its time is over")
+
+
+def _mark(files: Sequence[str], seconds: float) -> bytes:
+    return json.dumps({"files": list(files), "seconds": seconds}).encode()
 
 
 def _wait_for_clean_up(store: Store, mark: str, own: str, seconds: float) -> None:

@@ -115,6 +115,14 @@ def _is_whole(store: Store, files: Sequence[FileEntry], name: str, version: str)
 
 def _upload(store: Store, folder: Path, files: Sequence[FileEntry], prefix: str) -> int:
     """Send what is not there; the number of bytes sent."""
+    try:
+        return _send_files(store, folder, files, prefix)
+    finally:
+        # nothing is under way any more, and the mark is to be written
+        store.given_up = False
+
+
+def _send_files(store: Store, folder: Path, files: Sequence[FileEntry], prefix: str) -> int:
     total = sum(entry.size for entry in files)
     with track("publish", "bytes", total) as bar, ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
 

@@ -219,6 +219,26 @@ def test_the_deadline_ends_an_upload_that_goes_on(line, server, models):
     check_store(URL, [first])
 
 
+def test_an_upload_that_is_interrupted_ends_at_once(line, server, tmp_path):
+    """Ctrl-C while parts of 16 MiB, which take 8 s each here, are on their way."""
+    model = Model(tmp_path / "model", 7, sizes=(40 * MIB, 1000))
+    process = start_publisher(model, URL, 60.0)
+    open_store(URL).check(create=True)
+    line.bytes_per_s = 2 * MIB
+    process.stdin.write("\n")
+    process.stdin.flush()
+    wait_until(lambda: line.sent > 3 * MIB)
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert time.monotonic() - start < 5
+    line.bytes_per_s = None
+    assert leftovers(server) == []
+    # the whole small file was the first ever of its name: the mark says that it is no other's
+    assert len(retain(URL, 1, 0).removed) == 1
+    assert list(open_store(URL).list()) == []
+
+
 def test_a_connection_that_is_cut_again_and_again(line, server, models):
     first = models[0].publish(URL, create=True)
     line.bytes_per_s = 60 * MIB
