@@ -14,8 +14,7 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from io import FileIO
 from pathlib import Path
@@ -34,10 +33,9 @@ from dpo.errors import (
 )
 from dpo.storage.s3_client import PAYLOAD_HASH, UNSIGNED, Body, Bytes, Caller, make_client, parsed
 from dpo.storage.s3_connection import GOOGLE_HOST, Connection, connection, google_connection
+from dpo.storage.s3_parts import PART_BYTES, Part, completion, part_bytes, unfinished
 from dpo.storage.store import ObjectStat, Progress, Store, safe_key
 
-_PART_BYTES = 16 << 20
-_MOST_PARTS = 10_000
 _PARTS_AT_ONCE = 6
 """Times the size of a part: the memory that all uploads together take, however large the files."""
 _CHUNK_BYTES = 1 << 20
@@ -55,16 +53,6 @@ def open_bucket(scheme: str, bucket: str, prefix: str, url: str) -> Store:
 
         return GoogleStore(bucket, prefix, url, found)
     return S3Store(bucket, prefix, url, found)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A part that the store has."""
-
-    number: int
-    etag: str
-    checksum: str
-    """CRC-32, base64; empty where the service has none."""
 
 
 class S3Store(Store):
@@ -148,7 +136,7 @@ class S3Store(Store):
 
     def upload(self, path: Path, key: str, sha256: str, progress: Progress | None = None) -> None:
         size = path.stat().st_size
-        if size <= _PART_BYTES:
+        if size <= PART_BYTES:
             self._upload_whole(path, key, sha256)
             if progress:
                 progress(size)
@@ -206,14 +194,10 @@ class S3Store(Store):
             # MinIO answers for an exact key only
             return self._execute("GET", None, {"uploads": "", "prefix": name}).data
 
-        count = 0
-        now = datetime.now(UTC).timestamp()
-        for upload in parsed(self._call(self.url(key), ask)).findall("{*}Upload"):
-            begun = datetime.fromisoformat(upload.findtext("{*}Initiated", "")).timestamp()
-            if upload.findtext("{*}Key") == name and now - begun >= older_seconds:
-                self._abort(key, upload.findtext("{*}UploadId", ""))
-                count += 1
-        return count
+        found = list(unfinished(self._call(self.url(key), ask), name, older_seconds))
+        for upload_id in found:
+            self._abort(key, upload_id)
+        return len(found)
 
     # --- one file ---
 
@@ -230,12 +214,11 @@ class S3Store(Store):
         url = self.url(key)
         begin = lambda: self._begin(key, sha256)  # noqa: E731
         upload_id = self._call(url, begin)
-        part_bytes = max(_PART_BYTES, -(-size // _MOST_PARTS))
-        waiting: list[Future[_Part]] = []
+        waiting: list[Future[Part]] = []
         digest = hashlib.sha256()
         try:
             with path.open("rb", buffering=0) as file:
-                while part := self._next(file, part_bytes, waiting):
+                while part := self._next(file, part_bytes(size), waiting):
                     buffer, data = part
                     digest.update(data)
                     number = len(waiting) + 1
@@ -257,7 +240,7 @@ class S3Store(Store):
             raise
 
     def _next(
-        self, file: FileIO, n_bytes: int, waiting: list[Future[_Part]]
+        self, file: FileIO, n_bytes: int, waiting: list[Future[Part]]
     ) -> tuple[bytearray, memoryview] | None:
         """The next part and whose memory it is in, once there is some; None at the end.
 
@@ -287,7 +270,7 @@ class S3Store(Store):
             return None
         return buffer, view[:size]
 
-    def _give_back(self, buffer: bytearray, _: Future[_Part]) -> None:
+    def _give_back(self, buffer: bytearray, _: Future[Part]) -> None:
         self._buffers.put(buffer)
 
     def _begin(self, key: str, sha256: str) -> str:
@@ -297,24 +280,17 @@ class S3Store(Store):
 
     def _part(
         self, key: str, upload_id: str, number: int, data: Bytes, progress: Progress | None
-    ) -> _Part:
+    ) -> Part:
         headers = self._part_checksum(data)
         query = {"partNumber": str(number), "uploadId": upload_id}
         answer = self._call(self.url(key), lambda: self._send("PUT", key, data, headers, query))
         if progress:
             progress(len(data))
         checksum = headers.get("x-amz-checksum-crc32", "")
-        return _Part(number, answer.headers["ETag"].strip('"'), checksum)
+        return Part(number, answer.headers["ETag"].strip('"'), checksum)
 
-    def _finish(self, key: str, upload_id: str, parts: list[_Part]) -> None:
-        lines = [
-            f"<Part><PartNumber>{part.number}</PartNumber><ETag>{part.etag}</ETag>"
-            + (f"<ChecksumCRC32>{part.checksum}</ChecksumCRC32>" if part.checksum else "")
-            + "</Part>"
-            for part in parts
-        ]
-        body = f"<CompleteMultipartUpload>{''.join(lines)}</CompleteMultipartUpload>".encode()
-        answer = self._send("POST", key, body, {}, {"uploadId": upload_id})
+    def _finish(self, key: str, upload_id: str, parts: list[Part]) -> None:
+        answer = self._send("POST", key, completion(parts), {}, {"uploadId": upload_id})
         # the service answers 200 before it knows, and says later what went wrong
         if (root := parsed(answer.data)).tag.endswith("Error"):
             raise StoreUnavailable(
