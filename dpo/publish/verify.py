@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dpo.errors import ArtifactError, ObjectMissing
-from dpo.storage.manifest import sha256_file
+from dpo.errors import ArtifactError, ObjectMissing, StoreAccessDenied
+from dpo.storage.manifest import MANIFEST, sha256_file
 from dpo.storage.progress import track
 from dpo.storage.store import Progress, safe_key
 from dpo.storage.trusted import Found, find_version
@@ -24,8 +24,8 @@ def verify(url: str) -> dict[str, Any]:
     """Re-hash every file of a published version; returns its manifest, with ``signed`` in words.
 
     Raises:
-        ArtifactError: a file is missing or differs, the message names it; or the signature is not
-            that of a key that is trusted here.
+        ArtifactError: a file is missing, differs or is too many, the message names it; or the
+            signature is not that of a key that is trusted here.
     """
     found = find_version(url)
     found.store.retry_seconds = _RETRY_SECONDS
@@ -37,7 +37,28 @@ def verify(url: str) -> dict[str, Any]:
             local.unlink()
 
         _each("verify", found.manifest, fetch)
+    _refuse_others(found)
     return {**found.manifest, "signed": found.signed}
+
+
+def _refuse_others(found: Found) -> None:
+    """Refuse files that the manifest does not name: whoever serves the folder as it is reads them.
+
+    Raises:
+        ArtifactError: there is one.
+    """
+    known = {entry["path"] for entry in found.manifest["files"]} | {MANIFEST}
+    try:
+        there = [key.removeprefix(found.prefix) for key in found.store.list(found.prefix)]
+    except StoreAccessDenied:
+        # an account that may read objects and not list them
+        return
+    if others := sorted(set(there) - known):
+        raise ArtifactError(
+            f"{others[0]} is there and is no file of this version",
+            where=found.store.url(f"{found.prefix}{others[0]}"),
+            fix="remove it; `dpo pull` fetches the version's own files alone",
+        )
 
 
 def pull(url: str, target: Path) -> dict[str, Any]:

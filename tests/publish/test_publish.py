@@ -140,6 +140,18 @@ def test_damage_is_found_and_named(run, url, damage):
     verify(f"{url}/policy")
 
 
+def test_a_file_that_is_none_of_the_versions_is_named(run, url):
+    """Servers read a folder as it is: more weights in it would be loaded."""
+    published = publish(run, url)
+    key = f"policy/{published['content_hash']}/more.safetensors"
+    open_store(url).write(key, b"x")
+    for address in (f"{url}/policy", published["url"]):
+        with pytest.raises(ArtifactError, match=r"more\.safetensors is there and is no file of"):
+            verify(address)
+    pull(f"{url}/policy", run / "pulled")
+    assert not (run / "pulled/more.safetensors").exists()
+
+
 def test_a_version_without_its_manifest_is_completed(run, url):
     """Its files are there; they are not sent again."""
     published = publish(run, url)
@@ -234,6 +246,9 @@ def test_another_version_in_a_versions_place_is_refused(run, url):
     assert not (run / "pulled").exists()
     # publishing again puts the right manifest there; its files were there all along
     assert publish(run, url, out="again")["bytes_moved"] == 0
+    with pytest.raises(ArtifactError, match="w is there and is no file of this version"):
+        verify(f"{url}/policy")
+    store.delete(f"{place}/w")
     assert verify(f"{url}/policy")["content_hash"] == published["content_hash"]
 
 

@@ -1,7 +1,8 @@
 """Registration in the Model Registry: its real client against a stand-in of its REST service.
 
-The stand-in keeps what is posted and answers with the paths and fields of the API that the client
-calls, v1. Of the service itself only versions could be built here that know v1alpha3 alone.
+The stand-in keeps what is posted, refuses what the API's own forms refuse, and answers with the
+paths and fields of the API that the client calls, v1. Of the service itself only versions could be
+built here that know v1alpha3 alone.
 """
 
 import json
@@ -11,12 +12,34 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from mr_openapi import models
 
 from dpo.errors import StoreError, StoreUnavailable
 from dpo.publish.registry import register
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning")
 _API = "/api/model_registry/v1/"
+
+
+_FORMS = {
+    "registered_models": models.RegisteredModelCreate,
+    "versions": models.ModelVersionCreate,
+    "model_versions": models.ModelVersionCreate,
+    "artifacts": models.ModelArtifactCreate,
+}
+"""What the API takes, by the last part of the path: the classes made of its OpenAPI document."""
+
+
+def _problem(kind, body):
+    form = _FORMS[kind.rpartition("/")[2]]
+    known = {field.alias or name for name, field in form.model_fields.items()}
+    if unknown := sorted(set(body) - known):
+        return f"no such fields: {unknown}"
+    try:
+        form.model_validate(body)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 class StandIn(ThreadingHTTPServer):
@@ -79,6 +102,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         kind = urlsplit(self.path).path.removeprefix(_API)
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if problem := _problem(kind, body):
+            return self.answer({"code": "400", "message": problem}, 400)
         if kind == "registered_models":
             items = self.server.models
         elif kind == "model_versions" or re.fullmatch(r"registered_models/\d+/versions", kind):
@@ -115,6 +140,11 @@ def test_a_version_is_registered_with_its_place_and_figures(service):
     assert version["customProperties"]["accuracy"]["double_value"] == 0.625
     (artifact,) = service.artifacts
     assert (artifact["uri"], artifact["modelFormatName"]) == (URL, "safetensors")
+
+
+def test_the_place_is_one_that_others_know(service):
+    register(service.address, "policy", HASH, URL.replace("s3://", "minio://"), {})
+    assert service.artifacts[0]["uri"] == URL
 
 
 def test_registering_again_changes_nothing_and_a_second_version_is_added(service):
