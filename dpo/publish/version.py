@@ -25,6 +25,7 @@ from dpo.storage.progress import message, track
 from dpo.storage.published import (
     LATEST,
     LATEST_FORMAT,
+    UNKNOWN,
     VERSION_FORMAT,
     Latest,
     read_latest,
@@ -90,7 +91,8 @@ def publish_files(
         if not _is_whole(store, files, name, version):
             moved = _upload(store, folder, files, prefix)
             now = read_latest(store, name)
-            known = {**(facts or {}), "follows": now.sequence if now else 0}
+            # what a reader fills in is signed as well
+            known = {**UNKNOWN, **(facts or {}), "follows": now.sequence if now else 0}
             _write_manifest(store, prefix, _manifest(name, version, files, known))
         point_latest(store, name, version)
     return Published(name, version, url, unchanged=False, bytes_moved=moved, files=len(files))

@@ -24,6 +24,8 @@ LATEST_FORMAT = 4
 VERSION_FORMAT = 3
 """1 had no ``run_id``, no ``lineage`` and no ``signature``, 2 no ``follows``: the ``sequence`` that
 ``latest.json`` had when the version was completed."""
+UNKNOWN: Mapping[str, Any] = {"run_id": "", "lineage": {}, "provenance": {}}
+"""What a version's manifest says where nobody told more."""
 HASH = re.compile(r"[0-9a-f]{64}")
 _FIX = "remove it, then publish the model again: no file moves"
 
@@ -90,7 +92,7 @@ def read_version(store: Store, prefix: str = "") -> dict[str, Any] | None:
         return None
     if problem := _problem_of_version(values):
         raise _unreadable(problem, store.url(key))
-    return {"run_id": "", "lineage": {}, "provenance": {}, **values}
+    return {**UNKNOWN, **values}
 
 
 def _problem_of_version(values: Mapping[str, Any]) -> str:

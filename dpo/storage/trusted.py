@@ -129,18 +129,19 @@ def _refuse_older(store: Store, latest: Latest) -> None:
     memory = cache_dir() / _MEMORY
     known = _remembered(memory)
     before = known.get(store.identity, 0)
-    if latest.sequence < before:
+    if latest.sequence < before and not _moved(store, latest):
         raise _put_back(store, "the one that this machine read before", f", or remove {memory}")
     for version in _others(store, latest):
         follows, hash_ = version.get("follows", -1), version["content_hash"][:12]
-        if follows > latest.sequence and not _moved(store, latest):
+        if follows < latest.sequence or _moved(store, latest):
+            continue
+        if follows > latest.sequence:
             raise _put_back(store, f"version {hash_} beside it")
-        if follows == latest.sequence:
-            message(
-                "verify",
-                f"version {hash_} was completed after {LATEST} was written, which does not name "
-                f"it: its publisher was interrupted, or an older {LATEST} was put back",
-            )
+        message(
+            "verify",
+            f"version {hash_} was completed after {LATEST} was written, which does not name it: "
+            f"its publisher was interrupted, or an older {LATEST} was put back",
+        )
     if latest.sequence > before:
         with suppress(OSError):
             # a home that cannot be written has no memory

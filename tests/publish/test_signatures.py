@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import threading
 
 import pytest
 
@@ -11,8 +12,10 @@ from dpo.errors import ArtifactError, ConfigError
 from dpo.publish.lineage import chain
 from dpo.publish.signing import check
 from dpo.publish.verify import pull, verify
+from dpo.publish.version import publish_files
 from dpo.storage.adopt import adopt, read_artifact
 from dpo.storage.store import open_store
+from tests.publish.conftest import make_folder
 from tests.publish.pipeline import source
 
 
@@ -211,6 +214,37 @@ def test_an_older_latest_json_is_refused(pipeline, three, tmp_path, capsys):
     capsys.readouterr()
     assert verify(url)["content_hash"] == second
     assert "put back" not in capsys.readouterr().err
+
+
+def test_readers_and_publishers_at_once_take_nothing_for_put_back(keys, monkeypatch, tmp_path):
+    """Files alone, of no run; every reader remembers what it saw, in one file."""
+    monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("DPO_SIGNING_KEY", keys[0][0])
+    url, stop, problems = f"file://{tmp_path}/store", threading.Event(), []
+    models = [(tmp_path / str(n), make_folder(tmp_path / str(n), n, sizes=(10,))) for n in (1, 2)]
+
+    def publish(number):
+        publish_files(open_store(url), *models[number % 2], "policy")
+
+    def read():
+        while not stop.is_set():
+            try:
+                verify(f"{url}/policy")
+            except ArtifactError as error:
+                problems.append(error)
+
+    publish(0)
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    try:
+        for number in range(1, 30):
+            publish(number)
+    finally:
+        stop.set()
+        for reader in readers:
+            reader.join()
+    assert problems == []
 
 
 def test_a_rollback_is_no_older_latest_json(pipeline, three, capsys):
