@@ -124,12 +124,15 @@ class FolderStore(Store):
         path = self._path(key)
         partial = _partial(path)
         try:
-            for _ in range(_FOLDER_TRIES):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                # a deletion may remove the empty folder in between
-                with suppress(FileNotFoundError):
+            for remaining in reversed(range(_FOLDER_TRIES)):
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
                     partial.touch()
                     break
+                except (FileNotFoundError, FileExistsError):
+                    # a deletion may remove the empty folder in between, even within mkdir
+                    if not remaining:
+                        raise
             fill(partial)
             if sha256 is not None and sha256_file(partial) != sha256:
                 raise ArtifactError(

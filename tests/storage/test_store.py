@@ -7,6 +7,7 @@ import ssl
 import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -146,6 +147,25 @@ def test_links_in_a_folder_are_followed_once(tmp_path):
     store.write("policy/a", b"1")
     store.write("b", b"2")
     assert list(store.list()) == ["b", "policy/a"]
+
+
+@pytest.mark.parametrize("error", [FileExistsError, FileNotFoundError])
+def test_a_folder_that_is_removed_while_it_is_made_is_made_again(tmp_path, monkeypatch, error):
+    """Path.mkdir says that it exists when another process removes it just then."""
+    store = open_store(tmp_path.as_uri())
+    make, problems = Path.mkdir, [error(17, "", "x")]
+
+    def mkdir(self, *arguments, **options):
+        if self.name == "inner" and problems:
+            raise problems.pop()
+        make(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    store.write("inner/key", b"1")
+    assert store.read("inner/key") == b"1"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StoreAccessDenied, match="cannot be used"):
+        store.write("file/key", b"1")
 
 
 @pytest.mark.minio
