@@ -14,7 +14,10 @@ from typing import Any
 from dpo.errors import ConfigError, PipelineError, RequestError, holds_password
 from pipelines.connection import bounded_client
 
+ENDED = frozenset({"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"})
+"""States of a run that goes on no more."""
 _BAD_REQUEST = 400
+_REQUEST_TIMEOUT = 408
 
 
 @dataclass(frozen=True)
@@ -99,13 +102,12 @@ def get_run(client: Any, target: Endpoint, run_id: str) -> Any:
     """A run as the API tells of it.
 
     Raises:
-        RequestError: there is no such run.
-        PipelineError: the endpoint does not answer.
+        RequestError: there is no such run, or the endpoint does not answer; nothing was started.
     """
     try:
         return client.get_run(run_id)
     except Exception as error:
-        raise _of_run(f"run {run_id} cannot be read", target, error) from None
+        raise problem(f"run {run_id} cannot be read", target, error, RequestError) from None
 
 
 def parameters_of(run: Any) -> dict[str, Any]:
@@ -113,31 +115,30 @@ def parameters_of(run: Any) -> dict[str, Any]:
     return dict(getattr(run.runtime_config, "parameters", None) or {})
 
 
-def retry(client: Any, target: Endpoint, run_id: str) -> None:
-    """Let a failed run go on where it failed.
-
-    Raises:
-        RequestError: there is no such run, or it did not fail.
-        PipelineError: the endpoint does not answer.
-    """
-    try:
-        # the SDK has no public method for it (kubeflow/pipelines#9771)
-        client._run_api.run_service_retry_run(run_id)
-    except Exception as error:
-        raise _of_run(f"run {run_id} cannot be retried", target, error) from None
-
-
 def cancel(client: Any, target: Endpoint, run_id: str) -> None:
     """Ask the backend to terminate the run.
 
     Raises:
-        RequestError: there is no such run.
-        PipelineError: it has ended, or the endpoint does not answer.
+        RequestError: there is no such run, or it has ended.
+        PipelineError: the endpoint does not answer.
     """
     try:
         client.terminate_run(run_id)
     except Exception as error:
-        raise _of_run(f"run {run_id} cannot be cancelled", target, error) from None
+        if is_refusal(error):
+            raise problem(
+                f"run {run_id} cannot be cancelled", target, error, RequestError
+            ) from None
+        found = problem(f"the endpoint did not say that it ends run {run_id}", target, error)
+        raise PipelineError(
+            found.found, where=found.where, fix="send it again: a run may be asked to end twice"
+        ) from None
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether the endpoint said no; another answer, or none, leaves open what it did."""
+    status = getattr(error, "status", None) or 0
+    return 400 <= status < 500 and status != _REQUEST_TIMEOUT
 
 
 def link(target: Endpoint, run_id: str) -> str:
@@ -182,12 +183,6 @@ def problem(
         fix = "correct what the endpoint names; a package of another version has other parameters"
     code = f" (HTTP {status})" if status else ""
     return kind(f"{what}: {reason}{code}", where=target.host, fix=fix)
-
-
-def _of_run(what: str, target: Endpoint, error: Exception) -> PipelineError:
-    """The same for a request about one run: that it is not there is a mistake of who asks."""
-    missing = getattr(error, "status", None) in (404, 409)
-    return problem(what, target, error, RequestError if missing else PipelineError)
 
 
 def _reason(error: Exception) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.steps import SELECT, STEPS, TASKS
+from pipelines.steps import SELECT, STEPS, SWEPT, TASKS
 
 INPUTS: Mapping[str, tuple[str, ...]] = {
     "ingest": (),
@@ -20,8 +20,6 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
     SELECT: ("preference", "evaluate"),
 }
 """Which cached steps each cached step reads from."""
-_SWEPT = ("preference", "evaluate")
-"""The steps that a sweep runs once for each candidate."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +34,12 @@ class Expectation:
 def with_candidates(plan: Mapping[str, str], candidates: Sequence[str]) -> dict[str, str]:
     """The plan of a run with a sweep: what its candidates change belongs to the swept steps."""
     changes = json.dumps(sorted(" ".join(json.loads(candidate)) for candidate in candidates))
-    return {**plan, **({f"{step}_candidates": changes for step in _SWEPT} if candidates else {})}
+    return {**plan, **({f"{step}_candidates": changes for step in SWEPT} if candidates else {})}
 
 
 def steps_of(plan: Mapping[str, str]) -> tuple[str, ...]:
     """The steps of a planned run in the order in which they run."""
-    return TASKS if f"{_SWEPT[0]}_candidates" in plan else STEPS
+    return TASKS if f"{SWEPT[0]}_candidates" in plan else STEPS
 
 
 def step_keys(plan: Mapping[str, str]) -> dict[str, str]:

@@ -72,7 +72,7 @@ def run_on_cluster(
         return Outcome("submitted", options.cancel, where=cluster.link(target, options.cancel))
     if options.retry:
         sent = cluster.parameters_of(cluster.get_run(client, target, options.retry))
-        cluster.retry(client, target, options.retry)
+        sending.retry(client, target, options.retry)
         return _follow(options, client, target, options.retry, {**values, **sent})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "package.yaml")

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dpo.errors import ConfigError, PipelineError, RequestError
-from pipelines.cluster import Endpoint, experiment_id, problem, quiet
+from pipelines.cluster import (
+    ENDED,
+    Endpoint,
+    experiment_id,
+    get_run,
+    is_refusal,
+    link,
+    problem,
+    quiet,
+)
 
 _LOOKS_SECONDS = (0.0, 1.0, 3.0)
-"""Pauses before each look whether a run was started: the endpoint may be busy starting it."""
+"""Pauses before each look whether something was started: the endpoint may be busy starting it."""
 _PAGE = 100
 _CRON_FIELDS = 6
-_REQUEST_TIMEOUT = 408
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ def upload(client: Any, target: Endpoint, package: Path, name: str, version: str
         version: Name of the version; the same for the same content.
 
     Raises:
-        PipelineError: the endpoint refused it.
+        RequestError: the endpoint refused it, or did not answer; nothing was started.
     """
     try:
         with quiet():
@@ -56,7 +65,16 @@ def upload(client: Any, target: Endpoint, package: Path, name: str, version: str
                 str(package), pipeline_version_name=version, pipeline_id=pipeline_id
             )
     except Exception as error:
-        raise problem("the endpoint refused the pipeline", target, error) from None
+        if is_refusal(error):
+            raise problem(
+                "the endpoint refused the pipeline", target, error, RequestError
+            ) from None
+        lost = problem("the endpoint did not say that it has the pipeline", target, error)
+        raise RequestError(
+            lost.found,
+            where=lost.where,
+            fix="send it again: what it has of it already is not registered twice",
+        ) from None
     return Registered(pipeline_id, str(made.pipeline_version_id), new=True)
 
 
@@ -107,30 +125,33 @@ def submit(
     """
     try:
         with quiet():
-            run = client.run_pipeline(
-                experiment_id=experiment_id(client, target),
-                job_name=run_name,
-                params=dict(parameters),
-                **_what(package, registered),
-            )
+            asked = _asked(client, target, package, parameters, run_name, registered)
+            run = client.run_pipeline(**asked)
     except Exception as error:
-        if _is_refusal(error):
+        if is_refusal(error):
             raise problem("the endpoint refused the run", target, error, RequestError) from None
         raise problem("the endpoint did not say that the run started", target, error) from None
     return str(run.run_id)
 
 
-def _what(package: Path, registered: Registered | None) -> dict[str, Any]:
-    """What is to run: a registered version, or else the package itself."""
+def _asked(
+    client: Any,
+    target: Endpoint,
+    package: Path,
+    parameters: Mapping[str, Any],
+    run_name: str,
+    registered: Registered | None,
+) -> dict[str, Any]:
+    """What a run and a schedule have in common: what to run, under which name, with what."""
+    what: dict[str, Any] = {"pipeline_package_path": str(package)}
     if registered:
-        return {"pipeline_id": registered.pipeline_id, "version_id": registered.version_id}
-    return {"pipeline_package_path": str(package)}
-
-
-def _is_refusal(error: Exception) -> bool:
-    """Whether the endpoint said no; another answer, or none, leaves open what it did."""
-    status = getattr(error, "status", None) or 0
-    return 400 <= status < 500 and status != _REQUEST_TIMEOUT
+        what = {"pipeline_id": registered.pipeline_id, "version_id": registered.version_id}
+    return {
+        "experiment_id": experiment_id(client, target),
+        "job_name": run_name,
+        "params": dict(parameters),
+        **what,
+    }
 
 
 def submit_once(
@@ -170,25 +191,44 @@ def submit_once(
     except RequestError:
         raise
     except PipelineError as lost:
-        # the answer may be what was lost, not the request
-        return _started(client, target, run_name, known, lost)
+        return _looked_for(
+            lambda: _new(find_runs(client, target, run_name), known),
+            lost,
+            absent=f"it has no new one named {run_name!r}: send it again",
+            unknown=f"look for {run_name!r} at {target.ui}/#/runs before you send it again",
+        )
 
 
-def _started(
-    client: Any, target: Endpoint, run_name: str, known: list[str], lost: PipelineError
-) -> str:
-    """Id of the run with this name that was not ``known`` before."""
-    fix = f"it has none named {run_name!r}: send it again"
+def _new(found: list[str], known: list[str]) -> str | None:
+    """The id that was not known before."""
+    return next((one for one in reversed(found) if one not in known), None)
+
+
+def _looked_for(
+    look: Callable[[], _Found | None], lost: PipelineError, *, absent: str, unknown: str
+) -> _Found:
+    """What a request made whose answer is lost: the answer may be what was lost, not the request.
+
+    Args:
+        look: Asks the endpoint for it; None or false where it has none.
+        lost: What is known of the request.
+        absent: What to do where the endpoint has none.
+        unknown: What to do where it does not say.
+
+    Raises:
+        PipelineError: ``lost`` with what to do.
+    """
+    fix = absent
     for pause in _LOOKS_SECONDS:
         time.sleep(pause)
         try:
-            new = [found for found in find_runs(client, target, run_name) if found not in known]
+            found = look()
         except PipelineError:
-            fix = f"look for {run_name!r} at {target.ui}/#/runs before you send it again"
+            fix = unknown
             continue
-        if new:
-            return new[-1]
-        fix = f"it has none named {run_name!r}: send it again"
+        if found:
+            return found
+        fix = absent
     raise PipelineError(lost.found, where=lost.where, fix=fix)
 
 
@@ -196,7 +236,7 @@ def find_runs(client: Any, target: Endpoint, run_name: str) -> list[str]:
     """Ids of the experiment's runs with this name, the newest first.
 
     Raises:
-        PipelineError: the endpoint does not answer.
+        RequestError: the endpoint does not answer; nothing was started.
     """
     try:
         with quiet():
@@ -207,8 +247,31 @@ def find_runs(client: Any, target: Endpoint, run_name: str) -> list[str]:
                 filter=_named(run_name),
             )
     except Exception as error:
-        raise problem("the endpoint does not list its runs", target, error) from None
+        raise problem("the endpoint does not list its runs", target, error, RequestError) from None
     return [str(run.run_id) for run in found.runs or [] if run.display_name == run_name]
+
+
+def retry(client: Any, target: Endpoint, run_id: str) -> None:
+    """Let a failed run go on where it failed.
+
+    Where the answer is lost, the run's own state tells whether it goes on.
+
+    Raises:
+        RequestError: there is no such run, or it did not fail; nothing was started.
+        PipelineError: the endpoint does not say whether it goes on.
+    """
+    try:
+        # the SDK has no public method for it (kubeflow/pipelines#9771)
+        client._run_api.run_service_retry_run(run_id)
+    except Exception as error:
+        if is_refusal(error):
+            raise problem(f"run {run_id} cannot be retried", target, error, RequestError) from None
+        _looked_for(
+            lambda: get_run(client, target, run_id).state not in ENDED,
+            problem(f"the endpoint did not say that run {run_id} goes on", target, error),
+            absent="it does not go on: send it again",
+            unknown=f"look at {link(target, run_id)} before you send it again",
+        )
 
 
 def schedule(
@@ -232,7 +295,9 @@ def schedule(
         registered: Version to run and be linked to, instead of the package itself.
 
     Raises:
-        PipelineError: the endpoint refused it.
+        ConfigError: not six fields.
+        RequestError: the endpoint refused it; nothing was scheduled.
+        PipelineError: the endpoint does not say whether it has it.
     """
     if len(cron.split()) != _CRON_FIELDS:
         raise ConfigError(
@@ -240,18 +305,46 @@ def schedule(
             where="--schedule",
             fix='give six, seconds first: "0 0 3 * * *" is every night at three',
         )
+    known = _find_schedules(client, target, run_name)
     try:
         with quiet():
+            asked = _asked(client, target, package, parameters, run_name, registered)
+            # a run that outlasts the interval is not joined by a second one
             made = client.create_recurring_run(
-                experiment_id=experiment_id(client, target),
-                job_name=run_name,
-                cron_expression=cron,
-                params=dict(parameters),
-                **_what(package, registered),
-                # a run that outlasts the interval is not joined by a second one
-                max_concurrency=1,
-                no_catchup=True,
+                **asked, cron_expression=cron, max_concurrency=1, no_catchup=True
             )
     except Exception as error:
-        raise problem("the endpoint refused the schedule", target, error) from None
+        if is_refusal(error):
+            raise problem(
+                "the endpoint refused the schedule", target, error, RequestError
+            ) from None
+        return _looked_for(
+            lambda: _new(_find_schedules(client, target, run_name), known),
+            problem("the endpoint did not say that it has the schedule", target, error),
+            absent=f"it has no new one named {run_name!r}: send it again",
+            unknown=f"look for {run_name!r} at {target.ui}/#/recurringruns before sending it again",
+        )
     return str(made.recurring_run_id)
+
+
+def _find_schedules(client: Any, target: Endpoint, name: str) -> list[str]:
+    """Ids of the experiment's schedules with this name, the newest first.
+
+    Raises:
+        RequestError: the endpoint does not answer; nothing was scheduled.
+    """
+    try:
+        with quiet():
+            found = client.list_recurring_runs(
+                experiment_id=experiment_id(client, target),
+                page_size=_PAGE,
+                sort_by="created_at desc",
+                filter=_named(name),
+            )
+    except Exception as error:
+        raise problem(
+            "the endpoint does not list its schedules", target, error, RequestError
+        ) from None
+    return [
+        str(one.recurring_run_id) for one in found.recurring_runs or [] if one.display_name == name
+    ]

@@ -22,6 +22,8 @@ TASKS: tuple[str, ...] = get_args(Step)
 """All of them, in the order in which they run."""
 SELECT = "select"
 """The task that a sweep has besides."""
+SWEPT = ("preference", "evaluate")
+"""The tasks that a sweep has once for each candidate."""
 STEPS = tuple(task for task in TASKS if task != SELECT)
 """The tasks of a run without a sweep."""
 

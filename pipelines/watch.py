@@ -9,17 +9,17 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from urllib.parse import quote
 
 from dpo.errors import DpoError, PipelineError, StoreError
 from dpo.storage.runs import read_run_manifest
-from pipelines.cluster import Endpoint, link, problem
+from pipelines.cluster import ENDED, Endpoint, link, problem
 from pipelines.connection import ANSWER_SECONDS, pair
 from pipelines.events import Watcher, advice
 from pipelines.outcome import Outcome
-from pipelines.steps import TASKS, step_of
+from pipelines.steps import SWEPT, TASKS, step_of
 
 _FIRST_POLL_SECONDS = 0.2
 _POLL_SECONDS = 5.0
@@ -27,8 +27,8 @@ _AWAY_SECONDS = 600.0
 """How long an endpoint may be away while somebody waits without a limit."""
 _TOKEN_FAILURES = 2
 _OTHER_FAILURES = 12
-_FINAL = {"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"}
 _LOG_LINES = 8
+_ITERATION = re.compile(r"\((\d+):[^)]*\)$")
 _WORDS = {"SUCCEEDED": "done", "SKIPPED": "skipped"}
 
 
@@ -67,7 +67,7 @@ def wait(
         else:
             trouble.over()
             _report_steps(run, outcome, say)
-            if run.state in _FINAL:
+            if run.state in ENDED:
                 return _ended(client, run, outcome, store, watcher)
             for text in watcher.news():
                 say(text)
@@ -151,11 +151,52 @@ def step_states(run: Any) -> dict[str, str]:
     for name, task in _steps(run):
         if not task.state:
             continue
-        word = _WORDS.get(task.state, task.state.lower())
-        if word == "done" and any(child.state == "SKIPPED" for child in _children(run, task)):
-            word = "cached"
-        words.setdefault(name, []).append(word)
+        words.setdefault(name, []).append(_word(run, task))
     return {name: min(found, key=_weight) for name, found in words.items()}
+
+
+def _word(run: Any, task: Any) -> str:
+    word = _WORDS.get(task.state, task.state.lower())
+    skipped = any(child.state == "SKIPPED" for child in _children(run, task))
+    return "cached" if word == "done" and skipped else word
+
+
+def candidate_states(run: Any) -> dict[int, dict[str, str]]:
+    """Of a sweep, by the candidate's place in it: the state of each of its steps.
+
+    A task of a loop is known by the group of its iteration, ``iteration-iterations(1:1)``, from
+    which the links between tasks lead to it. Where they do not, nothing is told.
+    """
+    details = getattr(run.run_details, "task_details", None) or []
+    before: dict[str, list[Any]] = {}
+    for task in details:
+        for child in _children(run, task):
+            before.setdefault(child.task_id or child.pod_name, []).append(task)
+    found: dict[int, dict[str, list[str]]] = {}
+    for task in details:
+        name = _plain_name(task)
+        if name not in SWEPT or not task.state:
+            continue
+        if (place := _iteration(task, before)) is not None:
+            found.setdefault(place, {}).setdefault(name, []).append(_word(run, task))
+    return {
+        place: {name: min(words, key=_weight) for name, words in steps.items()}
+        for place, steps in sorted(found.items())
+    }
+
+
+def _iteration(task: Any, before: Mapping[str, list[Any]]) -> int | None:
+    """The nearest iteration that leads to a task."""
+    seen: set[str] = set()
+    near = [task]
+    while near:
+        for one in near:
+            if match := _ITERATION.search(one.display_name or ""):
+                return int(match[1])
+        names = {one.task_id or one.pod_name for one in near} - seen - {None}
+        seen |= names
+        near = [other for name in names for other in before.get(name, [])]
+    return None
 
 
 def _weight(word: str) -> int:
@@ -174,9 +215,14 @@ def _steps(run: Any) -> Iterable[tuple[str, Any]]:
     """Our steps among the run's tasks, which also hold drivers, executors and conditions."""
     details = getattr(run.run_details, "task_details", None) or []
     for task in details:
-        name = step_of(re.sub(r"\(\d+\)$", "", task.display_name or ""))
+        name = step_of(_plain_name(task))
         if name in TASKS:
             yield name, task
+
+
+def _plain_name(task: Any) -> str:
+    """Without the number of an attempt."""
+    return re.sub(r"\(\d+\)$", "", task.display_name or "")
 
 
 def _children(run: Any, task: Any) -> list[Any]:
@@ -230,7 +276,7 @@ def _without_store(outcome: Outcome, error: DpoError) -> Outcome:
 
 def _last_start(history: list[str]) -> int:
     """Where the last attempt begins: a retried run keeps the history of those before."""
-    ends = [place for place, state in enumerate(history[:-1]) if state in _FINAL]
+    ends = [place for place, state in enumerate(history[:-1]) if state in ENDED]
     return ends[-1] + 1 if ends else 0
 
 

@@ -9,7 +9,7 @@ from urllib3.exceptions import HTTPError
 
 from dpo.errors import PipelineError
 from pipelines import cluster, connection, package, sending
-from tests.support.kfp_backend import Fault
+from tests.support.kfp_backend import Fault, Scenario
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_an_answer_that_is_lost_with_the_request_says_that_no_run_was_started(
     backend.faults = [Fault(r"/runs$", status=502, method="POST")]
     code, _, said = command("--run-name", "mine")
     assert code == 1
-    assert "it has none named 'mine': send it again" in said
+    assert "it has no new one named 'mine': send it again" in said
     backend.faults = [
         Fault(r"/runs$", status=502, method="POST", after=True),
         # the first look, before the run is sent, is answered
@@ -169,6 +169,81 @@ def test_a_schedule_of_five_fields_is_refused_here(backend, command):
     assert code == 2
     assert "has 5 fields" in said
     assert not backend.schedules
+
+
+def lost_answers(backend, path):
+    """The next request of that path is carried out or not, and has no answer either way."""
+    return [Fault(path, status=502, method="POST", after=True)], [
+        Fault(path, status=502, method="POST")
+    ]
+
+
+def test_a_schedule_whose_answer_is_lost_is_looked_for(backend, command, monkeypatch):
+    monkeypatch.setattr(sending, "_LOOKS_SECONDS", (0.0, 0.0))
+    asked = ("--schedule", "0 0 3 * * *", "--run-name", "nightly")
+    _, first, _ = command(*asked)
+    done, not_done = lost_answers(backend, r"/recurringruns$")
+    backend.faults = done
+    code, second, said = command(*asked)
+    assert (code, second["state"]) == (0, "submitted")
+    assert [*backend.schedules] == [first["run_id"], second["run_id"]]
+    backend.faults = not_done
+    code, _, said = command(*asked)
+    assert code == 1
+    assert "the endpoint did not say that it has the schedule" in said
+    assert "it has no new one named 'nightly': send it again" in said
+    assert len(backend.schedules) == 2
+
+
+def test_a_schedule_that_the_endpoint_refuses_was_not_made(backend, command):
+    refusal = {"status": 400, "method": "POST", "message": "Schedule cron is not supported"}
+    backend.faults = [Fault(r"/recurringruns$", **refusal)]
+    code, _, said = command("--schedule", "0 0 30 * * *")
+    assert code == 2
+    assert "the endpoint refused the schedule: Schedule cron is not supported (HTTP 400)" in said
+
+
+@pytest.mark.parametrize("carried_out", [True, False])
+def test_a_retry_whose_answer_is_lost_is_known_by_the_run(
+    backend, command, monkeypatch, carried_out
+):
+    monkeypatch.setattr(sending, "_LOOKS_SECONDS", (0.0, 0.0))
+    backend.scenario = Scenario(states=["FAILED"])
+    _, outcome, _ = command("--wait")
+    run_id = outcome["run_id"]
+    backend.scenario = Scenario(states=["RUNNING"])
+    backend.faults = lost_answers(backend, r":retry$")[0 if carried_out else 1]
+    code, again, said = command("--retry", run_id)
+    assert code == (0 if carried_out else 1)
+    if carried_out:
+        assert again["run_id"] == run_id
+    else:
+        assert f"the endpoint did not say that run {run_id} goes on" in said
+        assert "it does not go on: send it again" in said
+        assert backend.runs[run_id]["state"] == "FAILED"
+
+
+@pytest.mark.parametrize(("status", "code"), [(400, 2), (401, 2), (502, 1)])
+def test_a_run_that_is_not_ended_says_whether_it_was_refused(backend, command, status, code):
+    backend.scenario = Scenario(states=["RUNNING"])
+    _, outcome, _ = command()
+    backend.faults = [Fault(r":terminate$", status=status, method="POST")]
+    found, _, said = command("--cancel", outcome["run_id"])
+    assert found == code
+    assert ("cannot be cancelled" in said) == (code == 2)
+    assert ("a run may be asked to end twice" in said) == (code == 1)
+
+
+@pytest.mark.parametrize("status", [400, 502])
+def test_an_upload_that_failed_started_nothing(backend, command, status):
+    backend.faults = [Fault(r"/upload_version$", status=status, method="POST", after=True)]
+    code, _, said = command("--upload", "--run")
+    assert code == 2
+    assert ("not registered twice" in said) == (status == 502)
+    assert not backend.runs
+    code, _, said = command("--upload")
+    assert code == 0
+    assert "was registered before" in said
 
 
 def test_a_parameter_that_the_endpoint_does_not_know(backend, tmp_path):

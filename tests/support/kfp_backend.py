@@ -234,6 +234,10 @@ class Backend:
         self.schedules[schedule["recurring_run_id"]] = schedule
         return schedule
 
+    def list_schedules(self, query: dict[str, str]) -> dict[str, Any]:
+        newest_first = [*self.schedules.values()][::-1]
+        return _page("recurringRuns", _matching(newest_first, query), query)
+
 
 def _now() -> str:
     return datetime.now(UTC).isoformat().replace("+00:00", "Z")
@@ -312,6 +316,12 @@ _ROUTES: list[tuple[str, str, str | None, Callable[..., Any]]] = [
         lambda b, r: b.upload_version(r.query["pipelineid"], r.query["name"], r.file()),
     ),
     ("POST", r"/recurringruns", "V2beta1RecurringRun", lambda b, r: b.create_schedule(r.json())),
+    (
+        "GET",
+        r"/recurringruns",
+        "V2beta1ListRecurringRunsResponse",
+        lambda b, r: b.list_schedules(r.query),
+    ),
 ]
 
 
