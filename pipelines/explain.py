@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from dpo.errors import RequestError
 from dpo.storage.runs import MANIFEST_NAME
 from dpo.storage.store import Store, open_store
 from pipelines import cluster
-from pipelines.history import INPUTS, changes, steps_of
+from pipelines.history import INPUTS, changes, steps_of, with_candidates
 from pipelines.start import known_run
-from pipelines.steps import SELECT, TASKS
-from pipelines.watch import step_states
+from pipelines.steps import SELECT, SWEPT, TASKS
+from pipelines.watch import candidate_states, step_states
 
 _ENDED_EARLY = {"failed": "it failed", "skipped": "a step before it failed"}
 _DATA_IMAGE_STEPS = {"ingest", "gate", "publish"}
@@ -40,6 +40,8 @@ class Told:
     plan: Mapping[str, str]
     states: Mapping[str, str]
     images: Mapping[str, str]
+    candidates: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Of a sweep: what each candidate changes, and the states of its steps, where they are told."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ def main(options: argparse.Namespace, runs: Path) -> int:
     lines = explain(run, before)
     if options.output == "json":
         steps = {line.step: asdict(line) for line in lines}
-        print(json.dumps({"run_id": run.run_id, "before": _id(before), "steps": steps}))
+        told = {"run_id": run.run_id, "before": _id(before), "steps": steps}
+        print(json.dumps({**told, **({"candidates": run.candidates} if run.candidates else {})}))
         return 0
     _show(run, before, lines)
     return 0
@@ -160,16 +163,18 @@ def _read_local(folder: Path) -> Told:
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["plan"]
     record = folder / "run.json"
     states = json.loads(record.read_text(encoding="utf-8"))["states"] if record.is_file() else {}
-    return Told(folder.name, plan, states, {})
+    names = json.loads(plan.get(f"{SWEPT[0]}_candidates", "[]"))
+    return Told(folder.name, plan, states, {}, {name: {} for name in names})
 
 
 def _remote(options: argparse.Namespace) -> tuple[Told, Told | None]:
     states: Mapping[str, str] = {}
+    of_candidates: Mapping[int, Mapping[str, str]] = {}
     url = options.store
     if options.endpoint or cluster.is_configured():
         target = cluster.endpoint(options.endpoint, options.namespace)
         run = cluster.get_run(cluster.connect(target), target, options.run_id)
-        states = step_states(run)
+        states, of_candidates = step_states(run), candidate_states(run)
         url = url or cluster.parameters_of(run).get("publish_store")
     if not url:
         raise RequestError(
@@ -178,16 +183,30 @@ def _remote(options: argparse.Namespace) -> tuple[Told, Told | None]:
         )
     manifest = known_run(url, options.run_id)
     before = _run_before(open_store(url), manifest)
-    return _told(manifest, states), _told(before, {}) if before else None
+    return _told(manifest, states, of_candidates), _told(before) if before else None
 
 
-def _told(manifest: Mapping[str, Any], states: Mapping[str, str]) -> Told:
+def _told(
+    manifest: Mapping[str, Any],
+    states: Mapping[str, str] | None = None,
+    of_candidates: Mapping[int, Mapping[str, str]] | None = None,
+) -> Told:
     if "plan" not in manifest:
         raise RequestError(
             f"the manifest of run {manifest['run_id']} holds no plan",
             fix="it was made by an older version of the pipeline; start a run with this one",
         )
-    return Told(manifest["run_id"], manifest["plan"], states, manifest.get("images") or {})
+    candidates = manifest.get("candidates") or []
+    return Told(
+        manifest["run_id"],
+        with_candidates(manifest["plan"], candidates),
+        states or {},
+        manifest.get("images") or {},
+        {
+            " ".join(json.loads(candidate)): (of_candidates or {}).get(place, {})
+            for place, candidate in enumerate(candidates)
+        },
+    )
 
 
 def _run_before(store: Store, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -218,6 +237,13 @@ def _show(run: Told, before: Told | None, lines: list[Line]) -> None:
     for heading in ("step", "", "why"):
         table.add_column(heading, overflow="fold")
     for line in lines:
-        word = {"done": "executed"}.get(line.state, line.state)
-        table.add_row(line.step, word, escape(line.reason))
+        table.add_row(line.step, _shown(line.state), escape(line.reason))
     console.print(table)
+    for candidate, states in run.candidates.items():
+        each = [f"{step} {_shown(state)}" for step, state in states.items()]
+        text = f"candidate {candidate}{': ' if each else ''}{', '.join(each)}"
+        console.print(text, highlight=False, markup=False)
+
+
+def _shown(state: str) -> str:
+    return {"done": "executed"}.get(state, state)

@@ -18,6 +18,7 @@ from pipelines.deployment import (
 )
 from pipelines.resources import Resources
 from pipelines.steps import DISPLAY_NAMES, step_of
+from pipelines.sweep import compiled
 
 _LAUNCHING_CPU, _LAUNCHING_MEMORY = "500m", "2Gi"
 """What a step asks for that only starts a job and follows it."""
@@ -115,7 +116,9 @@ def _own_variables(step: str, deployment: Deployment) -> dict[str, str]:
             }
             for name in CHECKPOINTED_STEPS
         }
+        candidates = compiled().candidates
         return {
+            **({"DPO_CANDIDATES": json.dumps(candidates)} if candidates else {}),
             "DPO_IMAGES": json.dumps(deployment.images.model_dump(), sort_keys=True),
             "DPO_EXPECTED_SOURCE": source_fingerprint(),
             "DPO_MACHINE": json.dumps(machine, sort_keys=True),

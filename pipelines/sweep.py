@@ -49,6 +49,11 @@ def compiled_with(sweep: Sweep) -> Iterator[None]:
         _compiled.reset(token)
 
 
+def compiled() -> Sweep:
+    """The sweep that the pipeline is being compiled with."""
+    return _compiled.get()
+
+
 def parse_sweep(assignments: Iterable[str]) -> tuple[str, ...]:
     """The candidates of ``KEY=VALUE,VALUE`` assignments: every combination of them.
 
@@ -154,7 +159,7 @@ def train_and_judge(
             part=part,
         ).outputs["evaluation"]
 
-    sweep = _compiled.get()
+    sweep = compiled()
     if not sweep.candidates:
         policy = train()
         return policy, judge(policy)

@@ -24,6 +24,8 @@ from dpo.storage.store import Store, open_store
 
 IMAGES_VARIABLE = "DPO_IMAGES"
 """Set on the first step when a package is made for a cluster: JSON of the images' names."""
+CANDIDATES_VARIABLE = "DPO_CANDIDATES"
+"""Set likewise where the package has a sweep: JSON list of what each candidate changes."""
 _EVALUATION_FILES = ("report.html", "report.md", "evaluation.json", "samples.json", "pairs.json")
 
 
@@ -53,6 +55,7 @@ def record_plan(parameters: Mapping[str, Any], run_id: str, plan: Mapping[str, s
     Raises:
         StoreError: the store refuses or does not answer.
     """
+    candidates = json.loads(os.environ.get(CANDIDATES_VARIABLE) or "[]")
     write_run_manifest(
         open_store(str(parameters["publish_store"])),
         run_id,
@@ -60,8 +63,15 @@ def record_plan(parameters: Mapping[str, Any], run_id: str, plan: Mapping[str, s
         began=datetime.now(UTC).isoformat(timespec="seconds"),
         parameters=dict(parameters),
         plan=dict(plan),
+        **({"candidates": candidates} if candidates else {}),
         images=json.loads(os.environ.get(IMAGES_VARIABLE) or "{}"),
     )
+
+
+def run_state(state: str) -> dict[str, Any]:
+    """The state of a run that goes on, without what ``finish`` wrote of an earlier attempt."""
+    ended = datetime.now(UTC).isoformat(timespec="seconds") if state != "running" else None
+    return {"state": state, "ended": ended, "backend_state": None, "reason": None}
 
 
 def refuse_other_policy(publish: PublishConfig, run_id: str, policy: str) -> None:
@@ -90,7 +100,11 @@ def refuse_other_policy(publish: PublishConfig, run_id: str, policy: str) -> Non
 
 
 def record_verdict(publish: PublishConfig, run_id: str, *, evaluation: Path, verdict: Path) -> None:
-    """Store the report, the figures and the verdict of a run, whether it is approved or not."""
+    """Store the report, the figures and the verdict of a run, whether it is approved or not.
+
+    The run's state is written as well: Kubeflow does not run ``finish`` again for a failed run that
+    is retried, and the manifest would go on to say that it failed.
+    """
     store = configured_store(publish)
     judged = read_manifest(evaluation, stage="evaluate")
     decided = read_manifest(verdict, stage="gate")
@@ -106,10 +120,12 @@ def record_verdict(publish: PublishConfig, run_id: str, *, evaluation: Path, ver
     }
     text = json.dumps(configuration, indent=1, sort_keys=True).encode()
     store.write(f"{run_prefix(run_id)}/configuration.json", text)
+    decision = json.loads((verdict / "verdict.json").read_text(encoding="utf-8"))
     write_run_manifest(
         store,
         run_id,
-        verdict=json.loads((verdict / "verdict.json").read_text(encoding="utf-8")),
+        **run_state("running" if decision["approved"] else "refused"),
+        verdict=decision,
         evaluation=json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8")),
         artifacts=artifact_records(judged, decided),
         settings={"evaluate": judged.settings, "gate": decided.settings},

@@ -17,7 +17,7 @@ from dpo.config.stages import stage_settings
 from dpo.errors import ArtifactError
 from dpo.publish.folder import gathered
 from dpo.publish.registry import register
-from dpo.publish.runs import configured_store
+from dpo.publish.runs import configured_store, run_state
 from dpo.publish.version import publish_files
 from dpo.storage.manifest import Manifest, read_manifest, record, staged, write_manifest
 from dpo.storage.progress import message
@@ -71,6 +71,7 @@ def run_publish(
         write_run_manifest(
             store,
             run_id,
+            **run_state("succeeded"),
             published=asdict(published),
             policy={"content_hash": trained.content_hash, "inputs": trained.inputs},
             artifacts=artifact_records(trained),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dpo.errors import StoreUnavailable
+from dpo.publish.runs import record_plan
 from dpo.storage.runs import write_run_manifest
 from dpo.storage.store import open_store
 from pipelines import package, submit, watch
@@ -415,6 +416,59 @@ def test_explain_names_the_input_that_changed(
     assert told["steps"][step]["changed"] == {kind: [text]}
     assert told["steps"][step]["state"] == "done"
     assert told["steps"]["gate"]["reason"] == "never cached"
+
+
+def loop(*candidates):
+    """Tasks of a sweep's loop, linked as a workflow's nodes are; of each candidate two states."""
+    rows = []
+    for place, states in enumerate(candidates):
+        names = [f"iteration-iterations({place}:{place})", "iteration-item-driver"]
+        names += ["iteration-item"]
+        for step, state in zip(("preference", "evaluate"), states, strict=True):
+            names += [f"{step}-driver", step, f"executor {state}"]
+        for number, name in enumerate(names):
+            name, _, state = name.partition(" ")
+            rows.append(
+                {
+                    "display_name": name,
+                    "state": state or "SUCCEEDED",
+                    "pod_name": f"{place}-{number}",
+                    "child_tasks": [{"pod_name": f"{place}-{number + 1}"}],
+                }
+            )
+    return rows
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_explain_lists_the_candidates_of_a_sweep(
+    backend, store, command, capsys, monkeypatch, answers
+):
+    rows = loop(("SUCCEEDED", "SUCCEEDED"), ("SKIPPED", "SUCCEEDED"))
+    backend.scenario = Scenario(tasks=[rows + task("select", "SUCCEEDED") + task("gate", "FAILED")])
+    _, outcome, _ = command("--sweep", "loss.beta=0.3,0.7")
+    run_id = outcome["run_id"]
+    spec = backend.runs[run_id]["pipeline_spec"]["pipeline_spec"]
+    first = spec["deploymentSpec"]["executors"]["exec-fingerprint"]["container"]
+    told = {item["name"]: item["value"] for item in first["env"]}["DPO_CANDIDATES"]
+    # what the first step writes down
+    monkeypatch.setenv("DPO_CANDIDATES", told)
+    record_plan({"publish_store": store, "publish_name": "policy"}, run_id, plan())
+    backend.get_run(run_id)
+    if not answers:
+        monkeypatch.delenv("KF_PIPELINES_ENDPOINT")
+    asked = ["explain", run_id, "--store", store]
+    assert submit.main([*asked, "--output", "json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    cached = {"preference": "cached", "evaluate": "done"} if answers else {}
+    assert told["candidates"] == {
+        "loss.beta=0.3": dict.fromkeys(cached, "done"),
+        "loss.beta=0.7": cached,
+    }
+    assert "select" in told["steps"]
+    assert submit.main(asked) == 0
+    said = capsys.readouterr().out.splitlines()
+    more = ": preference cached, evaluate executed" if answers else ""
+    assert f"candidate loss.beta=0.7{more}" in said
 
 
 def test_a_run_starts_from_one_in_the_store(backend, store, command):

@@ -2,7 +2,7 @@
 
 import json
 
-from pipelines import history, package
+from pipelines import history, package, submit
 from pipelines.explain import Told, explain
 from pipelines.sweep import Sweep, parse_sweep
 
@@ -22,7 +22,7 @@ def remembered(folder, *runs):
     """A history of runs, each a plan and the states that its steps ended in."""
     for number, (plan, states) in enumerate(runs):
         place = folder / f"run-{number}"
-        place.mkdir()
+        place.mkdir(parents=True)
         history.remember(place, plan, states)
     return folder
 
@@ -64,6 +64,13 @@ def test_explain_names_the_candidates_and_what_failed():
     again = {line.step: line.reason for line in explain(failed, failed)}
     assert again["preference"] == "it failed"
     assert again["sft"] == "nothing that it reads changed"
+
+
+def test_explain_lists_the_candidates_of_a_local_sweep(tmp_path, capsys):
+    remembered(tmp_path / "history", (PLAN, DONE), (swept("loss.beta=0.3,0.7"), DONE))
+    assert submit.main(["explain", "--runs-dir", str(tmp_path)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2:] == ["candidate loss.beta=0.3", "candidate loss.beta=0.7"]
 
 
 def test_a_package_tells_its_candidates_also_where_ingest_is_shared():
