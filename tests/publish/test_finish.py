@@ -12,6 +12,7 @@ from dpo.errors import DpoError
 from dpo.publish.finish import run_finish
 from dpo.storage.runs import read_run_manifest, write_run_manifest
 from dpo.storage.store import open_store
+from tests.publish.pipeline import source
 
 APPROVED = {"verdict": {"approved": True, "rules": []}}
 PUBLISHED = {"published": {"name": "policy", "content_hash": "ab" * 32, "url": "file:///m"}}
@@ -119,3 +120,14 @@ def test_a_store_that_is_missing_hides_no_failure_and_fails_no_failed_run():
     assert text["state"] == "failed"
     with pytest.raises(DpoError, match="no store"):
         run_finish("", "r1", "SUCCEEDED")
+
+
+def test_a_retried_run_is_not_said_to_have_failed(pipeline):
+    """Kubeflow does not run ``finish`` again for it."""
+    write_run_manifest(open_store(pipeline.root), "r1", state="running")
+    run_finish(pipeline.root, "r1", "FAILED", "it broke")
+    assert read_run_manifest(pipeline.root, "r1")["state"] == "failed"
+    pipeline.run("r1", source("pairs.jsonl"))
+    manifest = read_run_manifest(pipeline.root, "r1")
+    assert (manifest["state"], manifest["reason"]) == ("succeeded", None)
+    assert manifest["ended"]
