@@ -173,7 +173,7 @@ class PipelineError(DpoError):
 
 
 class RequestError(PipelineError):
-    """A run, an endpoint or a store that was asked for is not there; nothing was started."""
+    """What was asked for is not there (a run, an endpoint, a store); nothing was started."""
 
     exit_code = 2
 

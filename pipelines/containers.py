@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo.config.places import cache_dir
-from dpo.errors import PipelineError
+from dpo.errors import RequestError
 from dpo.storage import progress
 from dpo.storage.processes import END_WITH
 
@@ -83,7 +83,7 @@ def connect() -> Any:
     """A client of the container engine.
 
     Raises:
-        PipelineError: none answers.
+        RequestError: none answers.
     """
     import docker
 
@@ -91,7 +91,7 @@ def connect() -> Any:
         client = docker.from_env()
         client.ping()
     except docker.errors.DockerException:
-        raise PipelineError(
+        raise RequestError(
             "no container engine answers",
             where=os.environ.get("DOCKER_HOST", "the default socket of Docker"),
             fix="start Docker, or point DOCKER_HOST at its socket; without one, use --local",
@@ -103,7 +103,7 @@ def check_images(documents: list[dict[str, Any]]) -> None:
     """Find out before the run that an image is missing.
 
     Raises:
-        PipelineError: an image of the package is not on this machine, or no engine answers.
+        RequestError: an image of the package is not on this machine, or no engine answers.
     """
     import docker
 
@@ -114,7 +114,7 @@ def check_images(documents: list[dict[str, Any]]) -> None:
             try:
                 client.images.get(image)
             except docker.errors.ImageNotFound:
-                raise PipelineError(
+                raise RequestError(
                     f"the image {image} is not on this machine",
                     fix="run `make images`, or pull it",
                 ) from None

@@ -30,7 +30,7 @@ from rich.console import Console
 
 from dpo.config.parameters import stage_configs
 from dpo.config.stages import OUT_OF_BAND_VARIABLE, out_of_band
-from dpo.errors import DpoError, PipelineError
+from dpo.errors import DpoError, RequestError
 from dpo.storage import host_memory, progress
 from dpo.storage.manifest import write_atomically
 from pipelines import containers
@@ -77,7 +77,7 @@ def run_local(job: Job, console: Console, *, timeout_seconds: float | None = Non
     """Run a package here and wait for its end.
 
     Raises:
-        PipelineError: another run is using the same folder, or an image is missing.
+        RequestError: another run is using the same folder, or an image is missing.
         TimeoutError: the time is over; the steps were stopped.
         KeyboardInterrupt: after the steps were stopped.
     """
@@ -242,13 +242,13 @@ def locked(runs: Path) -> Iterator[int]:
     """Hold ``runs`` alone; yields the descriptor that holds the lock.
 
     Raises:
-        PipelineError: another run holds it, or the folder cannot be written to.
+        RequestError: another run holds it, or the folder cannot be written to.
     """
     try:
         runs.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(runs / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise PipelineError(
+        raise RequestError(
             f"the folder for runs cannot be written to: {error.strerror}",
             where=str(runs),
             fix="choose another one with --runs-dir",
@@ -258,7 +258,7 @@ def locked(runs: Path) -> Iterator[int]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(descriptor, 32, 0).decode() or "unknown"
-            raise PipelineError(
+            raise RequestError(
                 f"another run is using this folder (process {holder.strip()})",
                 where=str(runs),
                 fix="wait for it, or use another folder with --runs-dir",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dpo.errors import DpoError
 from dpo.storage.manifest import read_manifest
 
 State = Literal["succeeded", "failed", "refused", "cancelled", "timed out", "unknown", "submitted"]
@@ -24,8 +27,21 @@ EXIT_CODES: dict[State, int] = {
     "timed out": 5,
     "unknown": 5,
 }
-"""2 is a mistake in the command or its configuration, as everywhere in this project. 5 is what may
-go on: the time was over, or the endpoint or the store could not be asked any more."""
+"""2 is what started nothing: a mistake in the command or its configuration, as everywhere in this
+project, or something that is not there. 5 is what may go on: the time was over, or the endpoint or
+the store could not be asked any more."""
+NOTHING_STARTED = 2
+
+
+@contextmanager
+def nothing_started() -> Iterator[None]:
+    """What is wrong in here ends with 2, whatever it is: inside a step, data that is missing fails
+    the run; before the first step it lets none begin."""
+    try:
+        yield
+    except DpoError as error:
+        error.exit_code = NOTHING_STARTED
+        raise
 
 
 @dataclass

@@ -18,12 +18,12 @@ from rich.console import Console
 
 from dpo.config.overrides import model_overrides
 from dpo.config.parameters import STARTS
-from dpo.errors import ConfigError, RequestError, StoreError
+from dpo.errors import ConfigError, RequestError
 from dpo.plan.booked import check_booked
 from pipelines import history, package, start
 from pipelines.deployment import image_assignments, load_deployment, with_images, with_store
 from pipelines.local import Job, run_local
-from pipelines.outcome import Outcome, read_outputs
+from pipelines.outcome import Outcome, nothing_started, read_outputs
 from pipelines.pods import booked
 from pipelines.request import check_candidates, local_store, parameters
 from pipelines.sweep import Sweep, parse_sweep
@@ -263,11 +263,12 @@ def run_here(job: Job, console: Console, *, timeout_seconds: float | None = None
     Raises:
         DpoError: what is wrong before the first step runs.
     """
-    obtain_model(job.parameters)
-    plan = history.with_candidates(
-        planned(job.parameters, key_only=job.runner == "processes"),
-        package.candidates_of(job.documents),
-    )
+    with nothing_started():
+        obtain_model(job.parameters)
+        plan = history.with_candidates(
+            planned(job.parameters, key_only=job.runner == "processes"),
+            package.candidates_of(job.documents),
+        )
     try:
         run = run_local(job, console, timeout_seconds=timeout_seconds)
     except TimeoutError:
@@ -288,18 +289,14 @@ def run_here(job: Job, console: Console, *, timeout_seconds: float | None = None
 
 
 def planned(values: Mapping[str, Any], *, key_only: bool) -> dict[str, str]:
-    """What ``plan_run`` says before a run; a store that is not there lets none begin.
+    """What ``plan_run`` says before a run.
 
     Raises:
-        RequestError: the store does not answer, or its bucket is missing.
-        DpoError: what else is wrong.
+        DpoError: data, base model, artifact or store that is not there, or a setting that is wrong.
     """
     from dpo.data.plan import plan_run
 
-    try:
-        return plan_run(values, key_only=key_only)
-    except StoreError as error:
-        raise RequestError(error.found, where=error.where, fix=error.fix) from None
+    return plan_run(values, key_only=key_only)
 
 
 def obtain_model(values: Mapping[str, Any]) -> None:

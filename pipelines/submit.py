@@ -1,9 +1,9 @@
 """Starts the pipeline: on this machine (``--local``) or on a Kubeflow Pipelines endpoint.
 
 Exit codes: 0 success, 1 the run failed, 2 nothing was started (a mistake in the command or its
-settings; a run, an endpoint or a store that is not there), 3 the gate refused the model, 4 the run
-was cancelled, 5 the waiting ended before the run (the time was over, or the endpoint did not answer
-any more), 130 interrupted.
+settings; a run, an endpoint, a store, data or a model that is not there), 3 the gate refused the
+model, 4 the run was cancelled, 5 the waiting ended before the run (the time was over, or the
+endpoint did not answer any more), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pipelines.deployment import image_assignments
 from pipelines.deployment import names as deployments
 from pipelines.local import Job
 from pipelines.on_cluster import add_options, needs_a_store, run_on_cluster
-from pipelines.outcome import Outcome, show
+from pipelines.outcome import Outcome, nothing_started, show
 from pipelines.pods import booked
 from pipelines.request import check_candidates, local_store, parameters, presets
 from pipelines.run import (
@@ -182,7 +182,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if given[:1] == ["explain"]:
             options = explain.parser().parse_args(given[1:])
-            return explain.main(options, runs_folder(options.runs_dir))
+            with nothing_started():
+                return explain.main(options, runs_folder(options.runs_dir))
         return _run(parser().parse_args(given))
     except (DpoError, OSError) as problem:
         error = system_problem(problem) if isinstance(problem, OSError) else problem
@@ -198,15 +199,36 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    asked.check(options)
-    documents = package.load_package()
-    if options.list:
-        return _list_parameters(documents)
+    with nothing_started():
+        asked.check(options)
+        documents = package.load_package()
+        if options.list:
+            return _list_parameters(documents)
+        runs = runs_folder(options.runs_dir)
+        documents, values = _prepared(options, runs)
+        if options.dry_run:
+            return _dry_run(options, documents, values, runs)
+    outcome = (
+        run_here(
+            Job(documents, values, runs, runner=options.local),
+            Console(stderr=True),
+            timeout_seconds=options.timeout_seconds,
+        )
+        if options.local
+        else run_on_cluster(options, documents, values)
+    )
+    _finish(options, outcome)
+    return outcome.exit_code
+
+
+def _prepared(
+    options: argparse.Namespace, runs: Path
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The package and the parameters of the run that was asked for, checked."""
     _check_package_is_current()
     documents = _for_place(options)
-    runs = runs_folder(options.runs_dir)
     store = options.store or (local_store(runs) if options.local else None)
-    rerun = [step for step in options.rerun.split(",") if step]
+    rerun = _rerun(options)
     package.set_uncached(documents, rerun)
     begin = start.beginning(
         package.defaults(documents),
@@ -233,19 +255,11 @@ def _run(options: argparse.Namespace) -> int:
         check_booked(values, booked(documents))
     if not options.local:
         package.keep_checkpoints(documents, str(values["publish_store"]))
-    if options.dry_run:
-        return _dry_run(options, documents, values, runs, rerun)
-    outcome = (
-        run_here(
-            Job(documents, values, runs, runner=options.local),
-            Console(stderr=True),
-            timeout_seconds=options.timeout_seconds,
-        )
-        if options.local
-        else run_on_cluster(options, documents, values)
-    )
-    _finish(options, outcome)
-    return outcome.exit_code
+    return documents, values
+
+
+def _rerun(options: argparse.Namespace) -> list[str]:
+    return [step for word in options.rerun.split(",") if (step := word.strip())]
 
 
 def _for_place(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -298,7 +312,6 @@ def _dry_run(
     documents: list[dict[str, Any]],
     values: dict[str, Any],
     runs: Path,
-    rerun: list[str],
 ) -> int:
     target = options.package or runs / "package.yaml"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -306,7 +319,7 @@ def _dry_run(
     obtain_model(values)
     plan = planned(values, key_only=options.local != "docker")
     plan = history.with_candidates(plan, package.candidates_of(documents))
-    expected = history.expectations(plan, runs / "history", rerun)
+    expected = history.expectations(plan, runs / "history", _rerun(options))
     if options.output == "json":
         steps = {e.step: {"runs": e.runs, "reason": e.reason} for e in expected}
         print(json.dumps({"package": str(target), "parameters": values, "steps": steps}))

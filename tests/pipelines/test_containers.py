@@ -116,7 +116,7 @@ def test_a_missing_image_is_named_before_the_run(checkout, tmp_path, images):
     other = tmp_path / "images.json"
     other.write_text('{"data": "dpo-none:1", "train": "dpo-none:2"}')
     _, done = in_containers(checkout, other, {})
-    assert done.returncode == 1
+    assert done.returncode == 2, "nothing was started"
     assert "the image dpo-none:1 is not on this machine" in done.stderr
     assert "make images" in done.stderr
 
@@ -124,7 +124,7 @@ def test_a_missing_image_is_named_before_the_run(checkout, tmp_path, images):
 def test_no_engine_is_a_message(checkout, tmp_path, images):
     nowhere = {"DOCKER_HOST": f"unix://{tmp_path}/none.sock"}
     _, done = in_containers(checkout, images, nowhere)
-    assert done.returncode == 1
+    assert done.returncode == 2, "nothing was started"
     assert "no container engine answers" in done.stderr
 
 
