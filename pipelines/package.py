@@ -346,6 +346,8 @@ def _write_for_cluster(options: argparse.Namespace) -> int:
     check_candidates(parameters(defaults(documents)), sweep.candidates)
     save_package(documents, options.output)
     print(f"wrote {options.output}: upload it in the Kubeflow UI under Pipelines")
+    if not defaults(documents)["publish_store"]:
+        print("its form names no store: whoever starts a run fills in publish_store (or --store)")
     folder = options.output.parent / "components"
     write_components(folder, placeholders(deployment.images))
     print(f"wrote {folder}/*.yaml: each step alone, for pipelines of your own")
