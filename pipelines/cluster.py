@@ -50,6 +50,9 @@ def endpoint(
             "no Kubeflow Pipelines endpoint is given",
             fix="set KF_PIPELINES_ENDPOINT or pass --endpoint URL; to run here, pass --local",
         )
+    if "://" not in host:
+        # as kfp takes it, which warns of it
+        host = f"https://{host}"
     ui = os.environ.get("KF_PIPELINES_UI_ENDPOINT") or host
     if holds_password(host) or holds_password(ui):
         raise ConfigError(

@@ -232,7 +232,8 @@ def _connect() -> Any:
             kubernetes.config.load_kube_config(files, client_configuration=configuration)
         else:
             kubernetes.config.load_incluster_config(client_configuration=configuration)
-    except (kubernetes.config.ConfigException, OSError):
+    except Exception:
+        # also a file that is no configuration: what it would tell is only beside the run
         return None
     # a cluster that is not there must not hold up the run
     configuration.retries = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -173,9 +174,16 @@ def _remote(options: argparse.Namespace) -> tuple[Told, Told | None]:
     url = options.store
     if options.endpoint or cluster.is_configured():
         target = cluster.endpoint(options.endpoint, options.namespace)
-        run = cluster.get_run(cluster.connect(target), target, options.run_id)
-        states, of_candidates = step_states(run), candidate_states(run)
-        url = url or cluster.parameters_of(run).get("publish_store")
+        try:
+            run = cluster.get_run(cluster.connect(target), target, options.run_id)
+        except RequestError as error:
+            if not url:
+                raise
+            # deleted in Kubeflow, perhaps: its manifest is in the store all the same
+            print(f"{error.found}: the states of its steps are not known", file=sys.stderr)
+        else:
+            states, of_candidates = step_states(run), candidate_states(run)
+            url = url or cluster.parameters_of(run).get("publish_store")
     if not url:
         raise RequestError(
             f"nothing is known of run {options.run_id}",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import signal
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -74,11 +76,11 @@ def run_on_cluster(
         sent = cluster.parameters_of(cluster.get_run(client, target, options.retry))
         sending.retry(client, target, options.retry)
         return _follow(options, client, target, options.retry, {**values, **sent})
-    with tempfile.TemporaryDirectory() as folder:
+    name = options.run_name or new_name(values)
+    with tempfile.TemporaryDirectory() as folder, _being_sent(name, target):
         path = Path(folder, "package.yaml")
         package.save_package(documents, path)
         registered = _upload(client, target, path, documents) if options.upload else None
-        name = options.run_name or new_name(values)
         if options.schedule:
             made = sending.schedule(
                 client, target, path, values, name, options.schedule, registered
@@ -127,18 +129,51 @@ def _follow(
     if not options.wait:
         return Outcome("submitted", run_id, where=link)
     try:
-        return wait(
-            client,
-            target,
-            run_id,
-            store=str(values["publish_store"]),
-            timeout_seconds=options.timeout_seconds,
-            say=lambda text: print(text, file=sys.stderr, flush=True),
-        )
+        with _told_to_end():
+            return wait(
+                client,
+                target,
+                run_id,
+                store=str(values["publish_store"]),
+                timeout_seconds=options.timeout_seconds,
+                say=lambda text: print(text, file=sys.stderr, flush=True),
+            )
     except KeyboardInterrupt:
         if not options.cancel_on_interrupt:
             raise KeyboardInterrupt(
                 f"Stopped waiting; the run goes on: {link}\n`submit.py --cancel {run_id}` ends it."
             ) from None
-        cluster.cancel(client, target, run_id)
+        try:
+            cluster.cancel(client, target, run_id)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"Stopped; whether the run ends is not known: {link}\n"
+                f"`submit.py --cancel {run_id}` asks again."
+            ) from None
         return Outcome("cancelled", run_id, where=link)
+
+
+@contextmanager
+def _told_to_end() -> Iterator[None]:
+    """SIGTERM, with which CI ends a job, is as Ctrl-C in here."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _being_sent(name: str, target: cluster.Endpoint) -> Iterator[None]:
+    """Ctrl-C in here leaves open whether the endpoint has it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"Stopped while {name!r} was being sent: look for it at {target.ui}/#/runs before you "
+            "send it again."
+        ) from None

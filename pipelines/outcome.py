@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dpo.errors import DpoError
+from dpo.errors import DpoError, system_problem
 from dpo.storage.manifest import read_manifest
 
 State = Literal["succeeded", "failed", "refused", "cancelled", "timed out", "unknown", "submitted"]
@@ -39,6 +39,10 @@ def nothing_started() -> Iterator[None]:
     the run; before the first step it lets none begin."""
     try:
         yield
+    except OSError as problem:
+        error = system_problem(problem)
+        error.exit_code = NOTHING_STARTED
+        raise error from None
     except DpoError as error:
         error.exit_code = NOTHING_STARTED
         raise

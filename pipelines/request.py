@@ -67,7 +67,8 @@ def parameters(
             for list_name in OVERRIDES:
                 values[list_name] = [*values[list_name], value]
         elif name in OVERRIDES:
-            values[name] = [*values[name], value]
+            more = value if isinstance(value, list) else [value]
+            values[name] = [*values[name], *more]
         else:
             values[name] = value
     if store and not values["publish_store"]:

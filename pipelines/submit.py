@@ -48,6 +48,9 @@ from pipelines.run import (
 from pipelines.sweep import parse_sweep
 
 INTERRUPTED = 130
+_OF_THIS_MACHINE = (
+    "\nCompared with the runs of this machine: Kubeflow may have more of it in its cache."
+)
 
 
 def parser() -> Arguments:
@@ -69,7 +72,9 @@ def parser() -> Arguments:
         help="a pipeline parameter (preference_beta=0.2) or any configuration key (loss.beta=0.2, "
         "sft.lr=1e-5); may be repeated",
     )
-    what.add_argument("--store", help="where to publish: s3://, minio:// or file:// URL")
+    what.add_argument(
+        "--store", type=asked.not_empty, help="where to publish: s3://, minio:// or file:// URL"
+    )
     what.add_argument(
         "--rerun",
         default="",
@@ -112,10 +117,13 @@ def parser() -> Arguments:
         help="on this machine, in processes or in containers",
     )
     where.add_argument("--runs-dir", type=Path, help="folder of local runs (default: runs)")
-    where.add_argument("--endpoint", help="Kubeflow Pipelines (default: KF_PIPELINES_ENDPOINT)")
-    where.add_argument("--namespace", help="profile namespace, where the backend has several users")
-    where.add_argument("--experiment", help="default: KF_PIPELINES_DEFAULT_EXPERIMENT_NAME")
-    where.add_argument("--run-name", help="name in the UI")
+    for name, meaning in (
+        ("--endpoint", "Kubeflow Pipelines (default: KF_PIPELINES_ENDPOINT)"),
+        ("--namespace", "profile namespace, where the backend has several users"),
+        ("--experiment", "default: KF_PIPELINES_DEFAULT_EXPERIMENT_NAME"),
+        ("--run-name", "name in the UI"),
+    ):
+        where.add_argument(name, type=asked.not_empty, help=meaning)
     where.add_argument(
         "--deployment",
         default="",
@@ -203,7 +211,7 @@ def _run(options: argparse.Namespace) -> int:
         asked.check(options)
         documents = package.load_package()
         if options.list:
-            return _list_parameters(documents)
+            return _list_parameters(documents, as_json=options.output == "json")
         runs = runs_folder(options.runs_dir)
         documents, values = _prepared(options, runs)
         if options.dry_run:
@@ -291,12 +299,18 @@ def _check_package_is_current() -> None:
             )
 
 
-def _list_parameters(documents: list[dict[str, Any]]) -> int:
+def _list_parameters(documents: list[dict[str, Any]], *, as_json: bool) -> int:
     table = Table(box=None)
     for heading in ("parameter", "default", "meaning"):
         table.add_column(heading, overflow="fold")
     texts = package.help_texts(documents)
     defaults = package.defaults(documents)
+    if as_json:
+        told = {
+            n: {"default": d, "meaning": " ".join(texts[n].split())} for n, d in defaults.items()
+        }
+        print(json.dumps({"parameters": told}))
+        return 0
     # the sources' order groups them by stage; the compiled form is sorted by name
     from dpo.config.parameters import OVERRIDES, PARAMETERS, STARTS
 
@@ -331,6 +345,8 @@ def _dry_run(
         table.add_row(item.step, "runs" if item.runs else "cached", escape(item.reason))
     console = Console()
     console.print(table)
+    if not options.local:
+        console.print(_OF_THIS_MACHINE, markup=False, highlight=False, soft_wrap=True)
     console.print(f"\npackage: {target}", markup=False, highlight=False, soft_wrap=True)
     return 0
 

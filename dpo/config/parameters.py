@@ -87,6 +87,8 @@ STARTS: Mapping[str, Stage] = {
 DEFAULT_MODEL = "smollm2"
 """What ``model`` is where nobody chose one (a test compares it with the form)."""
 
+_LARGEST_INTEGER = 2**53
+
 _SHARED_SECTIONS = {"model", "datasets", "sources", "trainer", "wandb", "lora"}
 _SHARED_KEYS = {parameter.key for parameter in PARAMETERS.values() if len(parameter.sides) == 2} | {
     "truncation_mode",
@@ -185,8 +187,17 @@ def _compose_side(side: Side, parameters: Mapping[str, Any]) -> RunConfig:
     try:
         return compose([*overrides, *own]).config
     except ConfigError as error:
-        where = error.where or _parameter_in(error.found, side, parameters)
+        found_in = f"parameter {name}" if _is_about(error.found, own) else None
+        where = error.where or found_in or _parameter_in(error.found, side, parameters)
         raise ConfigError(error.found, where=where, fix=error.fix) from None
+
+
+def _is_about(found: str, overrides: Iterable[str]) -> bool:
+    """Whether a message quotes an override or begins with its key."""
+    return any(
+        found.startswith(f"{item.partition('=')[0].strip()}=") or (item or "''") in found
+        for item in overrides
+    )
 
 
 def _parameter_in(found: str, side: Side, given: Iterable[str]) -> str | None:
@@ -217,7 +228,8 @@ def route(assignment: str) -> tuple[str, Value]:
 
     Returns:
         Parameter name and value. For ``sft_overrides`` and ``preference_overrides`` the value is
-        one override to append; the name ``both_overrides`` means that both lists get it.
+        one override to append, or a list of them; the name ``both_overrides`` means that both lists
+        get it.
 
     Raises:
         ConfigError: no ``=``, or a key that both stages have with values of their own.
@@ -229,6 +241,8 @@ def route(assignment: str) -> tuple[str, Value]:
         return key, value
     if key in PARAMETERS:
         return key, _parse(value)
+    if key in OVERRIDES:
+        return key, _overrides(value)
     side, _, rest = key.partition(".")
     if side in OVERRIDES.values() and rest:
         return _to_side(side, rest, value)
@@ -242,10 +256,17 @@ def route(assignment: str) -> tuple[str, Value]:
             f"{key} belongs to both training stages",
             fix=f"write sft.{key}={value} or preference.{key}={value}",
         )
-    known = [*PARAMETERS, *STARTS, *RunConfig.model_fields]
+    known = dict.fromkeys([*PARAMETERS, *OVERRIDES, *STARTS, *RunConfig.model_fields])
     raise ConfigError(
         f"unknown key {key}{suggestion(key, known)}", fix="`dpo config` prints every key"
     )
+
+
+def _overrides(value: str) -> list[str]:
+    """A list as the form takes it, or one override."""
+    parsed = _parse(value)
+    items = parsed if isinstance(parsed, list) else [value]
+    return [str(item) for item in items]
 
 
 def _to_side(side: str, key: str, value: str) -> tuple[str, Value]:
@@ -287,6 +308,12 @@ def typed(name: str, value: Value, default: Value) -> Value:
         good = isinstance(value, bool)
     elif isinstance(default, int):
         good = isinstance(value, int) and not isinstance(value, bool)
+        if good and abs(value) > _LARGEST_INTEGER:  # type: ignore[arg-type]
+            raise ConfigError(
+                f"{name}={value}: Kubeflow passes numbers on as floating-point ones, which hold no "
+                f"integer above {_LARGEST_INTEGER}",
+                fix="choose a smaller one",
+            )
     elif isinstance(default, float):
         good = isinstance(value, int | float) and not isinstance(value, bool)
         value = float(value) if good else value  # type: ignore[arg-type]
@@ -296,7 +323,7 @@ def typed(name: str, value: Value, default: Value) -> Value:
     else:
         value, good = str(value), not isinstance(value, list)
     if not good:
-        raise ConfigError(
-            f"{name}={value!r}: expected a {type(default).__name__}, such as {default!r}"
-        )
+        kind = type(default).__name__
+        article = "an" if kind == "int" else "a"
+        raise ConfigError(f"{name}={value!r}: expected {article} {kind}, such as {default!r}")
     return value

@@ -63,6 +63,9 @@ def test_text_of_a_form_is_no_syntax(text):
         ("datasets=[hh,shp]", ("datasets", ["hh", "shp"])),
         ("seed=3", ("seed", 3)),
         ("gate.min_reward_accuracy=0.6", ("gate_min_reward_accuracy", 0.6)),
+        # as the form takes them, and one alone
+        ('sft_overrides=["lr=2", "x=a b"]', ("sft_overrides", ["lr=2", "x=a b"])),
+        ("preference_overrides=max_grad_norm=1", ("preference_overrides", ["max_grad_norm=1"])),
     ],
 )
 def test_every_key_finds_its_parameter(assignment, expected):
@@ -93,6 +96,29 @@ def test_values_take_the_type_of_the_form():
         typed("seed", "one", 0)
     with pytest.raises(ConfigError, match="seed"):
         typed("seed", True, 0)
+
+
+@pytest.mark.parametrize("value", [2**53 + 1, -(2**60)])
+def test_an_integer_that_a_floating_point_number_does_not_hold_is_refused(value):
+    with pytest.raises(ConfigError, match=f"seed={value}: Kubeflow passes"):
+        typed("seed", value, 0)
+    assert typed("seed", 2**53, 0) == 2**53
+
+
+@pytest.mark.parametrize(
+    ("parameters", "where"),
+    [
+        ({"sft_overrides": [""]}, "sft_overrides"),
+        ({"preference_overrides": ["max_grad_norm"]}, "preference_overrides"),
+        ({"sft_overrides": ['"lr=1"']}, "sft_overrides"),
+        ({"preference_lr": 1e-5, "preference_overrides": ["lr=-1"]}, "preference_overrides"),
+        ({"preference_lr": -1.0, "preference_overrides": ["lora.rank=4"]}, "preference_lr"),
+    ],
+)
+def test_a_message_names_the_field_of_the_form(parameters, where):
+    with pytest.raises(ConfigError) as caught:
+        stage_configs({**TINY, **parameters})
+    assert caught.value.where == f"parameter {where}"
 
 
 def test_sft_is_no_preference_loss():

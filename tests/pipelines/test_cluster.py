@@ -13,7 +13,7 @@ from dpo.errors import StoreUnavailable
 from dpo.publish.runs import record_plan
 from dpo.storage.runs import write_run_manifest
 from dpo.storage.store import open_store
-from pipelines import package, submit, watch
+from pipelines import cluster, on_cluster, package, sending, submit, watch
 from tests.support.kfp_backend import STEPS, Fault, Scenario, task
 from tests.support.submitted import IMAGES, all_done, verdict
 
@@ -169,8 +169,10 @@ def test_cancel_ends_a_run_and_needs_neither_images_nor_a_store(backend, command
     assert "run none not found (HTTP 404)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("cancels", [True, False])
-def test_ctrl_c(backend, store, tmp_path, cancels):
+@pytest.mark.parametrize(
+    ("cancels", "how"), [(True, signal.SIGTERM), (False, signal.SIGINT)], ids=["sigterm", "ctrl-c"]
+)
+def test_ctrl_c_and_the_signal_that_ends_a_job_of_ci(backend, store, tmp_path, cancels, how):
     """In a process of its own, because a signal is what Ctrl-C is."""
     backend.scenario = Scenario(states=["RUNNING"])
     more = ["--cancel-on-interrupt"] if cancels else []
@@ -193,7 +195,7 @@ def test_ctrl_c(backend, store, tmp_path, cancels):
     ):
         time.sleep(0.05)
     time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     out, err = process.communicate(timeout=240)
     (run,) = backend.runs.values()
     assert "Traceback" not in err
@@ -205,6 +207,40 @@ def test_ctrl_c(backend, store, tmp_path, cancels):
         assert process.returncode == 130
         assert "the run goes on" in err
         assert run["state"] == "RUNNING"
+
+
+def test_ctrl_c_before_the_run_is_known_says_where_to_look(backend, store, capsys, monkeypatch):
+    monkeypatch.setattr(submit, "_check_package_is_current", lambda: None)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sending, "submit_once", interrupted)
+    assert submit.main([*IMAGES, "--store", store, "--run-name", "mine"]) == 130
+    said = capsys.readouterr().err
+    assert f"'mine' was being sent: look for it at {backend.url}/#/runs before" in said
+
+
+def test_ctrl_c_twice_says_that_the_end_is_not_known(backend, store, capsys, monkeypatch):
+    monkeypatch.setattr(submit, "_check_package_is_current", lambda: None)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(on_cluster, "wait", interrupted)
+    monkeypatch.setattr(cluster, "cancel", interrupted)
+    asked = [*IMAGES, "--store", store, "--wait", "--cancel-on-interrupt"]
+    assert submit.main(asked) == 130
+    (run_id,) = backend.runs
+    assert f"`submit.py --cancel {run_id}` asks again" in capsys.readouterr().err
+
+
+def test_an_endpoint_without_a_scheme_is_one_of_https(command, monkeypatch, backend):
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", "127.0.0.1:9/pipeline")
+    code, _, said = command()
+    assert code == 2
+    assert "where: https://127.0.0.1:9/pipeline" in said
+    assert "Warning" not in said
 
 
 def test_a_few_failing_answers_are_lived_with(backend, store, command):
@@ -508,6 +544,14 @@ def test_explain_of_a_run_that_nobody_knows(backend, capsys, tmp_path):
     assert "run foo not found (HTTP 404)" in capsys.readouterr().err
     assert submit.main(["explain", *place]) == 2
     assert "there is no local run yet" in capsys.readouterr().err
+
+
+def test_explain_of_a_run_that_kubeflow_forgot(backend, store, capsys):
+    record_plan({"publish_store": store, "publish_name": "policy"}, "gone", plan())
+    assert submit.main(["explain", "gone", "--store", store, "--output", "json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["steps"]["sft"]["state"] == "unknown"
+    assert "the states of its steps are not known" in printed.err
 
 
 def test_explain_without_an_endpoint_says_what_is_missing(capsys, tmp_path, monkeypatch):

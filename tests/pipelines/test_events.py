@@ -165,6 +165,13 @@ def test_reasons_of_an_end(watcher):
     }
 
 
+@pytest.mark.parametrize("text", ["}{", "- a", "kind: Config"])
+def test_a_kubeconfig_that_is_none_stops_no_waiting(monkeypatch, tmp_path, text):
+    (tmp_path / "config").write_text(text)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    assert Watcher("run", None).reasons() == {}
+
+
 def test_nobody_is_asked_where_nothing_says_how(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("KUBECONFIG", raising=False)

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 from components import images
 from dpo.config.parameters import OVERRIDES, PARAMETERS, STARTS
 from dpo.errors import ConfigError, PipelineError
-from pipelines import package
+from pipelines import package, submit
 from pipelines.preference import preference_pipeline
 from pipelines.sweep import Sweep
 
@@ -167,6 +168,21 @@ def test_an_unknown_step_names_the_choices():
     with pytest.raises(ConfigError, match="no step is called stf") as caught:
         package.set_uncached(package.load_package(), ["stf"])
     assert "reference" in str(caught.value)
+
+
+def test_the_parameters_are_listed_for_a_program_too(capsys):
+    assert submit.main(["--list", "--output", "json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out).values()
+    assert told["sft_warmup_steps"] == {
+        "default": 1,
+        "meaning": "Optimiser steps until sft_lr is reached.",
+    }
+
+
+@pytest.mark.parametrize("option", ["store", "endpoint", "namespace", "experiment", "run-name"])
+def test_an_empty_value_is_a_variable_that_is_not_set(option, capsys):
+    assert submit.main([f"--{option}", "", "--list"]) == 2
+    assert f"argument --{option}: the value is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "- just\n- a list\n", "a: [unclosed"])

@@ -83,6 +83,14 @@ def test_an_answer_that_is_lost_with_the_request_says_that_no_run_was_started(
     assert len(backend.runs) == 1
 
 
+def test_a_package_that_cannot_be_written_started_nothing(command, tmp_path):
+    (tmp_path / "file").touch()
+    place = str(tmp_path / "file" / "package.yaml")
+    code, _, said = command("--dry-run", "--set", "model=tiny", "--package", place)
+    assert code == 2
+    assert str(tmp_path / "file") in said
+
+
 def test_a_refused_run_is_told_from_one_that_failed(backend, command):
     backend.faults = [Fault(r"/runs$", status=400, method="POST", message="no such field")]
     code, _, said = command()
