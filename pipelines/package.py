@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from dpo.config.places import config_dir
-from dpo.errors import ConfigError, DpoError, PipelineError
+from dpo.errors import ConfigError, DpoError, PipelineError, system_problem
 from pipelines import sharded
 from pipelines.deployment import (
     CHECKPOINTED_STEPS,
@@ -300,7 +300,8 @@ def main(arguments: list[str] | None = None) -> int:
         _check_options(options)
         if options.output:
             return _write_for_cluster(options)
-    except DpoError as error:
+    except (DpoError, OSError) as problem:
+        error = system_problem(problem) if isinstance(problem, OSError) else problem
         print(error, file=sys.stderr)
         return error.exit_code
     if options.check:

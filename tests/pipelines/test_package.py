@@ -60,6 +60,14 @@ def test_options_of_a_package_for_a_cluster_leave_the_repository_alone(arguments
     assert package.PACKAGE.stat().st_mtime_ns == before
 
 
+def test_a_package_that_cannot_be_written_is_one_message(tmp_path, capsys):
+    images = ["--image", "data=r/d:1", "--image", "train=r/t:1"]
+    assert package.main(["--output", str(tmp_path), *images]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Is a directory")
+    assert str(tmp_path) in said
+
+
 def test_every_step_is_there(documents):
     steps = {name for name in tasks(documents) if not name.startswith(("condition", "exit"))}
     assert steps == set(package.STEPS)
