@@ -62,7 +62,7 @@ def run_on_cluster(
     Raises:
         ConfigError: what the run writes would not outlive its pods.
         PipelineError: the endpoint does not answer or refuses.
-        KeyboardInterrupt: with a text that says what goes on.
+        KeyboardInterrupt: with a text that says what goes on, and the run's id.
     """
     target = cluster.endpoint(options.endpoint, options.namespace, options.experiment)
     if not (options.cancel or options.retry):
@@ -141,14 +141,16 @@ def _follow(
     except KeyboardInterrupt:
         if not options.cancel_on_interrupt:
             raise KeyboardInterrupt(
-                f"Stopped waiting; the run goes on: {link}\n`submit.py --cancel {run_id}` ends it."
+                f"Stopped waiting; the run goes on: {link}\n`submit.py --cancel {run_id}` ends it.",
+                run_id,
             ) from None
         try:
             cluster.cancel(client, target, run_id)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"Stopped; whether the run ends is not known: {link}\n"
-                f"`submit.py --cancel {run_id}` asks again."
+                f"`submit.py --cancel {run_id}` asks again.",
+                run_id,
             ) from None
         return Outcome("cancelled", run_id, where=link)
 
@@ -175,5 +177,6 @@ def _being_sent(name: str, target: cluster.Endpoint) -> Iterator[None]:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"Stopped while {name!r} was being sent: look for it at {target.ui}/#/runs before you "
-            "send it again."
+            "send it again.",
+            "",
         ) from None

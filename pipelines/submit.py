@@ -202,7 +202,11 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt as interrupt:
         default = "Stopped. Finished steps are kept: the same command goes on from there."
-        print(f"\n{interrupt or default}", file=sys.stderr)
+        text, run_id = interrupt.args if len(interrupt.args) == 2 else (default, "")
+        print(f"\n{text}", file=sys.stderr)
+        if as_json:
+            stopped = {"state": "interrupted", "message": text, "exit_code": INTERRUPTED}
+            print(json.dumps({**stopped, "run_id": run_id}))
         return INTERRUPTED
 
 

@@ -206,6 +206,9 @@ def test_ctrl_c_and_the_signal_that_ends_a_job_of_ci(backend, store, tmp_path, c
     else:
         assert process.returncode == 130
         assert "the run goes on" in err
+        told = json.loads(out)
+        assert (told["state"], told["exit_code"]) == ("interrupted", 130)
+        assert told["run_id"] in backend.runs
         assert run["state"] == "RUNNING"
 
 
