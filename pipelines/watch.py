@@ -284,16 +284,45 @@ def _failure(client: Any, run: Any, watcher: Watcher) -> str:
     """Which step failed, what Kubernetes and its own log say about it, and what to do."""
     parts = []
     reasons = watcher.reasons()
-    for name, task in _steps(run):
-        if task.state != "FAILED":
-            continue
-        related = [task, *_children(run, task)]
+    failed = [(name, "failed", task) for name, task in _steps(run) if task.state == "FAILED"]
+    failed += [(name, "could not be started:", task) for name, task in _failed_drivers(run)]
+    for name, what, task in failed:
+        related = [task, *_attempts(run, task)]
         words = [*(_message(item.error) for item in related), *reasons.get(name, [])]
-        log = _log(client, run.run_id, related)
-        parts.append(" ".join([f"step {name} failed", *dict.fromkeys(filter(None, words))]))
+        log = _log(client, run.run_id, reversed(related))
+        parts.append(" ".join([f"step {name} {what}", *dict.fromkeys(filter(None, words))]))
         parts += [f"  | {line}" for line in log]
         parts += advice(" ".join([*words, *log]), name)
     return "\n".join([*parts, *filter(None, [_message(run.error)])]) or "failed: see the UI"
+
+
+def _failed_drivers(run: Any) -> Iterable[tuple[str, Any]]:
+    """Steps that Kubeflow's own part did not start, each with the task of its driver."""
+    for task in getattr(run.run_details, "task_details", None) or []:
+        name, driver, _ = _plain_name(task).partition("-driver")
+        if driver and task.state == "FAILED" and step_of(name) in TASKS:
+            yield step_of(name), task
+
+
+def _attempts(run: Any, task: Any) -> list[Any]:
+    """The executors of a step, the last attempt last; with retries they are behind another task."""
+    found: list[Any] = []
+    near = [task]
+    while near:
+        near = [
+            child
+            for one in near
+            for child in _children(run, one)
+            # an executor also links to what comes after the step
+            if _plain_name(child) == "executor" and child not in found
+        ]
+        found += sorted(near, key=_attempt)
+    return found
+
+
+def _attempt(task: Any) -> int:
+    match = re.search(r"\((\d+)\)$", task.display_name or "")
+    return int(match[1]) if match else -1
 
 
 def _message(error: Any) -> str:

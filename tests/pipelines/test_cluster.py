@@ -94,6 +94,41 @@ def test_a_failed_run_exits_1_with_the_steps_own_message(backend, command):
     assert "Traceback" not in said
 
 
+def test_the_last_attempt_of_a_step_with_retries_says_why(backend, command):
+    """Each attempt is a task behind the executor, which has no pod and no log of its own."""
+
+    def row(name, state, pod, *children, **more):
+        linked = [{"pod_name": child} for child in children]
+        return {
+            "display_name": name,
+            "state": state,
+            "pod_name": pod,
+            "child_tasks": linked,
+            **more,
+        }
+
+    rows = [
+        row("sft", "FAILED", "group", "retries"),
+        row("executor", "FAILED", "retries", "first", "second"),
+        row("executor(1)", "FAILED", "second", "next", error={"message": "OOMKilled (137)"}),
+        row("executor(0)", "FAILED", "first", "next"),
+        row("reference-driver", "SKIPPED", "next"),
+    ]
+    backend.scenario = Scenario(states=["FAILED"], tasks=[rows])
+    backend.logs |= {"first": "one\n", "second": "two\n", "next": "of another step\n"}
+    _, outcome, _ = command("--wait")
+    assert outcome["message"].splitlines()[:2] == ["step sft failed OOMKilled (137)", "  | two"]
+    assert "steps.sft.memory" in outcome["message"]
+
+
+def test_a_step_that_kubeflow_could_not_start_is_named(backend, command):
+    problem = {"message": "parent DAG does not have input parameter x"}
+    rows = [{"display_name": "sft-driver(0)", "state": "FAILED", "pod_name": "d", "error": problem}]
+    backend.scenario = Scenario(states=["FAILED"], tasks=[rows])
+    _, outcome, _ = command("--wait")
+    assert outcome["message"] == f"step sft could not be started: {problem['message']}"
+
+
 @pytest.mark.parametrize(
     ("words", "advice"),
     [
