@@ -29,6 +29,7 @@ _TOKEN_FAILURES = 2
 _OTHER_FAILURES = 12
 _LOG_LINES = 8
 _ITERATION = re.compile(r"\((\d+):[^)]*\)$")
+_NODE_NUMBER = re.compile(r"-(\d{4,})$")
 _WORDS = {"SUCCEEDED": "done", "SKIPPED": "skipped"}
 
 
@@ -171,7 +172,7 @@ def candidate_states(run: Any) -> dict[int, dict[str, str]]:
     before: dict[str, list[Any]] = {}
     for task in details:
         for child in _children(run, task):
-            before.setdefault(child.task_id or child.pod_name, []).append(task)
+            before.setdefault(_name(child), []).append(task)
     found: dict[int, dict[str, list[str]]] = {}
     for task in details:
         name = _plain_name(task)
@@ -193,10 +194,14 @@ def _iteration(task: Any, before: Mapping[str, list[Any]]) -> int | None:
         for one in near:
             if match := _ITERATION.search(one.display_name or ""):
                 return int(match[1])
-        names = {one.task_id or one.pod_name for one in near} - seen - {None}
+        names = {_name(one) for one in near} - seen
         seen |= names
         near = [other for name in names for other in before.get(name, [])]
     return None
+
+
+def _name(task: Any) -> str:
+    return str(task.task_id or task.pod_name)
 
 
 def _weight(word: str) -> int:
@@ -226,9 +231,15 @@ def _plain_name(task: Any) -> str:
 
 
 def _children(run: Any, task: Any) -> list[Any]:
-    named = {child.task_id or child.pod_name for child in task.child_tasks or []}
+    named = {name for child in task.child_tasks or [] for name in _names(child)}
     details = run.run_details.task_details
-    return [other for other in details if {other.task_id, other.pod_name} & named - {None}]
+    return [other for other in details if _names(other) & named]
+
+
+def _names(task: Any) -> set[str]:
+    """By what tasks are linked: a child is named RUN-NUMBER, its own task RUN-TEMPLATE-NUMBER."""
+    names = [task.task_id, task.pod_name, *_NODE_NUMBER.findall(task.pod_name or "")]
+    return set(filter(None, names))
 
 
 def _ended(client: Any, run: Any, outcome: Outcome, store: str, watcher: Watcher) -> Outcome:

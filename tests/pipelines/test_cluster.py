@@ -62,8 +62,8 @@ def test_a_refused_model_exits_3(backend, store, command):
 
 def test_cached_steps_are_told_from_executed_ones(backend, store, command):
     rows = [
-        {"display_name": "sft", "state": "SUCCEEDED", "child_tasks": [{"pod_name": "p1"}]},
-        {"display_name": "executor", "state": "SKIPPED", "pod_name": "p1"},
+        {"display_name": "sft", "state": "SUCCEEDED", "child_tasks": [{"pod_name": "r-20001"}]},
+        {"display_name": "executor", "state": "SKIPPED", "pod_name": "r-container-impl-20001"},
         {
             "display_name": "preference(0)",
             "state": "SUCCEEDED",
@@ -502,12 +502,14 @@ def loop(*candidates):
             names += [f"{step}-driver", step, f"executor {state}"]
         for number, name in enumerate(names):
             name, _, state = name.partition(" ")
+            node = 10_000 + 100 * place + number
             rows.append(
                 {
                     "display_name": name,
                     "state": state or "SUCCEEDED",
-                    "pod_name": f"{place}-{number}",
-                    "child_tasks": [{"pod_name": f"{place}-{number + 1}"}],
+                    # a backend names a task by its template too, and its children without
+                    "pod_name": f"run-x1-system-dag-{node}",
+                    "child_tasks": [{"pod_name": f"run-x1-{node + 1}"}],
                 }
             )
     return rows
