@@ -348,7 +348,11 @@ def _write_for_cluster(options: argparse.Namespace) -> int:
     save_package(documents, options.output)
     print(f"wrote {options.output}: upload it in the Kubeflow UI under Pipelines")
     if not defaults(documents)["publish_store"]:
-        print("its form names no store: whoever starts a run fills in publish_store (or --store)")
+        kept = "" if deployment.checkpoint_root else ", and training keeps no checkpoints"
+        print(
+            "its form names no store: whoever starts a run fills in publish_store"
+            f"{kept} (--store s3://bucket/prefix names one)"
+        )
     folder = options.output.parent / "components"
     write_components(folder, placeholders(deployment.images))
     print(f"wrote {folder}/*.yaml: each step alone, for pipelines of your own")

@@ -373,6 +373,9 @@ def test_the_command_writes_a_package_that_can_be_uploaded(tmp_path, capsys):
     assert "r/train:1" in text
     assert "unset" not in text
     assert len(package.load_package(target)) == 2
+    said = capsys.readouterr().out
+    assert "its form names no store" in said
+    assert "training keeps no checkpoints" in said
 
 
 def test_the_command_says_what_is_missing(tmp_path, capsys):
@@ -513,6 +516,7 @@ def test_images_by_plain_tags_a_store_and_a_preset_make_a_package(tmp_path, caps
     assert (
         package.main(["--output", str(target), "--deployment", "standalone", *images, *more]) == 0
     )
+    assert "names no store" not in capsys.readouterr().out
     documents = package.load_package(target)
     executors = documents[0]["deploymentSpec"]["executors"]
     assert executors["exec-ingest"]["container"]["image"] == "dpo-data:1.2"

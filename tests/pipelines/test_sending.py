@@ -8,7 +8,7 @@ import yaml
 from urllib3.exceptions import HTTPError
 
 from dpo.errors import PipelineError
-from pipelines import cluster, connection, package, sending
+from pipelines import cluster, connection, package, sending, submit
 from tests.support.kfp_backend import Fault, Scenario
 
 
@@ -89,6 +89,13 @@ def test_a_package_that_cannot_be_written_started_nothing(command, tmp_path):
     code, _, said = command("--dry-run", "--set", "model=tiny", "--package", place)
     assert code == 2
     assert str(tmp_path / "file") in said
+
+
+def test_a_dry_run_for_kubeflow_says_what_it_compared_with(capsys, store, monkeypatch, tmp_path):
+    monkeypatch.setattr(submit, "_check_package_is_current", lambda: None)
+    place = ["--runs-dir", str(tmp_path), "--set", "model=tiny", "--store", store]
+    assert submit.main([*place, "--dry-run"]) == 0
+    assert "Kubeflow may have more of it in its cache" in capsys.readouterr().out
 
 
 def test_a_refused_run_is_told_from_one_that_failed(backend, command):
