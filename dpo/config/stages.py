@@ -58,13 +58,16 @@ STAGE_KEYS: Mapping[Stage, frozenset[str]] = {
     ),
     "sft": frozenset(_TRAIN),
     "reference": frozenset(
-        _TOKENS | _SELECTION | {"model", "trainer", "micro_batch_tokens", "score_training_pairs"}
+        _TOKENS
+        | _SELECTION
+        | {"model", "trainer", "micro_batch_tokens", "score_training_pairs"}
+        | {"process_timeout_seconds"}
     ),
     "preference": frozenset(_TRAIN),
     "evaluate": frozenset(
         _TOKENS
         | {"model", "loss", "trainer", "seed", "n_eval_examples", "micro_batch_tokens"}
-        | {"evaluation"}
+        | {"evaluation", "process_timeout_seconds"}
     ),
     "gate": frozenset({"gate", "publish"}),
     "publish": frozenset({"publish", "model"}),

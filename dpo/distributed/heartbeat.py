@@ -2,8 +2,8 @@
 
 Every process says once a second, through the rendezvous' store, that it lives and how many
 collective operations it has begun. A process that says nothing for the agreed time is named, with
-its host, by all the others, which then end. Clocks are not compared: what counts is when a
-process's counter was last seen to change.
+its host, by all the others, which then end; one that has done its work says so. Clocks are not
+compared: what counts is when a process's counter was last seen to change.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 _INTERVAL_SECONDS = 1.0
 _PREFIX = "dpo/beat"
+_LIVES, _DONE = "lives", "done"
 _begun = 0
 
 
@@ -36,6 +37,8 @@ class _Seen:
     host: str = "unknown"
     begun: int = 0
     changed: float = 0.0
+    done: bool = False
+    """Whether it said that its work is done."""
 
 
 class Heartbeat:
@@ -69,7 +72,7 @@ class Heartbeat:
             thread.start()
 
     def stop(self) -> None:
-        """No more; the others are expected to end as well."""
+        """No more: its work is done, and the others are told so."""
         self._ended.set()
         for thread in self._threads:
             thread.join(timeout=2 * self._interval)
@@ -82,7 +85,8 @@ class Heartbeat:
     def silent(self, seconds: float) -> str:
         """Who has said nothing for so long; empty where all have."""
         now = time.monotonic()
-        return self._named([r for r, seen in enumerate(self._seen) if now - seen.changed > seconds])
+        quiet = [r for r, seen in enumerate(self._seen) if now - seen.changed > seconds]
+        return self._named([r for r in quiet if not self._seen[r].done])
 
     def wait_for_silence(self, seconds: float) -> str:
         """Who falls silent within ``seconds``: after a connection broke, who was at its end."""
@@ -106,11 +110,13 @@ class Heartbeat:
     def _beat(self) -> None:
         beat, host, store = 0, socket.gethostname(), None
         keys = [f"{_PREFIX}/{rank}" for rank in range(self._world)]
-        while not self._ended.wait(self._interval):
+        done = False
+        while not done:
+            done = self._ended.wait(self._interval)
             beat += 1
             try:
                 store = store or _open_store(self._timeout)
-                store.set(keys[self._rank], f"{beat} {_begun} {host}")
+                store.set(keys[self._rank], f"{beat} {_begun} {host} {_DONE if done else _LIVES}")
                 # asked one by one only until all have begun
                 unknown = {r for r, seen in enumerate(self._seen) if not seen.text}
                 absent = {r for r in unknown if not store.check([keys[r]])}
@@ -125,8 +131,8 @@ class Heartbeat:
     def _note(self, rank: int, text: str) -> None:
         seen = self._seen[rank]
         if text != seen.text:
-            _, begun, host = text.split(" ", 2)
-            seen.text, seen.host, seen.begun = text, host, int(begun)
+            _, begun, host, state = text.split(" ")
+            seen.text, seen.host, seen.begun, seen.done = text, host, int(begun), state == _DONE
             seen.changed = time.monotonic()
 
 

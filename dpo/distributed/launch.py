@@ -34,6 +34,8 @@ PROCESSES_VARIABLE = "DPO_PROCESSES"
 LOST = "lost"
 """Key of an error that only says that another process is gone; the other's own comes first."""
 _OPEN_FILES = 1 << 16
+_STOP = "stop"
+"""File beside the job: whoever begins after it was made ends."""
 _PORT = 29500
 """Of the first host, where none is named; torchrun's own."""
 _SHUTDOWN_SECONDS = 10
@@ -180,6 +182,8 @@ def _pass_on_sigterm(folder: Path) -> Iterator[list[int]]:
 
     def pass_on(number: int, _: object) -> None:
         asked.append(number)
+        # first: a process that says its number later looks for it
+        (folder / _STOP).touch()
         for file in folder.glob("process-*"):
             with suppress(ProcessLookupError, ValueError):
                 os.kill(int(file.read_text(encoding="utf-8")), signal.SIGTERM)
@@ -249,8 +253,11 @@ def report_error(job_file: Path, rank: int, error: DpoError, *, lost: bool = Fal
 
 
 def announce(job_file: Path, rank: int) -> None:
-    """Leave the number of this process where ``launch`` finds it."""
+    """Leave the number of this process where ``launch`` finds it; end where it is to stop."""
     _process_file(job_file.parent, rank).write_text(str(os.getpid()), encoding="utf-8")
+    if job_file.with_name(_STOP).exists():
+        # it came before this process could be told
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _process_file(folder: Path, rank: int) -> Path:

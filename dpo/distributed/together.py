@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -13,6 +14,23 @@ from dpo.distributed.heartbeat import arrived
 T = TypeVar("T")
 R = TypeVar("R")
 _saving: Any = None
+_timeout: timedelta | None = None
+_LONG = timedelta(days=1)
+
+
+def connect(backend: str, timeout_seconds: float) -> None:
+    """Join the processes of this job; but in ``barrier``, none waits longer for another."""
+    global _timeout
+    _timeout = timedelta(seconds=timeout_seconds)
+    dist.init_process_group(backend, timeout=_timeout)
+    # now, while all are here: the first to need it may find the others at work
+    saving_group()
+
+
+def waits_as_long(group: Any) -> None:
+    """Let a group wait as long as that of all processes: torch gives a new one half an hour."""
+    if _timeout is not None:
+        dist.distributed_c10d._set_pg_timeout(_timeout, group)
 
 
 def is_first() -> bool:
@@ -26,10 +44,10 @@ def is_first_of_host() -> bool:
 
 
 def barrier() -> None:
-    """Wait for all processes."""
+    """Wait for all processes, the first of which may read or write gigabytes meanwhile."""
     if dist.is_initialized():
         arrived()
-        dist.barrier()
+        dist.barrier(group=saving_group())
 
 
 def agree(value: T) -> T:
@@ -87,8 +105,12 @@ def each_a_share(
 
 
 def saving_group() -> Any:
-    """A gloo group of its own: saving on the group of the training aborts or hangs (torch 2.13)."""
+    """A gloo group of its own: saving on the group of the training aborts or hangs (torch 2.13).
+
+    It waits for a day: for the first process, which writes or sends gigabytes, and of which the
+    heartbeat says whether it lives.
+    """
     global _saving
     if dist.is_initialized() and _saving is None:
-        _saving = dist.new_group(backend="gloo")
+        _saving = dist.new_group(backend="gloo", timeout=_LONG)
     return _saving

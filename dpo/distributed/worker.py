@@ -9,7 +9,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from dpo.config.stages import load_stage
 from dpo.distributed.heartbeat import Heartbeat
 from dpo.distributed.launch import announce, only_first_reports_progress, report_error
+from dpo.distributed.together import connect
 from dpo.errors import DpoError, TrainingError, system_problem
 from dpo.storage.processes import die_with_parent
 
@@ -68,8 +68,7 @@ def main(job_file: Path) -> int:
 def _connect(timeout_seconds: float) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    connect("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout_seconds)
 
 
 def _run(job: dict[str, Any]) -> None:

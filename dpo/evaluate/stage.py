@@ -31,6 +31,7 @@ from dpo.evaluate.measure import Measured, Measurement, Models, check_finite
 from dpo.evaluate.parts import in_part
 from dpo.evaluate.report import write_reports
 from dpo.modeling.lora import base_of, is_adapter
+from dpo.modeling.memory import enough_memory
 from dpo.storage.lineage import SFT_CHECKPOINT
 from dpo.storage.manifest import Manifest, read_manifest, staged, write_manifest
 from dpo.storage.progress import message, track
@@ -51,6 +52,7 @@ class _Inputs:
     tokenizer: Any
 
 
+@enough_memory()
 def run_evaluate(
     config: RunConfig,
     output: Path,
@@ -93,7 +95,8 @@ def run_evaluate(
         paths["reference"] = reference
         if published:
             paths["published"] = published
-        launch(run_evaluate, "evaluate", config, paths, code)
+        wait = config.process_timeout_seconds
+        launch(run_evaluate, "evaluate", config, paths, code, timeout_seconds=wait)
         return read_manifest(output, stage="evaluate")
     given = _read(config, pairs=pairs, sft=sft, policy=policy, reference=reference)
     measurement = Measurement(config, given.rows, given.examples, given.tokenizer)

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from dpo.config.schema import ModelConfig
 from dpo.data.packing import PackedBatch
 from dpo.data.tokenize import TokenizedExample
-from dpo.distributed.together import agree, each_a_share, gather, is_first
+from dpo.distributed.together import agree, barrier, each_a_share, gather, is_first
 from dpo.distributed.weights import outline, take_from_first
 from dpo.errors import ModelError
 from dpo.modeling.attention import supports_packing
@@ -76,6 +76,7 @@ def load_once(load: Callable[..., tuple[Any, Any]]) -> tuple[Any, Any]:
     """
     model, tokenizer = load(weights="cpu" if is_first() else "none")
     own = outline(model)
+    barrier()
     if agree(own) != own:
         # a class that depends on its weights is loaded by all
         model, tokenizer = load(weights="cpu")

@@ -24,6 +24,7 @@ from dpo.plan.kinds import KNOWN_MARGIN, UNKNOWN_MARGIN
 from dpo.plan.lengths import DEFAULT, Lengths
 from dpo.plan.memory import COMPARED, Job, Memory, Mode, predict, reserve
 from dpo.plan.shape import Architecture
+from dpo.plan.split import check_spread
 
 GIB = float(2**30)
 _MOST_GPUS = 1024
@@ -148,7 +149,7 @@ def plan_stage(
     shape = architecture_of(config.model)
     stage = "sft" if isinstance(config.loss, SFTLoss) else "preference"
     found = (lengths or DEFAULT).for_sft() if stage == "sft" else lengths or DEFAULT
-    _check_batch(config, machine)
+    check_spread(config, shape, max(1, machine.gpus))
     memory = predict(job_of(config, shape, machine, found))
     frozen = _lora_rank(config) is not None
     each = flops(
@@ -260,17 +261,6 @@ def _time(operations: float, machine: Machine) -> float:
         peak_tflops=machine.tflops,
         utilisation=machine.utilisation,
     )
-
-
-def _check_batch(config: RunConfig, machine: Machine) -> None:
-    parts = config.gradient_accumulation_steps * _devices(config, machine)
-    if config.trainer.name == "FSDPTrainer" and config.batch_size % parts:
-        raise ConfigError(
-            f"batch_size ({config.batch_size}) must be a multiple of gradient_accumulation_steps "
-            f"({config.gradient_accumulation_steps}) x processes ({machine.gpus})",
-            where="batch_size",
-            fix=f"use a multiple of {parts}",
-        )
 
 
 def _warnings(config: RunConfig, shape: Architecture, machine: Machine) -> Iterator[str]:

@@ -15,8 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dpo.config.schema import RunConfig, TrainerConfig
 from dpo.distributed.heartbeat import arrived
-from dpo.distributed.together import gather
+from dpo.distributed.together import gather, waits_as_long
 from dpo.errors import ConfigError
+from dpo.plan import split
 
 T = TypeVar("T")
 
@@ -88,27 +89,24 @@ class Layout:
         world = dist.get_world_size()
         if trainer.name == "TensorParallelTrainer":
             size = trainer.tensor_parallel or world
-            _divides(size, world, "trainer.tensor_parallel")
+            split.check_divides(size, world, "trainer.tensor_parallel")
             if size == world:
                 return cls(None, init_device_mesh(device, (world,), mesh_dim_names=("tensor",)))
-            names = ("data", "tensor")
-            mesh = init_device_mesh(device, (world // size, size), mesh_dim_names=names)
+            mesh = _mesh(device, data=world // size, tensor=size)
             return cls(mesh["data"], mesh["tensor"])
         if trainer.replicas == 1:
             return cls(init_device_mesh(device, (world,), mesh_dim_names=("shard",)))
-        _divides(trainer.replicas, world, "trainer.replicas")
-        shape = (trainer.replicas, world // trainer.replicas)
-        return cls(init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard")))
+        split.check_divides(trainer.replicas, world, "trainer.replicas")
+        shards = world // trainer.replicas
+        return cls(_mesh(device, replicate=trainer.replicas, shard=shards))
 
 
-def _divides(size: int, world: int, key: str) -> None:
-    if world % size:
-        possible = [str(n) for n in range(1, world + 1) if world % n == 0]
-        raise ConfigError(
-            f"{key} is {size}, which does not divide the {world} processes",
-            where=key,
-            fix=f"use one of {', '.join(possible)}, or another number of processes",
-        )
+def _mesh(device: str, **sizes: int) -> DeviceMesh:
+    """Of several axes, whose groups are new ones."""
+    mesh = init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    for group in mesh.get_all_groups():
+        waits_as_long(group)
+    return mesh
 
 
 def check_batch(config: RunConfig, ranks: Ranks) -> None:
@@ -117,14 +115,7 @@ def check_batch(config: RunConfig, ranks: Ranks) -> None:
     Raises:
         ConfigError: ``batch_size`` is no multiple of accumulation steps times processes.
     """
-    parts = config.gradient_accumulation_steps * ranks.world
-    if config.batch_size % parts:
-        raise ConfigError(
-            f"batch_size ({config.batch_size}) must be a multiple of gradient_accumulation_steps "
-            f"({config.gradient_accumulation_steps}) x processes ({ranks.world})",
-            where="batch_size",
-            fix=f"use a multiple of {parts}",
-        )
+    split.check_batch(config.batch_size, config.gradient_accumulation_steps, ranks.world)
 
 
 def check_examples(n_examples: int, ranks: Ranks) -> None:

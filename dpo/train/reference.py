@@ -14,6 +14,7 @@ from dpo.data.schema import TEST, TRAIN
 from dpo.distributed.launch import is_shared, launch
 from dpo.distributed.together import is_first
 from dpo.modeling.load import check_length, load_for_training
+from dpo.modeling.memory import enough_memory
 from dpo.modeling.precision import best_device, compute_dtype
 from dpo.modeling.sharded import load_once, on_devices, score_shared
 from dpo.storage.manifest import Manifest, read_manifest, staged, write_manifest
@@ -21,6 +22,7 @@ from dpo.storage.progress import track
 from dpo.train.data import load_examples
 
 
+@enough_memory()
 def run_reference(
     config: RunConfig, output: Path, *, pairs: Path, model: Path | None = None, code: str = ""
 ) -> Manifest:
@@ -43,7 +45,8 @@ def run_reference(
     """
     if is_shared(config):
         paths = {"output": output, "pairs": pairs, "model": model}
-        launch(run_reference, "reference", config, paths, code)
+        wait = config.process_timeout_seconds
+        launch(run_reference, "reference", config, paths, code, timeout_seconds=wait)
         return read_manifest(output, stage="reference")
     device = best_device()
     inputs = {"pairs": read_manifest(pairs, stage="ingest").content_hash}

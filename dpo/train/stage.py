@@ -32,6 +32,7 @@ from dpo.modeling.lora import (
     save_adapter,
     whole_state,
 )
+from dpo.modeling.memory import enough_memory
 from dpo.modeling.precision import DTYPES, best_device, compute_dtype
 from dpo.modeling.scoring import score
 from dpo.modeling.sharded import Scorer, find_blocks, load_once, release, shard
@@ -49,6 +50,7 @@ from dpo.train.tensor_parallel import parallelize
 from dpo.train.trainer import NLL_PER_TOKEN, Trainer, checkpoint_activations
 
 
+@enough_memory()
 def run_train(
     config: RunConfig,
     output: Path,
@@ -152,9 +154,8 @@ def _trainer(
     check_batch(config, ranks)
     _check_types(config)
     torch.manual_seed(config.seed)
-    sharded = layout is not None and layout.tensor is None
     load = partial(load_for_training, config.model, base, device=device)
-    model, tokenizer = load_once(load) if sharded else _load(config, base, device)
+    model, tokenizer = load_once(load) if layout else _load(config, base, device)
     check_length(model, config.max_length)
     if config.lora.enabled:
         _refuse_lora_with(config)
@@ -175,9 +176,11 @@ def _trainer(
     scorer = Scorer(model, config.max_length if dist.is_initialized() else None)
     dtype = compute_dtype(config.model, device)
     if layout and layout.tensor:
-        parallelize(model, layout.tensor)
+        parallelize(model, layout.tensor, device=device)
     if layout and layout.data:
-        scorer = shard(scorer, config.model, layout.data, device=device if sharded else None)
+        # what is split over processes has come to each of them with that
+        to_get = None if layout.tensor else device
+        scorer = shard(scorer, config.model, layout.data, device=to_get)
         # FSDP casts by itself where it is asked to
         dtype = DTYPES[config.model.fsdp_policy_mp] if config.model.fsdp_policy_mp else dtype
     objective = Objective(

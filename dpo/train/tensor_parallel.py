@@ -3,6 +3,9 @@
 Every weight becomes a DTensor, those that are not split (norms) replicated ones, so that gradient
 norm, optimiser and checkpoints see one kind. Activations between the modules are whole, ordinary
 tensors. Attention sees fewer heads, nothing else, so packed rows need nothing of their own.
+
+A model that one process has read is handed over module by module, and each process keeps its share
+of it: no process but the first ever holds more than its share and one module.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from dpo.distributed.weights import take_from_first
 from dpo.errors import ConfigError
+from dpo.plan.split import check_split
 
 
 class _Whole(ParallelStyle):
@@ -76,7 +81,7 @@ _GPT_NEOX: Plan = {
     "gpt_neox.final_layer_norm": _Whole,
 }
 PLANS: dict[str, Plan] = {"llama": _LLAMA, "mistral": _LLAMA, "gpt_neox": _GPT_NEOX}
-"""By ``model_type``: how the modules whose names end so are split."""
+"""By ``model_type``, those of ``dpo.plan.split``: how the modules whose names end so are split."""
 
 
 @dataclass(frozen=True)
@@ -101,55 +106,44 @@ def check_model(config: Any, size: int) -> None:
     Raises:
         ConfigError: another architecture, or a count that does not come out; names what works.
     """
-    if config.model_type not in PLANS:
-        raise ConfigError(
-            f"tensor parallelism is not available for {config.model_type} models",
-            where="trainer=TensorParallelTrainer",
-            fix=f"use trainer=FSDPTrainer, which takes every model; this one takes "
-            f"{', '.join(sorted(PLANS))}",
-        )
     counts = {
         count.what: int(value)
         for count in _COUNTS
         if (value := getattr(config, count.key, None)) is not None
     }
-    wrong = [f"{number:,} {what}" for what, number in counts.items() if number % size]
-    if wrong:
-        most = min(counts.values())
-        possible = [
-            str(n) for n in range(2, most + 1) if all(number % n == 0 for number in counts.values())
-        ]
-        raise ConfigError(
-            f"{size} processes cannot share this model: it has {', '.join(wrong)}",
-            where="trainer=TensorParallelTrainer",
-            fix=f"possible numbers are {', '.join(possible)} (trainer.tensor_parallel)"
-            if possible
-            else "no number of processes divides it: use trainer=FSDPTrainer",
-        )
+    check_split(config.model_type, counts, size)
 
 
-def parallelize(model: Any, mesh: DeviceMesh) -> None:
-    """Split ``model``, which every process holds whole, over ``mesh``; in place.
+def parallelize(model: Any, mesh: DeviceMesh, *, device: str | None = None) -> None:
+    """Split ``model`` over ``mesh``; in place.
+
+    Args:
+        model: The same in every process.
+        mesh: The processes that share each layer.
+        device: Where each process is to hold its share of the first process's weights, which are
+            handed over module by module (also to the other processes of the job); None: every
+            process has the whole model where it wants it.
 
     Raises:
         ConfigError: as ``check_model``.
     """
     check_model(model.config, mesh.size())
-    plan = PLANS[model.config.model_type]
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     tied = output.weight is embedding.weight
-    styles: dict[str, ParallelStyle] = {}
-    for name, module in model.named_modules():
-        if module is embedding:
-            styles[name] = RowwiseParallel(input_layouts=Replicate())
-        elif module is output:
-            styles[name] = ColwiseParallel(output_layouts=Replicate())
-        for ending, style in plan.items():
-            if name == ending or name.endswith(f".{ending}"):
-                styles[name] = style()
-    parallelize_module(model, mesh, styles)
+    styles = _styles(model)
+    # the embeddings first: tied output weights are then those, and not handed over again
+    for module in sorted(styles, key=lambda module: module is not embedding):
+        if tied and module is output:
+            output.weight = embedding.weight
+        if device:
+            take_from_first(module, device)
+        # every process has the whole of it: each takes its share, and sends nothing
+        parallelize_module(module, mesh, styles[module], src_data_rank=None)
     if tied:
         output.weight = embedding.weight
+    if device:
+        # what belongs to no such module: tables of rotations
+        take_from_first(model, device)
     plain = [n for n, weight in model.named_parameters() if not isinstance(weight, DTensor)]
     if plain:
         raise ConfigError(
@@ -157,3 +151,19 @@ def parallelize(model: Any, mesh: DeviceMesh) -> None:
             where="trainer=TensorParallelTrainer",
             fix="use trainer=FSDPTrainer",
         )
+
+
+def _styles(model: Any) -> dict[nn.Module, ParallelStyle]:
+    """How each module with weights is split, in the model's order."""
+    plan = PLANS[model.config.model_type]
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    styles: dict[nn.Module, ParallelStyle] = {}
+    for name, module in model.named_modules():
+        if module is embedding:
+            styles[module] = RowwiseParallel(input_layouts=Replicate())
+        elif module is output:
+            styles[module] = ColwiseParallel(output_layouts=Replicate())
+        for ending, style in plan.items():
+            if name == ending or name.endswith(f".{ending}"):
+                styles[module] = style()
+    return styles

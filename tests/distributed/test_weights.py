@@ -30,25 +30,46 @@ KINDS = {
 """With tied weights and without, with ``sdpa`` attention and (gptj) without."""
 
 
+SPLIT = {
+    "gpt_neox": SMALL | {"tie_word_embeddings": False},
+    "llama": SMALL | {"num_key_value_heads": 2, "tie_word_embeddings": False},
+    "mistral": SMALL | {"num_key_value_heads": 2, "tie_word_embeddings": True},
+}
+"""Models of which each process gets a share of every layer."""
+
+
+def save(kind, settings, folder):
+    model = random_model(kind, settings)
+    for weight in model.parameters():
+        # norms and biases begin as ones and zeros, which an empty model might have by chance
+        nn.init.normal_(weight, 0.5, 0.1)
+    model.save_pretrained(folder)
+
+
 def test_two_processes_have_what_one_read(tmp_path):
     for kind, settings in KINDS.items():
-        model = random_model(kind, settings)
-        for weight in model.parameters():
-            # norms and biases begin as ones and zeros, which an empty model might have by chance
-            nn.init.normal_(weight, 0.5, 0.1)
-        model.save_pretrained(tmp_path / kind)
+        save(kind, settings, tmp_path / kind)
+    for kind, settings in SPLIT.items():
+        save(kind, settings, tmp_path / f"split-{kind}")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     command += ["-m", "tests.distributed.handed_over", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())
+    # not torch's half an hour; and a barrier waited for a first process that came later than that
+    assert found.pop("waits") == [120, 120]
+    # before
+    assert all(seen["empty"] for seen in found.values())
+    for kind, seen in [(kind, found.pop(f"split-{kind}")) for kind in SPLIT]:
+        assert seen["equal"], kind
+        assert seen["tied"] == seen["expected tied"] == (kind == "mistral"), kind
+        # norms are whole in each: 7 % here
+        assert 0.5 < seen["share"] < 0.57, kind
     assert set(found) == set(KINDS)
     for kind, seen in found.items():
         assert seen["equal"], kind
         assert seen["same outline"], kind
         assert seen["ties"] == seen["expected ties"] == (kind in ("gemma", "gpt2")), kind
-    # before
-    assert all(seen["empty"] for seen in found.values())
 
 
 def test_a_class_that_cannot_be_made_without_values_is_read(tmp_path, monkeypatch):

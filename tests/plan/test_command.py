@@ -12,6 +12,8 @@ from dpo.config.stages import restrict
 from dpo.data.stage import run_ingest
 
 GIVEN = ["prompt_tokens=130", "chosen_tokens=80", "rejected_tokens=80", "simulate=false"]
+FOUR = ["model=pythia28", "gpus=4"]
+SPLIT = "trainer=TensorParallelTrainer"
 
 
 def plan(capsys, *words):
@@ -98,6 +100,13 @@ def test_hub_data_is_assumed(capsys):
         (["pairs=0"], "at least 1"),
         (["simulate=maybe"], "true or false"),
         (["model.name_or_path=org/none"], "org/none is not known"),
+        # what the trainers themselves refuse
+        ([*FOUR, "trainer=FSDPTrainer", "trainer.replicas=3"], "does not divide the 4 processes"),
+        ([*FOUR, "trainer=FSDPTrainer", "batch_size=6"], "use a multiple of 4"),
+        ([*FOUR, SPLIT, "batch_size=3", "trainer.tensor_parallel=2"], "use a multiple of 2"),
+        ([*FOUR, SPLIT, "trainer.tensor_parallel=3"], "use one of 1, 2, 4"),
+        (["model=smollm2", SPLIT, "gpus=2"], "9 attention heads"),
+        (["model=gpt2-large", SPLIT, "gpus=2"], "not available for gpt2 models"),
     ],
 )
 def test_mistakes(capsys, words, message):

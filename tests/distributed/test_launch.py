@@ -1,0 +1,23 @@
+"""Requests to end that reach a job before its processes can be told."""
+
+import os
+import signal
+
+from dpo.distributed import launch
+
+
+def test_a_process_that_begins_after_sigterm_ends(tmp_path, monkeypatch):
+    """Importing torch takes seconds in which nobody knows the number of the process."""
+    with launch._pass_on_sigterm(tmp_path) as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked == [signal.SIGTERM]
+    told = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: told.append((pid, number)))
+    launch.announce(tmp_path / "job.json", 0)
+    assert told == [(os.getpid(), signal.SIGTERM)]
+
+
+def test_a_process_that_begins_otherwise_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "kill", lambda *_: 1 / 0)
+    launch.announce(tmp_path / "job.json", 0)
+    assert (tmp_path / "process-0").read_text() == str(os.getpid())
