@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dpo.data.packing import PackedBatch, Segment
 from dpo.modeling.rows import RowTensors, row_tensors
-from dpo.modeling.segments import LONGEST, SegmentAttention, parts_of
+from dpo.modeling.segments import LONGEST, SegmentAttention, parts_of_row
 from dpo.modeling.varlen import takes_varlen, varlen_attention
 
 NAME = "dpo_prefix_shared"
@@ -50,7 +50,7 @@ def prefix_shared_attention(
     """Causal attention within each example; output [B, T, H, D] as transformers wants it."""
     scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
     if takes_own_products(query_BHTD.device, row.segments):
-        return _by_own_products(query_BHTD, key_BGTD, value_BGTD, scale, row.segments), None
+        return _by_own_products(query_BHTD, key_BGTD, value_BGTD, scale, row), None
     sent = row_tensors(row, query_BHTD.device)
     if takes_varlen(value_BGTD):
         # rotation leaves queries and keys in float32 under autocast
@@ -99,12 +99,12 @@ def _by_own_products(
     key_BGTD: Tensor,
     value_BGTD: Tensor,
     scale: float,
-    segments: Sequence[Segment],
+    row: PackedBatch,
 ) -> Tensor:
     tokens_first = (x_BHTD[0].transpose(0, 1) for x_BHTD in (query_BHTD, key_BGTD, value_BGTD))
     with torch.autocast(query_BHTD.device.type, enabled=False):
         out_THD: Tensor = SegmentAttention.apply(
-            *tokens_first, None, None, scale, parts_of(segments)
+            *tokens_first, None, None, scale, parts_of_row(row)
         )
     return out_THD[None]
 

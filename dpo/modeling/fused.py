@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpo.data.packing import PackedBatch
 from dpo.modeling.attention import takes_own_products
-from dpo.modeling.segments import SegmentAttention, parts_of
+from dpo.modeling.segments import SegmentAttention, parts_of_row
 
 _BLOCK_ELEMENTS = 1 << 16
 """Elements worked on at once: 256 KB in float32, a fraction of a core's second-level cache."""
@@ -78,7 +78,7 @@ def _attention(
             cos_BTD[0],
             sin_BTD[0],
             module.scaling,
-            parts_of(row.segments),
+            parts_of_row(row),
         )
     return module.o_proj(out_THD.flatten(1)[None]), None
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dpo.errors import ModelError
+from dpo.modeling.load import context_of
 
 DEFAULT_BATCH = 16
 _COMPACT_BELOW = 0.75
@@ -133,14 +134,16 @@ def answer(
     root, model = model, model if hasattr(model, "config") else model.model
     forward, together = _forward(model, root), _in_parts(model)
     streams = range(len(prompts)) if numbers is None else numbers
-    context, ends = _context(model), end_tokens(model, tokenizer)
+    context, ends = context_of(model.config), end_tokens(model, tokenizer)
+    cached = _takes_cache(model)
     if context:
         prompts = [prompt[-max(1, context - 1) :] for prompt in prompts]
     # prompts of like length together: little padding
     order = sorted(range(len(prompts)), key=lambda number: (len(prompts[number]), number))
 
     def run(places: list[int]) -> list[Answer]:
-        state = _Batch.of(model, [prompts[place] for place in places], tokenizer.eos_token_id)
+        rows = [prompts[place] for place in places]
+        state = _Batch.of(model, rows, tokenizer.eos_token_id, cached=cached)
         sampler = Sampler(temperature, top_p, [_stream(seed, streams[place]) for place in places])
         longest = max(len(prompt) for prompt in state.prompts)
         room = max(1, min(max_new_tokens, context - longest)) if context else max_new_tokens
@@ -148,7 +151,7 @@ def answer(
 
     found: dict[int, Answer] = {}
     # without a cache, padding would change what the model sees
-    longest_mixed = 0 if _new_cache(model) is None else context and context - max_new_tokens
+    longest_mixed = (context and context - max_new_tokens) if cached else 0
     batches = _batches(order, prompts, batch_size, longest_mixed=longest_mixed)
     for places, rows in _as_memory_allows(run, list(batches), together=together):
         found.update(zip(places, rows, strict=True))
@@ -272,11 +275,6 @@ def _answer_batch(
     ]
 
 
-def _context(model: Any) -> int | None:
-    """How many tokens the model can see; None where it has no limit."""
-    return getattr(model.config, "max_position_embeddings", None) or None
-
-
 @dataclass
 class _Batch:
     """The rows of a batch with their cache; without one (state space models), with their tokens."""
@@ -288,7 +286,9 @@ class _Batch:
     cache: Any
 
     @classmethod
-    def of(cls, model: Any, prompts: Sequence[Sequence[int]], padding: int) -> _Batch:
+    def of(
+        cls, model: Any, prompts: Sequence[Sequence[int]], padding: int, *, cached: bool
+    ) -> _Batch:
         """Prompts padded on the left."""
         longest = max(map(len, prompts))
         ids = [[padding] * (longest - len(prompt)) + [*prompt] for prompt in prompts]
@@ -298,7 +298,7 @@ class _Batch:
             [list(prompt) for prompt in prompts],
             torch.tensor(ids, device=model.device),
             torch.tensor(mask, device=model.device),
-            _new_cache(model),
+            _new_cache(model) if cached else None,
         )
 
     @property
@@ -351,17 +351,22 @@ class _Batch:
 
 
 def _new_cache(model: Any) -> Any:
-    """An empty cache, or None for models that have none, or no attention whose length it knows."""
     from transformers import DynamicCache
 
-    if "past_key_values" not in _parameters(model):
-        return None
-    cache = DynamicCache(config=model.config)
+    return DynamicCache(config=model.config)
+
+
+def _takes_cache(model: Any) -> bool:
+    """Whether the model takes transformers' cache, and has attention whose length that knows."""
+    # MiniMax has a cache of its own kind
+    takes_any = getattr(model, "_supports_default_dynamic_cache", lambda: True)
+    if "past_key_values" not in _parameters(model) or not takes_any():
+        return False
     try:
-        cache.get_seq_length()
+        _new_cache(model).get_seq_length()
     except ValueError:
-        return None
-    return cache
+        return False
+    return True
 
 
 def _parameters(model: Any) -> frozenset[str]:

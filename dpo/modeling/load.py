@@ -354,7 +354,7 @@ def context_of(config: Any) -> int | None:
     text = config.get_text_config()
     names = ("max_position_embeddings", "max_seq_len")
     found = (getattr(text, name, None) for name in names)
-    return next((value for value in found if isinstance(value, int)), None)
+    return next((value for value in found if isinstance(value, int) and value > 0), None)
 
 
 def save_model(

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo.data.packing import Segment
+from dpo.data.packing import PackedBatch, Segment
 
+_KEPT = "_dpo_parts"
 LONGEST = 1024
 """Most tokens of an example: its probabilities are kept in memory."""
 _QUERIES = 128
@@ -34,6 +35,14 @@ _QUERIES = 128
 Span = tuple[int, int]
 Part = tuple[Span, tuple[Span, ...]]
 """Queries, and the spans of keys that they see; the queries are the last tokens of the last."""
+
+
+def parts_of_row(row: PackedBatch) -> list[Part]:
+    """``parts_of`` its segments; made once, for every layer and pass asks for them."""
+    if _KEPT not in row.__dict__:
+        row.__dict__[_KEPT] = parts_of(row.segments)
+    kept: list[Part] = row.__dict__[_KEPT]
+    return kept
 
 
 def parts_of(segments: Sequence[Segment]) -> list[Part]:

@@ -47,6 +47,9 @@ ARCHITECTURES = {
         "attention_types": [[["global", "local"], 1]],
         "window_size": 8,
     },
+    "mpt": {"vocab_size": 100, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
+    # linear attention with a cache of its own kind
+    "minimax": {**GROUPED, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
     "mamba": {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
     # a cache of states alone, with no length to ask for; then one of both kinds
     "recurrent_gemma": GROUPED,
@@ -141,6 +144,13 @@ def test_a_tiny_nucleus_is_greedy():
     assert drawn == [1] * 50
 
 
+class Config:
+    max_position_embeddings = 64
+
+    def get_text_config(self):
+        return self
+
+
 class Ending(torch.nn.Module):
     """Says 5 after each prompt token count n until n tokens, then ends: a countdown by prompt."""
 
@@ -148,7 +158,7 @@ class Ending(torch.nn.Module):
         super().__init__()
         self.other = other
         """What it says instead after three times 5."""
-        self.config = type("Config", (), {"max_position_embeddings": 64})()
+        self.config = Config()
         self.device = torch.device("cpu")
         self.sizes = []
 
@@ -207,7 +217,7 @@ def test_an_answer_stops_where_the_context_ends():
     assert len(found.ids) <= 4
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neo"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neo", "mpt"])
 def test_no_answer_is_cut_by_the_length_of_a_prompt_beside_it(name):
     """A context of 64: 62 and 58 tokens leave room for 2 and 6, the others for all 12."""
     model, prompts = model_of(name), prompts_of(5, 62, 10, 58, 52, 58)

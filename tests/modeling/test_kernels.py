@@ -78,6 +78,17 @@ def test_the_layout_for_variable_lengths_is_that_of_dense_masks():
     assert torch.equal(seen, dense_mask(row))
 
 
+@pytest.mark.parametrize("kind", ["auto", "plain"])
+def test_the_parts_of_a_row_are_made_once_for_all_its_layers(kind, monkeypatch):
+    made, parts_of = [], segments.parts_of
+    monkeypatch.setattr(segments, "parts_of", lambda given: made.append(given) or parts_of(given))
+    model, row = build("llama"), row_of()
+    assert len(model.model.layers) > 1
+    apply_kernels(model, kind, device="cpu")
+    token_log_probs(model, row)
+    assert made == [row.segments]
+
+
 @pytest.mark.parametrize("queries", [3, 128], ids=["blocks", "whole"])
 def test_own_products_are_those_of_a_dense_mask(queries, monkeypatch):
     monkeypatch.setattr(segments, "_QUERIES", queries)
