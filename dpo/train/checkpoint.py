@@ -66,6 +66,8 @@ class Position:
     evaluation: dict[str, float] = field(default_factory=dict)
     processes: int = 1
     """How many wrote it."""
+    threads: int = 0
+    """Of each of them, for work on a CPU; 0 in what an earlier version wrote."""
     seconds: float = 0.0
     """Time since the run began, without what was between an end and going on."""
     useful_seconds: float = 0.0
@@ -119,7 +121,8 @@ class Checkpoints:
         for number in reversed(numbers):
             path = self.folder / f"step-{number}"
             problem = self._fetch(path) if is_first_of_host() else ""
-            problems = [text for text in gather(problem) if text]
+            # which takes long for many gigabytes
+            problems = [text for text in gather(problem, saving_group()) if text]
             if not problems:
                 return path
             if is_first():
@@ -345,7 +348,8 @@ class Checkpoints:
         raise ConfigError(
             f"the checkpoints are those of another run:\n    {shown}",
             where=self._where(),
-            fix="set resume=force to go on with them all the same, or resume=never to begin again",
+            fix="choose another output, or set resume=never to remove them and begin again, or "
+            "resume=force to go on with them all the same",
         )
 
     def _known_identity(self) -> dict[str, Any]:

@@ -5,12 +5,15 @@ The pipeline runs these stages as steps of their own; here they are folders of t
     <run dir>/data        pairs
     <run dir>/reference   log-probabilities of the reference, for a preference loss
     <run dir>/LATEST      the trained model
-    <run dir>/checkpoints what a run that was ended goes on from
+    <run dir>/checkpoints what a run that was ended goes on from; removed when it is complete,
+                          and elsewhere with checkpoint_uri or DPO_CHECKPOINTS
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -19,7 +22,9 @@ from dpo.config.schema import RunConfig
 from dpo.config.stages import Stage, restrict
 from dpo.data.stage import run_ingest
 from dpo.errors import ConfigError, TrainingStopped
+from dpo.storage.manifest import MANIFEST
 from dpo.storage.progress import message
+from dpo.train.place import ROOT_VARIABLE
 from dpo.train.reference import run_reference
 from dpo.train.stage import run_train
 
@@ -40,6 +45,9 @@ def train_directly(
     run_dir = output.parent if output is not None else make_run_dir(config)
     target = output or run_dir / "LATEST"
     stage: Stage = "sft" if isinstance(config.loss, SFTLoss) else "preference"
+    own = None if os.environ.get(ROOT_VARIABLE) else run_dir / "checkpoints" / target.name
+    if (target / MANIFEST).is_file():
+        message(stage, f"{target} is complete: it is replaced once the new result is")
     if data is None:
         data = run_dir / "data"
         message(stage, f"run folder: {run_dir}")
@@ -54,7 +62,7 @@ def train_directly(
             pairs=data,
             base=base,
             reference=reference,
-            checkpoints=run_dir / "checkpoints" / target.name,
+            checkpoints=own,
         )
     except TrainingStopped as stopped:
         if output is None and config.local_run_dir is None:
@@ -62,6 +70,11 @@ def train_directly(
             again = f"run the same command with local_run_dir={run_dir}: it goes on from there"
             raise TrainingStopped(stopped.found, where=stopped.where, fix=again) from None
         raise
+    if own:
+        shutil.rmtree(own, ignore_errors=True)
+        with suppress(OSError):
+            # unless it holds those of another output
+            own.parent.rmdir()
     return target
 
 

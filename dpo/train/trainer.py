@@ -107,13 +107,9 @@ class Trainer:
         """Take up a checkpoint: weights, optimiser and position."""
         assert self.checkpoints is not None
         self.position = self.checkpoints.load(path, self.objective.model, self.optimizer)
-        wrote, here = self.position.processes, self.objective.ranks.processes
-        other = (
-            "" if wrote == here else f" (written by {wrote} processes, now {here}: equal within "
-        )
-        other += "rounding, not to the bit)" if other else ""
+        other = _other_rounding(self.position, self.objective.ranks.processes)
         message(self.stage, f"goes on after step {self.position.steps}, from {path.name}{other}")
-        self.position.processes = here
+        self.position.processes = self.objective.ranks.processes
 
     def _keep(self, just_trained: int) -> None:
         """Write a checkpoint where one is due; end where the process was asked to.
@@ -135,6 +131,7 @@ class Trainer:
             check_weights(self.parameters, self.position.steps)
             self._count_seconds()
             self.position.processes = ranks.processes
+            self.position.threads = torch.get_num_threads()
             # whole lines: the checkpoint takes the log along
             texts = self.log.texts() if is_first() else {}
             self.checkpoints.save(self.objective.model, self.optimizer, self.position, texts)
@@ -302,6 +299,19 @@ class Trainer:
                 f"the chosen responses became less likely: their log-prob fell from {start:.1f} to "
                 f"{start + change:.1f}; raise beta, or lower lr",
             )
+
+
+def _other_rounding(position: Position, processes: int) -> str:
+    """Why what follows a checkpoint is not what its run would have done, to the bit; or nothing."""
+    threads = torch.get_num_threads()
+    if position.processes != processes:
+        change = f"written by {position.processes} processes, now {processes}"
+    elif not torch.cuda.is_available() and position.threads not in (0, threads):
+        # sums over other parts, and other rows at once
+        change = f"written with {position.threads} threads, now {threads}"
+    else:
+        return ""
+    return f" ({change}: equal within rounding, not to the bit)"
 
 
 def checkpoint_activations(model: Any, mode: str) -> None:

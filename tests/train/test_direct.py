@@ -1,0 +1,116 @@
+"""``dpo train`` again: into an output that is complete, and with other settings than its run's."""
+
+import json
+
+import pytest
+import torch
+
+from dpo.config.compose import compose
+from dpo.errors import ConfigError, TrainingError, TrainingStopped
+from dpo.storage.manifest import read_manifest
+from dpo.train import direct
+from dpo.train.checkpoint import Position
+from dpo.train.direct import train_directly
+from dpo.train.trainer import Trainer, _other_rounding
+from tests.train.conftest import SETTINGS
+
+RUN = [*SETTINGS, "loss=sft", "n_examples=16", "checkpoint_every=8", "checkpoint_seconds=0"]
+
+
+def train(prepared, folder, *more):
+    config = compose([*RUN, *more]).config
+    return train_directly(config, data=prepared.data, output=folder / "model")
+
+
+def stop_after(monkeypatch, steps):
+    """SIGTERM comes when a run has done so many steps."""
+    train_step = Trainer.train_step
+
+    def stopping(self, *arguments, **named):
+        found = train_step(self, *arguments, **named)
+        self._asked_to_stop = self.position.steps == steps
+        return found
+
+    monkeypatch.setattr(Trainer, "train_step", stopping)
+
+
+def test_a_complete_output_is_replaced_and_no_checkpoints_are_left(prepared, tmp_path, capsys):
+    train(prepared, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    before = read_manifest(tmp_path / "model")
+    assert "is complete" not in capsys.readouterr().err
+    train(prepared, tmp_path, "lr=1e-4")
+    assert f"{tmp_path / 'model'} is complete: it is replaced" in capsys.readouterr().err
+    now = read_manifest(tmp_path / "model")
+    assert (before.settings["lr"], now.settings["lr"]) == (1e-3, 1e-4)
+    assert before.content_hash != now.content_hash
+
+
+def test_checkpoints_of_a_run_that_was_ended_are_not_taken_for_another(
+    prepared, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patched:
+        stop_after(patched, 1)
+        with pytest.raises(TrainingStopped):
+            train(prepared, tmp_path)
+    assert (tmp_path / "checkpoints/model/step-1").is_dir()
+    with pytest.raises(ConfigError, match="those of another run") as caught:
+        train(prepared, tmp_path, "lr=1e-4")
+    assert "another output" in caught.value.fix
+    assert "resume=never" in caught.value.fix
+    train(prepared, tmp_path, "lr=1e-4", "resume=never")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_checkpoints_of_an_environment_go_to_its_place(prepared, tmp_path, monkeypatch):
+    monkeypatch.setenv("DPO_CHECKPOINTS", str(tmp_path / "place"))
+    stop_after(monkeypatch, 1)
+    with pytest.raises(TrainingStopped):
+        train(prepared, tmp_path / "out")
+    (kept,) = (tmp_path / "place").iterdir()
+    assert (kept / "step-1").is_dir()
+    assert not (tmp_path / "out/checkpoints").exists()
+    # what stops a run stands at its first step: the second run goes on behind it
+    train(prepared, tmp_path / "out")
+    assert not list((tmp_path / "place").iterdir())
+    lines = (tmp_path / "out/model/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["counters/updates"] for line in lines] == [0, 1, 2, 2]
+
+
+def test_the_reference_is_scored_where_none_is_given(prepared, tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(direct, "run_train", lambda *_, checkpoints, **paths: kept.append(paths))
+    config = compose([*SETTINGS, "n_examples=8"]).config
+    train_directly(config, data=prepared.data, base=prepared.sft, output=tmp_path / "model")
+    assert kept[0]["reference"] == tmp_path / "reference"
+    assert read_manifest(tmp_path / "reference", stage="reference").details["pairs"] == 13
+
+
+@pytest.mark.parametrize(
+    ("position", "words"),
+    [
+        (Position(processes=2, threads=3), "written by 2 processes, now 1"),
+        (Position(threads=3), "written with 3 threads, now 2"),
+        (Position(threads=2), ""),
+        # an earlier version did not say
+        (Position(), ""),
+    ],
+)
+def test_what_makes_a_run_go_on_within_rounding_only_is_said(position, words, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = _other_rounding(position, 1)
+    assert words in said
+    assert bool(said) is bool(words)
+
+
+def test_a_full_gpu_is_one_message(prepared, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB"
+        )
+
+    monkeypatch.setattr(Trainer, "train_step", full)
+    with pytest.raises(TrainingError, match=r"full: CUDA out of memory\. Tried .* 2\.00 GiB\n"):
+        train(prepared, tmp_path)
+    assert not (tmp_path / "model").exists()
