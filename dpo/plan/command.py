@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -146,7 +147,7 @@ def _lengths(config: RunConfig, own: dict[str, Any], data: Path | None) -> Lengt
     if stated and len(stated) < len(_LENGTHS):
         missing = next(key for key in _LENGTHS if key not in own)
         raise ConfigError(f"{missing} is missing", fix=f"give all of {', '.join(_LENGTHS)}")
-    if stated and min(stated.values()) <= 0:
+    if not all(0 < value < math.inf for value in stated.values()):
         raise ConfigError("lengths must be above 0", fix=f"correct {', '.join(_LENGTHS)}")
     if own.get("pairs", 1) < 1:
         raise ConfigError(f"pairs={own['pairs']} must be at least 1")

@@ -205,7 +205,7 @@ def with_peak(plan: Plan, peak_bytes: float) -> Plan:
 def job_of(config: RunConfig, shape: Architecture, machine: Machine, lengths: Lengths) -> Job:
     """What ``memory.predict`` needs of a configuration."""
     devices = _devices(config, machine)
-    share = config.batch_size / max(1, machine.gpus if devices > 1 else 1)
+    share = config.batch_size / _shares(config, devices)
     micro_batches = max(
         config.gradient_accumulation_steps, share * lengths.tokens / config.micro_batch_tokens
     )
@@ -235,6 +235,13 @@ def _lora_rank(config: RunConfig) -> int | None:
 
 def _devices(config: RunConfig, machine: Machine) -> int:
     return machine.gpus if config.trainer.name != "BasicTrainer" and machine.gpus > 1 else 1
+
+
+def _shares(config: RunConfig, devices: int) -> int:
+    """Into how many parts a batch is divided: those that share a layer see the same examples."""
+    if config.trainer.name == "TensorParallelTrainer":
+        return max(1, devices // (config.trainer.tensor_parallel or devices))
+    return devices
 
 
 def _mode(config: RunConfig, machine: Machine, devices: int) -> Mode:

@@ -19,6 +19,7 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -237,12 +238,13 @@ class Checkpoints:
     def _complete(self, pending: Any, partial: Path, texts: Mapping[str, str]) -> None:
         """In a thread: wait for the tensors, add what belongs to them, make it visible."""
         target = self.folder / partial.name.removeprefix(".").partition(".")[0]
-        if self._failed(lambda: self._write(pending, partial, texts), partial):
-            return
-        if self._mirror and self._failed(lambda: self._send(partial, target.name), partial):
-            return
-        if not self._failed(lambda: self._declare(partial, target), partial):
-            self._failed(lambda: self._check_shared(target), partial)
+        parts = [lambda: self._write(pending, partial, texts)]
+        if self._mirror:
+            parts.append(lambda: self._send(partial, target.name))
+        parts += [lambda: self._declare(partial, target), lambda: self._check_shared(target)]
+        # another process is gone: the training finds out by itself, and says who
+        with suppress(RuntimeError):
+            any(self._failed(part, partial) for part in parts)
 
     def _failed(self, work: Any, partial: Path) -> bool:
         """Whether ``work`` failed in any process; then it is reported once and cleaned up."""

@@ -95,6 +95,8 @@ def test_hub_data_is_assumed(capsys):
         (["gpus=many"], "gpus=many: expected a number"),
         (["gpu=RTX"], "name one of A10"),
         (["prompt_tokens=5"], "chosen_tokens is missing"),
+        ([*GIVEN[1:], "prompt_tokens=nan"], "lengths must be above 0"),
+        ([*GIVEN[1:], "prompt_tokens=inf"], "lengths must be above 0"),
         (["data=/no/such/folder"], "/no/such/folder"),
         (["model=pythai28"], "did you mean pythia28"),
         (["pairs=0"], "at least 1"),

@@ -169,6 +169,20 @@ def test_sharding_divides_and_copies_do_not():
     assert halved.optimizer == pytest.approx(8 * 6_857_302_016 / 4)
 
 
+def test_processes_that_share_a_layer_take_the_same_examples():
+    """16 examples: 4 each for 4 processes, 8 for each of two pairs, 16 for one group of four."""
+
+    def tokens(*words):
+        config = compose(["model=pythia28", "batch_size=16", "micro_batch_tokens=99999", *words])
+        job = job_of(config.config, architecture_of(config.config.model), Machine(gpus=4), DEFAULT)
+        return job.micro_batch_tokens
+
+    split = "trainer=TensorParallelTrainer"
+    found = [tokens("trainer=FSDPTrainer"), tokens(split, "trainer.tensor_parallel=2")]
+    each = 1.5 * DEFAULT.tokens
+    assert [*found, tokens(split)] == [round(n * each) for n in (4, 8, 16)]
+
+
 def test_what_does_not_fit_says_what_would():
     small = Machine(gpus=1, gpu_memory_gib=40)
     settings = config("model=pythia28", "optimizer=AdamW", "batch_size=64", "trainer=FSDPTrainer")
