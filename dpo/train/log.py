@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dpo.config.schema import RunConfig
-from dpo.errors import MissingDependency
+from dpo.errors import MissingDependency, TrainingError
 
 FILE = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -86,6 +86,7 @@ def open_sinks(config: RunConfig, stage: str, folder: Path, settings: dict[str, 
 
     Raises:
         MissingDependency: a package that is asked for is not installed.
+        TrainingError: wandb does not begin.
     """
     sinks: list[Sink] = []
     if config.tensorboard is not None:
@@ -137,6 +138,7 @@ class WandbLog:
 
     Raises:
         MissingDependency: wandb is asked for and not installed.
+        TrainingError: it does not begin.
     """
 
     def __init__(self, config: RunConfig, folder: Path, settings: dict[str, Any]) -> None:
@@ -148,13 +150,21 @@ class WandbLog:
                 where="wandb.enabled",
                 fix="pip install wandb, or leave it out; WANDB_MODE=offline needs no server",
             ) from None
-        self._run = wandb.init(
-            entity=config.wandb.entity,
-            project=config.wandb.project,
-            name=config.exp_name,
-            config=settings,
-            dir=str(folder),
-        )
+        try:
+            self._run = wandb.init(
+                entity=config.wandb.entity,
+                project=config.wandb.project,
+                name=config.exp_name,
+                config=settings,
+                dir=str(folder),
+            )
+        except wandb.Error as error:
+            # no key, or a server that refuses it or does not answer
+            raise TrainingError(
+                f"Weights & Biases does not begin: {' '.join(str(error).split())[:200]}",
+                where="wandb.enabled",
+                fix="run `wandb login`, set WANDB_MODE=offline, or leave wandb out",
+            ) from None
         self._interval = config.minimum_log_interval_secs
         self._last = float("-inf")
 

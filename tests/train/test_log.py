@@ -8,7 +8,7 @@ import pytest
 from dpo.config.compose import compose
 from dpo.config.stages import restrict
 from dpo.data.loader import Order
-from dpo.errors import MissingDependency
+from dpo.errors import MissingDependency, TrainingError
 from dpo.train import stage
 from dpo.train.checkpoint import Position
 from dpo.train.data import Examples
@@ -71,6 +71,20 @@ def test_wandb_offline(prepared, tmp_path, monkeypatch):
     runs = list((tmp_path / "wandb").glob("offline-run-*"))
     assert len(runs) == 1
     assert list(runs[0].glob("*.wandb"))
+
+
+def test_wandb_without_a_key_is_one_message(prepared, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="pip install wandb")
+
+    def refuses(**_):
+        raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
+
+    monkeypatch.setattr(wandb, "init", refuses)
+    config = config_of("sft", "wandb.enabled=true")
+    with pytest.raises(TrainingError, match="No API key configured") as caught:
+        run_train(config, tmp_path / "out", **prepared.paths(sft=True))
+    assert "WANDB_MODE=offline" in caught.value.fix
+    assert list(tmp_path.iterdir()) == []
 
 
 class Recorder:
