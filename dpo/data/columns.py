@@ -26,8 +26,8 @@ from dpo.data.formats import ASSISTANT
 from dpo.data.lines import Piece, newlines
 from dpo.data.schema import SPLIT_WORDS, TEST, TRAIN
 from dpo.data.spill import SPILL_SCHEMA
-from dpo.data.text_columns import Cleanness, Mask, buffer_of, mask_of
-from dpo.data.validate import Validator
+from dpo.data.text_columns import Cleanness, Mask, buffer_of, empty_turns, mask_of
+from dpo.data.validate import TURN_MARKS, Validator
 
 _TEXTS = ("prompt", "chosen", "rejected", "sft_target", "split")
 _MESSAGE_LISTS = {"messages", "conversations", "conversation"}
@@ -136,7 +136,9 @@ class Columns:
         sound = np.ones(len(chosen), dtype=bool)
         for column in (prompt, chosen, rejected, target):
             if column.null_count < len(column):
-                sound &= self._cleanness.of(column)
+                cleanness = self._of_prompts if column is prompt else self._of_answers
+                sound &= cleanness.of(column)
+        sound[empty_turns(prompt)] = False
         sound[alike_rows(*map(pc.utf8_trim_whitespace, (chosen, rejected)))] = False
         starts = [
             pc.binary_slice(text.cast(pa.binary()), 0, self.validator.answer_bytes)
@@ -150,8 +152,13 @@ class Columns:
         return sound
 
     @cached_property
-    def _cleanness(self) -> Cleanness:
+    def _of_prompts(self) -> Cleanness:
         return Cleanness(self.validator.reserved)
+
+    @cached_property
+    def _of_answers(self) -> Cleanness:
+        # marks of turns, which only prompts may have; in a whole dialogue they tell what it is
+        return Cleanness([*self.validator.reserved, *TURN_MARKS])
 
     def _pairs(
         self, texts: _Texts, lines: npt.NDArray[np.int64]

@@ -7,6 +7,7 @@ for which the row is rejected. It decides nothing about other rows.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -66,18 +67,26 @@ class RowError(Exception):
 Parser = Callable[[Mapping[str, Any]], Sequence[Candidate | Rating]]
 
 
+_WHOLE_DIALOGUE = re.compile(rf"\s*(?:Human|System):.*{ASSISTANT}", re.DOTALL)
+
+
 def pairs(row: Mapping[str, Any]) -> list[Candidate]:
-    """``{prompt, chosen, rejected}`` as text; ``sft_target`` and ``split`` may be there."""
-    target = row.get("sft_target")
-    return [
-        Candidate(
-            text_field(row, "prompt"),
-            text_field(row, "chosen"),
-            text_field(row, "rejected"),
-            text_field(row, "sft_target") if target is not None else None,
-            split_field(row),
-        )
-    ]
+    """``{prompt, chosen, rejected}`` as text; ``sft_target`` and ``split`` may be there.
+
+    Answers that are whole dialogues, with the prompt in them, are divided as ``hh`` does.
+    """
+    prompt, chosen, rejected = (text_field(row, name) for name in ("prompt", "chosen", "rejected"))
+    target = text_field(row, "sft_target") if row.get("sft_target") is not None else None
+    if _WHOLE_DIALOGUE.match(chosen) and _WHOLE_DIALOGUE.match(rejected):
+        (found,) = hh(row)
+        if prompt.strip() not in found.prompt:
+            raise RowError(
+                "prompts_differ",
+                "the field prompt is not in the dialogues of both answers",
+                "prompt",
+            )
+        return [found._replace(sft_target=target and target.removeprefix(found.prompt))]
+    return [Candidate(prompt, chosen, rejected, target, split_field(row))]
 
 
 def hh(row: Mapping[str, Any]) -> list[Candidate]:

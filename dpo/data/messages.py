@@ -119,8 +119,9 @@ def as_text(prompt: Messages) -> str:
 
 
 def turns_as_text(turns: Messages) -> str:
-    """Turns in the form of Anthropic's data."""
-    return "".join(f"{_HEADINGS[turn.role]} {turn.content}" for turn in turns)
+    """Turns in the form of Anthropic's data, without a system message that says nothing."""
+    said = (turn for turn in turns if turn.role != "system" or turn.content.strip())
+    return "".join(f"{_HEADINGS[turn.role]} {turn.content}" for turn in said)
 
 
 def candidate(

@@ -172,7 +172,7 @@ def detect(row: Mapping[str, Any]) -> str | None:
             return name
     if isinstance(row.get("messages"), list) and keys & _SCORED:
         return "rated"
-    if not keys & {"prompt", "instruction"}:
+    if not keys & _ASKED:
         return None
     return _by_answers(keys) or ("exported" if annotated.is_exported(row) else None)
 
@@ -190,6 +190,7 @@ def _by_answers(keys: set[str]) -> str | None:
 
 _SCORED = frozenset({"label", "score", "rating", "helpfulness"})
 _QUESTIONS = frozenset({"question", "instruction", "input", "query"})
+_ASKED = frozenset({"prompt", "instruction", "question", "problem", "query", "user_prompt"})
 _TEXT_QUESTIONS = frozenset(PROMPTS) - _QUESTIONS - {"prompt"}
 
 

@@ -23,6 +23,7 @@ from dpo.data.validate import (
     PLACEHOLDER_CHARS,
     PLACEHOLDERS,
     REPLACEMENT,
+    TURN_MARKS,
 )
 
 _SPACES = b"\t\n\v\f\r\x1c\x1d\x1e\x1f "
@@ -110,6 +111,8 @@ def _may_begin() -> Mask:
     return pairs.reshape(-1)
 
 
+_MARK_STARTS = [ord(mark.strip()[0]) for mark in TURN_MARKS]
+_MAY_END_TURN = np.isin(np.arange(256), [*_SPACES, ord(":"), *range(0x80, 256)])
 _MAY_END = np.isin(np.arange(256), [*_SPACES, *range(0x80, 0xC0)])
 
 
@@ -149,6 +152,35 @@ def _placeholders(raw: bytes, codes: Bytes, ends: npt.NDArray[np.int32]) -> list
     some = some[_PLACEHOLDER_STARTS[first] & _PLACEHOLDER_ENDS[last]]
     texts = (raw[ends[row] - lengths[row] : ends[row]].decode().strip() for row in some.tolist())
     return [row for row, text in zip(some.tolist(), texts, strict=True) if text in PLACEHOLDERS]
+
+
+_HEADED = tuple(mark.strip() for mark in TURN_MARKS)
+
+
+def empty_turns(texts: pa.Array) -> list[int]:
+    """Dialogues that may have a turn without a word: a mark right before an empty line and a mark.
+
+    White space that is longer than what is looked at counts as such a turn.
+    """
+    raw, ends = buffer_of(texts)
+    codes = np.frombuffer(raw, dtype=np.uint8)
+    places = np.flatnonzero(codes == ord("\n"))
+    # the second line end of two
+    places = places[1:][np.diff(places) == 1]
+    places = places[places + 1 < len(codes)]
+    places = places[np.isin(codes[places + 1], _MARK_STARTS)]
+    starts = ends - np.diff(ends, prepend=0)
+    rows = np.searchsorted(ends, places, side="right")
+    # not where a text begins, as most dialogues do
+    inside = (places - starts[rows] > 1) & _MAY_END_TURN[codes[places - 2]]
+    found = []
+    for row, place in zip(rows[inside].tolist(), places[inside].tolist(), strict=True):
+        first = int(starts[row])
+        start = max(first, place - _SEEN_BYTES)
+        before = raw[start:place].decode(errors="ignore").rstrip()
+        if before.endswith(_HEADED) or (not before and start > first):
+            found.append(row)
+    return found
 
 
 def buffer_of(texts: pa.Array) -> tuple[bytes, npt.NDArray[np.int32]]:

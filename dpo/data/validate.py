@@ -42,8 +42,10 @@ MISREAD = re.compile(
 )
 """Quotes, dashes and letters with accents whose UTF-8 was read as Windows-1252. Before guillemets
 and spaces that do not break the letter is one of Portuguese."""
-_TURN = re.compile(r"\n\n(?:Human|Assistant|System):")
-_HEADINGS = {heading[1:] for heading in (HUMAN, ASSISTANT, SYSTEM)}
+TURN_MARKS = (HUMAN, ASSISTANT, SYSTEM)
+_TURN = re.compile("|".join(TURN_MARKS))
+_EMPTY_TURN = re.compile(r"\n\n(?:Human|Assistant):\s*\n\n(?:Human|Assistant):")
+_HEADINGS = {mark[1:] for mark in TURN_MARKS}
 """Lines that begin a turn in the text of a dialogue; some chat templates write the same."""
 _ADVICE_ON_ENCODING = "read the original with its true encoding and save it as UTF-8"
 
@@ -64,6 +66,24 @@ def _stripped(candidate: Candidate) -> Candidate:
     """The same with its turns stripped, and their text as the prompt."""
     messages = tuple(Message(role, said.strip()) for role, said in candidate.messages or ())
     return candidate._replace(prompt=as_text(messages), messages=messages)
+
+
+def _check_dialogue(candidate: Candidate) -> None:
+    """A dialogue that is one text: each turn is one, and the answers end it."""
+    if _EMPTY_TURN.search(f"\n\n{candidate.prompt}"):
+        raise RowError("empty", "a turn of the dialogue is empty", "prompt")
+    for name in ("chosen", "rejected", "sft_target"):
+        _refuse_turn(name, getattr(candidate, name) or "")
+
+
+def _refuse_turn(name: str, text: str) -> None:
+    if found := _TURN.search(text):
+        raise RowError(
+            "turn_mark_in_text",
+            f"{name} has a line that begins with {found[0].strip()} after an empty one, which is "
+            "how the text of a dialogue marks a turn: remove it",
+            name,
+        )
 
 
 def _refuse_equal(chosen: str, rejected: str) -> None:
@@ -119,6 +139,8 @@ class Validator:
             candidate = candidate._replace(messages=turns(candidate.prompt))
         if candidate.messages:
             self._check_messages(candidate)
+        elif ASSISTANT in candidate.prompt:
+            _check_dialogue(candidate)
         _refuse_equal(candidate.chosen.strip(), candidate.rejected.strip())
         # the split must depend neither on the way a source writes turns nor on the template
         bare = _stripped(candidate) if in_chat else candidate
@@ -147,16 +169,14 @@ class Validator:
         In a list of messages the roles are told apart from the texts, so a mark inside a text is
         never meant as one; a prompt that is one text may be a dialogue by itself.
         """
+        for turn in candidate.messages or ():
+            if turn.role != "system" and INVISIBLE.fullmatch(turn.content):
+                raise RowError("empty", f"a message of the {turn.role} is empty", "prompt")
         texts = [("prompt", turn.content) for turn in candidate.messages or ()]
         texts += [("chosen", candidate.chosen), ("rejected", candidate.rejected)]
         for name, text in texts:
-            if self.prompt_format == "raw" and (found := _TURN.search(f"\n\n{text}")):
-                raise RowError(
-                    "turn_mark_in_text",
-                    f"{name} has a line that begins with {found[0].strip()} after an empty one, "
-                    "which is how the text of a dialogue marks a turn: remove it",
-                    name,
-                )
+            if self.prompt_format == "raw":
+                _refuse_turn(name, f"\n\n{text}")
             if found := self._marks.search(text):
                 self._refuse_reserved(name, found[0])
 

@@ -88,6 +88,12 @@ TEXT = st.one_of(
             *("\n\nHuman: q\n\nAssistant: a", "\n\nHuman: q\n\nAssistant: b", "\n\nAssistant:"),
             *('[{"role": "user", "content": "q"}]', "[{'role': 'user', 'content': 'q'}]"),
             *('{"role": "assistant", "content": "b"}', '[{"from": "gpt", "value": "b"}', "[{}]"),
+            *(
+                "\n\nHuman: \n\nAssistant:",
+                "Human:\u3000\n\n\nAssistant:",
+                "Human: q\n\nAssistant: c",
+            ),
+            "Human:" + " " * 70 + "\n\nAssistant:",
             *("\n\nHuman: q\n\nAssistant:", "\n\nHuman: z\n\nAssistant: c\n\nAssistant: d"),
         ]
     ),

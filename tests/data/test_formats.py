@@ -98,6 +98,15 @@ def test_shp_from_csv_has_its_numbers_as_text() -> None:
     assert reason({**row, "score_A": "nan"}) == "wrong_type"
 
 
+def test_answers_that_are_whole_dialogues_have_their_prompt_in_them() -> None:
+    row = {"chosen": f"{HI} Yes.", "rejected": f"{HI} No.", "sft_target": f"{HI} Oh."}
+    for prompt in (HI, "Hi?"):
+        assert parse({"prompt": prompt, **row}) == [Candidate(HI, " Yes.", " No.", " Oh.")]
+    assert reason({"prompt": "Other?", **row}) == "prompts_differ"
+    once = {"prompt": "Hi?", "chosen": f"{HI} Yes.", "rejected": "No."}
+    assert texts(once) == [("Hi?", f"{HI} Yes.", "No.")]
+
+
 def test_openai_messages_as_prompt_with_each_kind_of_answer() -> None:
     for chosen, rejected in (
         ("Yes.", "No."),

@@ -96,6 +96,38 @@ def test_a_prompt_of_one_text_may_be_a_dialogue(ingest: Ingest) -> None:
     assert ingest([row], **CHATML).reasons == ["special_token_in_text"]
 
 
+HELLO = "\n\nHuman: Hello\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": HELLO, "chosen": " a\n\nHuman: b", "rejected": " c"}, "turn_mark_in_text"),
+        ({"prompt": HELLO, "chosen": " a", "rejected": f"{HELLO} c"}, "turn_mark_in_text"),
+        ({"chosen": f"{HELLO} a\n\nHuman: b", "rejected": f"{HELLO} c"}, "turn_mark_in_text"),
+        (
+            {"prompt": HELLO, "chosen": " a", "rejected": " c", "sft_target": HELLO},
+            "turn_mark_in_text",
+        ),
+        ({"prompt": f"\n\nHuman: \u00a0{HELLO[14:]}", "chosen": " a", "rejected": " c"}, "empty"),
+        ({"prompt": "Human:\n\nAssistant:", "chosen": " a", "rejected": " c"}, "empty"),
+        ({"prompt": f"{HELLO} {HELLO}", "chosen": " a", "rejected": " c"}, "empty"),
+        (dialogue(" "), "empty"),
+        (dialogue("\u200b"), "empty"),
+        ({"question": "\n", "chosen": "a", "rejected": "c"}, "empty"),
+    ],
+)
+def test_turns_are_whole(ingest: Ingest, row: dict[str, Any], reason: str) -> None:
+    rows = [{"prompt": HELLO.replace("Hello", str(n)), **ANSWERS} for n in range(30)]
+    rows += [{"prompt": f"A play\n\nHuman: {n}", **ANSWERS} for n in range(30)]
+    assert ingest([*rows, row]).reasons == [reason]
+
+
+def test_a_system_message_that_says_nothing_is_left_out(ingest: Ingest) -> None:
+    (pair,) = ingest([dialogue("Hello", system=" ")]).pairs
+    assert pair["prompt"] == HELLO
+
+
 ANSWERS = {"chosen": " yes", "rejected": " no"}
 
 

@@ -210,6 +210,14 @@ def test_a_rows_own_sft_target(
     assert reason({**row, "sft_target": 5}) == "wrong_type"
 
 
+@pytest.mark.parametrize("name", ["question", "problem", "query", "user_prompt"])
+def test_scored_answers_to_a_question_of_any_name(name: str) -> None:
+    scored = {name: "Hi?", "responses": ["Yes.", "No."], "scores": [2, 1]}
+    assert texts(scored) == [(HI, " Yes.", " No.")]
+    rated = {name: "Hi?", "response": "Yes.", "score": 2}
+    assert [item[2:4] for item in parse(rated)] == [("Yes.", 2.0)]
+
+
 def test_stack_llamas_names() -> None:
     row = {"qid": 1, "question": "Hi?", "response_j": "Yes.", "response_k": "No."}
     assert texts(row) == [(HI, " Yes.", " No.")]
