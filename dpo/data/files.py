@@ -26,6 +26,15 @@ _METADATA = {
     *("state.json", "manifest.json"),
 }
 
+_OTHER_DATA = frozenset(
+    {
+        *(".xlsx", ".xls", ".ods", ".numbers", ".txt", ".xml", ".yaml", ".yml"),
+        *(".zip", ".bz2", ".xz", ".7z", ".rar", ".tar", ".tgz"),
+        *(".sqlite", ".db", ".pkl", ".pickle", ".npy", ".npz", ".avro", ".orc"),
+    }
+)
+"""Suffixes of files that people keep data in."""
+
 
 def located(name: str, source: SourceConfig) -> SourceConfig:
     """The source with its place: ``path`` or ``hub`` is set.
@@ -106,6 +115,18 @@ def source_files(name: str, source: SourceConfig) -> list[Path]:
             f"{', '.join(READABLE)} (.gz or .zst may follow)",
         )
     return files
+
+
+def passed_over(source: SourceConfig) -> list[str]:
+    """Names of files in a source's folder that may hold rows, in a form that is not read."""
+    folder = Path(source.path or "").expanduser()
+    if source.path is None or not folder.is_dir():
+        return []
+    return sorted(
+        path.name
+        for path in folder.rglob("*")
+        if path.suffix.lower() in _OTHER_DATA and path.is_file()
+    )
 
 
 def within(source: str, file: Path) -> Path:

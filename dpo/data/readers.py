@@ -28,6 +28,7 @@ from dpo.data.unpack import (
     ZSTD_MAGIC,
     Text,
     named_errors,
+    refuse_foreign,
 )
 from dpo.errors import DataError
 
@@ -152,6 +153,7 @@ def _container_by_content(path: Path, shown: str) -> Container:
         # an object of a store often has no suffix
         return "json"
     if container is None:
+        refuse_foreign(magic, shown)
         raise DataError(
             f"cannot tell what kind of file this is: {path.name}",
             where=shown,

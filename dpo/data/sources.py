@@ -17,7 +17,7 @@ import orjson
 from dpo.config.schema import RunConfig, SourceConfig
 from dpo.data import custom
 from dpo.data.division import Shard, Span, is_one_block, spans
-from dpo.data.files import is_data_name, located, source_files, within
+from dpo.data.files import is_data_name, located, passed_over, source_files, within
 from dpo.data.readers import READABLE, container_of, is_lines
 from dpo.data.splits import are_parts, own_split, parts_of_each_other
 from dpo.data.unpack import named_errors
@@ -29,6 +29,7 @@ from dpo.storage.store import ObjectStat, Store, is_store_url, open_store
 _HUB_TIMEOUT_SECONDS = 10.0
 _HEAD_BYTES = 2 * 2**20
 """By which a file's kind is known."""
+_SHOWN_NAMES = 5
 _FETCHED_BYTES = 8 * 2**20
 _EVERYTHING = Shard()
 
@@ -146,6 +147,9 @@ def _on_this_machine(name: str, source: SourceConfig) -> list[SourceFile]:
     for path in source_files(name, source):
         inside = within(source.path, path)
         files.append(SourceFile(path, f"{name}: {inside.as_posix()}", None, own_split(inside)))
+    if left := passed_over(source):
+        names = ", ".join(left[:_SHOWN_NAMES]) + (", ..." if len(left) > _SHOWN_NAMES else "")
+        message("ingest", f"not read, for what they are: {names} in {source.path}")
     return files
 
 

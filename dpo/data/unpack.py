@@ -23,7 +23,11 @@ _ZSTD_BITE_BYTES = 4096
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _UTF16 = ("UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW")
 _FOREIGN = {
-    b"PK\x03\x04": ("a zip archive", "unpack it, then name the files in it"),
+    b"PK\x03\x04": (
+        "a zip archive or a spreadsheet",
+        "unpack an archive and name the files in it; save a spreadsheet as CSV in UTF-8",
+    ),
+    b"\xd0\xcf\x11\xe0": ("a document of an old Office", "save a spreadsheet as CSV in UTF-8"),
     b"BZh": ("bzip2", "unpack it with bunzip2, or pack it with gzip or zstd"),
     b"\xfd7zXZ": ("xz", "unpack it with unxz, or pack it with gzip or zstd"),
     b"\xff\xfe": _UTF16,
@@ -49,7 +53,7 @@ class Text:
         self._chunks = _unpacked(path, shown, raw)
         self.head = self._first_megabyte().removeprefix(BYTE_ORDER_MARK)
         """Up to the first megabyte."""
-        _refuse_foreign(self.head, shown)
+        refuse_foreign(self.head, shown)
 
     def _first_megabyte(self) -> bytes:
         head = b""
@@ -170,7 +174,12 @@ def _first_line(error: Exception) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def _refuse_foreign(head: bytes, shown: str) -> None:
+def refuse_foreign(head: bytes, shown: str) -> None:
+    """Refuse a file of another kind.
+
+    Raises:
+        DataError: its first bytes are those of an archive, a document or text in UTF-16.
+    """
     for magic, (kind, fix) in _FOREIGN.items():
         if head[: len(magic)].lower() == magic.lower():
             raise DataError(f"this is {kind}, not preference data", where=shown, fix=fix)

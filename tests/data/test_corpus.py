@@ -99,6 +99,8 @@ UNREADABLE: dict[str, tuple[str, bytes, str]] = {
     "Arrow stream cut short": ("a.arrow", table(COLUMNS, "stream")[:200], "cannot be read"),
     "Arrow in name only": ("a.arrow", LINE, "cannot be read"),
     "a zip archive": ("a.jsonl", zipped(), "zip archive"),
+    "a workbook of Excel": ("a.xlsx", zipped(), r"spreadsheet(.|\n)*as CSV in UTF-8"),
+    "a workbook of an old Excel": ("a.csv", b"\xd0\xcf\x11\xe0" + b"\0" * 60, "as CSV in UTF-8"),
     "bzip2": ("a.jsonl", bz2.compress(LINE), "bzip2"),
     "xz": ("a.jsonl", lzma.compress(LINE), "this is xz"),
     "a PDF": ("a.json", b"%PDF-1.7\n", "a PDF"),

@@ -48,6 +48,20 @@ def test_a_folder_gives_its_data_files_with_their_splits(folder: Path) -> None:
     assert names(SourceConfig(path=f"{folder}/**/*.jsonl"))[-1] == expected[-1]
 
 
+def test_files_of_a_folder_that_cannot_be_read_are_named(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names(SourceConfig(path=str(folder)))
+    assert "not read" not in capsys.readouterr().err
+    for name in ("b.xlsx", "a.jsonl.bz2", "deep/notes.TXT"):
+        (folder / name).write_bytes(b"PK")
+    names(SourceConfig(path=str(folder)))
+    told = f"not read, for what they are: a.jsonl.bz2, b.xlsx, notes.TXT in {folder}"
+    assert told in capsys.readouterr().err
+    names(SourceConfig(path=str(folder / "train.jsonl")))
+    assert "not read" not in capsys.readouterr().err
+
+
 def test_a_file_alone_states_no_split(folder: Path) -> None:
     assert names(SourceConfig(path=str(folder / "train.jsonl"))) == [("mine: train.jsonl", None)]
 
