@@ -149,7 +149,7 @@ def _on_this_machine(name: str, source: SourceConfig) -> list[SourceFile]:
         files.append(SourceFile(path, f"{name}: {inside.as_posix()}", None, own_split(inside)))
     if left := passed_over(source):
         names = ", ".join(left[:_SHOWN_NAMES]) + (", ..." if len(left) > _SHOWN_NAMES else "")
-        message("ingest", f"not read, for what they are: {names} in {source.path}")
+        message("ingest", f"files of another kind are not read: {names} in {source.path}")
     return files
 
 

@@ -56,7 +56,7 @@ def test_files_of_a_folder_that_cannot_be_read_are_named(
     for name in ("b.xlsx", "a.jsonl.bz2", "deep/notes.TXT"):
         (folder / name).write_bytes(b"PK")
     names(SourceConfig(path=str(folder)))
-    told = f"not read, for what they are: a.jsonl.bz2, b.xlsx, notes.TXT in {folder}"
+    told = f"another kind are not read: a.jsonl.bz2, b.xlsx, notes.TXT in {folder}"
     assert told in capsys.readouterr().err
     names(SourceConfig(path=str(folder / "train.jsonl")))
     assert "not read" not in capsys.readouterr().err
