@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from dpo.errors import ArtifactError
-from dpo.publish import template
+from dpo.publish import licences, template
 from dpo.publish.adapter import is_alone
 from dpo.storage.manifest import Manifest
 
@@ -35,18 +35,7 @@ _LIMITS = (
     "Measure it on your own data before you rely on it."
 )
 
-# what the publishers of models and data sets state
-_MODEL_LICENSES = {
-    "HuggingFaceTB/SmolLM2": "apache-2.0",
-    "EleutherAI/pythia": "apache-2.0",
-    "openai-community/gpt2": "mit",
-    "gpt2": "mit",
-    "mistralai/Mistral-7B": "apache-2.0",
-    "HuggingFaceH4/zephyr-7b-beta": "mit",
-    "meta-llama/Llama-2": "llama2",
-    "Qwen/Qwen2.5-0.5B": "apache-2.0",
-    "builtin:": "apache-2.0",
-}
+# what the publishers of data sets state
 _DATA = {
     "hh": ("Anthropic/hh-rlhf", "MIT"),
     "hh_sample": ("Anthropic/hh-rlhf, 1,900 of its pairs", "MIT"),
@@ -71,14 +60,14 @@ def model_card(
     run = json.loads((policy / "run.json").read_text(encoding="utf-8"))
     config = run["config"]
     loss = config["loss"]
-    license_ = license_ or _license_of(base)
+    licence = licences.metadata(license_, base)
     sft = manifest.inputs.get("base", "")
     prompts = str(_ingest(manifest).get("prompt_format", ""))
     alone = is_alone(model or policy)
     metadata: dict[str, Any] = {
         "library_name": "peft" if alone else "transformers",
         "pipeline_tag": "text-generation",
-        "license": license_,
+        **licence,
         "tags": ["preference-fine-tuning", loss["name"]],
     }
     # an adapter of an SFT model is none of the hub's: whoever followed the name would load another
@@ -86,8 +75,6 @@ def model_card(
         metadata["base_model"] = base
     if hub := _hub_data(manifest):
         metadata["datasets"] = hub
-    if license_ == "other":
-        metadata["license_name"] = "see-licence-of-base-model-and-data"
     block = "\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items())
     return f"""---
 {block}
@@ -123,7 +110,7 @@ before and after, the gate's verdict, the resolved configuration, and where the 
 
 ## Licence
 
-{_license_text(license_, base)}
+{_license_text(license_, licence, base)}
 
 ## Intended use
 
@@ -181,8 +168,8 @@ def _problem(text: str) -> str:
         return "has metadata that is no mapping"
     if missing := [key for key in _NEEDED if not metadata.get(key)]:
         return f"has no {missing[0]} in its metadata"
-    if metadata["license"] == "other" and not metadata.get("license_name"):
-        return "has no license_name in its metadata"
+    if problem := licences.problem(metadata):
+        return problem
     base = metadata.get("base_model")
     if base is not None and not _HUB_ID.fullmatch(str(base)):
         return f"names {base!r} as its base model, which is no id of a hub"
@@ -203,13 +190,10 @@ def _is_hub_id(base: str) -> bool:
     return bool(_HUB_ID.fullmatch(base)) and not Path(base).is_dir()
 
 
-def _license_of(base: str) -> str:
-    found = [known for start, known in _MODEL_LICENSES.items() if base.startswith(start)]
-    return found[0] if found else "other"
-
-
-def _license_text(license_: str, base: str) -> str:
-    own = "not stated here" if license_ == "other" else f"`{license_}`"
+def _license_text(given: str, licence: Mapping[str, str], base: str) -> str:
+    known = licence["license"] != "other"
+    name = licence["license"] if known else given if given != "other" else ""
+    own = f"`{name}`" if name else "not stated here"
     return (
         f"Of the model: {own}. What the licences of its base ({shown_base(base)}) and of its "
         "training data\nask for applies as well."

@@ -36,6 +36,8 @@ def test_the_card_says_what_a_reader_needs(text):
     [
         ("---\n\n#", "\n\n#", "no metadata block"),
         ('license: "apache-2.0"\n', "", "no license"),
+        ('license: "apache-2.0"', 'license: "acme"', "licence 'acme', which no hub knows"),
+        ('license: "apache-2.0"', "license: other", "no license_name"),
         ("## Data", "## Pairs", "no section Data"),
         ("## Limits\n", "## Limits\nsee /home/me/run\n", "an absolute path"),
         ("## Limits\n", "## Limits\n![plot](x.png)\n", "an image"),
@@ -150,3 +152,25 @@ def test_data_sets_of_the_hub_are_named_as_such(tmp_path, name, source, ids, sho
     text = (tmp_path / "out/README.md").read_text()
     assert yaml.safe_load(text.split("---")[1]).get("datasets") == ids
     assert shown in text
+
+
+@pytest.mark.parametrize(
+    ("given", "base", "licence", "name"),
+    [
+        ("", "tiny", "apache-2.0", None),
+        ("llama3.1", "tiny", "llama3.1", None),
+        ("acme-1.0", "tiny", "other", "acme-1.0"),
+        ("other", "tiny", "other", "see-licence-of-base-model-and-data"),
+        ("", "org/name", "other", "see-licence-of-base-model-and-data"),
+    ],
+)
+def test_a_licence_that_no_hub_knows_is_named_beside_other(tmp_path, given, base, licence, name):
+    policy = checkpoint(tmp_path / "policy")
+    settings = [f"model={base}", *([f"publish.license={given}"] if given else [])]
+    published(policy, tmp_path / "out", *settings)
+    text = (tmp_path / "out/README.md").read_text()
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert (metadata["license"], metadata.get("license_name")) == (licence, name)
+    shown = name if given and given != "other" else licence
+    told = "not stated here" if shown == "other" or given == "other" else f"`{shown or licence}`"
+    assert f"Of the model: {told}." in text
