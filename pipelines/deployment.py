@@ -101,6 +101,15 @@ class Notification(Section):
     """Key in that Secret."""
 
 
+class Signing(Section):
+    """The key that published models are signed with; given to the step ``publish`` alone."""
+
+    secret: Name
+    """Secret with the private key (Ed25519, PEM)."""
+    secret_key: SecretKey = "key.pem"
+    """Key in that Secret."""
+
+
 class ModelCache(Section):
     """A volume that keeps base models between runs."""
 
@@ -127,6 +136,9 @@ class Deployment(Recorded):
     """Who is told when a run has ended."""
     store_secret: SecretEnv | None = None
     """Credentials of the store, for every step."""
+    signing: Signing | None = None
+    """Signs what is published. Steps that read it check that with DPO_TRUSTED_KEYS in
+    ``environment``, the public keys."""
     checkpoint_uri: str = ""
     """Where training keeps checkpoints, so that a new pod goes on from the last one: a store
     (``s3://bucket/prefix``) or a mounted folder. Empty takes ``checkpoints`` in the run's store."""
@@ -150,7 +162,7 @@ class Deployment(Recorded):
     @classmethod
     def _no_secrets(cls, variables: dict[str, str]) -> dict[str, str]:
         for name in variables:
-            if re.search(r"SECRET|PASSWORD|TOKEN|ACCESS_KEY", name, re.IGNORECASE):
+            if re.search(r"SECRET|PASSWORD|TOKEN|ACCESS_KEY|KEY$", name, re.IGNORECASE):
                 raise ValueError(
                     f"environment.{name} looks like a credential, and a package is readable by "
                     "all users of the pipeline: put it into a Secret and name that in store_secret"

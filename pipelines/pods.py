@@ -69,6 +69,8 @@ def _deploy_step(task: Any, step: str, deployment: Deployment) -> None:
         task.set_env_variable(name, value)
     if step == "finish" and (told := deployment.notification) and told.secret:
         kubernetes.use_secret_as_env(task, told.secret, {told.secret_key: "DPO_NOTIFY_SECRET"})
+    if step == "publish" and (key := deployment.signing):
+        kubernetes.use_secret_as_env(task, key.secret, {key.secret_key: "DPO_SIGNING_KEY"})
 
 
 def _launching(resources: Resources) -> Resources:

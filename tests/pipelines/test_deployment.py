@@ -278,6 +278,8 @@ def test_retries_reach_steps_inside_conditions_and_outlast_the_training():
         ("images.data=registry.test:5000/data:latest", "names no fixed version"),
         ("images.data=registry.test/data@sha256:12", "names no fixed version"),
         ("environment.AWS_SECRET_ACCESS_KEY=x", "looks like a credential"),
+        ("environment.DPO_SIGNING_KEY=x", "looks like a credential"),
+        ("environment.DPO_JUDGE_API_KEY=x", "looks like a credential"),
         ("steps.stf.gpus=1", "steps.stf"),
         ("steps.sft.gpu=1", "unknown key gpu (did you mean gpus?)"),
         ("train.queue_priority=high", "without queue"),
@@ -507,6 +509,18 @@ def test_the_last_step_alone_is_told_whom_to_notify():
     assert secret["secretName"] == "hook"
     assert secret["keyToEnv"] == [{"secretKey": "key", "envVar": "DPO_NOTIFY_SECRET"}]
     assert "secretAsEnv" not in pods["exec-gate"]
+
+
+def test_the_signing_key_is_given_to_publish_alone():
+    """The public keys are no secret: every step that reads may check."""
+    keys = {"DPO_TRUSTED_KEYS": "-----BEGIN PUBLIC KEY-----"}
+    _, containers, pods = deployed(signing={"secret": "signing"}, environment=keys)
+    (secret,) = pods["exec-publish"]["secretAsEnv"]
+    assert secret["secretName"] == "signing"
+    assert secret["keyToEnv"] == [{"secretKey": "key.pem", "envVar": "DPO_SIGNING_KEY"}]
+    for step in package.STEPS:
+        assert variables(containers, step)["DPO_TRUSTED_KEYS"] == keys["DPO_TRUSTED_KEYS"]
+        assert step == "publish" or "secretAsEnv" not in pods[f"exec-{step}"]
 
 
 def test_images_by_plain_tags_a_store_and_a_preset_make_a_package(tmp_path, capsys):
