@@ -6,8 +6,10 @@ import os
 import shutil
 import subprocess
 import tempfile
+from io import BytesIO
 
 import pytest
+from minio import Minio
 
 from dpo.cli import main
 from dpo.config.compose import compose
@@ -150,6 +152,21 @@ def test_a_file_that_is_none_of_the_versions_is_named(run, url):
             verify(address)
     pull(f"{url}/policy", run / "pulled")
     assert not (run / "pulled/more.safetensors").exists()
+
+
+@pytest.mark.minio
+def test_the_mark_of_a_folder_is_no_file(run, bucket_url, minio_environment):
+    """As consoles make folders."""
+    published = publish(run, bucket_url)
+    at = minio_environment.endpoint.removeprefix("http://")
+    keys = (minio_environment.access_key, minio_environment.secret_key)
+    client, bucket = Minio(at, *keys, secure=False), bucket_url.removeprefix("s3://")
+    for key in (f"policy/{published['content_hash']}/", "policy/", "runs/"):
+        client.put_object(bucket, key, BytesIO(), 0)
+    assert verify(f"{bucket_url}/policy") == verify(published["url"])
+    assert main(["list", bucket_url]) == 0
+    assert main(["retain", bucket_url, "keep=1", "grace_hours=0"]) == 0
+    assert main(["forget", bucket_url, "community=acme"]) == 0
 
 
 def test_a_version_without_its_manifest_is_completed(run, url):
