@@ -204,8 +204,8 @@ def _first_error(folder: Path, error: Any, asked_to_stop: bool) -> DpoError:
         return _restored(own[0])
     if asked_to_stop:
         return TrainingStopped(
-            "it was asked to stop before anything could be kept",
-            fix="run the same command again",
+            "it was asked to stop outside of its steps; no checkpoint was written",
+            fix="run the same command again: it goes on from its last checkpoint, if it has one",
         )
     rank, failure = error.get_first_failure()
     if failure.exitcode < 0 or not reports:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -15,16 +16,16 @@ T = TypeVar("T")
 R = TypeVar("R")
 _saving: Any = None
 _timeout: timedelta | None = None
+_barriers = 0
 _LONG = timedelta(days=1)
+_POLL_SECONDS = 0.1
 
 
 def connect(backend: str, timeout_seconds: float) -> None:
-    """Join the processes of this job; but in ``barrier``, none waits longer for another."""
+    """Join the processes of this job; none waits longer for another, but for the first to save."""
     global _timeout
     _timeout = timedelta(seconds=timeout_seconds)
     dist.init_process_group(backend, timeout=_timeout)
-    # now, while all are here: the first to need it may find the others at work
-    saving_group()
 
 
 def waits_as_long(group: Any) -> None:
@@ -44,10 +45,23 @@ def is_first_of_host() -> bool:
 
 
 def barrier() -> None:
-    """Wait for all processes, the first of which may read or write gigabytes meanwhile."""
-    if dist.is_initialized():
-        arrived()
-        dist.barrier(group=saving_group())
+    """Wait for all processes: for the first one, which reads and writes gigabytes, for a day.
+
+    Whether it lives meanwhile the heartbeat says.
+    """
+    global _barriers
+    if not dist.is_initialized():
+        return
+    arrived()
+    _barriers += 1
+    store, key = dist.distributed_c10d._get_default_store(), f"dpo/first/{_barriers}"
+    if is_first():
+        store.set(key, "here")
+    else:
+        end = time.monotonic() + _LONG.total_seconds()
+        while not store.check([key]) and time.monotonic() < end:
+            time.sleep(_POLL_SECONDS)
+    dist.barrier()
 
 
 def agree(value: T) -> T:

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dpo.distributed.heartbeat import arrived
 from dpo.errors import ModelError
 from dpo.modeling.load import context_of
 
@@ -399,5 +400,6 @@ def _in_parts(model: Any) -> bool:
 def _any_process(flag: bool, device: torch.device) -> bool:
     """Whether any process has rows that go on; every process must ask."""
     flags = torch.tensor([int(flag)], device=device)
+    arrived()
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return bool(flags.item())

@@ -18,6 +18,7 @@ from dpo.config.losses import AnyLoss, SFTLoss
 from dpo.data.log_probs import PairLogProbs
 from dpo.data.packing import PackedBatch, pack
 from dpo.data.tokenize import TokenizedExample
+from dpo.distributed.heartbeat import arrived
 from dpo.errors import InvariantError, NonFiniteError
 from dpo.modeling.lanes import (
     balanced,
@@ -69,6 +70,8 @@ class Objective:
         split: Split,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of each example [E] with gradients, and every figure of each example [E]."""
+        # all processes make each pass: one that hangs before it is the one that is behind
+        arrived()
         log_probs_N = self.scorer(batch, self.dtype, self.packed)
         logps_ER = response_sums(batch, log_probs_N)
         if isinstance(self.loss, SFTLoss):

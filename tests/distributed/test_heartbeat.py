@@ -2,11 +2,19 @@
 
 import time
 
+import numpy as np
 import pytest
+import torch
 from torch.distributed import TCPStore
 
+from dpo.config.losses import SFTLoss
+from dpo.data.packing import pack
+from dpo.data.tokenize import TokenizedExample
 from dpo.distributed import heartbeat
 from dpo.distributed.heartbeat import Heartbeat
+from dpo.train.step import Objective
+from tests.distributed.test_weights import SMALL
+from tests.modeling.architectures import random_model
 from tests.support.programs import free_port
 
 
@@ -34,3 +42,27 @@ def test_one_that_has_done_its_work_is_not_missed(done, monkeypatch):
     assert bool(lost) is not done
     assert all(text == "rank 1 on host other" for text in lost)
     del store
+
+
+def test_who_has_made_fewer_passes_is_behind():
+    """One that hangs in its own work, and lives, is named by what it has not come to."""
+    heart = Heartbeat(0, 3, 10.0, print)
+    for rank, begun in enumerate((7, 7, 6)):
+        heart._note(rank, f"1 {begun} there lives")
+    assert heart.behind() == "rank 2 on host there"
+
+
+def test_every_pass_of_training_counts(monkeypatch):
+    """Before the pass: where another process hangs, its own waits for weights of that one."""
+    monkeypatch.setattr(heartbeat, "_begun", 0)
+    model = random_model("llama", {**SMALL, "tie_word_embeddings": False})
+    example = TokenizedExample("0", np.ones(4, np.int32), (np.ones(3, np.int32),))
+    (row,) = pack([example], 100)
+
+    def waits(*_):
+        raise TimeoutError
+
+    objective = Objective(model, SFTLoss(), torch.float32, 100, scorer=waits)
+    with pytest.raises(TimeoutError):
+        objective.figures(row, None, "train")
+    assert heartbeat._begun == 1
