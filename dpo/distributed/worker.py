@@ -22,6 +22,7 @@ from dpo.distributed.together import connect
 from dpo.errors import DpoError, TrainingError, system_problem
 from dpo.storage.processes import die_with_parent
 
+_INTERRUPTED = 130
 _BROKEN = ("connection", "timed out", "timeout", "peer", "socket", "gloo", "nccl")
 """Words of the errors that a process gets when another one is gone."""
 
@@ -54,6 +55,9 @@ def main(job_file: Path) -> int:
     try:
         _connect(timeout)
         _run(job)
+    except KeyboardInterrupt:
+        # Ctrl-C, which the launcher passes on and reports
+        return _INTERRUPTED
     except DpoError as error:
         return report(error)
     except OSError as error:

@@ -1,9 +1,10 @@
 """Requests to end that reach a job before its processes can be told."""
 
+import json
 import os
 import signal
 
-from dpo.distributed import launch
+from dpo.distributed import launch, worker
 
 
 def test_a_process_that_begins_after_sigterm_ends(tmp_path, monkeypatch):
@@ -21,3 +22,18 @@ def test_a_process_that_begins_otherwise_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "kill", lambda *_: 1 / 0)
     launch.announce(tmp_path / "job.json", 0)
     assert (tmp_path / "process-0").read_text() == str(os.getpid())
+
+
+def test_ctrl_c_ends_a_process_without_a_traceback(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    file = tmp_path / "job.json"
+    file.write_text(json.dumps({"launcher": 1, "timeout_seconds": 5}))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(worker, "die_with_parent", lambda _: None)
+    monkeypatch.setattr(worker.Heartbeat, "start", lambda _: None)
+    monkeypatch.setattr(worker, "_connect", interrupted)
+    assert worker.main(file) == 130
+    assert not list(tmp_path.glob("error-*"))
