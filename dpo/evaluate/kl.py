@@ -22,6 +22,9 @@ import numpy.typing as npt
 
 from dpo.evaluate.bootstrap import Bootstrap, interval
 
+_MOST_NATS = 600.0
+"""Of a token, so that a broken policy's divergence is huge and still a number."""
+
 Values = npt.NDArray[np.float32]
 
 
@@ -43,7 +46,7 @@ def kl_figures(
         seed: Of the resampling.
     """
     differences = [
-        theirs.astype(np.float64) - ours.astype(np.float64)
+        np.minimum(theirs.astype(np.float64) - ours.astype(np.float64), _MOST_NATS)
         for ours, theirs in zip(policy, reference, strict=True)
     ]
     k3_n = np.array([(np.expm1(d) - d).sum() for d in differences])

@@ -28,7 +28,11 @@ class Candidate:
     accuracy: float
     """Reward accuracy on the validation part."""
     loss: float
-    """Preference loss on the validation part; decides between equal accuracies."""
+    """Preference loss on the validation part; decides between equal accuracies of one loss."""
+    kind: Any = None
+    """The loss with its settings: values of another one are on another scale."""
+    area: float = 0.0
+    """Area under the ROC curve of the rewards, which has no scale; decides between losses."""
 
 
 def run_select(
@@ -49,7 +53,8 @@ def run_select(
         ArtifactError: an evaluation is not of the policy beside it, or not on the validation part.
     """
     candidates = [_read(*given) for given in zip(overrides, policies, evaluations, strict=True)]
-    best = max(candidates, key=lambda candidate: (candidate.accuracy, -candidate.loss))
+    one_loss = all(candidate.kind == candidates[0].kind for candidate in candidates)
+    best = max(candidates, key=lambda c: (c.accuracy, -c.loss if one_loss else c.area))
     message("select", f"best of {len(candidates)} on the validation part: {best.overrides}")
     with staged(output) as folder:
         shutil.copytree(best.policy, folder, dirs_exist_ok=True)
@@ -67,15 +72,19 @@ def _read(overrides: str, policy: Path, evaluation: Path) -> Candidate:
             f"a sweep selects on the validation part, this evaluation measured {part}",
             where=str(evaluation),
         )
-    after: dict[str, Any] = json.loads((evaluation / "evaluation.json").read_text("utf-8"))["after"]
-    return Candidate(overrides, policy, after["reward_accuracy"]["value"], after["loss"]["value"])
+    found: dict[str, Any] = json.loads((evaluation / "evaluation.json").read_text("utf-8"))
+    accuracy, loss = (found["after"][name]["value"] for name in ("reward_accuracy", "loss"))
+    area = found["calibration"]["auc"]["value"]
+    return Candidate(overrides, policy, accuracy, loss, found["loss"], area)
 
 
 def _table(candidates: Sequence[Candidate], best: Candidate) -> str:
     lines = [
         "# Sweep",
         "",
-        "Selected on the validation part of the held-out pairs; the gate decides on the test part.",
+        "Selected on the validation part of the held-out pairs; the gate decides on the test part. "
+        "Equal accuracies are decided by the preference loss, of different losses by the area under "
+        "the ROC curve of the rewards.",
         "",
         "| candidate | reward accuracy | preference loss | |",
         "|---|---|---|---|",

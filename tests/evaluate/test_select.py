@@ -14,14 +14,15 @@ from dpo.storage.manifest import read_manifest, write_manifest
 def candidate(tmp_path):
     """A policy and its evaluation; only what selection reads."""
 
-    def make(name, accuracy, loss, part="validation", of=None):
+    def make(name, accuracy, loss, part="validation", of=None, kind="dpo", area=0.5):
         policy, evaluation = tmp_path / f"{name}-policy", tmp_path / f"{name}-evaluation"
         policy.mkdir()
         evaluation.mkdir()
         (policy / "model.bin").write_text(name)
         trained = write_manifest(policy, "preference")
         figures = {"reward_accuracy": {"value": accuracy}, "loss": {"value": loss}}
-        (evaluation / "evaluation.json").write_text(json.dumps({"after": figures}))
+        judged = {"after": figures, "loss": {"name": kind}, "calibration": {"auc": {"value": area}}}
+        (evaluation / "evaluation.json").write_text(json.dumps(judged))
         write_manifest(
             evaluation,
             "evaluate",
@@ -52,6 +53,14 @@ def test_the_highest_accuracy_wins_and_its_content_stays(candidate, tmp_path):
 def test_equal_accuracies_are_decided_by_the_loss(candidate, tmp_path):
     best, _, _ = chosen(tmp_path, candidate("a", 0.6, 0.69), candidate("b", 0.6, 0.65))
     assert json.loads(best.overrides) == ["loss.beta=0.1"]
+
+
+def test_equal_accuracies_of_other_losses_are_decided_by_the_area_under_the_curve(
+    candidate, tmp_path
+):
+    """Of IPO with beta 0.1 the loss begins at 1 / (4 beta^2) = 25, of DPO at log 2."""
+    made = [candidate("a", 0.6, 0.69), candidate("b", 0.6, 25.0, kind="ipo", area=0.55)]
+    assert json.loads(chosen(tmp_path, *made)[0].overrides) == ["loss.beta=0.1"]
 
 
 @pytest.mark.parametrize("part", ["test", "all"])

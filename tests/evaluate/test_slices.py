@@ -157,6 +157,12 @@ def test_both_estimators_agree_with_the_exact_divergence():
         assert found[name]["value"] == pytest.approx(exact, rel=0.05)
 
 
+def test_a_divergence_beyond_all_numbers_is_still_one():
+    lost, sure = [np.array([-5000.0], np.float32)], [np.array([0.0], np.float32)]
+    found = kl_figures(["p"], lost, sure, n_bootstrap=100, seed=0)
+    assert 1e200 < found["per_answer"]["value"] < math.inf
+
+
 def test_equal_models_do_not_diverge():
     values_T = [np.array([-1.5, -0.5], np.float32)]
     found = kl_figures(["p"], values_T, values_T, n_bootstrap=100, seed=0)
