@@ -83,8 +83,8 @@ def _table(candidates: Sequence[Candidate], best: Candidate) -> str:
         "# Sweep",
         "",
         "Selected on the validation part of the held-out pairs; the gate decides on the test part. "
-        "Equal accuracies are decided by the preference loss, of different losses by the area under "
-        "the ROC curve of the rewards.",
+        "Equal accuracies are decided by the preference loss, of different losses by the area "
+        "under the ROC curve of the rewards.",
         "",
         "| candidate | reward accuracy | preference loss | |",
         "|---|---|---|---|",
