@@ -159,6 +159,23 @@ def test_prints_everything(opened):
     assert page.locator("details[open]").count() == 0
 
 
+@pytest.mark.parametrize("media", ["screen", "print"])
+def test_names_of_rows_are_not_broken_within_a_word(opened, media):
+    """As a sheet of A4 has it, 720 pixels wide, beside a long value."""
+    page = opened(viewport={"width": 720 if media == "print" else 1000, "height": 900})
+    page.emulate_media(media=media)
+    name = page.locator("#provenance ~ table tbody th").first
+    long = "word " * 100
+    name.evaluate(f"e => {{ e.textContent = 'preference'; e.nextSibling.textContent = '{long}'; }}")
+    assert (
+        name.evaluate(
+            "e => { const r = document.createRange(); r.selectNodeContents(e);"
+            " return r.getClientRects().length; }"
+        )
+        == 1
+    )
+
+
 def test_screen_readers_find_names(opened):
     page = opened()
     assert page.locator("html").get_attribute("lang") == "en"
