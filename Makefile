@@ -191,12 +191,12 @@ format: setup ## Let ruff format and fix
 	@$(BIN)/ruff format .
 
 .PHONY: pipeline
-pipeline: setup ## Compile the pipeline; for a cluster: REGISTRY, or DATA_IMAGE and TRAIN_IMAGE; DEPLOYMENT=cpu|gpu|spot|FILE, DEPLOY
+pipeline: setup ## Compile the pipeline; for a cluster: REGISTRY, or DATA_IMAGE and TRAIN_IMAGE; DEPLOYMENT=cpu|gpu|spot|standalone|FILE, DEPLOY
 ifeq ($(strip $(DEPLOYMENT)$(REGISTRY)$(DATA_IMAGE)$(TRAIN_IMAGE)$(DEPLOY)$(ARGS)),)
 	@$(BIN)/python -m pipelines.package
 else
 	@$(if $(REGISTRY),$(BIN)/python images/build.py pushed --registry '$(REGISTRY)')
-	@$(if $(DEPLOYMENT),,echo "deployment: cpu, without GPUs (DEPLOYMENT=gpu, spot or a file of yours changes it)")
+	@$(if $(DEPLOYMENT),,echo "deployment: cpu, without GPUs (DEPLOYMENT=gpu, spot, standalone or a file of yours changes it)")
 	@$(BIN)/python -m pipelines.package --output build/preference_pipeline.yaml --deployment '$(or $(DEPLOYMENT),cpu)' \
 		$(if $(DATA_IMAGE),--deploy 'images.data=$(DATA_IMAGE)') $(if $(TRAIN_IMAGE),--deploy 'images.train=$(TRAIN_IMAGE)') \
 		$(if $(and $(DATA_IMAGE),$(TRAIN_IMAGE)),,$(if $(wildcard build/images.json),--images build/images.json)) $(foreach s,$(DEPLOY),--deploy '$(s)') $(ARGS)
