@@ -26,7 +26,7 @@ from dpo.data.formats import ASSISTANT
 from dpo.data.lines import Piece, newlines
 from dpo.data.schema import SPLIT_WORDS, TEST, TRAIN
 from dpo.data.spill import SPILL_SCHEMA
-from dpo.data.text_columns import Cleanness, Mask, buffer_of, empty_turns, mask_of
+from dpo.data.text_columns import Cleanness, Mask, buffer_of, cut_to_blank, empty_turns, mask_of
 from dpo.data.validate import TURN_MARKS, Validator
 
 _TEXTS = ("prompt", "chosen", "rejected", "sft_target", "split")
@@ -139,6 +139,11 @@ class Columns:
                 cleanness = self._of_prompts if column is prompt else self._of_answers
                 sound &= cleanness.of(column)
         sound[empty_turns(prompt)] = False
+        limits = self.validator.limits
+        at_end = limits.truncation_mode == "keep_end"
+        sound[cut_to_blank(prompt, limits.max_prompt_length, at_end=at_end)] = False
+        for column in (chosen, rejected):
+            sound[cut_to_blank(column, self.validator.answer_bytes, at_end=False)] = False
         sound[alike_rows(*map(pc.utf8_trim_whitespace, (chosen, rejected)))] = False
         starts = [
             pc.binary_slice(text.cast(pa.binary()), 0, self.validator.answer_bytes)

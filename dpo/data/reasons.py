@@ -32,6 +32,7 @@ TITLES: Mapping[str, str] = {
     "turn_mark_in_text": "A message has the mark of another turn in it",
     "chosen_equals_rejected": "Both answers are the same",
     "identical_after_truncation": "Both answers are the same as far as the model reads",
+    "empty_after_truncation": "A text is empty as far as the model reads",
     "prompt_too_long": "The prompt is too long",
     "contradictory_pair": "Two rows prefer the same answers the other way round",
     "prompt_in_test": "The prompt is held out, so nothing trains on it",

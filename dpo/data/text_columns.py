@@ -183,6 +183,25 @@ def empty_turns(texts: pa.Array) -> list[int]:
     return found
 
 
+def cut_to_blank(texts: pa.Array, n_bytes: int, *, at_end: bool) -> list[int]:
+    """Longer texts that begin, or end, with so many bytes of white space."""
+    raw, ends = buffer_of(texts)
+    codes = np.frombuffer(raw, dtype=np.uint8)
+    starts = ends - np.diff(ends, prepend=0)
+    some = np.flatnonzero(ends - starts > n_bytes)
+    if at_end:
+        some = some[_MAY_END[codes[ends[some] - 1]]]
+    elif n_bytes > 1:
+        first = codes[starts[some]].astype(np.intp)
+        some = some[_may_begin()[first << 8 | codes[starts[some] + 1]]]
+    found = []
+    for row in some.tolist():
+        start = int(ends[row]) - n_bytes if at_end else int(starts[row])
+        if INVISIBLE.fullmatch(raw[start : start + n_bytes].decode(errors="ignore")):
+            found.append(row)
+    return found
+
+
 def buffer_of(texts: pa.Array) -> tuple[bytes, npt.NDArray[np.int32]]:
     """(the bytes of all texts, the end of each)."""
     offsets = np.frombuffer(texts.buffers()[1], dtype=np.int32)

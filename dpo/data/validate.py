@@ -300,7 +300,7 @@ class Validator:
         return self.limits.max_length - self.limits.max_prompt_length - 1
 
     def _check_truncation(self, candidate: Candidate) -> None:
-        """Pairs that truncation makes equal.
+        """Pairs that truncation makes equal, or of which it leaves white space alone.
 
         Responses are cut to ``max_length - max_prompt_length`` tokens at least. A token has one
         byte or more, so responses that differ within so many bytes differ after the cut too: only
@@ -308,7 +308,9 @@ class Validator:
         """
         n_bytes = self.answer_bytes
         chosen, rejected = candidate.chosen[:n_bytes], candidate.rejected[:n_bytes]
-        if chosen.encode()[:n_bytes] != rejected.encode()[:n_bytes]:
+        alike = chosen.encode()[:n_bytes] == rejected.encode()[:n_bytes]
+        blank = self._blank_parts(candidate)
+        if not alike and not blank:
             return
         example = tokenize_pair(
             candidate.prompt,
@@ -318,9 +320,37 @@ class Validator:
             prompt_format=self.prompt_format,
         )
         chosen_T, rejected_T = example.responses
-        if np.array_equal(chosen_T, rejected_T):
+        if alike and np.array_equal(chosen_T, rejected_T):
             raise RowError(
                 "identical_after_truncation",
                 f"chosen and rejected differ only after the {n_bytes + 1} tokens that are kept: "
                 "raise max_length or lower max_prompt_length",
             )
+        kept = {"prompt": example.prompt_T, "chosen": chosen_T, "rejected": rejected_T}
+        for name, part in blank.items():
+            ids = self.tokenizer(part, add_special_tokens=False)["input_ids"]
+            if set(kept[name].tolist()) <= set(ids):
+                raise RowError(
+                    "empty_after_truncation",
+                    f"of {name} nothing but white space is left once it is cut: remove that, or "
+                    "raise max_length",
+                    name,
+                )
+
+    def _blank_parts(self, candidate: Candidate) -> dict[str, str]:
+        """The texts that may be cut to white space, and what of them may be left."""
+        found = {}
+        for name, text in zip(("prompt", "chosen", "rejected"), candidate[:3], strict=True):
+            part = self.kept_bytes(name, text.encode()).decode(errors="ignore")
+            if len(part) < len(text) and INVISIBLE.fullmatch(part):
+                at_end = name == "prompt" and self.limits.truncation_mode == "keep_end"
+                blank = INVISIBLE.match(text[::-1] if at_end else text)
+                found[name] = blank[0] if blank else ""
+        return found
+
+    def kept_bytes(self, name: str, text: bytes) -> bytes:
+        """What is left of a text, at least, where it is cut: a token has one byte or more."""
+        if name != "prompt":
+            return text[: self.answer_bytes]
+        limit = self.limits.max_prompt_length
+        return text[-limit:] if self.limits.truncation_mode == "keep_end" else text[:limit]

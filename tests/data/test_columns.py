@@ -94,6 +94,7 @@ TEXT = st.one_of(
                 "Human: q\n\nAssistant: c",
             ),
             "Human:" + " " * 70 + "\n\nAssistant:",
+            *("\n\u3000" * 300 + "a", "q" + " \u200b" * 200),
             *("\n\nHuman: q\n\nAssistant:", "\n\nHuman: z\n\nAssistant: c\n\nAssistant: d"),
         ]
     ),

@@ -51,6 +51,9 @@ LONG = "word " * 600
         (row("lost \N{REPLACEMENT CHARACTER}", "c", "r"), "broken_encoding", "prompt"),
         (row("p", "end<|endoftext|>", "r"), "eos_in_text", "chosen"),
         (row("p", LONG + "a", LONG + "b"), "identical_after_truncation", ""),
+        (row(LONG, "\n\u3000" * 900 + "a", "b"), "empty_after_truncation", "chosen"),
+        (row(LONG, "a", "\n\u200b" * 900 + "b"), "empty_after_truncation", "rejected"),
+        (row("q" + "\n\u3000" * 900, "a", "b"), "empty_after_truncation", "prompt"),
         ({"note": "nothing"}, "unknown_format", ""),
         (["list"], "wrong_type", ""),
     ],
@@ -86,6 +89,24 @@ def test_truncation_keeps_pairs_that_differ_within_the_limit(ingest: Ingest) -> 
     """The first difference stands inside the 256 tokens that are kept."""
     found = ingest([row("p", "a " + LONG, "b " + LONG)])
     assert found.quarantine == []
+
+
+def test_white_space_that_is_not_all_that_is_left_passes(ingest: Ingest) -> None:
+    blank = "\n\u3000" * 60
+    rows = [
+        *(row(LONG, f"{blank}a", "b"), row(f"p{blank}", f"{blank}a", f"{blank}b")),
+        # no more than fits into the limits together
+        row("p", "\n\u3000" * 80 + "a", "b"),
+    ]
+    assert len(ingest(rows).pairs) == 3
+
+
+def test_a_prompt_may_keep_its_start(ingest: Ingest) -> None:
+    rows = [row("\n\u3000" * 900 + "q", "a", "b"), row("q" + "\n\u3000" * 900, "c", "d")]
+    found = ingest(rows, truncation_mode="keep_start")
+    assert [(line["line"], line["reason"]) for line in found.quarantine] == [
+        (1, "empty_after_truncation")
+    ]
 
 
 def test_the_cut_is_counted_in_bytes_not_characters(ingest: Ingest) -> None:
