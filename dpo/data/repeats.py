@@ -8,8 +8,10 @@ the hash of their letters and digits.
 
 from __future__ import annotations
 
+import re
 import shutil
 import struct
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +53,8 @@ class Mark:
 
 
 def near_hash(prompt: str) -> bytes:
-    """8 bytes that are equal for prompts that differ in case, punctuation and white space only."""
+    """8 bytes that are equal for prompts that differ in case, punctuation and white space only, in
+    characters of no width or in the way in which accents are written."""
     return near_hashes([prompt.encode()]).tobytes()
 
 
@@ -59,7 +62,13 @@ def near_hashes(prompts: Sequence[bytes]) -> npt.NDArray[np.uint64]:
     """``near_hash`` of many prompts in UTF-8, as little-endian numbers."""
     # one call for all: with bytes to delete each call first makes a table
     cores = _APART.join(prompts).translate(_LOWER, _NO_LETTERS).split(_APART)
+    cores = [core if core.isascii() else _core(core.decode()) for core in cores]
     return np.fromiter(map(xxh3_64_intdigest, cores), dtype="<u8", count=len(cores))
+
+
+def _core(prompt: str) -> bytes:
+    """What is left of a prompt without capitals and signs of any script."""
+    return _SIGNS.sub("", unicodedata.normalize("NFC", prompt).casefold()).encode()
 
 
 _APART = b"\xff"
@@ -72,6 +81,13 @@ def text_hashes(texts: Sequence[bytes]) -> npt.NDArray[np.uint64]:
 
 
 _LOWER = bytes(range(256)).lower()
+_SIGNS = re.compile(
+    "[\\s\u00a1-\u00a9\u00ab-\u00b1\u00b4\u00b6-\u00b8\u00bb\u00bf"
+    "\u060c\u061b\u061f\u06d4\u0964\u0965\u180e\u2000-\u206f"
+    "\u3000-\u3004\u3008-\u3020\u3030\u30fb\ufe10-\ufe6f\ufeff"
+    "\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65]+"
+)
+"""White space and punctuation beyond ASCII, and characters of no width; no marks of letters."""
 _NO_LETTERS = bytes(code for code in range(128) if not chr(code).isalnum())
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dpo.config.schema import ModelConfig, RunConfig, SourceConfig
 from dpo.data import check
+from dpo.data.repeats import near_hash, near_hashes
 from dpo.data.schema import pair_id, prompt_digest, split_of
 from dpo.data.stage import run_ingest
 from dpo.errors import ConfigError, DataError
@@ -574,6 +575,29 @@ def test_nearly_equal_prompts_in_both_splits_are_reported(ingest: Ingest) -> Non
         "rows: rows.jsonl, line 3 is like rows: rows.jsonl, line 1",
     ]
     assert "line 2 is like" in (found.folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "near"),
+    [
+        ("caf\u00e9 now?", "CAFE\u0301 now", True),
+        ("zero\u200bwidth", "zerowidth\ufeff", True),
+        ("\u00c9cole\u00a0?", "\u00e9cole", True),
+        ("Stra\u00dfe", "STRASSE", True),
+        ("\u4f60\u597d\uff1f", "\u4f60\u3001\u597d", True),
+        ("\u0645\u0631\u062d\u0628\u0627\u061f", "\u0645\u0631\u062d\u0628\u0627", True),
+        ("\u00abWas?\u00bb", "\u201ewas\u201c", True),
+        ("cafe", "caf\u00e9", False),
+        ("\u0915\u0940", "\u0915\u093e", False),
+        ("\u4f60\u597d", "\u60a8\u597d", False),
+    ],
+)
+def test_prompts_of_any_script_may_be_nearly_equal(one: str, other: str, near: bool) -> None:
+    assert (near_hash(one) == near_hash(other)) is near
+    hashes = near_hashes([one.encode(), b"", other.encode()])
+    assert hashes.tolist() == [
+        int.from_bytes(near_hash(text), "little") for text in (one, "", other)
+    ]
 
 
 def test_long_prompts_can_be_refused(ingest: Ingest) -> None:
