@@ -17,8 +17,11 @@ from dpo.data.shapes import ANSWER_LISTS, as_number
 
 _NOUNS = "response|answer|completion|output|candidate|text|conversation|generation|summary"
 _NAME = re.compile(rf"^({_NOUNS})[ _-]?(\d{{1,2}}|[a-h])$", re.IGNORECASE)
-_ONE = rf"(?:(?:{_NOUNS}|model|assistant|option|system)[ _:#-]{{0,3}})?(\d{{1,2}}|[a-h])"
-_NAMED = re.compile(_ONE)
+_KINDS = f"{_NOUNS}|model|assistant|option|system"
+_ONE = rf"(?:(?:{_KINDS})[ _:#-]{{0,3}})?(\d{{1,2}}|[a-h])"
+_SIDE = rf"(?:the )?(left|right|first|second)(?: (?:{_KINDS}|one))?"
+_NAMED = re.compile(f"{_ONE}|{_SIDE}")
+_ONE = f"(?:{_ONE}|{_SIDE})"
 _BY = (
     "(?:much|far|significantly|considerably|clearly|definitely|strongly|"
     "slightly|somewhat|marginally|a bit|a little)"
@@ -183,7 +186,7 @@ def _order(value: str, names: Sequence[str]) -> Scores | None:
     """``A > B = C``, or with ``<`` from the worst to the best."""
     parts = _ORDER.split(_bare(value.strip().lower()))
     signs = {sign[0] for sign in parts[1::2]}
-    if not signs or signs >= {"<", ">"}:
+    if len(parts[::2]) != len(names) or signs >= {"<", ">"}:
         return None
     places = [[parts[0]]]
     for sign, name in zip(parts[1::2], parts[2::2], strict=True):
@@ -224,17 +227,19 @@ def _winner(value: Any, names: Sequence[str], _: Mapping[str, Any]) -> int | Non
     if not isinstance(value, str | int) or isinstance(value, bool):
         return None
     said = _bare(str(value).strip().lower())
-    if said in _SIDES:
-        return _SIDES[said]
     matches = (pattern.fullmatch(said) for pattern in (_NAMED, *_SENTENCES))
     match = next(filter(None, matches), None)
     if match is None:
         return None
     marks = [_plain(mark_of(name)) for name in names]
-    wanted, *others = (_plain(mark) for mark in match.groups() if mark)
-    if wanted not in marks or any(other == wanted or other not in marks for other in others):
-        return None
-    return marks.index(wanted)
+    winner, *others = (_index(mark, marks) for mark in match.groups() if mark)
+    return None if winner in others or None in others else winner
+
+
+def _index(mark: str, marks: Sequence[str]) -> int | None:
+    if mark in _SIDES:
+        return _SIDES[mark]
+    return marks.index(_plain(mark)) if _plain(mark) in marks else None
 
 
 def _plain(mark: str) -> str:

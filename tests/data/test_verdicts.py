@@ -186,6 +186,7 @@ def test_argillas_data_sets_of_version_2() -> None:
     [
         *("[[B]]", "[B]", "(b)", "**B**", "B.", '"B"', "B is better", "B is slightly better."),
         *("Response B is much better than Response A", "B was preferred", "B wins", "I prefer B"),
+        *("Right is better", "the second answer wins", "second response", "Right > left"),
         *("b is the best", "strongly prefer B", "prefers B over A", "[[B>>A]]", "B > A", "A < B"),
     ],
 )
@@ -203,7 +204,8 @@ def test_ties_in_words(value: str) -> None:
     [
         *("B is not better", "B is worse", "A is better, but B is safer", "B is better than C"),
         *("B is better than B", "B > B", "B > C", "A > B < A", "C", "[C]", "b is better?", ". . x"),
-        "both are fine, but A is better",
+        *("both are fine, but A is better", "first is better than A"),
+        *("alright", "right is wrong", "right is better than B", "not the left one"),
     ],
 )
 def test_other_words_are_no_verdict(value: str) -> None:
