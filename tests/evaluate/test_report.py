@@ -9,7 +9,7 @@ import pytest
 from dpo.evaluate import charts
 from dpo.evaluate.bounds import largest
 from dpo.evaluate.markdown import cell
-from dpo.evaluate.report import write_reports
+from dpo.evaluate.report import FIGURES, write_reports
 from dpo.evaluate.samples import change_of, matched, shown_samples, words_of
 from tests.evaluate.conftest import made_evaluation
 from tests.support.browser import CONTRAST, CUT_OFF, HOSTILE, SVG_CUT_OFF, quiet_pages
@@ -28,9 +28,10 @@ DATA = {
 }
 
 
-def write(folder, *, samples=None, sources=("hh",), judge=None):
+def write(folder, *, samples=None, sources=("hh",), judge=None, published=None):
     evaluation, made, _ = made_evaluation()
     evaluation |= {"judge": judge} if judge else {}
+    evaluation |= {"published": published} if published else {}
     if len(sources) > 1:
         by_source = evaluation["slices"]["source"]
         by_source[:] = [
@@ -77,6 +78,19 @@ def test_nothing_is_cut_off(opened, width, scheme):
     assert page.evaluate(CUT_OFF) == []
     assert page.evaluate(SVG_CUT_OFF) == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize(("media", "width"), [("screen", 870), ("screen", 1020), ("print", 720)])
+def test_a_published_version_beside_them_is_not_cut_off(browser, tmp_path, media, width):
+    """Its column is the fifth; A4 is 720 pixels wide."""
+    figure = {"value": -1269.1, "low": -1311.2, "high": -1230.2}
+    path = write(tmp_path, published={key: figure for key, _, _ in FIGURES})
+    with quiet_pages(browser) as open_page:
+        page = open_page(path.as_uri(), viewport={"width": width, "height": 900})
+        page.emulate_media(media=media)
+        assert page.locator("td[data-label=published]").count() == len(FIGURES)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate(CUT_OFF) == []
 
 
 def test_hostile_texts_are_text(opened):
