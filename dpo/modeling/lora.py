@@ -209,7 +209,9 @@ def merge_saved(model: Any, folder: Path) -> Any:
         with warnings.catch_warnings():
             # peft 0.21 reads an attribute that transformers 5.23 calls deprecated
             warnings.simplefilter("ignore")
-            return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+            merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        # peft has frozen the base, and the merged model may be trained
+        return merged.requires_grad_(True)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(

@@ -217,7 +217,8 @@ def _check_types(config: RunConfig) -> None:
             "RMSprop cannot update float16 weights: its epsilon of 1e-8 is 0 in that type, and a "
             "gradient of 0 gives 0/0",
             where="model.policy_dtype",
-            fix="use policy_dtype=float32 with model.compute_dtype=float16, or optimizer=AdamW",
+            fix="use optimizer=AdamW, or policy_dtype=float32 (over several processes with "
+            "model.fsdp_policy_mp=float16)",
         )
 
 

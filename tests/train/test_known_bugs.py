@@ -182,8 +182,12 @@ def test_an_update_that_ruins_the_weights_keeps_nothing(checkpoint_every, prepar
 
 def test_float16_weights_want_another_optimizer(prepared, tmp_path):
     config = restrict(compose([*SETTINGS, "loss=sft", "model.policy_dtype=float16"]).config, "sft")
-    with pytest.raises(ConfigError, match="RMSprop cannot update float16 weights"):
+    with pytest.raises(ConfigError, match="RMSprop cannot update float16 weights") as caught:
         run_train(config, tmp_path / "out", pairs=prepared.data)
+    # each of the ways on composes
+    for words in (["optimizer=AdamW"], ["model.fsdp_policy_mp=float16"]):
+        compose(words)
+        assert words[0] in caught.value.fix
 
 
 def test_a_gradient_that_is_not_finite_names_the_batch(trainer):

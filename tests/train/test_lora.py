@@ -71,6 +71,11 @@ def test_an_adapter_alone_is_the_merged_model(prepared, tmp_path):
     # as a start for more training too, and by peft itself
     policy, _ = load_for_training(ModelConfig(), tmp_path / "adapter")
     torch.testing.assert_close(policy.state_dict(), found)
+    # with all weights, which peft had frozen
+    whole = config_of("sft", "lora.enabled=false", "n_examples=8")
+    run_train(whole, tmp_path / "whole", pairs=prepared.data, base=tmp_path / "adapter")
+    trained = load_model(tmp_path / "whole", torch.float32).state_dict()
+    assert not any(torch.equal(trained[name], value) for name, value in found.items())
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft 0.21
