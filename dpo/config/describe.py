@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Iterable
 from typing import Any
@@ -11,6 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from dpo.errors import ConfigError
 
+_TYPE = re.compile(r"literal\[|list\[|constrained-\w+$")
+"""How pydantic calls one of several types that a value may have, as if it were a key."""
 _NO_BOOLEAN = ("bool_parsing", "bool_type")
 
 
@@ -29,12 +32,18 @@ def validation_error(
         where: File or command that the values came from.
         fix: Where the keys are listed.
     """
-    lines = [_finding(item, schema) for item in error.errors(include_url=False)]
+    problems: dict[str, list[str]] = {}
+    for item in error.errors(include_url=False):
+        head, problem = _finding(item, schema)
+        # a value that fits none of several types is reported once for each
+        problems.setdefault(head, []).extend([problem] if problem else [])
+    lines = [f"{head}: {' or '.join(each)}" if each else head for head, each in problems.items()]
     found = lines[0] if len(lines) == 1 else "\n  ".join(["settings that cannot work:", *lines])
     return ConfigError(found, where=where, fix=fix)
 
 
-def _finding(item: Any, schema: type[BaseModel]) -> str:
+def _finding(item: Any, schema: type[BaseModel]) -> tuple[str, str]:
+    """Key with value, and what is wrong with it; or all in the first."""
     path = [str(part) for part in item["loc"]]
     kind = item["type"]
     if kind == "extra_forbidden":
@@ -42,18 +51,18 @@ def _finding(item: Any, schema: type[BaseModel]) -> str:
         section, path = _section_at(schema, path)
         if loss and path[-1] in _options_of_losses(schema):
             options = ", ".join(name for name in section if name != "name") or "none"
-            return f"{'.'.join(path)}: the loss {loss} ignores it (its options: {options})"
+            return f"{'.'.join(path)}: the loss {loss} ignores it (its options: {options})", ""
         key = ".".join(path)
-        return f"unknown key {key}{suggestion(path[-1], section)}"
+        return f"unknown key {key}{suggestion(path[-1], section)}", ""
     if kind == "value_error":
-        return str(item["ctx"]["error"])
+        return str(item["ctx"]["error"]), ""
     if kind == "union_tag_invalid":
-        return f"loss={item['ctx']['tag']}: the choices are {item['ctx']['expected_tags']}"
+        return f"loss={item['ctx']['tag']}: the choices are {item['ctx']['expected_tags']}", ""
     if kind == "union_tag_not_found":
-        return "loss.name is missing: choose a loss, such as loss=dpo"
+        return "loss.name is missing: choose a loss, such as loss=dpo", ""
     key = ".".join(_without_tags(path))
     problem = "write true or false" if kind in _NO_BOOLEAN else item["msg"]
-    return f"{key}={item['input']!r}: {problem[:1].lower()}{problem[1:]}"
+    return f"{key}={item['input']!r}", f"{problem[:1].lower()}{problem[1:]}"
 
 
 def suggestion(key: str, choices: Iterable[str]) -> str:
@@ -86,7 +95,7 @@ def _without_tags(path: list[str]) -> list[str]:
     """``loss.dpo.beta`` as pydantic reports it is ``loss.beta`` as people write it."""
     if len(path) > 1 and path[0] == "loss":
         return [path[0], *path[2:]]
-    return path
+    return [part for part in path if not _TYPE.match(part)]
 
 
 def _section_at(schema: type[BaseModel], path: list[str]) -> tuple[list[str], list[str]]:

@@ -157,6 +157,9 @@ def test_own_models_from_any_folder(tmp_path, monkeypatch):
         ("publish.name=publishing", ["publish.name=publishing", "choose another name"]),
         (f"publish.name={'a' * 64}", ["choose another name"]),
         ("lr", ["key=value"]),
+        # one of several types
+        ("checkpoint_seconds=soon", ["checkpoint_seconds='soon': input should be 'auto' or "]),
+        ("lora.modules=q_proj", ["lora.modules='q_proj': input should be 'all' or "]),
     ],
 )
 def test_mistakes_name_key_value_and_choices(override, words):
