@@ -44,6 +44,8 @@ class Models:
     sft: Path
     policy: Path
     published: Path | None = None
+    policy_base: Path | None = None
+    """Of an adapter, where it is not to be looked for."""
     published_base: Path | None = None
     """Of a published adapter."""
 
@@ -102,7 +104,7 @@ class Measurement:
         with track("evaluate", "pairs and answers", total) as bar:
             if self.sampled:
                 result.answers["sft"] = self._answers(self._load(models.sft), self.tokenizer, bar)
-            policy = self._load(models.policy)
+            policy = self._load(models.policy, models.policy_base)
             result.after = self._pairs(policy, "policy", bar)
             kl_answers = self._policy_answers(policy, bar)
             ours = self._score(policy, self._answer_examples())

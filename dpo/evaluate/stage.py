@@ -100,7 +100,8 @@ def run_evaluate(
         return read_manifest(output, stage="evaluate")
     given = _read(config, pairs=pairs, sft=sft, policy=policy, reference=reference)
     measurement = Measurement(config, given.rows, given.examples, given.tokenizer)
-    measured = measurement.run(Models(sft, policy, published, published_base))
+    policy_base = _base_of_policy(given.manifests, sft) if is_adapter(policy) else None
+    measured = measurement.run(Models(sft, policy, published, policy_base, published_base))
     if not is_first():
         return Manifest("evaluate", (), "")
     held_out = HeldOut(
@@ -159,6 +160,12 @@ def _base_of_published(published: Path | None, sft: Path) -> Path | None:
             fix="compare with a version that was published merged (publish.lora=merged)",
         )
     return None
+
+
+def _base_of_policy(manifests: Mapping[str, Manifest], sft: Path) -> Path | None:
+    """The SFT model where it is an adapter's base: the path that training noted may be a pod's."""
+    trained_on = manifests["policy"].inputs.get("base")
+    return sft if trained_on == manifests["sft"].content_hash else None
 
 
 def _read(config: RunConfig, *, pairs: Path, sft: Path, policy: Path, reference: Path) -> _Inputs:

@@ -1,6 +1,7 @@
 """The whole step on a small model: answers, divergence, parts, a published version, equal runs."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ from dpo.evaluate import stage
 from dpo.evaluate.measure import Measurement
 from dpo.evaluate.stage import run_evaluate
 from dpo.modeling import load
-from dpo.storage.manifest import read_manifest
+from dpo.storage.manifest import read_manifest, write_manifest
 from dpo.train.reference import run_reference
 from dpo.train.stage import run_train
 
@@ -57,14 +58,14 @@ def trained(tmp_path_factory):
     return folder
 
 
-def evaluate(folder, output, *overrides, published=None):
+def evaluate(folder, output, *overrides, published=None, policy=None):
     config = compose([*SETTINGS, *overrides]).config
     run_evaluate(
         restrict(config, "evaluate"),
         output,
         pairs=folder / "data",
         sft=folder / "sft",
-        policy=folder / "policy",
+        policy=policy or folder / "policy",
         reference=folder / "ref",
         published=published,
     )
@@ -230,14 +231,23 @@ def test_a_published_adapter_is_opened_on_the_sft_model_it_was_trained_on(
     assert found["published"]["reward_margin"]["value"] != 0
 
 
+def test_an_adapter_is_opened_where_its_base_lies_elsewhere_than_in_training(trained, tmp_path):
+    """Pods of a job over several nodes read the SFT model into folders of their own."""
+    config = compose([*SETTINGS, "lora.enabled=true", "lora.save=adapter", "n_examples=8"]).config
+    elsewhere, policy = tmp_path / "pod" / "sft", tmp_path / "policy"
+    shutil.copytree(trained / "sft", elsewhere)
+    paths = {"pairs": trained / "data", "base": elsewhere, "reference": trained / "ref"}
+    run_train(restrict(config, "preference"), policy, **paths)
+    found = [evaluate(trained, tmp_path / "before", policy=policy)]
+    shutil.rmtree(elsewhere)
+    found += [evaluate(trained, tmp_path / "after", policy=policy)]
+    assert found[0]["after"] == found[1]["after"]
+
+
 def test_the_log_probabilities_before_are_those_of_the_sft_model(trained, whole, tmp_path):
     """With the SFT model in the policy's place nothing changes, and nothing diverges."""
     config = compose(SETTINGS).config
-    from dpo.storage.manifest import read_manifest, write_manifest
-
     copy = tmp_path / "same"
-    import shutil
-
     shutil.copytree(trained / "sft", copy)
     (copy / "manifest.json").unlink()
     write_manifest(copy, "preference", inputs=read_manifest(trained / "sft").inputs)
