@@ -48,6 +48,7 @@ from pipelines.run import (
 from pipelines.sweep import parse_sweep
 
 INTERRUPTED = 130
+NOT_STARTED = 2
 _OF_THIS_MACHINE = (
     "\nCompared with the runs of this machine: Kubeflow may have more of it in its cache."
 )
@@ -197,8 +198,8 @@ def main(arguments: list[str] | None = None) -> int:
         error = system_problem(problem) if isinstance(problem, OSError) else problem
         print(error, file=sys.stderr)
         if as_json:
-            failed = {"state": "failed", "message": str(error), "exit_code": error.exit_code}
-            print(json.dumps(failed))
+            state = "not started" if error.exit_code == NOT_STARTED else "failed"
+            print(json.dumps({"state": state, "message": str(error), "exit_code": error.exit_code}))
         return error.exit_code
     except KeyboardInterrupt as interrupt:
         default = "Stopped. Finished steps are kept: the same command goes on from there."

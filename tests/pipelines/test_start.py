@@ -104,3 +104,11 @@ def test_make_run_brings_its_preset_only_where_nobody_starts_from_a_run(words, p
     )
     (command,) = [line.split() for line in done.stdout.splitlines() if "submit.py" in line]
     assert [after for word, after in pairwise(command) if word == "--preset"] == presets
+
+
+def test_json_tells_what_never_began_from_what_failed(tmp_path, capsys):
+    asked = ["--local", "--runs-dir", str(tmp_path), "--from", "nobody", "--output", "json"]
+    assert submit.main(asked) == 2
+    told = json.loads(capsys.readouterr().out)
+    assert (told["state"], told["exit_code"]) == ("not started", 2)
+    assert "nobody" in told["message"]
