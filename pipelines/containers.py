@@ -6,6 +6,7 @@ Paths are mounted where they are here, so settings mean the same inside and outs
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -123,8 +124,15 @@ def check_images(documents: list[dict[str, Any]]) -> None:
 
 
 def stop_containers(run_id: str) -> None:
-    """End the containers of a run: they are no children of ours and would go on."""
-    client = connect()
+    """End the containers of a run: they are no children of ours and would go on.
+
+    Where the engine has gone, a message says so: how the run ended is told by others.
+    """
+    try:
+        client = connect()
+    except RequestError as error:
+        print(f"{error.found}: containers of this run may go on", file=sys.stderr, flush=True)
+        return
     try:
         for container in client.containers.list(filters={"label": f"{RUN_LABEL}={run_id}"}):
             container.kill()

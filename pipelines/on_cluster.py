@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from dpo.errors import PipelineError
 from pipelines import cluster, package, sending
 from pipelines.asked import not_empty
 from pipelines.outcome import Outcome
@@ -146,9 +147,11 @@ def _follow(
             ) from None
         try:
             cluster.cancel(client, target, run_id)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, PipelineError) as problem:
+            # a refusal is no sign that nothing was started: a token may have run out
+            why = f"{problem.found}. " if isinstance(problem, PipelineError) else ""
             raise KeyboardInterrupt(
-                f"Stopped; whether the run ends is not known: {link}\n"
+                f"Stopped; {why}Whether the run ends is not known: {link}\n"
                 f"`submit.py --cancel {run_id}` asks again.",
                 run_id,
             ) from None

@@ -183,7 +183,9 @@ def _pass_on_sigterm(folder: Path) -> Iterator[list[int]]:
     def pass_on(number: int, _: object) -> None:
         asked.append(number)
         # first: a process that says its number later looks for it
-        (folder / _STOP).touch()
+        with suppress(OSError):
+            # on a full disk the others are told all the same
+            (folder / _STOP).touch()
         for file in folder.glob("process-*"):
             with suppress(ProcessLookupError, ValueError):
                 os.kill(int(file.read_text(encoding="utf-8")), signal.SIGTERM)

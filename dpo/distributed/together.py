@@ -14,10 +14,11 @@ from dpo.distributed.heartbeat import arrived
 
 T = TypeVar("T")
 R = TypeVar("R")
-_saving: Any = None
+_groups: dict[str, Any] = {}
 _timeout: timedelta | None = None
 _barriers = 0
 _LONG = timedelta(days=1)
+_WRITING = timedelta(minutes=30)
 _POLL_SECONDS = 0.1
 
 
@@ -119,12 +120,22 @@ def each_a_share(
 
 
 def saving_group() -> Any:
-    """A gloo group of its own: saving on the group of the training aborts or hangs (torch 2.13).
+    """A gloo group for what the first process says once it has sent gigabytes.
 
-    It waits for a day: for the first process, which writes or sends gigabytes, and of which the
-    heartbeat says whether it lives.
+    It waits for a day; whether the first process lives meanwhile the heartbeat says.
     """
-    global _saving
-    if dist.is_initialized() and _saving is None:
-        _saving = dist.new_group(backend="gloo", timeout=_LONG)
-    return _saving
+    return _group("sent", _LONG)
+
+
+def writing_group() -> Any:
+    """A gloo group for checkpoints: saving on that of the training aborts or hangs (torch 2.13).
+
+    Each process writes its own part, so one that takes half an hour longer than another hangs.
+    """
+    return _group("written", _WRITING)
+
+
+def _group(name: str, timeout: timedelta) -> Any:
+    if dist.is_initialized() and name not in _groups:
+        _groups[name] = dist.new_group(backend="gloo", timeout=timeout)
+    return _groups.get(name)

@@ -30,7 +30,14 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from dpo.data.loader import LoaderState
-from dpo.distributed.together import agree, gather, is_first, is_first_of_host, saving_group
+from dpo.distributed.together import (
+    agree,
+    gather,
+    is_first,
+    is_first_of_host,
+    saving_group,
+    writing_group,
+)
 from dpo.errors import ArtifactError, ConfigError, DpoError, StoreError
 from dpo.storage.manifest import read_manifest, write_atomically, write_manifest
 from dpo.storage.mirror import Mirror
@@ -188,7 +195,7 @@ class Checkpoints:
         pending = dcp.async_save(
             state,
             checkpoint_id=partial / _TENSORS,
-            process_group=saving_group(),
+            process_group=writing_group(),
             no_dist=not dist.is_initialized(),
         )
         texts = {_POSITION: json.dumps(asdict(position)), **texts}

@@ -1,8 +1,10 @@
 """Requests to end that reach a job before its processes can be told."""
 
+import errno
 import json
 import os
 import signal
+from pathlib import Path
 
 from dpo.distributed import launch, worker
 
@@ -37,3 +39,17 @@ def test_ctrl_c_ends_a_process_without_a_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "_connect", interrupted)
     assert worker.main(file) == 130
     assert not list(tmp_path.glob("error-*"))
+
+
+def test_sigterm_is_passed_on_where_the_disk_is_full(tmp_path, monkeypatch):
+    (tmp_path / "process-1").write_text("4711")
+    told, end = [], os.kill
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with launch._pass_on_sigterm(tmp_path):
+        monkeypatch.setattr(Path, "touch", full)
+        monkeypatch.setattr(os, "kill", lambda pid, number: told.append((pid, number)))
+        end(os.getpid(), signal.SIGTERM)
+    assert told == [(4711, signal.SIGTERM)]

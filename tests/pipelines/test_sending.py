@@ -8,7 +8,7 @@ import yaml
 from urllib3.exceptions import HTTPError
 
 from dpo.errors import PipelineError
-from pipelines import cluster, connection, package, sending, submit
+from pipelines import cluster, connection, on_cluster, package, sending, submit
 from tests.support.kfp_backend import Fault, Scenario
 
 
@@ -103,6 +103,24 @@ def test_a_refused_run_is_told_from_one_that_failed(backend, command):
     code, _, said = command()
     assert code == 2
     assert "the endpoint refused the run: no such field (HTTP 400)" in said
+
+
+@pytest.mark.parametrize("status", [403, 500])
+def test_a_run_that_is_not_known_to_end_is_not_said_to_have_never_begun(
+    backend, command, monkeypatch, status
+):
+    """A token that ran out, while CI ends the job: it must not send another run."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(on_cluster, "wait", interrupted)
+    backend.faults = [Fault(r":terminate$", status=status, method="POST", times=99)]
+    code, outcome, said = command("--wait", "--cancel-on-interrupt")
+    assert code == 130
+    assert outcome["state"] == "interrupted"
+    assert outcome["run_id"] in backend.runs
+    assert "Whether the run ends is not known" in said
 
 
 def test_runs_that_nobody_named_have_names_of_their_own(backend, command):
