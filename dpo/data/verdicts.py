@@ -34,7 +34,8 @@ _SENTENCES = (
     re.compile(rf"{_ONE} (?:{_BY} )?(?:wins|won)()"),
     re.compile(rf"(?:i )?(?:{_BY} )?prefer(?:red|s)?:? {_ONE}(?: (?:to|over) {_ONE})?"),
 )
-_ORDER = re.compile(r"\s*(>+|<+|=+)\s*")
+# of white space around it a search would be quadratic; ``_bare`` takes it away
+_ORDER = re.compile(r"(>+|<+|=+)")
 SIGNED = ("preference_strength", "overall_preference")
 """Numbers below 0 prefer the first answer, above 0 the second."""
 VERDICTS = (
@@ -122,6 +123,8 @@ def named_answers(row: Mapping[str, Any]) -> Mapping[str, Any]:
     if all(type(value) is int for value in pair):
         row = _of_list(row, pair)
     names = answer_names(row)
+    if not names:
+        return row
     for find in (_of_models, _winner):
         chosen, rejected = (find(value, names, row) for value in pair)
         if chosen is not None and rejected is not None and chosen != rejected:

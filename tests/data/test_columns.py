@@ -55,6 +55,7 @@ TEXT = st.one_of(
     st.sampled_from(
         [
             *("", " ", "\n", "\u3000", "a", "b", " a", "a ", "yes", "no", "x" * 300),
+            *("Left", "Right"),
             *(
                 "<|endoftext|>",
                 "caf\u00e9",

@@ -1,5 +1,6 @@
 """What counts as a verdict, and on which answer; rows as annotation tools and arenas write them."""
 
+from time import process_time
 from typing import Any
 
 import pytest
@@ -274,7 +275,9 @@ def test_marks_of_answers_stand_for_their_texts() -> None:
     assert texts({"prompt": "p", "answer_a": "a x", "answer_b": "a y", "chosen": "a y"}) == [
         ("p", "a y", "a x")
     ]
-    assert texts({"prompt": "p", "chosen": "A", "rejected": "B"}) == [("p", "A", "B")]
+    for pair in (("A", "B"), ("Left", "Right"), ("the first one", "the second one.")):
+        row = {"prompt": "p", **dict(zip(("chosen", "rejected"), pair, strict=True))}
+        assert texts(row) == [("p", *pair)]
     assert reason({**NUMBERS, "chosen": 1, "rejected": 0}) == "wrong_type"
     answers = {"prompt": "p", "responses": ["a", "b"]}
     assert texts({**answers, "chosen": 1, "rejected": 0}) == SECOND
@@ -285,6 +288,14 @@ def test_marks_of_answers_stand_for_their_texts() -> None:
     assert reason({**three, "chosen": 0, "rejected": 3}) == "wrong_type"
     assert reason({**three, "chosen": -1, "rejected": 3}) == "wrong_type"
     assert reason({**LETTERS, "chosen": True, "rejected": False}) == "wrong_type"
+
+
+def test_a_text_of_many_spaces_is_judged_at_once() -> None:
+    """Milliseconds; 13 seconds where the time grows with their square."""
+    text = "x" + " " * 20_000 + "y"
+    start = process_time()
+    assert reason({**LETTERS, "chosen": text}) == "unknown_verdict"
+    assert process_time() - start < 3
 
 
 def test_two_answers_without_a_verdict_say_what_is_missing() -> None:
