@@ -22,7 +22,15 @@ from dpo.data.formats import Candidate, Rating, RowError, split_field, text_fiel
 from dpo.data.messages import candidate, read_messages
 from dpo.data.prompts import PROMPTS, prompt_of
 from dpo.data.shapes import as_number, messages, scored_pairs
-from dpo.data.verdicts import VERDICTS, Scores, answer_names, mark_of, repeated, scores_of
+from dpo.data.verdicts import (
+    TEXTS,
+    VERDICTS,
+    Scores,
+    answer_names,
+    mark_of,
+    repeated,
+    scores_of,
+)
 
 _SCORES = ("score_{mark}", "rating_{mark}", "winner_{mark}", "winner_model_{mark}")
 
@@ -52,7 +60,8 @@ def _by_verdict(row: Mapping[str, Any], names: list[str], field: str) -> list[Ca
         raise RowError("missing_field", "two answers are needed, such as response_1 and response_2")
     if value == []:
         raise RowError("not_annotated", "nobody has said which answer is better", field)
-    scores = scores_of(field, value, names, row) or repeated(value, names, row)
+    scores = repeated(value, names, row) if field in TEXTS else None
+    scores = scores or scores_of(field, value, names, row) or repeated(value, names, row)
     if scores is None:
         raise RowError(
             "unknown_verdict",

@@ -38,10 +38,12 @@ _SENTENCES = (
 _ORDER = re.compile(r"(>+|<+|=+)")
 SIGNED = ("preference_strength", "overall_preference")
 """Numbers below 0 prefer the first answer, above 0 the second."""
+TEXTS = ("preferred_response", "better_response", "best_response", "chosen")
+"""May hold the better answer itself: where one is repeated, that is no word about them."""
 VERDICTS = (
     *("preference", "preferred", "winner", "comparison", "choice", "better", "best"),
     *("better_response_id", *SIGNED, "selected", "ranking", "verdict", "vote"),
-    *("preferred_response", "better_response", "best_response", "chosen"),
+    *TEXTS,
 )
 _TIES = re.compile(
     r"(?:(?:about|roughly|a|the) )*(tie|both|equal|neither|same|draw|none)(?!.* but )"
@@ -123,7 +125,7 @@ def named_answers(row: Mapping[str, Any]) -> Mapping[str, Any]:
     if all(type(value) is int for value in pair):
         row = _of_list(row, pair)
     names = answer_names(row)
-    if not names:
+    if not names or all(repeated(value, names, row) for value in pair):
         return row
     for find in (_of_models, _winner):
         chosen, rejected = (find(value, names, row) for value in pair)

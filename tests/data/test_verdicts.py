@@ -290,6 +290,24 @@ def test_marks_of_answers_stand_for_their_texts() -> None:
     assert reason({**LETTERS, "chosen": True, "rejected": False}) == "wrong_type"
 
 
+@pytest.mark.parametrize(
+    ("better", "worse"),
+    [
+        ("Both are good pets.", "Dogs."),
+        ("[2, 1]", "[1, 2]"),
+        ("right", "left"),
+        ("B", "A"),
+        ("2 is better than 1", "1 is better than 2"),
+    ],
+)
+def test_an_answer_that_reads_like_a_verdict_is_an_answer(better: str, worse: str) -> None:
+    row = {"prompt": "p", "response_a": better, "response_b": worse}
+    expected = [("p", better, worse)]
+    for field in ("chosen", "preferred_response", "better_response", "best_response"):
+        assert texts({**row, field: better}) == expected
+    assert texts({**row, "chosen": better, "rejected": worse}) == expected
+
+
 def test_a_text_of_many_spaces_is_judged_at_once() -> None:
     """Milliseconds; 13 seconds where the time grows with their square."""
     text = "x" + " " * 20_000 + "y"
