@@ -88,9 +88,8 @@ def with_target(row: Mapping[str, Any], items: Sequence[Candidate | Rating]) -> 
     found: list[Any] = []
     for item in items:
         if isinstance(item, Candidate):
-            text = _last(item.messages or (), answer, "sft_target")
-            text = f" {text.strip()}" if item.messages else text.removeprefix(item.prompt)
-            item = item._replace(sft_target=text)
+            text = _last(item.messages or (), answer, "sft_target").removeprefix(item.prompt)
+            item = item._replace(sft_target=f" {text.strip()}" if item.messages else text)
         found.append(item)
     return found
 

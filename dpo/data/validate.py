@@ -174,6 +174,7 @@ class Validator:
                 raise RowError("empty", f"a message of the {turn.role} is empty", "prompt")
         texts = [("prompt", turn.content) for turn in candidate.messages or ()]
         texts += [("chosen", candidate.chosen), ("rejected", candidate.rejected)]
+        texts += [("sft_target", candidate.sft_target or "")]
         for name, text in texts:
             if self.prompt_format == "raw":
                 _refuse_turn(name, f"\n\n{text}")

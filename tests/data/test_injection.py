@@ -97,6 +97,7 @@ def test_a_prompt_of_one_text_may_be_a_dialogue(ingest: Ingest) -> None:
 
 
 HELLO = "\n\nHuman: Hello\n\nAssistant:"
+QUESTION = {"question": "Hi?", "chosen": "a", "rejected": "b"}
 
 
 @pytest.mark.parametrize(
@@ -112,6 +113,8 @@ HELLO = "\n\nHuman: Hello\n\nAssistant:"
         ({"prompt": f"\n\nHuman: \u00a0{HELLO[14:]}", "chosen": " a", "rejected": " c"}, "empty"),
         ({"prompt": "Human:\n\nAssistant:", "chosen": " a", "rejected": " c"}, "empty"),
         ({"prompt": f"{HELLO} {HELLO}", "chosen": " a", "rejected": " c"}, "empty"),
+        ({**dialogue("Hi?"), "sft_target": f"a{HELLO} b"}, "turn_mark_in_text"),
+        ({**QUESTION, "sft_target": f"a{HELLO} b"}, "turn_mark_in_text"),
         (dialogue(" "), "empty"),
         (dialogue("\u200b"), "empty"),
         ({"question": "\n", "chosen": "a", "rejected": "c"}, "empty"),

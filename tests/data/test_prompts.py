@@ -197,6 +197,7 @@ def test_another_account_of_whole_dialogues_is_no_prompt() -> None:
         ({"prompt": [USER], "chosen": "Yes.", "rejected": "No."}, {**BOT, "content": "Oh."}),
         ({"chosen": [USER, BOT], "rejected": [USER, NO]}, [USER, {**BOT, "content": "Oh."}]),
         ({"question": "Hi?", "chosen": "Yes.", "rejected": "No."}, "Oh."),
+        ({"question": "Hi?", "chosen": "Yes.", "rejected": "No."}, f"{HI} Oh."),
         ({"chosen": f"{HI} Yes.", "rejected": f"{HI} No."}, f"{HI} Oh."),
         ({"chosen": f"{HI} Yes.", "rejected": f"{HI} No."}, " Oh."),
     ],
