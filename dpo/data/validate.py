@@ -44,6 +44,8 @@ MISREAD = re.compile(
 and spaces that do not break the letter is one of Portuguese."""
 TURN_MARKS = (HUMAN, ASSISTANT, SYSTEM)
 _TURN = re.compile("|".join(TURN_MARKS))
+_SPEAKER = re.compile(f"{HUMAN}|{ASSISTANT}")
+"""What divides a dialogue that is one text; without a system message, "System:" is a word."""
 _EMPTY_TURN = re.compile(r"\n\n(?:Human|Assistant):\s*\n\n(?:Human|Assistant):")
 _HEADINGS = {mark[1:] for mark in TURN_MARKS}
 """Lines that begin a turn in the text of a dialogue; some chat templates write the same."""
@@ -72,12 +74,13 @@ def _check_dialogue(candidate: Candidate) -> None:
     """A dialogue that is one text: each turn is one, and the answers end it."""
     if _EMPTY_TURN.search(f"\n\n{candidate.prompt}"):
         raise RowError("empty", "a turn of the dialogue is empty", "prompt")
+    marks = _TURN if candidate.prompt.lstrip().startswith(SYSTEM.strip()) else _SPEAKER
     for name in ("chosen", "rejected", "sft_target"):
-        _refuse_turn(name, getattr(candidate, name) or "")
+        _refuse_turn(name, getattr(candidate, name) or "", marks)
 
 
-def _refuse_turn(name: str, text: str) -> None:
-    if found := _TURN.search(text):
+def _refuse_turn(name: str, text: str, marks: re.Pattern[str]) -> None:
+    if found := marks.search(text):
         raise RowError(
             "turn_mark_in_text",
             f"{name} has a line that begins with {found[0].strip()} after an empty one, which is "
@@ -177,7 +180,7 @@ class Validator:
         texts += [("sft_target", candidate.sft_target or "")]
         for name, text in texts:
             if self.prompt_format == "raw":
-                _refuse_turn(name, f"\n\n{text}")
+                _refuse_turn(name, f"\n\n{text}", _TURN)
             if found := self._marks.search(text):
                 self._refuse_reserved(name, found[0])
 

@@ -110,6 +110,10 @@ QUESTION = {"question": "Hi?", "chosen": "a", "rejected": "b"}
             {"prompt": HELLO, "chosen": " a", "rejected": " c", "sft_target": HELLO},
             "turn_mark_in_text",
         ),
+        (
+            {"prompt": f"System: Hi.{HELLO}", "chosen": " a\n\nSystem: b", "rejected": " c"},
+            "turn_mark_in_text",
+        ),
         ({"prompt": f"\n\nHuman: \u00a0{HELLO[14:]}", "chosen": " a", "rejected": " c"}, "empty"),
         ({"prompt": "Human:\n\nAssistant:", "chosen": " a", "rejected": " c"}, "empty"),
         ({"prompt": f"{HELLO} {HELLO}", "chosen": " a", "rejected": " c"}, "empty"),
@@ -124,6 +128,29 @@ def test_turns_are_whole(ingest: Ingest, row: dict[str, Any], reason: str) -> No
     rows = [{"prompt": HELLO.replace("Hello", str(n)), **ANSWERS} for n in range(30)]
     rows += [{"prompt": f"A play\n\nHuman: {n}", **ANSWERS} for n in range(30)]
     assert ingest([*rows, row]).reasons == [reason]
+
+
+@pytest.mark.parametrize("form", ["pairs", "hh", "shp", "se"])
+def test_a_system_is_what_an_answer_may_describe(ingest: Ingest, form: str) -> None:
+    """No one else's turn in a dialogue of two people, which one text is."""
+    better, worse = "Mine:\n\nSystem: Debian", "None"
+    row: dict[str, Any] = {
+        "pairs": {"prompt": HELLO, "chosen": better, "rejected": worse},
+        "hh": {"chosen": f"{HELLO} {better}", "rejected": f"{HELLO} {worse}"},
+        "shp": {
+            **{"history": "Hello", "human_ref_A": better, "human_ref_B": worse},
+            **{"score_A": 9, "score_B": 1, "labels": 1},
+        },
+        "se": {
+            "question": "Hello",
+            "answers": [
+                {"text": text.replace("\n", "<br>"), "pm_score": score}
+                for text, score in ((better, 9), (worse, 1))
+            ],
+        },
+    }[form]
+    (pair,) = ingest([row]).pairs
+    assert pair["chosen"].strip() == better
 
 
 def test_a_system_message_that_says_nothing_is_left_out(ingest: Ingest) -> None:
