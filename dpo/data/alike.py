@@ -1,8 +1,8 @@
 """Answers that look the same though their bytes differ: nobody can prefer one to the other.
 
-Nobody sees characters of no width, how an accented letter is put together (NFC, NFD), how many
-spaces of what kind stand between words, and those at the end of a line. Line breaks and
-indentation count.
+Nobody sees characters of no width, how an accented letter is put together (NFC, NFD), of what kind
+a space is, how many stand between the words of a single line, and those at the end of a line. Line
+breaks and indentation count; so do gaps and tabs in a text of several lines, for they make tables.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ NO_WIDTH = "\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff"
 """Characters of no width, as a class of a regular expression has them."""
 # joiners change how letters of some scripts, and emoji, are drawn
 _UNSEEN = re.compile(f"(?![\u200c\u200d])[{NO_WIDTH}]|(?<![^\\x00-\u02ff])[\u200c\u200d]")
+_SPACE = re.compile(r"[^\S\t]")
 _BLOCK = 256
 _LOOKED_AT = 64
 """Bytes from either end of a text that are compared in columns."""
@@ -64,12 +65,19 @@ def _is_plain(char: str) -> bool:
 
 
 def _seen(text: str) -> str:
-    lines = []
-    for line in _UNSEEN.sub("", text).split("\n"):
-        words = line.split()
-        indent = line[: len(line) - len(line.lstrip())] if words else ""
-        lines.append(indent + " ".join(words))
-    return unicodedata.normalize("NFC", "\n".join(lines).strip())
+    lines = _UNSEEN.sub("", text).strip().split("\n")
+    of_line = _line_seen if len(lines) > 1 else _words
+    return unicodedata.normalize("NFC", "\n".join(map(of_line, lines)))
+
+
+def _words(line: str) -> str:
+    return " ".join(line.split())
+
+
+def _line_seen(line: str) -> str:
+    said = line.strip()
+    indent = line[: len(line) - len(line.lstrip())] if said else ""
+    return indent + _SPACE.sub(" ", said)
 
 
 def alike_rows(chosen: pa.Array, rejected: pa.Array) -> list[int]:

@@ -26,6 +26,8 @@ ALIKE = [
     ("two\u00a0words", "two\twords"),
     ("a line \nnext", "a line\nnext"),
     ("a line\r\nnext", "a line\nnext"),
+    ("a\u00a0line\nthe\u3000next", "a line\nthe next"),
+    ("\u200b\ntwo  words", "two words"),
     ("\u202ayes\u202c", "yes"),
     (f"{LONG}end", f"{LONG} end"),
     (f"{LONG}\u200b{LONG}end", f"{LONG}{LONG}end"),
@@ -40,6 +42,9 @@ UNLIKE = [
     ("one two", "onetwo"),
     ("if x:\n    y", "if x:\ny"),
     ("if x:\n    y", "if x:\n\ty"),
+    # tables
+    ("id   name\n1    Bob\n22   Al", "id name\n1 Bob\n22 Al"),
+    ("a\tb\n1\t2", "a b\n1 2"),
     # letters that are joined or not, and one emoji or two
     (
         "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
@@ -70,11 +75,19 @@ def test_columns_say_the_same() -> None:
     assert alike_rows(pa.array([], pa.string()), pa.array([], pa.string())) == []
 
 
+def words_and_gaps(line: str) -> list[str]:
+    return ["\t" if char == "\t" else "gap" if char.isspace() else char for char in line.strip()]
+
+
 def seen(text: str) -> list[tuple[str, list[str]]]:
-    """An account of its own: lines with their indentation and words, accents apart."""
+    """An account of its own: lines with their indentation and words, accents apart.
+
+    Of several lines the words are characters, with the gaps among them.
+    """
     kept = "".join(char for char in text if char not in "\u00ad\u200b\u2060\ufeff")
     lines = unicodedata.normalize("NFD", kept).strip().split("\n")
-    pairs = [(line[: len(line) - len(line.lstrip())], line.split()) for line in lines]
+    parts = str.split if len(lines) == 1 else words_and_gaps
+    pairs = [(line[: len(line) - len(line.lstrip())], parts(line)) for line in lines]
     return [(indent if words else "", words) for indent, words in pairs]
 
 
