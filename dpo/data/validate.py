@@ -290,9 +290,11 @@ class Validator:
                 "model learns to stop there",
                 name,
             )
+        mark = found.strip()
         raise RowError(
             "special_token_in_text",
-            f"{name} has {found} in its text, which is a mark to the model: remove it"
+            f"{name} has {mark} in its text, which is a mark to the model: remove it, or put a "
+            f"space inside it ({mark[:1]} {mark[1:]}) where the letters are meant"
             + (", or give turns as messages" if name == "prompt" else ""),
             name,
         )

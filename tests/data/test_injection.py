@@ -188,6 +188,20 @@ def test_no_text_is_read_as_a_control_token_in_raw_format(
     assert len(ingest(rows).pairs) == 42
 
 
+def test_a_name_of_a_special_token_stays_with_a_space_inside(
+    ingest: Ingest, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Models of code have special tokens that people write as well."""
+    model = with_special_token(tiny_model, tmp_path / "model", "<filename>")
+    row = {**good_row(40), "chosen": "Run git checkout -- <filename>"}
+    rows = [*map(good_row, range(40)), row]
+    (line,) = ingest(rows, model=model).quarantine
+    assert line["reason"] == "special_token_in_text"
+    assert "put a space inside it (< filename>)" in line["advice"]
+    row["chosen"] = "Run git checkout -- < filename>"
+    assert len(ingest(rows, model=model).pairs) == 41
+
+
 def test_marks_of_a_template(tiny_model: Path) -> None:
     tokenizer = load_text_tokenizer(tiny_model)
     tokenizer.chat_template = GEMMA
