@@ -17,6 +17,7 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 
 _LEVELS = (2.5, 97.5)
+_ALPHA = 0.05
 _CHUNK_CELLS = 20_000_000
 """Resamples are drawn in pieces of so many counts, so that memory does not grow with them."""
 
@@ -50,19 +51,16 @@ def share_interval(value: float, draws_B: Array, n_prompts: int) -> Interval:
     """A share of prompts with its interval, also where the prompts all agree.
 
     Every resample of prompts that are all right is all right, so the bootstrap would take 2 right
-    answers of 2 for certainty. There the bound is the exact one of Clopper and Pearson (1934) for
-    so many prompts: 0.025^(1/n) below 1, and as far above 0. One prompt that is right in part says
-    nothing: 0 to 1.
+    answers of 2 for certainty. The share of prompts that are as these n is 0.05^(1/n) or more: with
+    a smaller one, n alike are drawn in less than 5 % of cases (the exact one-sided bound of Clopper
+    and Pearson 1934). The others may be all wrong or all right.
     """
     found = interval(value, draws_B)
     if found.low != found.high or not n_prompts:
         return found
-    bound = (_LEVELS[0] / 100) ** (1 / n_prompts)
-    if value == 1:
-        return Interval(1.0, bound, 1.0)
-    if value == 0:
-        return Interval(0.0, 0.0, 1 - bound)
-    return Interval(found.value, 0.0, 1.0) if n_prompts == 1 else found
+    agreeing = _ALPHA ** (1 / n_prompts)
+    low = agreeing * found.value
+    return Interval(found.value, low, low + 1 - agreeing)
 
 
 class Bootstrap:

@@ -85,30 +85,41 @@ def test_pairs_of_one_prompt_are_drawn_together():
 @pytest.mark.parametrize(
     ("values", "groups", "expected"),
     [
-        # 0.025 ^ (1/n) for n prompts, whatever the number of their pairs (Clopper and Pearson)
-        ([1, 1], "pq", (1, 0.025**0.5, 1)),
-        ([1, 1, 1, 1], "ppqq", (1, 0.025**0.5, 1)),
-        ([0, 0, 0], "pqr", (0, 0, 1 - 0.025 ** (1 / 3))),
-        ([1], "p", (1, 0.025, 1)),
-        ([1, 0, 1, 1], "pppp", (0.75, 0, 1)),
+        # 0.05 ^ (1/n) for n prompts, whatever the number of their pairs (Clopper and Pearson)
+        ([1, 1], "pq", (1, 0.2236, 1)),
+        ([1, 1, 1, 1], "ppqq", (1, 0.2236, 1)),
+        ([1] * 20, "abcdefghijklmnopqrst", (1, 0.8609, 1)),
+        ([0, 0, 0], "pqr", (0, 0, 1 - 0.3684)),
+        ([1], "p", (1, 0.05, 1)),
+        # what is not known to agree may be all wrong or all right: 0.2236 / 2 + (0 to 0.7764)
+        ([0.5, 0.5], "pq", (0.5, 0.1118, 0.8882)),
+        ([1, 0, 1, 1], "pppp", (0.75, 0.0375, 0.9875)),
     ],
 )
 def test_prompts_that_all_agree_are_no_certainty(values, groups, expected):
     bootstrap = Bootstrap(list(groups), n_bootstrap=100, seed=0)
     found = bootstrap.shares({"x": values})["x"]
-    assert (found.value, found.low, found.high) == pytest.approx(expected)
+    assert (found.value, found.low, found.high) == pytest.approx(expected, abs=5e-5)
     # the same prompts among others
     mask_n = np.array([1.0] * len(values) + [0.0] * 9)
     wider = Bootstrap([*groups, *"abcdefghi"], n_bootstrap=100, seed=0)
     found = wider.shares({"x": [*values, *[0.5] * 9]}, mask_n)["x"]
-    assert (found.value, found.low, found.high) == pytest.approx(expected)
+    assert (found.value, found.low, found.high) == pytest.approx(expected, abs=5e-5)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 10, 20, 50, 200])
+def test_one_more_right_prompt_never_lowers_the_bound(n):
+    """20 prompts: 19 right may be 3 wrong of 20 in a resample, 0.85; 20 right, 0.8609."""
+    bootstrap = Bootstrap([str(i) for i in range(n)], n_bootstrap=2000, seed=0)
+    but_one = bootstrap.shares({"x": [0] + [1] * (n - 1)})["x"]
+    assert bootstrap.shares({"x": [1] * n})["x"].low >= but_one.low
 
 
 def test_two_pairs_that_are_both_right_do_not_show_a_preference():
-    """Reward accuracy 1 of 2 prompts: its lower bound is 0.025 ^ (1/2) = 0.158, below chance."""
+    """Reward accuracy 1 of 2 prompts: its lower bound is 0.05 ^ (1/2) = 0.224, below chance."""
     found = values(DPOLoss(beta=0.5))
-    assert found["after"]["reward_accuracy"]["low"] == pytest.approx(0.025**0.5)
-    assert found["slices"]["source"][0]["reward_accuracy"]["low"] == pytest.approx(0.025**0.5)
+    assert found["after"]["reward_accuracy"]["low"] == pytest.approx(0.05**0.5)
+    assert found["slices"]["source"][0]["reward_accuracy"]["low"] == pytest.approx(0.05**0.5)
     assert "do not show" in headline(found)[0]
 
 

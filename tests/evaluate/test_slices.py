@@ -53,9 +53,9 @@ def test_length_differences_by_hand():
 
 
 def test_two_pairs_are_no_length_bias():
-    """1 - 0, each of one prompt: from 0.025 - (1 - 0.025) to 1 - 0."""
+    """1 - 0, each of one prompt: from 0.05 - (1 - 0.05) to 1 - 0."""
     found = measured([1, 0], [3, 2], [2, 3])["length_bias"]
-    assert (found["value"], found["low"], found["high"]) == pytest.approx((1, -0.95, 1))
+    assert (found["value"], found["low"], found["high"]) == pytest.approx((1, -0.9, 1))
 
 
 def test_prompt_lengths_fall_into_four_bins_of_like_size():
