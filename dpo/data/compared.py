@@ -112,11 +112,14 @@ def _list_of(value: Any) -> list[str | None]:
     return value if texts else []
 
 
+def is_rated_summary(row: Mapping[str, Any]) -> bool:
+    """Whether ``info`` and ``summary`` are objects; other rows have columns of these names too."""
+    return all(isinstance(row.get(name), Mapping) for name in ("info", "summary"))
+
+
 def rated_summary(row: Mapping[str, Any]) -> list[Rating]:
     """A summary of a post or an article and how good it is overall."""
-    info, answer = row.get("info"), row.get("summary")
-    if not isinstance(info, Mapping) or not isinstance(answer, Mapping):
-        raise RowError("wrong_type", "info and summary must be objects", "summary")
+    info, answer = row["info"], row["summary"]
     axes = answer.get("axes")
     score = axes.get("overall") if isinstance(axes, Mapping) else None
     if score is None:

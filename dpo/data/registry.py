@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -146,6 +146,15 @@ def renamed(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return {wanted.get(key, key): value for key, value in row.items()}
 
 
+_FITS: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
+    "tree": trees.is_tree,
+    "exported": lambda row: bool(answer_names(row)) and annotated.is_exported(row),
+    "compared": compared.is_compared,
+    "rated_summary": compared.is_rated_summary,
+}
+"""Whether a row has a format, where its keys alone do not tell; the first that fits counts."""
+
+
 def detect(row: Mapping[str, Any]) -> str | None:
     """The format of a row by its keys; None when no format fits."""
     keys = {key for key, value in row.items() if value is not None}
@@ -153,17 +162,13 @@ def detect(row: Mapping[str, Any]) -> str | None:
         if _has_messages(row) or keys & {"messages", "conversations", "conversation"}:
             return "messages"
         return "pairs" if "prompt" in row else _without_prompt(row, keys)
-    if trees.is_tree(row):
-        return "tree"
-    if answer_names(row) and annotated.is_exported(row):
-        return "exported"
-    if compared.is_compared(row):
-        return "compared"
+    for name, fits in _FITS.items():
+        if fits(row):
+            return name
     for name, needed in (
         ("argilla", {"fields", "responses"}),
         ("labelstudio", {"data", "annotations"}),
         ("summaries", {"info", "summaries", "choice"}),
-        ("rated_summary", {"info", "summary"}),
         ("openai", {"input", "preferred_output", "non_preferred_output"}),
         ("shp", {"history", "human_ref_A", "human_ref_B"}),
         ("se", {"question", "answers"}),

@@ -102,8 +102,11 @@ def test_ratings_of_summaries() -> None:
     prompt = "SUBREDDIT: r/AskDocs\n\nTITLE: Ouch\n\nPOST: I fell.\n\nTL;DR:"
     assert parse(row) == [Rating(prompt, None, " A fall.", 6.0, "test")]
     assert reason({**row, "summary": {**summary, "axes": {}}}) == "not_annotated"
-    assert reason({**row, "summary": "A fall."}) == "wrong_type"
+    assert reason({**row, "summary": "A fall."}) == "unknown_format"
     assert reason({**row, "summary": {**summary, "text": None}}) == "missing_field"
+    # columns of these names in rows of another kind
+    other = {"prompt": "p", "completion": "a", "label": True, "info": "i", "summary": "s"}
+    assert parse(other) == [Rating("p", None, "a", 1)]
 
 
 @pytest.mark.parametrize(
