@@ -350,8 +350,9 @@ class Validator:
             part = self.kept_bytes(name, text.encode()).decode(errors="ignore")
             if len(part) < len(text) and INVISIBLE.fullmatch(part):
                 at_end = name == "prompt" and self.limits.truncation_mode == "keep_end"
-                blank = INVISIBLE.match(text[::-1] if at_end else text)
-                found[name] = blank[0] if blank else ""
+                step = -1 if at_end else 1
+                blank = INVISIBLE.match(text[::step])
+                found[name] = blank[0][::step] if blank else ""
         return found
 
     def kept_bytes(self, name: str, text: bytes) -> bytes:

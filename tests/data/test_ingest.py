@@ -9,12 +9,17 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
 from dpo.config.schema import ModelConfig, RunConfig, SourceConfig
 from dpo.data import check
+from dpo.data.formats import Candidate, RowError
 from dpo.data.repeats import near_hash, near_hashes
 from dpo.data.schema import pair_id, prompt_digest, split_of
 from dpo.data.stage import run_ingest
+from dpo.data.text_tokenizer import load_text_tokenizer
+from dpo.data.tokenize import Limits
+from dpo.data.validate import Validator
 from dpo.errors import ConfigError, DataError
 from tests.data.conftest import GOOD, Outcome, good_row, read_outcome
 
@@ -108,6 +113,22 @@ def test_a_prompt_may_keep_its_start(ingest: Ingest) -> None:
     assert [(line["line"], line["reason"]) for line in found.quarantine] == [
         (1, "empty_after_truncation")
     ]
+
+
+def test_white_space_at_the_end_of_a_prompt_is_read_forwards(tmp_path: Path) -> None:
+    """Backwards it has no space before a line end, which are one token here."""
+    names = ["<end>", "Q", "a", "b", " ", "\n", "\t", " \n"]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    backend = Tokenizer(models.BPE(vocabulary, [(" ", "\n")]))
+    backend.add_special_tokens(["<end>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    limits = Limits(20, 10, "keep_end")
+    validator = Validator(load_text_tokenizer(tmp_path), limits, "raw", 0.1, "rows")
+    with pytest.raises(RowError) as caught:
+        validator.check(Candidate("Q" + " \n\t" * 40, "a", "b"))
+    assert (caught.value.reason, caught.value.field) == ("empty_after_truncation", "prompt")
 
 
 def test_the_cut_is_counted_in_bytes_not_characters(ingest: Ingest) -> None:
