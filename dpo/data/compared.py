@@ -197,12 +197,5 @@ def asked(row: Mapping[str, Any]) -> list[Candidate]:
     """``chosen`` and ``rejected`` after ``question``, ``instruction``, ``problem`` and the like."""
     given, field = prompt_of(row)
     split = split_field(row)
-    chosen, rejected = (_text(row, name) for name in ("chosen", "rejected"))
+    chosen, rejected = (text_field(row, name) for name in ("chosen", "rejected"))
     return [candidate(read_messages(given, field), chosen, rejected, split=split)]
-
-
-def _text(row: Mapping[str, Any], name: str) -> str:
-    if not isinstance(row[name], str):
-        kind = type(row[name]).__name__
-        raise RowError("wrong_type", f"{name} must be a text, found a {kind}", name)
-    return str(row[name])

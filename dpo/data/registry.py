@@ -186,8 +186,8 @@ def _by_answers(keys: set[str]) -> str | None:
     if keys & {"responses", "completions", "answers", "candidates", "generations"}:
         return "ranked"
     if keys & {"chosen", "rejected"}:
-        # one of the three is missing: the parser names it
-        return "pairs"
+        # an answer is missing: the parser names it
+        return "pairs" if "prompt" in keys else "asked"
     if keys & {"completion", "response"} and keys & _SCORED:
         return "rated"
     return None

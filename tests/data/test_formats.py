@@ -247,6 +247,13 @@ def test_other_rows_are_refused(row: Any, expected: str) -> None:
     assert reason(row) == expected
 
 
+@pytest.mark.parametrize("prompt", ["prompt", "question", "instruction", "problem", "query"])
+def test_the_answer_that_is_missing_is_named(prompt: str) -> None:
+    for found, missing in (("chosen", "rejected"), ("rejected", "chosen")):
+        with pytest.raises(RowError, match=f"the field {missing} is missing"):
+            parse({prompt: "Q?", found: "a"})
+
+
 def test_a_mended_quarantine_line_is_its_row() -> None:
     row = {"prompt": "p", "chosen": "c", "rejected": "r"}
     line = {"reason": "empty", "advice": "...", "split": "test", "row": row}
