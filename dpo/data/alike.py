@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from dpo.data.buffers import buffer_of
+
 NO_WIDTH = "\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff"
 """Characters of no width, as a class of a regular expression has them."""
 # joiners change how letters of some scripts, and emoji, are drawn
@@ -25,7 +27,6 @@ _LOOKED_AT = 64
 """Bytes from either end of a text that are compared in columns."""
 
 Rows = npt.NDArray[np.int64]
-_Offsets = npt.NDArray[np.int32]
 
 
 def look_alike(one: str, other: str) -> bool:
@@ -87,7 +88,7 @@ def alike_rows(chosen: pa.Array, rejected: pa.Array) -> list[int]:
         chosen: Stripped texts; a null is like nothing.
         rejected: The same.
     """
-    columns = _bytes_of(chosen), _bytes_of(rejected)
+    columns = _codes_of(chosen), _codes_of(rejected)
     rows = np.flatnonzero(
         chosen.is_valid().to_numpy(zero_copy_only=False)
         & rejected.is_valid().to_numpy(zero_copy_only=False)
@@ -98,21 +99,20 @@ def alike_rows(chosen: pa.Array, rejected: pa.Array) -> list[int]:
     return [row for row, *pair in zip(rows.tolist(), *texts, strict=True) if look_alike(*pair)]
 
 
-def _bytes_of(texts: pa.Array) -> tuple[npt.NDArray[np.uint8], _Offsets]:
+def _codes_of(texts: pa.Array) -> tuple[npt.NDArray[np.uint8], Rows]:
     """The bytes of all texts, and where each begins; the last number is where the last one ends."""
-    _, offsets, data = texts.buffers()
-    found = np.frombuffer(offsets, dtype=np.int32)[texts.offset : texts.offset + len(texts) + 1]
-    return np.frombuffer(data if data is not None else b"", dtype=np.uint8), found
+    raw, ends = buffer_of(texts)
+    return np.frombuffer(raw, dtype=np.uint8), np.concatenate(([0], ends))
 
 
 def _not_told_apart(
-    columns: tuple[tuple[npt.NDArray[np.uint8], _Offsets], ...], rows: Rows, *, from_end: bool
+    columns: tuple[tuple[npt.NDArray[np.uint8], Rows], ...], rows: Rows, *, from_end: bool
 ) -> Rows:
     """The rows in which no two plain ASCII characters stand where the texts first differ."""
     step = -1 if from_end else 1
     places, rooms = [], []
     for _, offsets in columns:
-        starts, ends = offsets[rows].astype(np.int64), offsets[rows + 1].astype(np.int64)
+        starts, ends = offsets[rows], offsets[rows + 1]
         places.append(ends - 1 if from_end else starts)
         rooms.append(ends - starts)
     room = np.minimum(*rooms)

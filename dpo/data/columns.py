@@ -22,11 +22,12 @@ import pyarrow.json as pj
 
 from dpo.data import repeats, suspects
 from dpo.data.alike import alike_rows
+from dpo.data.buffers import buffer_of
 from dpo.data.formats import ASSISTANT
 from dpo.data.lines import Piece, newlines
 from dpo.data.schema import SPLIT_WORDS, TEST, TRAIN
 from dpo.data.spill import SPILL_SCHEMA
-from dpo.data.text_columns import Cleanness, Mask, buffer_of, cut_to_blank, empty_turns, mask_of
+from dpo.data.text_columns import Cleanness, Mask, cut_to_blank, empty_turns, mask_of
 from dpo.data.validate import TURN_MARKS, Validator
 
 _TEXTS = ("prompt", "chosen", "rejected", "sft_target", "split")

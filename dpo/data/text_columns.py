@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dpo.data.buffers import buffer_of
 from dpo.data.suspects import lists_as_text
 from dpo.data.validate import (
     CONTROLS,
@@ -200,15 +201,6 @@ def cut_to_blank(texts: pa.Array, n_bytes: int, *, at_end: bool) -> list[int]:
         if INVISIBLE.fullmatch(raw[start : start + n_bytes].decode(errors="ignore")):
             found.append(row)
     return found
-
-
-def buffer_of(texts: pa.Array) -> tuple[bytes, npt.NDArray[np.int32]]:
-    """(the bytes of all texts, the end of each)."""
-    offsets = np.frombuffer(texts.buffers()[1], dtype=np.int32)
-    offsets = offsets[texts.offset : texts.offset + len(texts) + 1]
-    data = texts.buffers()[2]
-    raw = b"" if data is None else data.slice(int(offsets[0]), int(offsets[-1] - offsets[0]))
-    return bytes(raw), offsets[1:] - offsets[0]
 
 
 def mask_of(values: pa.Array) -> Mask:
