@@ -1,7 +1,7 @@
 """Which rows of a table a parser may read otherwise than as their prompt, chosen and rejected.
 
-The tests of ``prompts`` and ``fields`` for whole columns; they may name a row too many, never one
-too few.
+The tests of ``prompts``, ``fields`` and ``verdicts`` for whole columns; they may name a row too
+many, never one too few.
 """
 
 from __future__ import annotations
