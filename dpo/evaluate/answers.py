@@ -42,19 +42,16 @@ def answer_figures(
     for name, (given, texts) in answers.items():
         # the end-of-sequence token is no part of the text
         lengths = [len(item.ids) - item.ended for item in given]
-        means = bootstrap.means(
-            {
-                "tokens": [float(length) for length in lengths],
-                "repetition": [repetition(item.ids) for item in given],
-            }
-        )
-        shares = bootstrap.shares(
-            {
-                "empty": [float(not text.strip()) for text in texts],
-                "cut_off": [float(not item.ended) for item in given],
-            }
-        )
-        found[name] = {key: figure.as_json() for key, figure in {**means, **shares}.items()}
+        shares = {
+            "empty": [float(not text.strip()) for text in texts],
+            "cut_off": [float(not item.ended) for item in given],
+        }
+        values = {
+            "tokens": [float(length) for length in lengths],
+            "repetition": [repetition(item.ids) for item in given],
+        }
+        means = bootstrap.means({**values, **shares}, shares=shares)
+        found[name] = {key: figure.as_json() for key, figure in means.items()}
         low, median, high = np.percentile(lengths, (5, 50, 95))
         found[name]["tokens_percentiles"] = {"5": low, "50": median, "95": high}
     sft, policy = (

@@ -8,7 +8,7 @@ Axes: n pairs, G prompts, B resamples, F columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,29 +107,32 @@ class Bootstrap:
         }
 
     def means(
-        self, values: Mapping[str, Sequence[float] | Array], mask_n: Array | None = None
+        self,
+        values: Mapping[str, Sequence[float] | Array],
+        mask_n: Array | None = None,
+        *,
+        shares: Collection[str] = (),
     ) -> dict[str, Interval]:
-        """Mean and interval of each figure, over the pairs where ``mask_n`` is 1."""
-        return {name: interval(*found) for name, found in self._ratios_to(values, mask_n).items()}
+        """Mean and interval of each figure, over the pairs where ``mask_n`` is 1.
 
-    def shares(
-        self, values: Mapping[str, Sequence[float] | Array], mask_n: Array | None = None
-    ) -> dict[str, Interval]:
-        """As ``means``, of values between 0 and 1 that count what is so (``share_interval``)."""
-        n_prompts = self.n_groups if mask_n is None else len(set(self.group_n[mask_n > 0]))
-        ratios = self._ratios_to(values, mask_n)
-        return {name: share_interval(*found, n_prompts) for name, found in ratios.items()}
-
-    def _ratios_to(
-        self, values: Mapping[str, Sequence[float] | Array], mask_n: Array | None
-    ) -> dict[str, tuple[float, Array]]:
-        """Mean and its resamples of each figure, over the pairs where ``mask_n`` is 1."""
+        Those named in ``shares`` are between 0 and 1 and count what is so (``share_interval``).
+        """
         ones_n = np.ones(len(self.group_n)) if mask_n is None else mask_n
+        n_prompts = self.n_groups if mask_n is None else len(set(self.group_n[mask_n > 0]))
         columns = {
             name: (np.asarray(value, dtype=np.float64) * ones_n, ones_n)
             for name, value in values.items()
         }
-        return self.ratios(columns)
+        return {
+            name: share_interval(*found, n_prompts) if name in shares else interval(*found)
+            for name, found in self.ratios(columns).items()
+        }
+
+    def shares(
+        self, values: Mapping[str, Sequence[float] | Array], mask_n: Array | None = None
+    ) -> dict[str, Interval]:
+        """As ``means``, of shares alone."""
+        return self.means(values, mask_n, shares=values.keys())
 
 
 def intervals(

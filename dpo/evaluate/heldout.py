@@ -144,14 +144,12 @@ def _of_model(bootstrap: Bootstrap, sums: Sums) -> dict[str, Any]:
     }
     ratios = bootstrap.ratios({"nll": (-sums.chosen_n, sums.chosen_tokens_n)})
     perplexity = _exponentials(*ratios["nll"])
-    measured = {**bootstrap.shares(shares), **bootstrap.means(values)}
+    measured = bootstrap.means({**shares, **values}, shares=shares)
     return _json({**measured, "perplexity": perplexity})
 
 
 def _of_rewards(bootstrap: Bootstrap, rewards: dict[str, Array]) -> dict[str, Any]:
-    others = {name: values for name, values in rewards.items() if name != "reward_accuracy"}
-    accuracy = bootstrap.shares({"reward_accuracy": rewards["reward_accuracy"]})
-    return _json({**accuracy, **bootstrap.means(others)})
+    return _json(bootstrap.means(rewards, shares={"reward_accuracy"}))
 
 
 def _exponentials(value: float, draws_B: Array) -> Interval:

@@ -49,10 +49,8 @@ def _measure(
 ) -> list[dict[str, Any]]:
     found = []
     for label, mask_n in masks:
-        measured = {
-            **bootstrap.shares({"reward_accuracy": rewards["reward_accuracy"]}, mask_n),
-            **bootstrap.means({"reward_margin": rewards["reward_margin"]}, mask_n),
-        }
+        values = {name: rewards[name] for name in ("reward_accuracy", "reward_margin")}
+        measured = bootstrap.means(values, mask_n, shares={"reward_accuracy"})
         figures = {name: figure.as_json() for name, figure in measured.items()}
         found.append({"slice": label, "n_pairs": int(mask_n.sum()), **figures})
     return found

@@ -52,6 +52,15 @@ def test_length_differences_by_hand():
     assert found["length_bias"]["value"] == 0.5
 
 
+def test_a_slice_draws_its_resamples_once(monkeypatch):
+    drawn, weights = [], Bootstrap.weights
+    monkeypatch.setattr(Bootstrap, "weights", lambda self: drawn.append(1) or weights(self))
+    found = measured([1, 0], [3, 2], [2, 3])
+    n_slices = sum(len(found[name]) for name in ("source", "prompt_tokens", "length_difference"))
+    # and one more for the length bias
+    assert len(drawn) == n_slices + 1
+
+
 def test_two_pairs_are_no_length_bias():
     """1 - 0, each of one prompt: from 0.05 - (1 - 0.05) to 1 - 0."""
     found = measured([1, 0], [3, 2], [2, 3])["length_bias"]
