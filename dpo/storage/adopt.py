@@ -27,9 +27,9 @@ from dpo.storage.manifest import (
     write_manifest,
 )
 from dpo.storage.progress import track
-from dpo.storage.published import HASH, LATEST
+from dpo.storage.published import HASH
 from dpo.storage.store import Store, is_store_url, open_store, safe_key
-from dpo.storage.trusted import find_version
+from dpo.storage.trusted import find_version, is_published
 
 ACCEPTED: Mapping[str, tuple[str, ...]] = {
     "ingest": ("ingest",),
@@ -77,7 +77,7 @@ def _read(uri: str, stage: str) -> tuple[Store, Manifest]:
     store = artifact_store(uri)
     try:
         # a step's output in the place of a published model is none
-        published = HASH.fullmatch(store.root.rpartition("/")[2]) or store.stat(LATEST)
+        published = HASH.fullmatch(store.root.rpartition("/")[2]) or is_published(store)
         values = {} if published else json.loads(store.read(MANIFEST))
         if "stage" not in values:
             found = find_version(store.root)

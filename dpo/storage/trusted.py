@@ -52,16 +52,17 @@ def find_version(url: str) -> Found:
     """
     store = open_store(url)
     place, _, last = unquote(store.root).rpartition("/")
-    if manifest := _own_manifest(store):
-        wanted = last if HASH.fullmatch(last) else ""
-        return _checked(Found(store, "", manifest, ""), wanted, place if wanted else "")
-    latest = read_latest(store)
+    if HASH.fullmatch(last) and (manifest := _own_manifest(store)):
+        return _checked(Found(store, "", manifest, ""), last, place)
+    try:
+        latest = read_latest(store)
+    except StoreAccessDenied:
+        # an account that may not list is told so of what is missing
+        if _own_manifest(store) is None:
+            raise
+        latest = None
     if latest is None:
-        raise ArtifactError(
-            "no published model is here",
-            where=url,
-            fix=f"give the folder that holds {LATEST}, or that of one version",
-        )
+        return _copy(store, url)
     signed = check(latest.values, store.url(LATEST), LATEST)
     _refuse_other_name(signed, latest.values, unquote(store.root), store.url(LATEST))
     if has_keys():
@@ -75,6 +76,33 @@ def find_version(url: str) -> Found:
         )
     found = Found(store, f"{latest.content_hash}/", manifest, "")
     return _checked(found, latest.content_hash, unquote(store.root))
+
+
+def is_published(store: Store) -> bool:
+    """Whether a published name is at the store's URL, so that nothing else may stand for it.
+
+    Where keys are trusted, one whose ``latest.json`` was removed still is.
+    """
+    return bool(store.stat(LATEST)) or _was_published(store)
+
+
+def _was_published(store: Store) -> bool:
+    """Where keys are trusted: this machine read a ``latest.json`` here, or versions lie here."""
+    if not has_keys():
+        return False
+    return store.identity in _remembered(cache_dir() / _MEMORY) or bool(_hashes(store))
+
+
+def _copy(store: Store, url: str) -> Found:
+    """A version's files alone, in a folder of any name; with trusted keys of the version's name."""
+    manifest = _own_manifest(store)
+    if manifest is None or _was_published(store):
+        raise ArtifactError(
+            "no published model is here",
+            where=url,
+            fix=f"give the folder that holds {LATEST}, or that of one version",
+        )
+    return _checked(Found(store, "", manifest, ""), "", unquote(store.root))
 
 
 def _own_manifest(store: Store) -> dict[str, Any] | None:
@@ -173,16 +201,20 @@ def _remembered(memory: Path) -> dict[str, int]:
     return {place: number for place, number in known.items() if isinstance(number, int)}
 
 
-def _others(store: Store, latest: Latest) -> list[dict[str, Any]]:
-    """The manifests of the other versions of the name that a trusted key signed."""
+def _hashes(store: Store) -> set[str]:
+    """The versions of the name that a store's URL ends in."""
     try:
         keys = [key.split("/") for key in store.list()]
     except StoreAccessDenied:
         # an account that may read objects and not list them
-        return []
-    hashes = {key[0] for key in keys if key[1:] == [MANIFEST] and HASH.fullmatch(key[0])}
+        return set()
+    return {key[0] for key in keys if key[1:] == [MANIFEST] and HASH.fullmatch(key[0])}
+
+
+def _others(store: Store, latest: Latest) -> list[dict[str, Any]]:
+    """The manifests of the other versions of the name that a trusted key signed."""
     found = []
-    for hash_ in sorted(hashes - {latest.content_hash}):
+    for hash_ in sorted(_hashes(store) - {latest.content_hash}):
         with suppress(ArtifactError):
             # one that is damaged says nothing
             version = read_version(store, hash_)

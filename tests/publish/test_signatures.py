@@ -125,6 +125,53 @@ def test_a_signed_version_of_another_name_is_refused_in_this_ones_place(
         verify(f"{pipeline.root}/safe/{other['content_hash']}")
 
 
+def test_a_manifest_beside_latest_json_stands_for_nothing(pipeline, three, keys, monkeypatch):
+    """Whoever can add objects copies an older version, validly signed, to the name's own folder."""
+    (store, texts), url = three, f"{pipeline.root}/policy"
+    monkeypatch.delenv("DPO_SIGNING_KEY")
+    monkeypatch.setenv("DPO_TRUSTED_KEYS", keys[0][1])
+    first, third = (json.loads(texts[number])["content_hash"] for number in (0, 2))
+    name = pipeline.folder / "store/policy"
+    shutil.copytree(name / first, name, dirs_exist_ok=True)
+    assert verify(url)["content_hash"] == third
+    assert pull(url, pipeline.folder / "pulled")["content_hash"] == third
+    assert chain(url)[0]["content_hash"] == third
+    assert read_artifact(url, "sft").content_hash == third
+    # nor where latest.json is removed as well
+    store.delete("policy/latest.json")
+    for read in (verify, chain, lambda url: read_artifact(url, "sft")):
+        with pytest.raises(ArtifactError, match="no published model is here"):
+            read(url)
+    # an unsigned step's output is none either: of the versions and of this machine's memory, each
+    # alone says that something is published here
+    shutil.copytree(pipeline.folder / "run-0/sft", name, dirs_exist_ok=True)
+    with monkeypatch.context() as patch:
+        patch.setenv("DPO_CACHE_DIR", str(pipeline.folder / "empty"))
+        with pytest.raises(ArtifactError, match="no published model is here"):
+            read_artifact(url, "sft")
+    for text in texts:
+        shutil.rmtree(name / json.loads(text)["content_hash"])
+    with pytest.raises(ArtifactError, match="no published model is here"):
+        read_artifact(url, "sft")
+    monkeypatch.delenv("DPO_TRUSTED_KEYS")
+    assert read_artifact(url, "sft").stage == "sft"
+
+
+def test_a_copy_of_a_version_alone_has_its_name_where_keys_are_trusted(
+    pipeline, three, keys, monkeypatch
+):
+    first = json.loads(three[1][0])["content_hash"]
+    monkeypatch.delenv("DPO_SIGNING_KEY")
+    root = pipeline.folder / "store"
+    for name in ("copies/policy", "safe"):
+        shutil.copytree(root / "policy" / first, root / name)
+        assert verify(f"{pipeline.root}/{name}")["content_hash"] == first
+    monkeypatch.setenv("DPO_TRUSTED_KEYS", keys[0][1])
+    assert verify(f"{pipeline.root}/copies/policy")["content_hash"] == first
+    with pytest.raises(ArtifactError, match="that of another model, policy"):
+        verify(f"{pipeline.root}/safe")
+
+
 def test_the_lineage_of_an_unsigned_version_is_refused(pipeline, keys, monkeypatch):
     made = pipeline.run("run-1", source("pairs.jsonl"))
     monkeypatch.setenv("DPO_TRUSTED_KEYS", keys[0][1])
