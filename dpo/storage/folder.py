@@ -184,17 +184,22 @@ class FolderStore(Store):
 
 
 def _walk(top: Path) -> Iterator[Path]:
-    """Files below a folder, those behind links to folders too, each folder once."""
-    seen = set()
+    """Files below a folder, those behind links to folders outside of it too; no link leads back."""
     # not rglob: a folder that another process removes meanwhile would end it
     for place, folders, names in os.walk(top, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            # a link that leads back
-            folders.clear()
-            continue
-        seen.add(real)
+        folders[:] = [name for name in folders if not _leads_back(Path(place, name), top)]
         yield from (Path(place, name) for name in names if not _is_partial(name))
+
+
+def _leads_back(folder: Path, top: Path) -> bool:
+    """Whether it is a link to what is listed in its own place, or to a folder above its own."""
+    if not folder.is_symlink():
+        return False
+    target = Path(os.path.realpath(folder))
+    above = (os.path.realpath(top / parent) for parent in folder.relative_to(top).parents)
+    return target.is_relative_to(os.path.realpath(top)) or any(
+        Path(place).is_relative_to(target) for place in above
+    )
 
 
 def _stat(path: Path) -> ObjectStat:

@@ -331,6 +331,28 @@ def test_folders_of_others_are_left(url, tmp_path, key):
     assert len(list(store.list("cas/"))) == 6
 
 
+@pytest.mark.parametrize("by", ["", "policy/"])
+def test_a_link_to_a_version_hides_it_from_nobody(tmp_path, by):
+    """Whichever of link and folder is met first; a publisher of the version had been killed."""
+    url = f"file://{tmp_path}/store"
+    done = [publish(url, tmp_path, seed) for seed in (1, 2)]
+    for number in range(20):
+        link = tmp_path / f"store/{by}stable-{number}"
+        link.symlink_to(tmp_path / f"store/policy/{done[number % 2].content_hash}")
+    mark = f"policy/publishing/{done[0].content_hash}/killed.json"
+    open_store(url).write(mark, json.dumps({"files": [], "seconds": 0}).encode())
+    time.sleep(1.1)
+    found = list_versions(url)
+    assert [(v.content_hash, v.complete) for v in found] == [
+        (done[1].content_hash, True),
+        (done[0].content_hash, True),
+    ]
+    assert retain(url, keep=2, grace_hours=0).removed == []
+    check_store(url, [done[1]])
+    assert rollback(open_store(url), "policy") == done[0].content_hash
+    check_store(url, [done[0]])
+
+
 def test_a_mark_that_cannot_be_read_may_be_a_publishers(url, tmp_path):
     store = open_store(url)
     done = [publish(url, tmp_path, seed) for seed in (1, 2)]

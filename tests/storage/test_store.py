@@ -149,6 +149,18 @@ def test_links_in_a_folder_are_followed_once(tmp_path):
     assert list(store.list()) == ["b", "policy/a"]
 
 
+def test_links_between_disks_end(tmp_path):
+    """Neither leads to a folder above its own place; by turns they would never end."""
+    for here, there in (("one", "two"), ("two", "one")):
+        (tmp_path / here).mkdir()
+        (tmp_path / here / "to").symlink_to(tmp_path / there)
+        (tmp_path / here / here).write_text("x")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store/policy").symlink_to(tmp_path / "one")
+    store = open_store((tmp_path / "store").as_uri())
+    assert list(store.list()) == ["policy/one", "policy/to/two"]
+
+
 @pytest.mark.parametrize("error", [FileExistsError, FileNotFoundError])
 def test_a_folder_that_is_removed_while_it_is_made_is_made_again(tmp_path, monkeypatch, error):
     """Path.mkdir says that it exists when another process removes it just then."""
