@@ -63,15 +63,17 @@ def _refuse_others(found: Found) -> None:
 
 
 def pull(url: str, target: Path) -> dict[str, Any]:
-    """Fetch a published version into ``target``, verified; after a failure nothing is left there.
+    """Fetch a published version into ``target``, verified; after a failure what it wrote goes.
 
-    A pull that was killed is gone on with: whole files of this version may be in ``target``.
+    A pull that was killed is gone on with: whole files of this version may be in ``target``, and
+    stay there whatever happens.
 
     Raises:
         ArtifactError: a file is missing or differs, or something else is in ``target``.
     """
     found = find_version(url)
     found.store.retry_seconds = _RETRY_SECONDS
+    wanted = {target / safe_key(entry["path"]) for entry in found.manifest["files"]}
     there = _left_by_a_pull(target, found.manifest["files"])
     made = not target.exists()
     target.mkdir(parents=True, exist_ok=True)
@@ -88,7 +90,7 @@ def pull(url: str, target: Path) -> dict[str, Any]:
         _each("pull", found.manifest, fetch)
     except BaseException:
         # what is half there would be taken for a model
-        _empty(target, found.manifest["files"], made=made)
+        _remove(target, wanted - there, made=made)
         raise
     return found.manifest
 
@@ -115,10 +117,9 @@ def _left_by_a_pull(target: Path, files: list[dict[str, Any]]) -> set[Path]:
     return found - halves
 
 
-def _empty(target: Path, files: list[dict[str, Any]], *, made: bool) -> None:
+def _remove(target: Path, paths: set[Path], *, made: bool) -> None:
     """Remove all that a pull wrote, and the folder itself where the pull made it."""
-    for entry in files:
-        path = target / safe_key(entry["path"])
+    for path in paths:
         path.unlink(missing_ok=True)
         for folder in path.relative_to(target).parents:
             if folder != Path() or made:

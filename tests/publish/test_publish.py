@@ -213,6 +213,32 @@ def test_a_pull_that_was_killed_is_gone_on_with(run, url, monkeypatch):
     assert (target / "config.json").read_text() == "{}"
 
 
+def test_a_failure_takes_nothing_from_the_pull_before(run, url, monkeypatch):
+    """It was killed near its end; the one that goes on loses the store."""
+    publish(run, url)
+    target = run / "pulled"
+    pull(f"{url}/policy", target)
+    whole = sorted(path.name for path in target.iterdir())
+    (target / "tokenizer.json").unlink()
+    (target / "config.json").unlink()
+    store = type(open_store(url))
+    download = store.download
+
+    def fail_at_one(self, key, path, progress=None):
+        if key.endswith("tokenizer.json"):
+            raise StoreError("gone")
+        download(self, key, path, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "download", fail_at_one)
+        with pytest.raises(StoreError, match="gone"):
+            pull(f"{url}/policy", target)
+    left = [name for name in whole if name not in ("tokenizer.json", "config.json")]
+    assert sorted(path.name for path in target.iterdir()) == left
+    pull(f"{url}/policy", target)
+    assert sorted(path.name for path in target.iterdir()) == whole
+
+
 @pytest.mark.parametrize("there", [True, False])
 @pytest.mark.parametrize("problem", [KeyboardInterrupt, StoreError("gone")])
 def test_a_pull_that_fails_leaves_nothing(run, url, monkeypatch, there, problem):
