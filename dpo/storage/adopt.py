@@ -27,7 +27,6 @@ from dpo.storage.manifest import (
     write_manifest,
 )
 from dpo.storage.progress import track
-from dpo.storage.published import HASH
 from dpo.storage.store import Store, is_store_url, open_store, safe_key
 from dpo.storage.trusted import find_version, is_published
 
@@ -77,8 +76,7 @@ def _read(uri: str, stage: str) -> tuple[Store, Manifest]:
     store = artifact_store(uri)
     try:
         # a step's output in the place of a published model is none
-        published = HASH.fullmatch(store.root.rpartition("/")[2]) or is_published(store)
-        values = {} if published else json.loads(store.read(MANIFEST))
+        values = {} if is_published(store) else json.loads(store.read(MANIFEST))
         if "stage" not in values:
             found = find_version(store.root)
             store, values = artifact_store(store.url(found.prefix)), found.manifest

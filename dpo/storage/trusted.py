@@ -81,15 +81,22 @@ def find_version(url: str) -> Found:
 def is_published(store: Store) -> bool:
     """Whether a published name is at the store's URL, so that nothing else may stand for it.
 
-    Where keys are trusted, one whose ``latest.json`` was removed still is.
+    Where keys are trusted, one whose ``latest.json`` was removed still is, and a folder that is
+    named as a version.
     """
-    return bool(store.stat(LATEST)) or _was_published(store)
+    with suppress(StoreAccessDenied):
+        # an account that may not list is told so of what is missing
+        if store.stat(LATEST):
+            return True
+    return _was_published(store)
 
 
 def _was_published(store: Store) -> bool:
-    """Where keys are trusted: this machine read a ``latest.json`` here, or versions lie here."""
+    """Where keys are trusted: it is named as a version, was read before, or versions lie here."""
     if not has_keys():
         return False
+    if HASH.fullmatch(store.root.rpartition("/")[2]):
+        return True
     return store.identity in _remembered(cache_dir() / _MEMORY) or bool(_hashes(store))
 
 

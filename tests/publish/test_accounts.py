@@ -7,9 +7,11 @@ from minio.credentials import StaticProvider
 from dpo.cli import main
 from dpo.errors import ObjectMissing, StoreAccessDenied
 from dpo.publish.verify import pull, verify
+from dpo.storage.adopt import adopt, read_artifact
 from dpo.storage.s3 import S3Store
 from dpo.storage.store import open_store
 from tests.publish.conftest import MIB, Model, check_store
+from tests.publish.pipeline import output
 
 pytestmark = pytest.mark.minio
 
@@ -74,6 +76,31 @@ def test_a_reader_that_may_not_list(become, bucket_url, tmp_path, monkeypatch):
     with pytest.raises(StoreAccessDenied) as caught:
         open_store(f"{bucket_url}/policy").list().__next__()
     assert "s3:ListBucket" in caught.value.fix
+
+
+def test_a_step_starts_from_an_earlier_one_though_it_may_not_list(
+    become, bucket_url, tmp_path, monkeypatch
+):
+    """AWS refuses to say of ``latest.json`` that it is missing; MinIO says it."""
+    made = output(tmp_path / "sft", "sft", {"w.json": 1})
+    for name in ("w.json", "manifest.json"):
+        open_store(bucket_url).write(f"sft/{name}", (tmp_path / "sft" / name).read_bytes())
+    done = Model(tmp_path / "model", 1, sizes=(MIB,)).publish(bucket_url)
+    become(READ)
+    stat = S3Store.stat
+
+    def as_aws(self, key):
+        found = stat(self, key)
+        if found is None:
+            raise StoreAccessDenied("the account may not do this here")
+        return found
+
+    for number, answer in enumerate((stat, as_aws)):
+        monkeypatch.setattr(S3Store, "stat", answer)
+        out = tmp_path / f"out-{number}"
+        assert adopt(f"{bucket_url}/sft", out, "sft").content_hash == made.content_hash
+        assert read_artifact(f"{bucket_url}/policy", "sft").content_hash == done.content_hash
+        assert read_artifact(done.url, "sft").content_hash == done.content_hash
 
 
 def test_a_publisher_that_may_not_remove(become, bucket_url, tmp_path, capsys):

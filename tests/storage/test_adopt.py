@@ -60,6 +60,11 @@ def test_a_published_model_is_found_by_its_name_and_becomes_an_sft_model(tmp_pat
         read_artifact(name, "ingest")
 
 
+def test_a_folder_that_is_named_by_a_hash_may_hold_a_steps_output(artifact):
+    folder = artifact("sft", "f" * 64)
+    assert read_artifact(str(folder), "sft").content_hash == read_manifest(folder).content_hash
+
+
 def test_a_changed_byte_is_found(artifact, tmp_path):
     folder = artifact("ingest")
     (folder / "part/b.txt").write_text("TWO of artifact")
