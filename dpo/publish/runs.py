@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from dpo.config.schema import PublishConfig
-from dpo.errors import ConfigError
+from dpo.errors import ConfigError, DpoError, masked, printable
 from dpo.storage.lineage import read_sources
 from dpo.storage.manifest import read_manifest, sha256_file
 from dpo.storage.runs import (
@@ -68,10 +69,24 @@ def record_plan(parameters: Mapping[str, Any], run_id: str, plan: Mapping[str, s
     )
 
 
-def run_state(state: str) -> dict[str, Any]:
-    """The state of a run that goes on, without what ``finish`` wrote of an earlier attempt."""
+def run_state(state: str, reason: str | None = None) -> dict[str, Any]:
+    """The state of a run now, without what ``finish`` wrote of an earlier attempt."""
     ended = datetime.now(UTC).isoformat(timespec="seconds") if state != "running" else None
-    return {"state": state, "ended": ended, "backend_state": None, "reason": None}
+    return {"state": state, "ended": ended, "backend_state": None, "reason": reason}
+
+
+@contextmanager
+def failure_recorded(publish: PublishConfig, run_id: str) -> Iterator[None]:
+    """A failure is written into the run's manifest: Kubeflow runs no ``finish`` after a retry."""
+    try:
+        yield
+    except Exception as error:
+        # the store may be what failed: it is asked anew, with less patience
+        with suppress(DpoError):
+            if run_id and publish.store:
+                reason = printable(masked(str(error)))
+                write_run_manifest(open_store(publish.store), run_id, **run_state("failed", reason))
+        raise
 
 
 def refuse_other_policy(publish: PublishConfig, run_id: str, policy: str) -> None:

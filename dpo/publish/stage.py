@@ -17,8 +17,8 @@ from dpo.config.stages import stage_settings
 from dpo.errors import ArtifactError
 from dpo.publish.folder import gathered
 from dpo.publish.registry import register
-from dpo.publish.runs import configured_store, run_state
-from dpo.publish.version import publish_files
+from dpo.publish.runs import configured_store, failure_recorded, run_state
+from dpo.publish.version import Published, publish_files
 from dpo.storage.manifest import Manifest, read_manifest, record, staged, write_manifest
 from dpo.storage.progress import message
 from dpo.storage.runs import artifact_records, run_prefix, write_run_manifest
@@ -54,6 +54,29 @@ def run_publish(
         # a wrong id is found before the model is published
         run_prefix(run_id)
     trained, judged, decided = approved_inputs(policy, evaluation, verdict)
+    with failure_recorded(config.publish, run_id):
+        published = _publish(config, policy, evaluation, trained, run_id)
+        with staged(output) as result:
+            text = json.dumps(asdict(published), indent=1, sort_keys=True)
+            (result / "published.json").write_text(text, encoding="utf-8")
+            return write_manifest(
+                result,
+                "publish",
+                settings=stage_settings(config, "publish"),
+                inputs={
+                    "policy": trained.content_hash,
+                    "evaluation": judged.content_hash,
+                    "verdict": decided.content_hash,
+                },
+                code=code,
+                details={"files": published.files, "bytes_moved": published.bytes_moved},
+            )
+
+
+def _publish(
+    config: RunConfig, policy: Path, evaluation: Path, trained: Manifest, run_id: str
+) -> Published:
+    """Into the store, into the run's manifest, and into the registry where there is one."""
     store = configured_store(config.publish)
     settings = config.publish
     with gathered(policy, config) as (folder, files):
@@ -71,7 +94,6 @@ def run_publish(
         write_run_manifest(
             store,
             run_id,
-            **run_state("succeeded"),
             published=asdict(published),
             policy={"content_hash": trained.content_hash, "inputs": trained.inputs},
             artifacts=artifact_records(trained),
@@ -79,21 +101,9 @@ def run_publish(
     if settings.registry:
         facts = _registry_facts(run_id, trained, evaluation)
         register(settings.registry, published.name, published.content_hash, published.url, facts)
-    with staged(output) as result:
-        text = json.dumps(asdict(published), indent=1, sort_keys=True)
-        (result / "published.json").write_text(text, encoding="utf-8")
-        return write_manifest(
-            result,
-            "publish",
-            settings=stage_settings(config, "publish"),
-            inputs={
-                "policy": trained.content_hash,
-                "evaluation": judged.content_hash,
-                "verdict": decided.content_hash,
-            },
-            code=code,
-            details={"files": published.files, "bytes_moved": published.bytes_moved},
-        )
+    if run_id:
+        write_run_manifest(store, run_id, **run_state("succeeded"))
+    return published
 
 
 def _facts(run_id: str, trained: Manifest) -> dict[str, Any]:

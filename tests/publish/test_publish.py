@@ -108,11 +108,49 @@ def test_the_manifest_of_the_run_tells_what_was_published(run, url):
     assert read_run_manifest(url, "run-7")["published"]["url"] == published["url"]
 
 
+def gate(run, url, run_id):
+    """What the gate writes before a run is published."""
+    overrides = [f"publish.store='{url}'", "publish.create_bucket=true"]
+    config = restrict(compose(overrides).config, "gate")
+    record_verdict(config.publish, run_id, evaluation=run / "evaluation", verdict=run / "verdict")
+
+
+@pytest.mark.filterwarnings("ignore::Warning")
+def test_a_run_that_the_registry_fails_has_failed(run, url):
+    for _ in range(2):
+        gate(run, url, "run-1")
+        with pytest.raises(StoreError, match="the model is published, but the registry"):
+            publish(run, url, registry="http://127.0.0.1:9")
+        found = read_run_manifest(url, "run-1")
+        assert (found["state"], bool(found["ended"])) == ("failed", True)
+        assert "the model is published, but the registry" in found["reason"]
+        assert found["published"]["name"] == "policy"
+    publish(run, url)
+    found = read_run_manifest(url, "run-1")
+    assert (found["state"], found["reason"]) == ("succeeded", None)
+
+
+def test_a_run_that_the_store_fails_has_failed(run, url, monkeypatch):
+    """Where the store does not take that either, its own problem is told."""
+    gate(run, url, "run-1")
+    assert read_run_manifest(url, "run-1")["state"] == "running"
+    store = type(open_store(url))
+
+    def fail(*_, **__):
+        raise StoreError("the store is gone")
+
+    for patched, state in (("write", "running"), ("upload", "failed")):
+        with monkeypatch.context() as patch:
+            patch.setattr(store, patched, fail)
+            with pytest.raises(StoreError, match="the store is gone"):
+                publish(run, url)
+        found = read_run_manifest(url, "run-1")
+        assert found["state"] == state
+    assert found["reason"] == "the store is gone"
+
+
 def test_verdict_and_report_are_kept_of_a_refused_run_too(run, url):
-    config = restrict(
-        compose([f"publish.store='{url}'", "publish.create_bucket=true"]).config, "gate"
-    )
-    record_verdict(config.publish, "run-9", evaluation=run / "evaluation", verdict=run / "verdict")
+    gate(run, url, "run-9")
     found = read_run_manifest(url, "run-9")
     assert found["verdict"] == {"approved": True}
     assert "published" not in found
