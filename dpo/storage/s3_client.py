@@ -116,7 +116,7 @@ def make_client(to: Connection) -> Any:
         maxsize=_POOL_CONNECTIONS,
         retries=False,
         cert_reqs="CERT_REQUIRED",
-        ca_certs=_certificates(),
+        ca_certs=_certificates() if to.secure else None,
     )
     return Client(
         to.endpoint,

@@ -259,6 +259,9 @@ def test_a_certificate_that_is_not_trusted_is_told_from_no_answer(
     monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "none.pem"))
     with pytest.raises(ConfigError, match=r"AWS_CA_BUNDLE names no file: .*none\.pem"):
         open_store("s3://bucket")
+    # without TLS nobody reads it
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9000")
+    open_store("s3://bucket")
 
 
 @pytest.mark.parametrize(
