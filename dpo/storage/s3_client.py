@@ -87,8 +87,10 @@ class Client(Minio):  # type: ignore[misc]
         try:
             return str(super()._get_region(bucket_name))
         except S3Error as error:
-            if error.code != "AccessDenied":
+            if error.code != "AccessDenied" or not bucket_name:
                 raise
+            # asked once: it would be refused before every other request
+            self._region_map[bucket_name] = _REGION
             return _REGION
 
 

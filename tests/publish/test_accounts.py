@@ -9,6 +9,7 @@ from dpo.errors import ObjectMissing, StoreAccessDenied
 from dpo.publish.verify import pull, verify
 from dpo.storage.adopt import adopt, read_artifact
 from dpo.storage.s3 import S3Store
+from dpo.storage.s3_client import Client
 from dpo.storage.store import open_store
 from tests.publish.conftest import MIB, Model, check_store
 from tests.publish.pipeline import output
@@ -101,6 +102,22 @@ def test_a_step_starts_from_an_earlier_one_though_it_may_not_list(
         assert adopt(f"{bucket_url}/sft", out, "sft").content_hash == made.content_hash
         assert read_artifact(f"{bucket_url}/policy", "sft").content_hash == done.content_hash
         assert read_artifact(done.url, "sft").content_hash == done.content_hash
+
+
+def test_an_account_that_may_not_ask_for_the_region_asks_once(become, bucket_url, monkeypatch):
+    become(READ, WRITE)
+    asked, open_url = [], Client._url_open
+
+    def noted(self, method, region, **options):
+        asked.append((method, options.get("query_params")))
+        return open_url(self, method, region, **options)
+
+    monkeypatch.setattr(Client, "_url_open", noted)
+    store = open_store(bucket_url)
+    for number in range(2):
+        store.write("key", b"x" * number)
+        assert store.read("key") == b"x" * number
+    assert asked.count(("GET", {"location": ""})) == 1
 
 
 def test_a_publisher_that_may_not_remove(become, bucket_url, tmp_path, capsys):
