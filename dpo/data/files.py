@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from glob import glob
-from pathlib import Path
+from pathlib import Path, PurePath
 from urllib.parse import unquote, urlsplit
 
 from dpo.config.places import BUILTIN_PREFIX, builtin, builtins
@@ -117,16 +117,17 @@ def source_files(name: str, source: SourceConfig) -> list[Path]:
     return files
 
 
-def passed_over(source: SourceConfig) -> list[str]:
-    """Names of files in a source's folder that may hold rows, in a form that is not read."""
+def names_in(source: SourceConfig) -> list[str]:
+    """Names of all files in a source's folder; none where its path is no folder."""
     folder = Path(source.path or "").expanduser()
     if source.path is None or not folder.is_dir():
         return []
-    return sorted(
-        path.name
-        for path in folder.rglob("*")
-        if path.suffix.lower() in _OTHER_DATA and path.is_file()
-    )
+    return [path.name for path in folder.rglob("*") if path.is_file()]
+
+
+def is_other_data(name: str) -> bool:
+    """Whether a file of this name may hold rows, in a form that is not read."""
+    return PurePath(name).suffix.lower() in _OTHER_DATA
 
 
 def within(source: str, file: Path) -> Path:

@@ -17,7 +17,14 @@ import orjson
 from dpo.config.schema import RunConfig, SourceConfig
 from dpo.data import custom
 from dpo.data.division import Shard, Span, is_one_block, spans
-from dpo.data.files import is_data_name, located, passed_over, source_files, within
+from dpo.data.files import (
+    is_data_name,
+    is_other_data,
+    located,
+    names_in,
+    source_files,
+    within,
+)
 from dpo.data.readers import READABLE, container_of, is_lines
 from dpo.data.splits import are_parts, own_split, parts_of_each_other
 from dpo.data.unpack import named_errors
@@ -147,10 +154,20 @@ def _on_this_machine(name: str, source: SourceConfig) -> list[SourceFile]:
     for path in source_files(name, source):
         inside = within(source.path, path)
         files.append(SourceFile(path, f"{name}: {inside.as_posix()}", None, own_split(inside)))
-    if left := passed_over(source):
-        names = ", ".join(left[:_SHOWN_NAMES]) + (", ..." if len(left) > _SHOWN_NAMES else "")
-        message("ingest", f"files of another kind are not read: {names} in {source.path}")
+    _tell_other_kinds(names_in(source), source.path)
     return files
+
+
+def _tell_other_kinds(names: Iterable[str], where: str) -> None:
+    other = sorted(name for name in names if is_other_data(name))
+    _tell("files of another kind are not read", other, where)
+
+
+def _tell(what: str, names: list[str], where: str) -> None:
+    """Name the files of a folder that no row is taken from."""
+    if names:
+        shown = ", ".join(names[:_SHOWN_NAMES]) + (", ..." if len(names) > _SHOWN_NAMES else "")
+        message("ingest", f"{what}: {shown} in {where}")
 
 
 def _with_splits(files: list[SourceFile]) -> list[SourceFile]:
@@ -223,6 +240,9 @@ def _objects(name: str, url: str) -> tuple[Store, str, dict[str, ObjectStat]]:
 
 def _from_store(name: str, url: str, folder: Path, shard: Shard) -> list[SourceFile]:
     store, prefix, objects = _objects(name, url)
+    alone = url.rstrip("/").endswith(f"/{next(iter(objects))}")
+    if shard.owns(0) and not alone:
+        _tell_other_kinds((key.removeprefix(prefix) for key in store.list(prefix)), url)
     files = []
     for number, key in enumerate(objects):
         inside = PurePath(key.removeprefix(prefix))
@@ -303,7 +323,13 @@ def _from_hub(name: str, source: SourceConfig, shard: Shard) -> list[SourceFile]
 
     info = _hub_info(name, source)
     assert source.hub is not None
-    paths = _hub_files(name, source, [s.rfilename for s in info.siblings or ()])
+    listed = [s.rfilename for s in info.siblings or ()]
+    paths = _hub_files(name, source, listed)
+    if shard.owns(0):
+        inside = [file for file in listed if Path(file).is_relative_to(source.hub_subset or "")]
+        _tell_other_kinds(inside, source.hub)
+        beside = [file for file in inside if is_data_name(file) and Path(file) not in paths]
+        _tell("files beside those of the set's rows are left out", beside, source.hub)
     fetched = {path: shard.owns(number) for number, path in enumerate(paths)}
     chosen = [glob.escape(path.as_posix()) for path in paths if fetched[path]]
     try:

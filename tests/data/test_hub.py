@@ -31,6 +31,7 @@ FILES = {
     "train.jsonl.gz": gzip.compress(lines(range(20)), mtime=0),
     "test.jsonl": lines(range(100, 105)),
     "notes.json": b'{"no": "pairs"}',
+    "more.xlsx": b"PK",
     "other/train.jsonl": lines(range(200, 203)),
     "other/validation.jsonl": lines(range(300, 302)),
 }
@@ -124,6 +125,8 @@ def test_a_data_set_of_the_hub_with_its_own_splits(hub: str, tmp_path: Path) -> 
     assert by_split["train"] == [f"yes {n}" for n in (*range(200, 203), *range(20))]
     assert by_split["test"] == [f"yes {n}" for n in (*range(300, 302), *range(100, 105))]
     assert list(found.report["sources"].values()) == [f"hub:{NAME}@{COMMIT}"]
+    assert f"files of another kind are not read: more.xlsx in {NAME}" in done.stderr
+    assert f"files beside those of the set's rows are left out: notes.json in {NAME}" in done.stderr
 
 
 def test_one_folder_of_it(hub: str, tmp_path: Path) -> None:

@@ -133,7 +133,12 @@ def test_the_community_form(ingest_sources: Callable[..., Outcome], tmp_path: Pa
 
 
 @pytest.mark.minio
-def test_a_store(bucket_url: str, folder: Path, ingest_sources: Callable[..., Outcome]) -> None:
+def test_a_store(
+    bucket_url: str,
+    folder: Path,
+    ingest_sources: Callable[..., Outcome],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     store = open_store(f"{bucket_url}/sets")
     store.check(create=True)
     for name in ("train.jsonl", "deep/test-0.jsonl"):
@@ -145,7 +150,9 @@ def test_a_store(bucket_url: str, folder: Path, ingest_sources: Callable[..., Ou
         ("mine: deep/test-0.jsonl", "test"),
         ("mine: train.jsonl", "train"),
     ]
+    assert f"another kind are not read: notes.txt in {url}" in capsys.readouterr().err
     assert names(SourceConfig(path=f"{url}/train.jsonl")) == [("mine: train.jsonl", None)]
+    assert "not read" not in capsys.readouterr().err
     before = fingerprint(url)
     assert before.startswith("etag:")
     found = ingest_sources({"mine": {"path": url}})
