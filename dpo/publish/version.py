@@ -33,6 +33,7 @@ from dpo.storage.published import (
 )
 from dpo.storage.signing import SIGNATURE, SIGNING_KEY, is_trusted, sign
 from dpo.storage.store import Store
+from dpo.storage.trusted import signed_versions
 
 _FILES_AT_ONCE = 4
 _CONFLICT_TRIES = 8
@@ -219,6 +220,11 @@ def point_latest(store: Store, name: str, version: str, *, back: bool = False) -
         # going back signs anew: it ends what an older latest.json, put back, has named
         if now and not back and _names(now, name, version):
             return now
+        before = now.sequence if now else 0
+        if now is None or back:
+            # what readers compare it with, where another latest.json was removed or put back
+            follows = [known.get("follows", 0) for known in signed_versions(store, name)]
+            before = max([before, *follows])
         values = sign(
             {
                 "format_version": LATEST_FORMAT,
@@ -226,7 +232,7 @@ def point_latest(store: Store, name: str, version: str, *, back: bool = False) -
                 "content_hash": version,
                 "previous": _previous(now, version, back=back),
                 # a time, so that it grows although a damaged latest.json was removed
-                "sequence": max(int(time.time() * 1000), now.sequence + 1 if now else 1),
+                "sequence": max(int(time.time() * 1000), before + 1),
             }
         )
         if now and SIGNATURE in now.values and SIGNATURE not in values:

@@ -165,8 +165,13 @@ def _refuse_older(store: Store, latest: Latest) -> None:
     known = _remembered(memory)
     before = known.get(store.identity, 0)
     if latest.sequence < before and not _moved(store, latest):
-        raise _put_back(store, "the one that this machine read before", f", or remove {memory}")
-    for version in _others(store, latest):
+        raise _put_back(store, "the one that this machine read before", memory)
+    for version in signed_versions(store):
+        if version["content_hash"] == latest.content_hash:
+            continue
+        if version["name"] != latest.values.get("name"):
+            # copied here from another model
+            continue
         follows, hash_ = version.get("follows", -1), version["content_hash"][:12]
         if follows < latest.sequence or _moved(store, latest):
             continue
@@ -184,12 +189,18 @@ def _refuse_older(store: Store, latest: Latest) -> None:
             write_atomically(memory, json.dumps({**known, store.identity: latest.sequence}))
 
 
-def _put_back(store: Store, newer: str, otherwise: str = "") -> ArtifactError:
+def _put_back(store: Store, newer: str, memory: Path | None = None) -> ArtifactError:
+    sign_anew = (
+        "see `dpo list`, then sign the right version anew: `dpo publish --rollback "
+        f"{store.root} version=HASH`"
+    )
+    if memory is None:
+        found, fix = "somebody put it back", sign_anew
+    else:
+        found = "this address leads to another store by now, or somebody put it back"
+        fix = f"for another store (a port-forward) remove {memory}; otherwise {sign_anew}"
     return ArtifactError(
-        f"{LATEST} is older than {newer}: somebody put it back",
-        where=store.url(LATEST),
-        fix="see `dpo list`, then sign the right version anew: `dpo publish --rollback "
-        f"{store.root} version=HASH`{otherwise}",
+        f"{LATEST} is older than {newer}: {found}", where=store.url(LATEST), fix=fix
     )
 
 
@@ -208,23 +219,29 @@ def _remembered(memory: Path) -> dict[str, int]:
     return {place: number for place, number in known.items() if isinstance(number, int)}
 
 
-def _hashes(store: Store) -> set[str]:
-    """The versions of the name that a store's URL ends in."""
+def signed_versions(store: Store, name: str = "") -> list[dict[str, Any]]:
+    """The manifests of a name's versions that a trusted key signed; all of them without keys.
+
+    Args:
+        store: Where.
+        name: Of the model; empty: the store's URL ends in it.
+    """
+    found = []
+    for hash_ in sorted(_hashes(store, name)):
+        with suppress(ArtifactError):
+            # one that is damaged says nothing
+            version = read_version(store, f"{name}/{hash_}" if name else hash_)
+            if version and is_trusted(version):
+                found.append(version)
+    return found
+
+
+def _hashes(store: Store, name: str = "") -> set[str]:
+    """The versions of a name."""
+    prefix = f"{name}/" if name else ""
     try:
-        keys = [key.split("/") for key in store.list()]
+        keys = [key.removeprefix(prefix).split("/") for key in store.list(prefix)]
     except StoreAccessDenied:
         # an account that may read objects and not list them
         return set()
     return {key[0] for key in keys if key[1:] == [MANIFEST] and HASH.fullmatch(key[0])}
-
-
-def _others(store: Store, latest: Latest) -> list[dict[str, Any]]:
-    """The manifests of the other versions of the name that a trusted key signed."""
-    found = []
-    for hash_ in sorted(_hashes(store) - {latest.content_hash}):
-        with suppress(ArtifactError):
-            # one that is damaged says nothing
-            version = read_version(store, hash_)
-            if version and version["name"] == latest.values.get("name") and is_trusted(version):
-                found.append(version)
-    return found

@@ -4,11 +4,14 @@ import json
 import shutil
 import subprocess
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 
 from dpo.cli import main
 from dpo.errors import ArtifactError, ConfigError
+from dpo.publish import version
 from dpo.publish.lineage import chain
 from dpo.publish.signing import check
 from dpo.publish.verify import pull, verify
@@ -254,6 +257,8 @@ def test_an_older_latest_json_is_refused(pipeline, three, tmp_path, capsys):
     store.write("policy/latest.json", texts[1])
     with pytest.raises(ArtifactError, match="than the one that this machine read before") as caught:
         verify(url)
+    assert "this address leads to another store by now, or somebody put" in caught.value.found
+    assert caught.value.fix.startswith("for another store (a port-forward) remove ")
     # what the message advises
     assert "--rollback" in caught.value.fix
     second = json.loads(texts[1])["content_hash"]
@@ -311,6 +316,42 @@ def test_a_damaged_latest_json_that_was_removed_is_made_anew(pipeline, three):
     store.delete("policy/latest.json")
     pipeline.run("run-2", source("2.jsonl"), weight=2)
     assert verify(url)["content_hash"] == json.loads(texts[2])["content_hash"]
+
+
+@pytest.fixture
+def clock_ahead(monkeypatch):
+    """Sets the publishers' clock: seconds before the right time."""
+
+    def ahead(seconds):
+        values = {"time": lambda: time.time() + seconds, "monotonic": time.monotonic}
+        monkeypatch.setattr(version, "time", SimpleNamespace(**values))
+
+    return ahead
+
+
+@pytest.mark.parametrize("how", ["publish", "rollback"])
+def test_a_new_latest_json_is_above_all_that_went_before(
+    keys, monkeypatch, tmp_path, clock_ahead, how
+):
+    """A publisher's clock was ahead by a day; then ``latest.json`` was removed, or put back."""
+    monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("DPO_SIGNING_KEY", keys[0][0])
+    store, texts = open_store(f"file://{tmp_path}/store"), []
+    clock_ahead(86400)
+    for number in range(3):
+        folder = tmp_path / str(number)
+        publish_files(store, folder, make_folder(folder, number, sizes=(10,)), "policy")
+        texts.append(store.read("policy/latest.json"))
+        time.sleep(0.01)
+    clock_ahead(0)
+    if how == "publish":
+        store.delete("policy/latest.json")
+        publish_files(store, tmp_path / "1", make_folder(tmp_path / "1", 1, sizes=(10,)), "policy")
+    else:
+        store.write("policy/latest.json", texts[0])
+        version.rollback(store, "policy", json.loads(texts[1])["content_hash"])
+    expected = json.loads(texts[1])["content_hash"]
+    assert verify(f"{store.root}/policy")["content_hash"] == expected
 
 
 def test_a_step_that_starts_from_a_published_model_checks_its_signatures(

@@ -97,6 +97,10 @@ class Handler(BaseHTTPRequestHandler):
         if not self.allowed():
             return
         objects = self.server.objects
+        query = parse_qs(urlsplit(self.path).query)
+        if "list-type" in query:
+            self.list_below(query.get("prefix", [""])[0])
+            return
         if self.key not in objects:
             self.refuse(404, "NoSuchKey")
             return
@@ -108,6 +112,16 @@ class Handler(BaseHTTPRequestHandler):
             Last_Modified=formatdate(usegmt=True),
             **{"x-goog-generation": str(generation), "x-amz-meta-sha256": meta},
         )
+
+    def list_below(self, prefix):
+        found = "".join(
+            f"<Contents><Key>{key}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+            f"<ETag>abc</ETag><Size>{len(data)}</Size></Contents>"
+            for key, (data, *_) in sorted(self.server.objects.items())
+            if key.startswith(prefix)
+        )
+        begin = '<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
+        self.answer(200, f"{begin}<Name>bucket</Name>{found}</ListBucketResult>".encode())
 
     def do_PUT(self):
         data = self.body()
