@@ -104,7 +104,8 @@ def leases(store: Store, name: str, version: str) -> list[Lease]:
         except (ValueError, KeyError, TypeError):
             # it may be a publisher's all the same
             files, seconds = (), _LONGEST_SECONDS
-        found.append(Lease(key, files, state.modified + seconds))
+        # one that says so has ended, however the store rounds its times
+        found.append(Lease(key, files, state.modified + seconds if seconds > 0 else 0.0))
     return found
 
 

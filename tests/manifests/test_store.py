@@ -57,8 +57,7 @@ def test_the_user_may_do_all_that_a_store_does_under_the_prefix(limited, tmp_pat
 def test_the_nightly_job_may_do_its_work(limited):
     """What the CronJob runs, as the limited user, on what a killed publisher left."""
     store, version = open_store("s3://setup-test/preference"), "a" * 64
-    # its time ended before: a listing has fractions of seconds, an answer has none
-    mark = {"files": ["weights"], "seconds": -2.0}
+    mark = {"files": ["weights"], "seconds": 0.0}
     store.write(f"old/publishing/{version}/killed.json", json.dumps(mark).encode())
     store.write(f"old/{version}/weights", b"1")
     command = ["retain", "s3://setup-test/preference", "keep=5", "grace_hours=0"]
