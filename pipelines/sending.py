@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -238,17 +239,35 @@ def find_runs(client: Any, target: Endpoint, run_name: str) -> list[str]:
     Raises:
         RequestError: the endpoint does not answer; nothing was started.
     """
+    with _asked_for_list("runs", target):
+        found = client.list_runs(**_newest_named(client, target, run_name)).runs
+    return [str(run.run_id) for run in found or [] if run.display_name == run_name]
+
+
+def _find_schedules(client: Any, target: Endpoint, name: str) -> list[str]:
+    """The same of recurring runs."""
+    with _asked_for_list("schedules", target):
+        found = client.list_recurring_runs(**_newest_named(client, target, name)).recurring_runs
+    return [str(one.recurring_run_id) for one in found or [] if one.display_name == name]
+
+
+@contextmanager
+def _asked_for_list(what: str, target: Endpoint) -> Iterator[None]:
     try:
         with quiet():
-            found = client.list_runs(
-                experiment_id=experiment_id(client, target),
-                page_size=_PAGE,
-                sort_by="created_at desc",
-                filter=_named(run_name),
-            )
+            yield
     except Exception as error:
-        raise problem("the endpoint does not list its runs", target, error, RequestError) from None
-    return [str(run.run_id) for run in found.runs or [] if run.display_name == run_name]
+        found = f"the endpoint does not list its {what}"
+        raise problem(found, target, error, RequestError) from None
+
+
+def _newest_named(client: Any, target: Endpoint, name: str) -> dict[str, Any]:
+    return {
+        "experiment_id": experiment_id(client, target),
+        "page_size": _PAGE,
+        "sort_by": "created_at desc",
+        "filter": _named(name),
+    }
 
 
 def retry(client: Any, target: Endpoint, run_id: str) -> None:
@@ -325,26 +344,3 @@ def schedule(
             unknown=f"look for {run_name!r} at {target.ui}/#/recurringruns before sending it again",
         )
     return str(made.recurring_run_id)
-
-
-def _find_schedules(client: Any, target: Endpoint, name: str) -> list[str]:
-    """Ids of the experiment's schedules with this name, the newest first.
-
-    Raises:
-        RequestError: the endpoint does not answer; nothing was scheduled.
-    """
-    try:
-        with quiet():
-            found = client.list_recurring_runs(
-                experiment_id=experiment_id(client, target),
-                page_size=_PAGE,
-                sort_by="created_at desc",
-                filter=_named(name),
-            )
-    except Exception as error:
-        raise problem(
-            "the endpoint does not list its schedules", target, error, RequestError
-        ) from None
-    return [
-        str(one.recurring_run_id) for one in found.recurring_runs or [] if one.display_name == name
-    ]

@@ -478,15 +478,16 @@ class RunConfig(Recorded):
                 f"batch_size ({self.batch_size}) must be a multiple of "
                 f"gradient_accumulation_steps ({self.gradient_accumulation_steps})"
             )
-        asked = (
-            ("gate.max_kl", self.gate.max_kl, "evaluation.n_kl_samples"),
-            ("gate.max_length_growth", self.gate.max_length_growth, "evaluation.n_samples"),
-            ("gate.max_repetition", self.gate.max_repetition, "evaluation.n_samples"),
-        )
-        for rule, limit, source in asked:
-            if limit is not None and not getattr(self.evaluation, source.split(".")[1]):
+        figures = {
+            "max_kl": "n_kl_samples",
+            "max_length_growth": "n_samples",
+            "max_repetition": "n_samples",
+        }
+        for rule, source in figures.items():
+            if getattr(self.gate, rule) is not None and not getattr(self.evaluation, source):
                 raise ValueError(
-                    f"{rule} is set, but {source} is 0: the gate would have no figure to judge"
+                    f"gate.{rule} is set, but evaluation.{source} is 0: the gate would have no "
+                    "figure to judge"
                 )
         if self.n_epochs is None and self.n_examples is None:
             raise ValueError("one of n_epochs and n_examples must be set: training would not end")

@@ -20,6 +20,7 @@ from dpo.modeling.lora import base_of, is_adapter, merge_saved
 from dpo.modeling.precision import DTYPES
 from dpo.modeling.quiet import quiet
 from dpo.storage.base_model import local_model, local_tokenizer
+from dpo.storage.lineage import check_base
 from dpo.storage.manifest import read_manifest
 
 Weights = Literal["device", "cpu", "none"]
@@ -185,18 +186,12 @@ def _base_folder(adapter: Path) -> Path:
 def _check_base(adapter: Path, base: Path) -> None:
     """Refuse a base that has changed since the adapter was trained on it, as far as is known."""
     try:
-        trained_on = read_manifest(adapter, verify=False).inputs.get("base")
+        trained_on = read_manifest(adapter, verify=False).inputs.get("base", "")
         found = read_manifest(base, verify=False).content_hash
     except ArtifactError:
         # one of them is no checkpoint of ours: a model of the hub, a published version
         return
-    if trained_on and trained_on != found:
-        raise ModelError(
-            f"the adapter was trained on other weights ({trained_on[:12]}) than its base has now "
-            f"({found[:12]})",
-            where=str(base),
-            fix="train the adapter again, or put back the checkpoint that it was trained on",
-        )
+    check_base(trained_on, base, found, ModelError)
 
 
 def load_for_training(

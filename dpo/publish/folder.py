@@ -23,7 +23,7 @@ from dpo.publish.template import DIALOGUE as DIALOGUE_TEMPLATE
 from dpo.publish.template import FILE as CHAT_TEMPLATE
 from dpo.publish.tensors import INDEX, SINGLE, model_tensors, read_tensors, write_model
 from dpo.storage.base_model import is_here, local_model
-from dpo.storage.lineage import SFT_CHECKPOINT, base_model
+from dpo.storage.lineage import SFT_CHECKPOINT, base_model, check_base
 from dpo.storage.manifest import MANIFEST, FileEntry, Manifest, read_manifest, sha256_file
 
 _LEFT_OUT = {
@@ -164,14 +164,7 @@ def _check_base(base: Path, manifest: Manifest) -> None:
     if not (trained_on := manifest.inputs.get("base")):
         # a model of the hub or of a folder: its lineage has no content hash to compare with
         return
-    found = read_manifest(base).content_hash
-    if found != trained_on:
-        raise ArtifactError(
-            f"the adapter was trained on other weights ({trained_on[:12]}) than its base has now "
-            f"({found[:12]})",
-            where=str(base),
-            fix="train the adapter again, or put back the checkpoint that it was trained on",
-        )
+    check_base(trained_on, base, read_manifest(base).content_hash, ArtifactError)
 
 
 def _base_of(folder: Path, config: RunConfig) -> Path:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dpo.errors import DpoError
 from dpo.storage.manifest import Manifest
 
 SFT_CHECKPOINT = "sft-checkpoint-"
@@ -32,6 +33,24 @@ def read_sources(folder: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     return {str(name): str(uri) for name, uri in json.loads(path.read_text("utf-8")).items()}
+
+
+def check_base(trained_on: str, base: Path, found: str, error: type[DpoError]) -> None:
+    """Refuse a base that has changed since an adapter was trained on it.
+
+    Args:
+        trained_on: Content hash that the adapter's manifest has; empty where none is known.
+        base: Folder of the base.
+        found: Its content hash now.
+        error: What to raise.
+    """
+    if trained_on and trained_on != found:
+        raise error(
+            f"the adapter was trained on other weights ({trained_on[:12]}) than its base has now "
+            f"({found[:12]})",
+            where=str(base),
+            fix="train the adapter again, or put back the checkpoint that it was trained on",
+        )
 
 
 def base_model(manifest: Manifest) -> str:
