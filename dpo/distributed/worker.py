@@ -108,7 +108,12 @@ def _other(
         )
     # whoever is asked to end meanwhile, because another process failed here, ends now
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    late = heart.behind() if "time" in reason.lower() else ""
+    late = ""
+    if "time" in reason.lower():
+        # an operation and the heartbeat wait as long: whichever tells first, the words are the same
+        if silent := heart.silent(timeout_seconds / 2):
+            return report(_silence(silent, timeout_seconds), lost=True)
+        late = heart.behind()
     gone = late or heart.wait_for_silence(min(timeout_seconds, 5.0))
     what = gone or "another process"
     return report(

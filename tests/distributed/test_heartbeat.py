@@ -1,5 +1,6 @@
 """A process that falls silent is named; one that has done its work is not."""
 
+import signal
 import time
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch.distributed import TCPStore
 from dpo.config.losses import SFTLoss
 from dpo.data.packing import pack
 from dpo.data.tokenize import TokenizedExample
-from dpo.distributed import heartbeat
+from dpo.distributed import heartbeat, worker
 from dpo.distributed.heartbeat import Heartbeat
 from dpo.train.step import Objective
 from tests.distributed.test_weights import SMALL
@@ -50,6 +51,26 @@ def test_who_has_made_fewer_passes_is_behind():
     for rank, begun in enumerate((7, 7, 6)):
         heart._note(rank, f"1 {begun} there lives")
     assert heart.behind() == "rank 2 on host there"
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_an_operation_that_ends_its_wait_first_names_who_is_silent(quiet, monkeypatch):
+    """Rank 1 is one operation behind in both cases; only a process that lives hangs in its work."""
+    monkeypatch.setenv("RANK", "0")
+    before = signal.getsignal(signal.SIGTERM)
+    heart = Heartbeat(0, 2, 20.0, print)
+    heart._note(0, "9 7 here lives")
+    heart._note(1, "8 6 there lives")
+    if quiet:
+        heart._seen[1].changed -= 19.5
+    told = []
+    error = RuntimeError("Timed out waiting 20000ms for recv operation to complete")
+    try:
+        worker._other(error, heart, lambda found, lost: told.append(str(found)), 20.0)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    said = "no answer for 20 s from rank 1" if quiet else "the connection to rank 1 on host there"
+    assert said in told[0]
 
 
 def test_every_pass_of_training_counts(monkeypatch):
