@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,18 +19,20 @@ Counts = npt.NDArray[np.int64]
 
 
 def length_figures(
-    sample: Sequence[dict[str, Any]], tokenizer: Any, limits: Limits
+    sample: Sequence[dict[str, Any]],
+    count: Callable[[Sequence[str]], Sequence[int]],
+    limits: Limits,
 ) -> dict[str, Any]:
     """Figures for the report; JSON values.
 
     Args:
         sample: Pair rows.
-        tokenizer: The model's.
+        count: Tokens of each text, as the model's tokenizer counts.
         limits: Longest lengths, in tokens.
     """
     # the end-of-sequence token follows each response
     counts = {
-        name: _count(tokenizer, [row[name] for row in sample]) + extra
+        name: np.array(count([row[name] for row in sample])) + extra
         for name, extra in (("prompt", 0), ("chosen", 1), ("rejected", 1))
     }
     whole = counts["prompt"] + np.maximum(counts["chosen"], counts["rejected"])
@@ -47,11 +49,6 @@ def length_figures(
         "chosen_longer_share": float(np.mean(counts["chosen"] > counts["rejected"])),
         "same_length_share": float(np.mean(counts["chosen"] == counts["rejected"])),
     }
-
-
-def _count(tokenizer: Any, texts: Sequence[str]) -> Counts:
-    ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
-    return np.fromiter(map(len, ids), dtype=np.int64, count=len(texts))
 
 
 def _truncated(counts: dict[str, Counts], whole: Counts, limits: Limits) -> dict[str, float]:

@@ -46,7 +46,7 @@ def write_report(
     """
     from jinja2 import Environment, FileSystemLoader
 
-    lengths = length_figures(sample, tokenizer, limits)
+    lengths = length_figures(sample, tokenizer.lengths, limits)
     report = {
         **report,
         "lengths_tokens": lengths,

@@ -21,7 +21,6 @@ from dpo.data.validate import (
     CONTROLS,
     INVISIBLE,
     MISREAD,
-    PLACEHOLDER_CHARS,
     PLACEHOLDERS,
     REPLACEMENT,
     TURN_MARKS,
@@ -49,12 +48,12 @@ class Cleanness:
 
     def of(self, texts: pa.Array) -> Mask:
         """Texts (or nulls) that are neither empty nor hold what must not be there."""
-        empty = pc.or_(pc.equal(pc.binary_length(texts), 0), pc.utf8_is_space(texts))
-        clean: Mask = ~mask_of(empty)
+        words = pc.utf8_trim_whitespace(texts)
+        nothing = pc.or_(pc.equal(pc.binary_length(words), 0), pc.is_in(words, _placeholders()))
+        clean: Mask = ~mask_of(nothing)
         raw, ends = buffer_of(texts)
         codes = np.frombuffer(raw, dtype=np.uint8)
         clean[_unseen(raw, codes, ends)] = False
-        clean[_placeholders(raw, codes, ends)] = False
         clean[lists_as_text(raw, ends)] = False
         places = _high_controls(raw, codes).tolist()
         if not self._looks_clean(raw, codes):
@@ -137,22 +136,10 @@ def _unseen(raw: bytes, codes: Bytes, ends: npt.NDArray[np.int32]) -> list[int]:
     return found
 
 
-_PLACEHOLDER_STARTS = np.zeros(256, dtype=bool)
-_PLACEHOLDER_STARTS[[*_SPACES, *range(0x80, 256)]] = True
-_PLACEHOLDER_STARTS[[ord(text[0]) for text in PLACEHOLDERS]] = True
-_PLACEHOLDER_ENDS = np.zeros(256, dtype=bool)
-_PLACEHOLDER_ENDS[[*_SPACES, *range(0x80, 256)]] = True
-_PLACEHOLDER_ENDS[[ord(text[-1]) for text in PLACEHOLDERS]] = True
-
-
-def _placeholders(raw: bytes, codes: Bytes, ends: npt.NDArray[np.int32]) -> list[int]:
-    """Short texts that are placeholders between white space: by their first and last bytes."""
-    lengths = np.diff(ends, prepend=0)
-    some = np.flatnonzero((lengths > 0) & (lengths <= 4 * PLACEHOLDER_CHARS))
-    first, last = codes[ends[some] - lengths[some]], codes[ends[some] - 1]
-    some = some[_PLACEHOLDER_STARTS[first] & _PLACEHOLDER_ENDS[last]]
-    texts = (raw[ends[row] - lengths[row] : ends[row]].decode().strip() for row in some.tolist())
-    return [row for row, text in zip(some.tolist(), texts, strict=True) if text in PLACEHOLDERS]
+@cache
+def _placeholders() -> pa.Array:
+    # not when the module is imported: it makes Arrow import pandas
+    return pa.array(sorted(PLACEHOLDERS))
 
 
 _HEADED = tuple(mark.strip() for mark in TURN_MARKS)

@@ -7,7 +7,7 @@ transformers' tokenizer (``dpo.data.tokenize.load_tokenizer``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,11 @@ class TextTokenizer(_Templated):
         ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return {"input_ids": ids}
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, without special ones; in parallel."""
+        found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [len(encoding) for encoding in found]
+
 
 class _OfTransformers(_Templated):
     """transformers' own tokenizer, with chat templates run as they are here."""
@@ -67,6 +72,10 @@ class _OfTransformers(_Templated):
     def __call__(self, text: str, *, add_special_tokens: bool = False) -> dict[str, list[int]]:
         found: dict[str, list[int]] = self._inner(text, add_special_tokens=add_special_tokens)
         return found
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, without special ones."""
+        return [len(self(text)["input_ids"]) for text in texts]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)

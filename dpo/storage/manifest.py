@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -103,9 +104,13 @@ def content_hash(files: Mapping[str, str]) -> str:
 
 def list_files(folder: Path) -> list[FileEntry]:
     """All files under ``folder`` but its manifest, sorted by path."""
-    paths = (p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+    paths = [p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST]
+    # hashing leaves the interpreter's lock
+    with ThreadPoolExecutor() as pool:
+        hashes = list(pool.map(sha256_file, paths))
     entries = [
-        FileEntry(p.relative_to(folder).as_posix(), p.stat().st_size, sha256_file(p)) for p in paths
+        FileEntry(path.relative_to(folder).as_posix(), path.stat().st_size, sha256)
+        for path, sha256 in zip(paths, hashes, strict=True)
     ]
     return sorted(entries, key=lambda entry: entry.path)
 
