@@ -109,7 +109,8 @@ def assemble(
         for part in parts:
             tally = result.sources.setdefault(part.block.place.source, Tally())
             tally.add(replace(part.tally, pairs=0))
-            _copy_rejected(part, quarantine)
+            if part.tally.reasons:
+                _copy_rejected(part, quarantine)
         plan = Plan(list(parts), keep, decisions, wanted, schema, folder)
         for written in write_files(plan):
             result.train_pairs += written.train_pairs

@@ -43,6 +43,8 @@ from dpo.storage.processes import FreshContext, die_with_parent
 _SMALL_BYTES = 64 * 2**20
 """Less is read in this process: starting others takes a second."""
 _STEP_ROWS = 500
+_FEW_LINES = 32
+"""Fewer are checked sooner one by one than as columns: many folders have one row a file."""
 _COLLECT_EVERY = 50_000
 """Objects of Python that are made before the collector looks for circles among them."""
 _REFERENCE_SEED = 42
@@ -256,7 +258,7 @@ def _check_lines(
     columns = Columns.for_source(block.source.format, validator, place.split)
     for piece in line_pieces(block.path, shown, block.start, block.end):
         before = part.tally.rows
-        sound = columns.of_lines(piece) if columns else None
+        sound = columns.of_lines(piece) if columns and piece.n_ends >= _FEW_LINES else None
         if sound is None:
             for row in piece_rows(piece, shown):
                 part.tally.rows += 1

@@ -69,6 +69,7 @@ def _rated(parts: Sequence[Part], rules: Rules, folder: Path) -> Iterator[Part]:
     answers = (
         Answer(part.block.place.file, line + part.line_offset, rating)
         for part in parts
+        if part.tally.ratings
         for line, rating in read_ratings(part.block.folder)
     )
     one_file = len({part.block.path for part in parts}) == 1

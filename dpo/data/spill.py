@@ -2,8 +2,8 @@
 
     pairs.arrow      record batches of ``spill_schema``
     keys.bin         a ``repeats.KEY`` and a line number for each pair
-    rejected.jsonl   quarantine lines
-    ratings.jsonl    rated answers, which become pairs once those of all blocks are together
+    rejected.jsonl   quarantine lines, if any
+    ratings.jsonl    rated answers, if any, which become pairs once those of all blocks are together
 
 Blocks are checked apart, by any number of processes, and put together in order.
 """
@@ -14,8 +14,9 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import orjson
@@ -77,6 +78,7 @@ class PartWriter:
     """Writes a block's pairs and rejects as they come."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self.tally = Tally()
         self._columns: list[list[object]] = [[] for _ in SPILL_SCHEMA.names]
         self._chars = 0
@@ -88,8 +90,6 @@ class PartWriter:
             sink = stack.enter_context(pa.OSFile(str(folder / PAIRS), "wb"))
             self._pairs = stack.enter_context(pa.ipc.new_stream(sink, SPILL_SCHEMA))
             self._keys_file = stack.enter_context((folder / KEYS).open("wb"))
-            self._rejected = stack.enter_context((folder / REJECTED).open("wb"))
-            self._ratings = stack.enter_context((folder / RATINGS).open("wb"))
             self._open = stack.pop_all()
 
     def __enter__(self) -> PartWriter:
@@ -143,6 +143,14 @@ class PartWriter:
         """A row that gives no pair, or fewer than it should."""
         self.tally.reject(item)
         self._rejected.write(item.as_line())
+
+    @cached_property
+    def _rejected(self) -> IO[bytes]:
+        return self._open.enter_context((self._folder / REJECTED).open("wb"))
+
+    @cached_property
+    def _ratings(self) -> IO[bytes]:
+        return self._open.enter_context((self._folder / RATINGS).open("wb"))
 
     def _flush(self) -> None:
         if self._columns[0]:

@@ -347,10 +347,10 @@ def test_one_broken_file_among_good_ones_is_named(ingest: Ingest, tmp_path: Path
 def test_an_interrupt_leaves_nothing(
     ingest: Ingest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(check, "_accept", interrupt)
+    monkeypatch.setattr(check, "_check_row", interrupt)
     with pytest.raises(KeyboardInterrupt):
         ingest([good_row(1)])
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
