@@ -77,10 +77,12 @@ def _known(store: Store | None, run_id: str) -> dict[str, Any]:
 
 
 def _how_it_ended(known: dict[str, Any], state: str) -> str:
+    """By what the steps wrote: Kubeflow may go on to say FAILED of a group in which a step failed
+    once and was then tried again with success (kubeflow/pipelines#13591)."""
     if state in ("CANCELED", "CANCELLED"):
         return "cancelled"
     verdict = known.get("verdict")
-    if state in ("FAILED", "ERROR") or not verdict:
+    if not verdict:
         return "failed"
     if not verdict.get("approved"):
         return "refused"

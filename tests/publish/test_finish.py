@@ -57,6 +57,9 @@ def receiver():
         # what a backend says of a nested DAG that it does not follow to its end
         ({**APPROVED, **PUBLISHED}, "RUNNING", "succeeded"),
         ({"verdict": {"approved": False, "rules": []}}, "SUCCEEDED", "refused"),
+        # a step failed once and was tried again: the group's FAILED may stay
+        ({**APPROVED, **PUBLISHED}, "FAILED", "succeeded"),
+        ({"verdict": {"approved": False, "rules": []}}, "FAILED", "refused"),
         (APPROVED, "FAILED", "failed"),
         (APPROVED, "RUNNING", "failed"),
         ({}, "FAILED", "failed"),
