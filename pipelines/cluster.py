@@ -16,6 +16,7 @@ from pipelines.connection import bounded_client
 
 ENDED = frozenset({"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"})
 """States of a run that goes on no more."""
+_CERTIFICATES = "SSL_CERT_FILE"
 _BAD_REQUEST = 400
 _REQUEST_TIMEOUT = 408
 
@@ -73,10 +74,12 @@ def connect(target: Endpoint) -> Any:
     """A KFP client; inside a cluster with the pod's own service account token.
 
     Raises:
+        ConfigError: ``SSL_CERT_FILE`` names no file.
         RequestError: the endpoint does not answer; nothing was started.
     """
     import kfp
 
+    certificates = _certificates(target.host)
     # with host= given the client ignores in-cluster credentials, so they are passed on
     credentials: dict[str, Any] = {}
     token_path = Path(
@@ -93,12 +96,30 @@ def connect(target: Endpoint) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             client = bounded_client(
-                host=target.host, ui_host=target.ui, namespace=target.namespace or "", **credentials
+                host=target.host,
+                ui_host=target.ui,
+                namespace=target.namespace or "",
+                ssl_ca_cert=certificates,
+                **credentials,
             )
         client.get_kfp_healthz()
     except Exception as error:
         raise problem("the endpoint does not answer", target, error, RequestError) from None
     return client
+
+
+def _certificates(host: str) -> str | None:
+    """The authorities that the environment names; kfp's client asks for none but its own list."""
+    file = os.environ.get(_CERTIFICATES, "")
+    if not file or not host.startswith("https://"):
+        return None
+    if not Path(file).is_file():
+        raise ConfigError(
+            f"{_CERTIFICATES} names no file: {file}",
+            where=_CERTIFICATES,
+            fix="name the file with the certificate of the endpoint's authority (PEM), or unset it",
+        )
+    return file
 
 
 def get_run(client: Any, target: Endpoint, run_id: str) -> Any:
@@ -182,6 +203,8 @@ def problem(
     status = getattr(error, "status", None) or 0
     reason = _reason(error)
     fix = _FIXES.get(status, "check KF_PIPELINES_ENDPOINT and that the service is up")
+    if "CERTIFICATE_VERIFY_FAILED" in reason:
+        fix = f"set {_CERTIFICATES} to the file with the certificate of its authority (PEM)"
     if status == _BAD_REQUEST:
         fix = "correct what the endpoint names; a package of another version has other parameters"
     code = f" (HTTP {status})" if status else ""

@@ -14,7 +14,8 @@ from dpo.publish.runs import record_plan
 from dpo.storage.runs import write_run_manifest
 from dpo.storage.store import open_store
 from pipelines import cluster, on_cluster, package, sending, submit, watch
-from tests.support.kfp_backend import STEPS, Fault, Scenario, task
+from tests.support.certificates import self_signed
+from tests.support.kfp_backend import STEPS, Fault, Scenario, running_backend, task
 from tests.support.submitted import IMAGES, all_done, verdict
 
 
@@ -364,6 +365,26 @@ def test_an_expired_token_is_named_before_anything_is_sent(backend, command, mon
     assert "token expired (HTTP 401)" in said
     assert "renew it" in said
     assert not backend.runs
+
+
+def test_an_endpoint_with_a_certificate_of_its_own(backend, command, tmp_path, monkeypatch):
+    own, tls = self_signed(tmp_path)
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    with running_backend(tls) as secured:
+        monkeypatch.setenv("KF_PIPELINES_ENDPOINT", secured.url)
+        code, _, told = command()
+        assert code == 2
+        assert "set SSL_CERT_FILE to the file with the certificate of its authority" in told
+        monkeypatch.setenv("SSL_CERT_FILE", str(own))
+        assert command()[0] == 0
+        assert len(secured.runs) == 1
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
+        code, _, told = command()
+        assert code == 2
+        assert "SSL_CERT_FILE names no file" in told
+    # without TLS nobody reads it
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", backend.url)
+    assert command()[0] == 0
 
 
 def test_an_endpoint_that_is_down(command, monkeypatch, backend):

@@ -2,9 +2,6 @@
 
 import hashlib
 import os
-import shutil
-import ssl
-import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,6 +19,7 @@ from dpo.errors import (
 )
 from dpo.storage.s3 import connection
 from dpo.storage.store import open_store
+from tests.support.certificates import self_signed
 
 
 @pytest.fixture(params=["folder", pytest.param("bucket", marks=pytest.mark.minio)])
@@ -235,14 +233,7 @@ class Answers(BaseHTTPRequestHandler):
 def test_a_certificate_that_is_not_trusted_is_told_from_no_answer(
     tmp_path, no_store_variables, monkeypatch
 ):
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is needed to make a certificate: apt-get install openssl")
-    own, key = tmp_path / "own.pem", tmp_path / "key.pem"
-    kind = ["-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(own)]
-    subprocess.run(["openssl", "req", *kind, *names], check=True, capture_output=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(own, key)
+    own, context = self_signed(tmp_path)
     with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
         server.socket = context.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -408,13 +409,15 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def running_backend() -> Iterator[Backend]:
-    """A server on a free port of this machine."""
+def running_backend(tls: ssl.SSLContext | None = None) -> Iterator[Backend]:
+    """A server on a free port of this machine, which speaks HTTPS where ``tls`` is given."""
     backend = Backend()
     handler = type("Handler", (_Handler,), {"backend": backend})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
-    backend.url = f"http://127.0.0.1:{server.server_port}"
+    if tls:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+    backend.url = f"http{'s' if tls else ''}://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
