@@ -28,6 +28,10 @@ _AWAY_SECONDS = 600.0
 _TOKEN_FAILURES = 2
 _OTHER_FAILURES = 12
 _LOG_LINES = 8
+_OF_KUBEFLOW = re.compile(
+    r"[IWEF]\d{4} \d\d:\d\d:\d\d\.|time=|\{\"time\":|Error: exit status |\[KFP Executor "
+)
+"""Lines with which its launcher and Argo surround what a step says, half a dozen at the end."""
 _ITERATION = re.compile(r"\((\d+):[^)]*\)$")
 _NODE_NUMBER = re.compile(r"-(\d{4,})$")
 _WORDS = {"SUCCEEDED": "done", "SKIPPED": "skipped"}
@@ -356,5 +360,6 @@ def _log(client: Any, run_id: str, tasks: Iterable[Any]) -> list[str]:
             # the reason that the run itself gives is shown all the same
             continue
         lines = [line.rstrip() for line in str(text).splitlines() if line.strip()]
-        return lines[-_LOG_LINES:]
+        own = [line for line in lines if not _OF_KUBEFLOW.match(line)]
+        return (own or lines)[-_LOG_LINES:]
     return []

@@ -95,6 +95,26 @@ def test_a_failed_run_exits_1_with_the_steps_own_message(backend, command):
     assert "Traceback" not in said
 
 
+def test_what_a_step_says_is_not_lost_in_what_kubeflow_says_around_it(backend, command):
+    """Lines of the launcher as users of Kubeflow reported them, and of Argo's executor."""
+    around = (
+        "[KFP Executor 2024-06-10 14:24:40,767 INFO]: Looking for component `sft`\n",
+        'time="2022-07-12T06:48:44.957Z" level=info msg="Starting Workflow Executor"\n',
+        "I0610 14:24:34.625952      26 launcher_v2.go:193] publish success.\n",
+        "F0610 14:24:34.625952      26 main.go:49] failed to execute component: exit status 1\n",
+        'time=2026-07-12T06:48:44.957Z level=INFO msg="sub-process exited"\n',
+        "Error: exit status 1\n",
+    )
+    failed = [task("sft", "FAILED", pod_name="p")]
+    backend.scenario = Scenario(states=["FAILED"], tasks=failed)
+    backend.logs["p"] = around[0] + "sft: the loss is NaN\n" + "".join(around[1:] * 2)
+    assert command("--wait")[1]["message"].splitlines()[1:] == ["  | sft: the loss is NaN"]
+    # a launcher that never came to the step
+    backend.scenario = Scenario(states=["FAILED"], tasks=failed)
+    backend.logs["p"] = around[3]
+    assert "failed to execute component" in command("--wait")[1]["message"]
+
+
 def test_the_last_attempt_of_a_step_with_retries_says_why(backend, command):
     """Each attempt is a task behind the executor, which has no pod and no log of its own."""
 
