@@ -238,7 +238,7 @@ def route(assignment: str) -> tuple[str, Value]:
     if not separator or not key:
         raise ConfigError(f"{assignment!r} is not KEY=VALUE", fix="for example loss.beta=0.2")
     if key in STARTS:
-        return key, value
+        return key, _unquoted(value)
     if key in PARAMETERS:
         return key, _parse(value)
     if key in OVERRIDES:
@@ -290,12 +290,18 @@ def _parse(value: str) -> Value:
         parsed = json.loads(value)
     except json.JSONDecodeError:
         if value.startswith("[") and value.endswith("]"):
-            return [item.strip() for item in value[1:-1].split(",") if item.strip()]
+            return [_unquoted(item.strip()) for item in value[1:-1].split(",") if item.strip()]
         lowered = value.lower()
-        return {"true": True, "false": False}.get(lowered, value)
+        return {"true": True, "false": False}.get(lowered, _unquoted(value))
     if parsed is None or isinstance(parsed, dict):
         return value
     return parsed  # type: ignore[no-any-return]  # int, float, bool, str or list
+
+
+def _unquoted(text: str) -> str:
+    """Without the quotes around all of it, which ``dpo`` takes away as well."""
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if quoted else text
 
 
 def typed(name: str, value: Value, default: Value) -> Value:

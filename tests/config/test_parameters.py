@@ -61,6 +61,10 @@ def test_text_of_a_form_is_no_syntax(text):
         ("loss.reference_free=true", ("preference_overrides", "loss.reference_free=true")),
         ("model.policy_dtype=bfloat16", ("both_overrides", "model.policy_dtype=bfloat16")),
         ("datasets=[hh,shp]", ("datasets", ["hh", "shp"])),
+        # with quotes, as the reference code's commands have them
+        ("datasets=['hh', \"shp\"]", ("datasets", ["hh", "shp"])),
+        ("model='tiny'", ("model", "tiny")),
+        ("sft_model_uri='s3://b/x'", ("sft_model_uri", "s3://b/x")),
         ("seed=3", ("seed", 3)),
         ("gate.min_reward_accuracy=0.6", ("gate_min_reward_accuracy", 0.6)),
         # as the form takes them, and one alone
