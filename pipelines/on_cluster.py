@@ -67,7 +67,7 @@ def run_on_cluster(
     """
     target = cluster.endpoint(options.endpoint, options.namespace, options.experiment)
     if not (options.cancel or options.retry):
-        check_places(documents, str(values["publish_store"]))
+        check_places(documents, values)
     client = cluster.connect(target)
     if options.cancel:
         cluster.cancel(client, target, options.cancel)

@@ -328,7 +328,7 @@ def _run_on_cluster(
     from pipelines.shared_places import check_places
     from pipelines.watch import wait as wait_for
 
-    check_places(documents, str(values["publish_store"]))
+    check_places(documents, values)
     place = cluster.endpoint(*target)
     client = cluster.connect(place)
     name = run_name or new_name(values)

@@ -1,36 +1,83 @@
-"""Whether what a run writes on a cluster outlives its pods."""
+"""Whether what a run reads on a cluster is seen by its pods, and what it writes outlives them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from glob import glob
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from dpo.config.parameters import OVERRIDES, STARTS, stage_configs
 from dpo.errors import ConfigError
 from pipelines.deployment import CHECKPOINTED_STEPS, CHECKPOINTS_VARIABLE
 
 VARIABLE = "DPO_SHARED_FOLDER"
 """A folder that this machine and every pod have in common, by a cluster that mounts it."""
 
+_OF_STORES = ("datasets", *STARTS)
+_IN_STORE = "put it into a store and name its URL (s3://bucket/path)"
+_IN_IMAGE = "put it into the image"
 
-def check_places(documents: list[dict[str, Any]], store: str) -> None:
-    """Refuse a store or a place of checkpoints that is a folder of one pod.
+
+def check_places(documents: list[dict[str, Any]], values: Mapping[str, Any]) -> None:
+    """Refuse a store or a place of checkpoints that is a folder of one pod, and inputs of no pod.
 
     Args:
         documents: The package, as it will be sent.
-        store: Where the run publishes to; may be empty.
+        values: Parameters of the run.
 
     Raises:
-        ConfigError: what steps write there would be gone with their pods.
+        ConfigError: what steps write there would be gone with their pods, or what they are to read
+            lies on this machine alone.
     """
-    _refuse_own_folder(store, "publish_store", _mounted(documents, "publish"))
+    _refuse_own_folder(
+        str(values["publish_store"]), "publish_store", _mounted(documents, "publish")
+    )
     executors = documents[0]["deploymentSpec"]["executors"]
     for step in CHECKPOINTED_STEPS:
         for variable in executors[f"exec-{step}"]["container"].get("env", []):
             if variable["name"] == CHECKPOINTS_VARIABLE:
                 _refuse_own_folder(variable["value"], "checkpoint_uri", _mounted(documents, step))
+    # the volume of a deployment is mounted in every step
+    shared = _mounted(documents, "fingerprint")
+    for name, place in _inputs(values):
+        _refuse_file_of_this_machine(place, name, shared)
+
+
+def _inputs(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the steps read from outside, by the parameter that names it."""
+    configs = stage_configs(values)
+    for source in configs["ingest"].sources.values():
+        yield "datasets", source.path or ""
+    model = configs["sft"].model
+    for place in (model.name_or_path, model.tokenizer_name_or_path, model.archive):
+        yield "model", place or ""
+    for name in STARTS:
+        yield name, str(values.get(name) or "")
+    for name in OVERRIDES:
+        for word in values.get(name, []):
+            key, _, value = str(word).partition("=")
+            # the file of a template, which the settings above have as its text already
+            yield key, value if key == "chat_template" else ""
+
+
+def _refuse_file_of_this_machine(place: str, name: str, shared: Iterable[Path]) -> None:
+    """One that is not here either may be in the image: the run's first step tells."""
+    if (found := _folder(place)) is None:
+        return
+    path = Path(os.path.normpath(Path.cwd() / found.expanduser()))
+    if any(path.is_relative_to(mount) for mount in shared):
+        return
+    # Path.glob takes no absolute pattern
+    if path.exists() or glob(str(path), recursive=True):  # noqa: PTH207
+        raise ConfigError(
+            f"{place} lies on this machine, and no pod of the run sees it",
+            where=name,
+            fix=f"{_IN_STORE if name in _OF_STORES else _IN_IMAGE}, or into a folder below the "
+            "deployment's model_cache.mount_path",
+        )
 
 
 def _refuse_own_folder(place: str, name: str, shared: Iterable[Path]) -> None:

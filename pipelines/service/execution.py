@@ -256,7 +256,7 @@ def _submit(
         deployment = load_deployment(settings.deployment)
         documents = package.deployed_package(deployment)
         package.keep_checkpoints(documents, parameters["publish_store"])
-        check_places(documents, parameters["publish_store"])
+        check_places(documents, parameters)
         package.save_package(documents, path)
         return sending.submit_once(client, target, path, parameters, name)
 

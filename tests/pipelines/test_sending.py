@@ -34,6 +34,38 @@ def test_a_folder_that_dies_with_its_pod_is_no_store(
         assert f"where: {refused}" in said
 
 
+@pytest.mark.parametrize(
+    ("setting", "refused"),
+    [
+        ("datasets=[{root}/here/pairs.jsonl,hh_sample]", "datasets"),
+        ("datasets=['{root}/here/*.jsonl']", "datasets"),
+        ("data_uri=file://{root}/here", "data_uri"),
+        ("sft_model_uri={root}/here", "sft_model_uri"),
+        ("model={root}/here", "model"),
+        ("sft.chat_template={root}/here/template.jinja", "chat_template"),
+        # not here: it may be in the image
+        ("model={root}/there", ""),
+        ("datasets=[s3://bucket/pairs.jsonl]", ""),
+        ("datasets=[{root}/here/../shared/pairs.jsonl]", ""),
+    ],
+)
+def test_what_lies_on_this_machine_alone_is_no_input_of_a_pod(
+    backend, command, monkeypatch, tmp_path, setting, refused
+):
+    for folder in ("here", "shared"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "pairs.jsonl").write_text("{}\n", encoding="utf-8")
+    (tmp_path / "here/template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    monkeypatch.setenv("DPO_SHARED_FOLDER", str(tmp_path / "shared"))
+    asked = ("--store", "s3://bucket", "--set", setting.format(root=tmp_path))
+    code, _, said = command(*asked)
+    assert code == (2 if refused else 0)
+    assert len(backend.runs) == (0 if refused else 1)
+    if refused:
+        assert "lies on this machine, and no pod of the run sees it" in said
+        assert f"where: {refused}" in said
+
+
 @pytest.mark.parametrize("asked", ["GET", "POST"])
 def test_no_request_waits_for_ever(backend, monkeypatch, asked):
     client = cluster.connect(cluster.endpoint())
