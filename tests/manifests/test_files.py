@@ -6,6 +6,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from dpo.errors import ConfigError
+from pipelines.service.settings import Settings
 from tests.support.checkout import ROOT
 
 MANIFESTS = ROOT / "manifests"
@@ -73,6 +75,13 @@ def test_every_file_is_used():
     for path in FILES:
         if path.name not in ("kustomization.yaml", "secrets.example.yaml"):
             assert path.resolve() in used, path
+
+
+def test_the_variables_of_kubernetes_services_reach_no_pod():
+    """Those of our Service begin as the service's settings do, which knows none of the names."""
+    with pytest.raises(ConfigError, match="unknown variable DPO_SERVICE_SERVICE_HOST"):
+        Settings.from_environment({"DPO_SERVICE_SERVICE_HOST": "10.0.0.7"})
+    assert [name for name, pod in pods() if pod.get("enableServiceLinks", True)] == []
 
 
 def test_no_secret_has_a_value():
