@@ -34,7 +34,9 @@ _OF_KUBEFLOW = re.compile(
 """Lines with which its launcher and Argo surround what a step says, half a dozen at the end."""
 _ITERATION = re.compile(r"\((\d+):[^)]*\)$")
 _NODE_NUMBER = re.compile(r"-(\d{4,})$")
-_WORDS = {"SUCCEEDED": "done", "SKIPPED": "skipped"}
+_OMITTED = "RUNTIME_STATE_UNSPECIFIED"
+"""What the API says of a step that is not begun because one before it failed (Argo's Omitted)."""
+_WORDS = {"SUCCEEDED": "done", "SKIPPED": "skipped", _OMITTED: "skipped"}
 
 
 def wait(
@@ -154,10 +156,15 @@ def step_states(run: Any) -> dict[str, str]:
     """
     words: dict[str, list[str]] = {}
     for name, task in _steps(run):
-        if not task.state:
+        if not _has_state(run, task):
             continue
         words.setdefault(name, []).append(_word(run, task))
     return {name: min(found, key=_weight) for name, found in words.items()}
+
+
+def _has_state(run: Any, task: Any) -> bool:
+    """A task of a run that goes on may just not have its state yet."""
+    return bool(task.state) and (task.state != _OMITTED or run.state in ENDED)
 
 
 def _word(run: Any, task: Any) -> str:
@@ -180,7 +187,7 @@ def candidate_states(run: Any) -> dict[int, dict[str, str]]:
     found: dict[int, dict[str, list[str]]] = {}
     for task in details:
         name = _plain_name(task)
-        if name not in SWEPT or not task.state:
+        if name not in SWEPT or not _has_state(run, task):
             continue
         if (place := _iteration(task, before)) is not None:
             found.setdefault(place, {}).setdefault(name, []).append(_word(run, task))

@@ -142,6 +142,19 @@ def test_the_last_attempt_of_a_step_with_retries_says_why(backend, command):
     assert "steps.sft.memory" in outcome["message"]
 
 
+def test_steps_behind_a_failed_one_are_skipped(backend, command):
+    """Argo's Omitted is no state of Kubeflow's API, which calls it unspecified."""
+    failed = task("sft", "FAILED")
+    rows = [*failed, *task("reference", "RUNTIME_STATE_UNSPECIFIED")]
+    backend.scenario = Scenario(states=["RUNNING", "FAILED"], tasks=[rows])
+    _, outcome, said = command("--wait")
+    assert outcome["steps"] == {"sft": "failed", "reference": "skipped"}
+    assert "unspecified" not in said
+    # one that goes on may just not have begun
+    backend.scenario = Scenario(states=["RUNNING", "RUNNING", "SUCCEEDED"], tasks=[rows[3:], []])
+    assert "reference" not in command("--wait")[1]["steps"]
+
+
 def test_a_step_that_kubeflow_could_not_start_is_named(backend, command):
     problem = {"message": "parent DAG does not have input parameter x"}
     rows = [{"display_name": "sft-driver(0)", "state": "FAILED", "pod_name": "d", "error": problem}]
