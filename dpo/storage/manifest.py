@@ -182,7 +182,10 @@ def read_manifest(folder: Path, *, stage: str | None = None, verify: bool = True
         raise ArtifactError(
             "there is no such folder",
             where=str(folder),
-            fix=f"name the output of step {stage}" if stage else "name the output of a step",
+            fix=f"name the output of step {stage}; if Kubeflow's cache named it, its objects were "
+            f"removed from the store: --rerun {stage}"
+            if stage
+            else "name the output of a step",
         )
     if not path.is_file():
         raise ArtifactError(

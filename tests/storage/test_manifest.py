@@ -62,6 +62,13 @@ def test_damage_is_named(output, damage, message):
     assert str(output) in str(caught.value)
 
 
+def test_an_output_of_which_nothing_is_left_says_which_step_to_repeat(tmp_path):
+    """Kubeflow's cache goes on to name what was removed from its bucket."""
+    with pytest.raises(ArtifactError, match="there is no such folder") as caught:
+        read_manifest(tmp_path / "gone", stage="ingest")
+    assert "--rerun ingest" in caught.value.fix
+
+
 def test_another_steps_output_is_refused(output):
     with pytest.raises(ArtifactError, match="expected the output of step ingest, found that of"):
         read_manifest(output, stage="ingest")
