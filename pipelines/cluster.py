@@ -63,7 +63,7 @@ def endpoint(
     return Endpoint(
         host=host.rstrip("/"),
         ui=ui.rstrip("/"),
-        namespace=namespace,
+        namespace=namespace or os.environ.get("KF_PIPELINES_NAMESPACE") or None,
         experiment=experiment
         or os.environ.get("KF_PIPELINES_DEFAULT_EXPERIMENT_NAME")
         or "preference-fine-tuning",
@@ -207,6 +207,8 @@ def problem(
         fix = f"set {_CERTIFICATES} to the file with the certificate of its authority (PEM)"
     if status == _BAD_REQUEST:
         fix = "correct what the endpoint names; a package of another version has other parameters"
+        if "empty namespace" in reason:
+            fix = "name the profile of the run: --namespace NAME, or KF_PIPELINES_NAMESPACE"
     code = f" (HTTP {status})" if status else ""
     return kind(f"{what}: {reason}{code}", where=target.host, fix=fix)
 

@@ -217,7 +217,7 @@ def _step_of_pod(pod: Any) -> str:
 def _own_namespace() -> str:
     if _SERVICE_ACCOUNT.is_file():
         return _SERVICE_ACCOUNT.read_text(encoding="utf-8").strip()
-    return os.environ.get("KF_PIPELINES_NAMESPACE") or "kubeflow"
+    return "kubeflow"
 
 
 def _connect() -> Any:

@@ -120,7 +120,10 @@ def parser() -> Arguments:
     where.add_argument("--runs-dir", type=Path, help="folder of local runs (default: runs)")
     for name, meaning in (
         ("--endpoint", "Kubeflow Pipelines (default: KF_PIPELINES_ENDPOINT)"),
-        ("--namespace", "profile namespace, where the backend has several users"),
+        (
+            "--namespace",
+            "profile, where the backend has several users (default: KF_PIPELINES_NAMESPACE)",
+        ),
         ("--experiment", "default: KF_PIPELINES_DEFAULT_EXPERIMENT_NAME"),
         ("--run-name", "name in the UI"),
     ):

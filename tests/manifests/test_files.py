@@ -84,6 +84,14 @@ def test_the_variables_of_kubernetes_services_reach_no_pod():
     assert [name for name, pod in pods() if pod.get("enableServiceLinks", True)] == []
 
 
+def test_the_service_of_a_profile_starts_its_runs_there():
+    overlay = MANIFESTS / "overlays/multi-user"
+    generators = documents(overlay / "kustomization.yaml")[0]["configMapGenerator"]
+    (settings,) = [item["literals"] for item in generators if item["name"] == "dpo-service"]
+    (role,) = [item for item in documents(overlay / "role.yaml") if item["kind"] == "Role"]
+    assert f"KF_PIPELINES_NAMESPACE={role['metadata']['namespace']}" in settings
+
+
 def test_no_secret_has_a_value():
     secrets = [item for item in everything() if item["kind"] == "Secret"]
     assert {item["metadata"]["name"] for item in secrets} == {"dpo-store", "dpo-service", "minio"}

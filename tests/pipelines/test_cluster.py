@@ -55,6 +55,17 @@ def test_the_experiment_is_made_once(backend, command):
     assert len(backend.experiments) == 1
 
 
+def test_a_backend_of_several_users_is_told_the_profile(backend, command, monkeypatch):
+    backend.has_users = True
+    code, _, said = command()
+    assert code == 2
+    assert "KF_PIPELINES_NAMESPACE" in said
+    monkeypatch.setenv("KF_PIPELINES_NAMESPACE", "team")
+    assert command()[0] == 0
+    assert command("--namespace", "other")[0] == 0
+    assert [e["namespace"] for e in backend.experiments.values()] == ["team", "other"]
+
+
 def test_a_refused_model_exits_3(backend, store, command):
     backend.scenario = Scenario(tasks=[all_done()], on_end=verdict(store, False))
     code, outcome, _ = command("--wait")

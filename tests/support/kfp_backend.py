@@ -82,6 +82,8 @@ class Backend:
     def __init__(self) -> None:
         self.token: str | None = None
         """Required bearer token; None asks for none."""
+        self.has_users = False
+        """Each experiment belongs to a profile, as its API server checks in multi-user mode."""
         self.scenario = Scenario()
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
@@ -174,12 +176,20 @@ class Backend:
 
     def create_experiment(self, body: dict[str, Any]) -> dict[str, Any]:
         _checked(body, "V2beta1Experiment")
+        self._profile(body)
         experiment = {**body, "experiment_id": str(uuid4()), "created_at": _now()}
         self.experiments[experiment["experiment_id"]] = experiment
         return experiment
 
     def list_experiments(self, query: dict[str, str]) -> dict[str, Any]:
-        return {"experiments": _matching(self.experiments.values(), query)}
+        profile = self._profile(query)
+        own = [e for e in self.experiments.values() if profile in (None, e.get("namespace"))]
+        return {"experiments": _matching(own, query)}
+
+    def _profile(self, asked: dict[str, Any]) -> str | None:
+        if self.has_users and not asked.get("namespace"):
+            raise Refused(400, "An experiment cannot have an empty namespace in multi-user mode", 3)
+        return str(asked["namespace"]) if self.has_users else None
 
     def list_pipelines(self, query: dict[str, str]) -> dict[str, Any]:
         space = query.get("namespace", "")
