@@ -35,7 +35,7 @@ _STOP_SECONDS = 45.0
 _STATES: dict[str, State] = {"succeeded": "succeeded", "refused": "refused"}
 _FIGURES = ("reward_accuracy", "accuracy_sum", "accuracy_per_token", "reward_margin", "loss")
 _MOST_MESSAGE_CHARS = 4000
-_BACKEND_WORDS = {"pending": "waiting", "runtime_state_unspecified": "waiting"}
+_BACKEND_WORDS = {"pending": "waiting"}
 
 
 def carry_out(run: Run, settings: Settings, database: Database) -> None:
