@@ -25,7 +25,7 @@ _NODE_NAME = "workflows.argoproj.io/node-name"
 _STARTING = {"", "ContainerCreating", "PodInitializing"}
 _REASONS = (
     (
-        r"OOMKilled|exit code 137",
+        r"OOMKilled",
         "the step ran out of memory: give it more (--deploy steps.STEP.memory=...) or use a "
         "smaller batch",
     ),
@@ -57,17 +57,19 @@ _REASONS = (
         "no node fits node_selector, affinity and tolerations of the deployment: correct them",
     ),
     (
-        r"persistentvolumeclaim \"?(\S+?)\"? not found",
-        "the claim that model_cache names is missing in the run's namespace: create it",
+        r"persistentvolumeclaim \"?(\S+?)\"? not found|unbound immediate PersistentVolumeClaims",
+        "the claim that model_cache names is missing in the run's namespace, or has no volume: "
+        "create it, or see why it has none (kubectl describe pvc)",
     ),
     (
         r"DeadlineExceeded",
         "the step took longer than its timeout_seconds: raise it in the deployment",
     ),
     (
-        r"pod deleted|Evicted|preempt",
-        "the pod was taken away: `submit.py --retry RUN_ID` goes on, training from its last "
-        "checkpoint where the deployment names a place for them",
+        # not the scheduler's "preemption: ...", which ends every message about a pod without a node
+        r"pod deleted|Evicted|[Pp]reempt(ed|ing)|node shutdown|exit code (137|143)",
+        "the pod was taken away or its process killed: `submit.py --retry RUN_ID` goes on, "
+        "training from its last checkpoint where the deployment names a place for them",
     ),
 )
 """Words of Kubernetes and what they mean for the person who started the run; the first one wins."""

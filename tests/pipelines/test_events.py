@@ -58,7 +58,16 @@ def test_the_step_behind_a_node(node, step):
         ("1 node(s) had untolerated taint {nvidia.com/gpu: present}.", "tolerations"),
         ('persistentvolumeclaim "models" not found', "model_cache"),
         ("DeadlineExceeded: Pod was active on the node longer", "timeout_seconds"),
+        (
+            "0/1 nodes are available: pod has unbound immediate PersistentVolumeClaims. "
+            "preemption: 0/1 nodes are available: 1 Preemption is not helpful for scheduling.",
+            "model_cache",
+        ),
         ("pod deleted", "--retry"),
+        ("Preempted: Preempted in order to admit critical pod", "--retry"),
+        ("Terminated: Pod was terminated in response to imminent node shutdown.", "--retry"),
+        # killed, and not for its memory: Kubernetes would say so
+        ("Error (exit code 137)", "or its process killed"),
     ],
 )
 def test_what_to_do(words, fix):
@@ -68,6 +77,8 @@ def test_what_to_do(words, fix):
 
 def test_nothing_is_made_up_for_words_that_are_not_known():
     assert advice("the loss is NaN", "sft") == []
+    many = "0/1 nodes are available: 1 Too many pods. preemption: 0/1 nodes are available: ..."
+    assert advice(many, "sft") == [], "no pod was taken away"
 
 
 def pod(step, phase, *, waiting=None, ended=None, condition=None, reason=None):
