@@ -36,6 +36,8 @@ _STATES: dict[str, State] = {"succeeded": "succeeded", "refused": "refused"}
 _FIGURES = ("reward_accuracy", "accuracy_sum", "accuracy_per_token", "reward_margin", "loss")
 _MOST_MESSAGE_CHARS = 4000
 _BACKEND_WORDS = {"pending": "waiting"}
+_LONGEST_RUN_SECONDS = 30 * 24 * 3600.0
+"""With a time limit an endpoint that is away is waited for: the run goes on meanwhile."""
 
 
 def carry_out(run: Run, settings: Settings, database: Database) -> None:
@@ -231,7 +233,7 @@ def _on_cluster(
             target,
             backend_run,
             store=parameters["publish_store"],
-            timeout_seconds=None,
+            timeout_seconds=_LONGEST_RUN_SECONDS,
             say=say,
         )
     report_key = f"{run_prefix(backend_run)}/report.html" if outcome.verdict else None

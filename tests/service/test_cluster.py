@@ -165,6 +165,14 @@ def test_a_lost_answer_does_not_lose_the_run(accepted, backend):
     assert list(backend.runs) == [ended.backend_run]
 
 
+def test_an_endpoint_that_is_away_for_long_fails_no_run(accepted, backend, monkeypatch):
+    monkeypatch.setattr(watch, "_AWAY_SECONDS", 0.0)
+    _, _, work = accepted
+    backend.faults = [Fault(r"/runs/[^/]+$", status=503, times=3)]
+    ended = work()
+    assert ended.state == "succeeded", ended.message
+
+
 def test_a_store_that_dies_with_the_pods_is_refused(accepted, backend, monkeypatch):
     monkeypatch.delenv("DPO_SHARED_FOLDER")
     _, _, work = accepted
