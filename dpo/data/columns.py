@@ -23,6 +23,7 @@ import pyarrow.json as pj
 from dpo.data import repeats, suspects
 from dpo.data.alike import alike_rows
 from dpo.data.buffers import buffer_of
+from dpo.data.fields import plain_name
 from dpo.data.formats import ASSISTANT
 from dpo.data.lines import Piece, newlines
 from dpo.data.schema import SPLIT_WORDS, TEST, TRAIN
@@ -113,7 +114,7 @@ class Columns:
         else:
             fits = mask_of(pc.is_valid(texts.prompt))
         sound &= fits & self._sound_texts(texts)
-        sound &= ~(suspects.other_fields(table) | suspects.names_of_fields(table, _TEXTS))
+        sound &= ~(suspects.other_fields(table, _TEXTS) | suspects.names_of_fields(table, _TEXTS))
         flagged = np.flatnonzero(~sound).tolist()
         if len(flagged) > _MAX_FLAGGED_SHARE * len(sound):
             return None
@@ -125,7 +126,7 @@ class Columns:
             return None
         if self.format_name != "auto":
             return "hh" if self.format_name == "hh" else "pairs"
-        if others & _MESSAGE_LISTS:
+        if _MESSAGE_LISTS.intersection(map(plain_name, others)):
             return None
         if prompt_named:
             return "pairs"

@@ -27,6 +27,11 @@ LIST_AS_TEXT = re.compile(r"""\[?\{\s*(["'])(role|content|from|value)\1\s*:""")
 _KEYS = re.compile(r"""(["'])(role|from)\1\s*:""")
 
 
+def plain_name(name: str) -> str:
+    """A field's name as it is compared: those of a spreadsheet's columns often have capitals."""
+    return "_".join(name.lower().split())
+
+
 def refuse_media(row: Mapping[str, Any]) -> None:
     """A row that is not text alone.
 

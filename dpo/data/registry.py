@@ -8,13 +8,13 @@ from typing import Any
 
 from dpo.config.schema import SourceConfig
 from dpo.data import annotated, compared, custom, formats, shapes, trees
-from dpo.data.fields import named_texts, opened, refuse_media
+from dpo.data.fields import MEDIA, TOOLS, named_texts, opened, plain_name, refuse_media
 from dpo.data.formats import ASSISTANT, Candidate, Parser, Rating, RowError, split_field
 from dpo.data.lines import json_row
-from dpo.data.prompts import PROMPTS, framed, refuse_unread_question
+from dpo.data.prompts import HISTORY, PROMPTS, SYSTEMS, framed, refuse_unread_question
 from dpo.data.quarantine import row_of_fields
 from dpo.data.repeats import REASONS
-from dpo.data.verdicts import answer_names, named_answers
+from dpo.data.verdicts import VERDICTS, answer_names, named_answers
 
 
 def _common_text(row: Mapping[str, Any]) -> Sequence[Candidate]:
@@ -53,7 +53,17 @@ _ALIASES = {
     # StackLLaMA's
     **{"response_j": "chosen", "response_k": "rejected"},
 }
-_PAIR = frozenset({"prompt", "chosen", "rejected"})
+
+_SCORED = frozenset({"label", "score", "rating", "helpfulness"})
+_NAMES = frozenset(
+    {
+        *("prompt", "chosen", "rejected", "sft_target", "split"),
+        *("messages", "conversations", "conversation"),
+        *("scores", "ratings", "ranks", *shapes.ANSWER_LISTS, *_SCORED),
+        *(*PROMPTS, *SYSTEMS, HISTORY, *VERDICTS, *MEDIA, TOOLS),
+    }
+)
+"""Fields that have one meaning in every format; ``chosen`` may name none of them."""
 
 _QUARANTINE_KEYS = {"reason", "advice", "row"}
 
@@ -136,11 +146,12 @@ def _by_values(format_name: str, row: Mapping[str, Any]) -> str:
 
 
 def renamed(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row whose ``Prompt``, ``chosen `` or ``chosen_response`` have the names of the contract."""
-    if "chosen" in row and "rejected" in row and ("prompt" in row or len(row) == 2):
+    """A row whose ``Prompt``, ``Split ``, ``System`` or ``Chosen Response`` have the names that are
+    read; two that would have one name keep theirs."""
+    if row.keys() <= _NAMES:
         return row
-    names = {key: _ALIASES.get(name := str(key).strip().lower(), name) for key in row}
-    wanted = {key: name for key, name in names.items() if name in _PAIR and name not in row}
+    names = {key: _ALIASES.get(name := plain_name(str(key)), name) for key in row}
+    wanted = {key: name for key, name in names.items() if name in _NAMES and name not in row}
     if len(set(wanted.values())) < len(wanted):
         return row
     return {wanted.get(key, key): value for key, value in row.items()}
@@ -193,7 +204,6 @@ def _by_answers(keys: set[str]) -> str | None:
     return None
 
 
-_SCORED = frozenset({"label", "score", "rating", "helpfulness"})
 _QUESTIONS = frozenset({"question", "instruction", "input", "query"})
 _ASKED = frozenset({"prompt", "instruction", "question", "problem", "query", "user_prompt"})
 _TEXT_QUESTIONS = frozenset(PROMPTS) - _QUESTIONS - {"prompt"}

@@ -13,11 +13,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dpo.data.fields import LIST_AS_TEXT, MEDIA, TOOLS
+from dpo.data.fields import LIST_AS_TEXT, MEDIA, TOOLS, plain_name
 from dpo.data.prompts import HISTORY, SYSTEMS
 from dpo.data.verdicts import MARK_CHARS, answer_names
 
-_READ_TOO = (*SYSTEMS, HISTORY, *MEDIA, TOOLS)
+_READ_TOO = frozenset({*SYSTEMS, HISTORY, *MEDIA, TOOLS})
 _LIST = re.compile(LIST_AS_TEXT.pattern.encode())
 _STARTS = b"[{"
 _CHAR_BYTES = 4
@@ -25,11 +25,12 @@ _CHAR_BYTES = 4
 Mask = npt.NDArray[np.bool_]
 
 
-def other_fields(table: pa.Table) -> Mask:
+def other_fields(table: pa.Table, texts: tuple[str, ...]) -> Mask:
     """Rows with a value in a field beside the texts that is read as well, or that forbids them."""
+    read = _READ_TOO.union(texts)
     found = np.zeros(table.num_rows, dtype=bool)
-    for name in _READ_TOO:
-        if name in table.column_names:
+    for name in table.column_names:
+        if name not in texts and plain_name(name) in read:
             column = table[name]
             holds = pc.is_valid(column)
             if pa.types.is_string(column.type):

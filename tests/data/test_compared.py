@@ -240,6 +240,19 @@ def test_names_in_capitals_and_with_spaces() -> None:
     ]
 
 
+def test_what_goes_with_a_pair_is_read_under_names_in_capitals_as_well() -> None:
+    row = {"Prompt": "p", "Chosen": "c", "Rejected": "r", "Split": "test", "System": "s"}
+    (found,) = parse(row)
+    assert (found.split, found.prompt) == ("test", "\n\nSystem: s\n\nHuman: p\n\nAssistant:")
+    assert parse({"prompt": "p", "chosen": "c", "rejected": "r", "split ": "test"}) == [
+        Candidate("p", "c", "r", split="test")
+    ]
+    sheet = {"Question": "q", "Response A": "a", "Response B": "b", "Preferred": "Response B"}
+    assert texts(sheet) == [("\n\nHuman: q\n\nAssistant:", " b", " a")]
+    image = {"prompt": "p", "chosen": "c", "rejected": "r", "Image": "a.png"}
+    assert reason(image) == "not_text"
+
+
 def test_parts_of_a_message_are_joined() -> None:
     parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "?"}]
     row = {"prompt": [{"role": "user", "content": parts}], "chosen": "a", "rejected": "b"}
