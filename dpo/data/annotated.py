@@ -19,8 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpo.data.compared import scored
-from dpo.data.fields import refuse_media
 from dpo.data.formats import Candidate, Rating, RowError
+from dpo.data.media import refuse_media
 from dpo.data.prompts import PROMPTS, framed
 from dpo.data.shapes import as_number, rated
 from dpo.data.verdicts import SIGNED, Scores, answer_names, mark_of, scores_of

@@ -1,4 +1,4 @@
-"""A row's fields before a parser reads them: what is no text, what stands for something else.
+"""A row's fields before a parser reads them: what stands for something else.
 
 Lists of messages that were saved as text (in CSV files, in columns of JSON) are opened, and names
 of other fields give way to what these hold. ``columns`` flags rows that any of this may concern.
@@ -15,10 +15,6 @@ import orjson
 from dpo.data.formats import RowError
 from dpo.data.messages import is_message
 
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-TOOLS = "tools"
-_REFUSED = frozenset({*MEDIA, TOOLS})
-_NOTHING = ("", "[]", "{}", "null", "none", "nan")
 _TEXT_FIELDS = ("prompt", "chosen", "rejected", "sft_target")
 _PAIR = ("chosen", "rejected")
 
@@ -30,43 +26,6 @@ _KEYS = re.compile(r"""(["'])(role|from)\1\s*:""")
 def plain_name(name: str) -> str:
     """A field's name as it is compared: those of a spreadsheet's columns often have capitals."""
     return "_".join(name.lower().split())
-
-
-def refuse_media(row: Mapping[str, Any]) -> None:
-    """A row that is not text alone.
-
-    Raises:
-        RowError: it has images, sound, films, or tools that may be called.
-    """
-    if _REFUSED.isdisjoint(row):
-        return
-    for name in sorted(row.keys() & _REFUSED):
-        if not _holds(row[name]):
-            continue
-        if name == TOOLS:
-            raise RowError(
-                "tool_message",
-                f"{name}: dialogues with tools are not learned from: leave out the rows that call "
-                "one, and the field where none is called",
-                name,
-            )
-        raise RowError(
-            "not_text",
-            f"{name} holds something, and only text is learned from: leave these rows out, or the "
-            "field where the answers do not depend on it",
-            name,
-        )
-
-
-def _holds(value: Any) -> bool:
-    if isinstance(value, str):
-        return value.strip().lower() not in _NOTHING
-    if isinstance(value, Mapping):
-        return any(map(_holds, value.values()))
-    if isinstance(value, list):
-        return any(map(_holds, value))
-    # NaN stands for nothing in tables
-    return bool(value) and value == value
 
 
 def opened(row: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpo.data.formats import ASSISTANT, HUMAN, Candidate, Message, RowError
+from dpo.data.media import refuse_media
 
 SYSTEM = "\n\nSystem:"
 _ROLES = {
@@ -22,6 +23,8 @@ _ROLES = {
 }
 _TOOLS = ("tool", "function", "function_call", "observation")
 _CALLS = ("tool_calls", "function_call")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_TEXT_PARTS = (None, "text", "input_text", "output_text")
 _HEADINGS = {"system": SYSTEM, "user": HUMAN, "assistant": ASSISTANT}
 
 
@@ -65,6 +68,7 @@ def read_message(value: Any, field: str) -> Message:
             f"{field}: the role {said!r} is not one of {', '.join(sorted(_ROLES))}",
             field,
         )
+    refuse_media(value)
     if isinstance(content, list):
         content = _joined(content, field)
     if not isinstance(content, str):
@@ -77,11 +81,34 @@ def read_message(value: Any, field: str) -> Message:
 
 def _joined(parts: Sequence[Any], field: str) -> str:
     """The text of OpenAI's content parts, ``[{"type": "text", "text": ...}, ...]``."""
-    if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts):
-        raise RowError(
-            "wrong_type", f"{field}: each part of a message must be text, without images", field
-        )
+    for part in parts:
+        is_text = isinstance(part, Mapping) and isinstance(part.get("text"), str)
+        if not is_text or part.get("type") not in _TEXT_PARTS:
+            raise RowError(
+                "wrong_type",
+                f"{field}: each part of a message must be text, without images or reasoning",
+                field,
+            )
+        refuse_media(part)
     return "".join(part["text"] for part in parts)
+
+
+def refuse_reasoning(answer: Mapping[str, Any], field: str) -> None:
+    """An answer is its content alone: what was thought before it must stand there as well.
+
+    Templates leave it out of earlier turns by themselves.
+
+    Raises:
+        RowError: it stands in a field of its own.
+    """
+    if name := next((name for name in _REASONING if answer.get(name)), ""):
+        raise RowError(
+            "reasoning_apart",
+            f"{field}: {name} holds what was thought before the answer, and only content is "
+            "learned from: write it into content as the model's template does "
+            "(<think>...</think>), or leave the field out",
+            field,
+        )
 
 
 def read_messages(value: Any, field: str) -> Messages:

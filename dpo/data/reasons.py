@@ -17,6 +17,7 @@ TITLES: Mapping[str, str] = {
     "unknown_role": "A turn has a role that is not known",
     "tool_message": "A dialogue calls tools",
     "not_text": "The row has an image, a sound or a film",
+    "reasoning_apart": "An answer's reasoning stands in a field of its own",
     "list_as_text": "A list of messages was saved as text",
     "text_before_first_turn": "A dialogue begins with text that nobody says",
     "chat_template_refuses": "The model's chat template does not take the dialogue",

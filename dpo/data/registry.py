@@ -8,9 +8,10 @@ from typing import Any
 
 from dpo.config.schema import SourceConfig
 from dpo.data import annotated, compared, custom, formats, shapes, trees
-from dpo.data.fields import MEDIA, TOOLS, named_texts, opened, plain_name, refuse_media
+from dpo.data.fields import named_texts, opened, plain_name
 from dpo.data.formats import ASSISTANT, Candidate, Parser, Rating, RowError, split_field
 from dpo.data.lines import json_row
+from dpo.data.media import MEDIA, TOOLS, refuse_media
 from dpo.data.prompts import HISTORY, PROMPTS, SYSTEMS, framed, refuse_unread_question
 from dpo.data.quarantine import row_of_fields
 from dpo.data.repeats import REASONS

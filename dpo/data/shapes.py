@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from dpo.data.fields import refuse_media
 from dpo.data.formats import (
     ASSISTANT,
     HUMAN,
@@ -30,14 +29,15 @@ from dpo.data.formats import (
     text_field,
 )
 from dpo.data.html_text import plain_text
+from dpo.data.media import refuse_media
 from dpo.data.messages import (
     Messages,
     as_text,
     candidate,
     check_order,
     is_message,
-    read_message,
     read_messages,
+    refuse_reasoning,
 )
 from dpo.data.prompts import prompt_of
 
@@ -117,9 +117,11 @@ def _answer(row: Mapping[str, Any], field: str) -> Messages:
         raise RowError("missing_field", f"the field {field} is missing", field)
     if isinstance(value, str):
         return (Message("assistant", value),)
-    if is_message(value):
-        return (read_message(value, field),)
-    return read_messages(value, field)
+    given = [value] if is_message(value) else value
+    turns = read_messages(given, field)
+    if turns:
+        refuse_reasoning(given[-1], field)
+    return turns
 
 
 def _last(prompt: Messages, answer: Messages, field: str) -> str:

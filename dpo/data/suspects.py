@@ -13,7 +13,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dpo.data.fields import LIST_AS_TEXT, MEDIA, TOOLS, plain_name
+from dpo.data.fields import LIST_AS_TEXT, plain_name
+from dpo.data.media import MEDIA, TOOLS
 from dpo.data.prompts import HISTORY, SYSTEMS
 from dpo.data.verdicts import MARK_CHARS, answer_names
 

@@ -35,6 +35,36 @@ def test_rows_with_images_sound_and_films_are_refused(field: dict[str, Any]) -> 
     assert reason(record) == "not_text"
 
 
+def test_messages_with_images_are_refused() -> None:
+    turn = {**USER, "images": ["a.png"]}
+    assert reason({"messages": [turn], "chosen": BOT, "rejected": NO}) == "not_text"
+    image = {"type": "image", "text": "", "url": "a.png"}
+    text = {"type": "text", "text": "What is this?"}
+    for part, wanted in ((image, "wrong_type"), ({**text, "image": "a.png"}, "not_text")):
+        turn = {"role": "user", "content": [part, text]}
+        assert reason({"prompt": [turn], "chosen": BOT, "rejected": NO}) == wanted
+    turn = {"role": "user", "content": [{**text, "image": None}]}
+    assert texts({"prompt": [turn], "chosen": "a", "rejected": "b"}) == [
+        ("\n\nHuman: What is this?\n\nAssistant:", " a", " b")
+    ]
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_an_answer_whose_reasoning_stands_apart_is_refused(name: str) -> None:
+    thought = {**BOT, name: "They said hi."}
+    assert reason({"prompt": [USER], "chosen": thought, "rejected": NO}) == "reasoning_apart"
+    whole = {"chosen": [USER, BOT], "rejected": [USER, {**NO, name: "They said hi."}]}
+    assert reason(whole) == "reasoning_apart"
+    rated = {"prompt": [USER], "completion": [thought], "label": True}
+    assert reason(rated) == "reasoning_apart"
+    # of earlier turns templates leave it out, and so do we
+    prompt = [USER, thought, USER]
+    row = {"prompt": prompt, "chosen": {**BOT, name: None}, "rejected": NO}
+    assert texts(row) == [
+        ("\n\nHuman: Hi?\n\nAssistant: Yes.\n\nHuman: Hi?\n\nAssistant:", " Yes.", " No.")
+    ]
+
+
 def test_rows_with_tools_are_refused() -> None:
     tools = [{"type": "function", "function": {"name": "get_weather"}}]
     assert reason({**ROW, "tools": tools}) == "tool_message"

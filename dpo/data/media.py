@@ -1,0 +1,50 @@
+"""What is no text and is not learned from: images, sound, films, and tools that may be called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dpo.data.formats import RowError
+
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+TOOLS = "tools"
+_REFUSED = frozenset({*MEDIA, TOOLS})
+_NOTHING = ("", "[]", "{}", "null", "none", "nan")
+
+
+def refuse_media(row: Mapping[str, Any]) -> None:
+    """A row, or a message, that is not text alone.
+
+    Raises:
+        RowError: one of these fields holds something.
+    """
+    if _REFUSED.isdisjoint(row):
+        return
+    for name in sorted(row.keys() & _REFUSED):
+        if not _holds(row[name]):
+            continue
+        if name == TOOLS:
+            raise RowError(
+                "tool_message",
+                f"{name}: dialogues with tools are not learned from: leave out the rows that call "
+                "one, and the field where none is called",
+                name,
+            )
+        raise RowError(
+            "not_text",
+            f"{name} holds something, and only text is learned from: leave these rows out, or the "
+            "field where the answers do not depend on it",
+            name,
+        )
+
+
+def _holds(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.strip().lower() not in _NOTHING
+    if isinstance(value, Mapping):
+        return any(map(_holds, value.values()))
+    if isinstance(value, list):
+        return any(map(_holds, value))
+    # NaN stands for nothing in tables
+    return bool(value) and value == value
