@@ -118,16 +118,27 @@ def source_files(name: str, source: SourceConfig) -> list[Path]:
 
 
 def names_in(source: SourceConfig) -> list[str]:
-    """Names of all files in a source's folder; none where its path is no folder."""
+    """All files in a source's folder, by their paths in it; none where its path is no folder."""
     folder = Path(source.path or "").expanduser()
     if source.path is None or not folder.is_dir():
         return []
-    return [path.name for path in folder.rglob("*") if path.is_file()]
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
 def is_other_data(name: str) -> bool:
     """Whether a file of this name may hold rows, in a form that is not read."""
-    return PurePath(name).suffix.lower() in _OTHER_DATA
+    return PurePath(name).suffix.lower() in _OTHER_DATA and not _is_hidden(name)
+
+
+def is_hidden_data(name: str) -> bool:
+    """Whether a file is left out for a ``_``, by which not everybody takes a file for hidden."""
+    return _is_hidden(name, "_") and not _is_hidden(name, ".") and bool(container_of(Path(name)))
+
+
+def _is_hidden(name: str, marks: str = "._") -> bool:
+    """By its name or that of a folder, as Spark and pyarrow have it: a notebook's copies, caches,
+    what was not committed."""
+    return any(part.startswith(tuple(marks)) for part in PurePath(name).parts)
 
 
 def within(source: str, file: Path) -> Path:
@@ -141,22 +152,17 @@ def within(source: str, file: Path) -> Path:
 
 def _found(path: Path) -> list[Path]:
     if path.is_dir():
-        return [item for item in path.rglob("*") if _is_data(item)]
+        return [item for item in path.rglob("*") if is_data_name(str(item.relative_to(path)))]
     if path.exists() or path.is_symlink() or not _GLOB.search(str(path)):
         return [path]
     # Path.glob takes no absolute pattern
     return [Path(match) for match in glob(str(path), recursive=True)]  # noqa: PTH207
 
 
-def _is_data(path: Path) -> bool:
-    return is_data_name(path.name)
-
-
 def is_data_name(name: str) -> bool:
-    """Whether a file of this name, among others in a folder, holds rows."""
+    """Whether a file holds rows, by its path in the source's folder."""
     path = Path(name)
-    hidden = path.name.startswith((".", "_"))
-    return not hidden and path.name not in _METADATA and container_of(path) is not None
+    return not _is_hidden(name) and path.name not in _METADATA and container_of(path) is not None
 
 
 def _is_file(path: Path, where: str) -> bool:

@@ -19,6 +19,7 @@ from dpo.data import custom
 from dpo.data.division import Shard, Span, is_one_block, spans
 from dpo.data.files import (
     is_data_name,
+    is_hidden_data,
     is_other_data,
     located,
     names_in,
@@ -154,13 +155,15 @@ def _on_this_machine(name: str, source: SourceConfig) -> list[SourceFile]:
     for path in source_files(name, source):
         inside = within(source.path, path)
         files.append(SourceFile(path, f"{name}: {inside.as_posix()}", None, own_split(inside)))
-    _tell_other_kinds(names_in(source), source.path)
+    _tell_unread(names_in(source), source.path)
     return files
 
 
-def _tell_other_kinds(names: Iterable[str], where: str) -> None:
-    other = sorted(name for name in names if is_other_data(name))
-    _tell("files of another kind are not read", other, where)
+def _tell_unread(names: Iterable[str], where: str) -> None:
+    names = sorted(names)
+    _tell("files of another kind are not read", list(filter(is_other_data, names)), where)
+    hidden = list(filter(is_hidden_data, names))
+    _tell("files and folders whose names begin with _ are not read", hidden, where)
 
 
 def _tell(what: str, names: list[str], where: str) -> None:
@@ -225,7 +228,7 @@ def _objects(name: str, url: str) -> tuple[Store, str, dict[str, ObjectStat]]:
     prefix = f"{last}/" if last else ""
     found = {}
     for key in sorted(store.list(prefix)):
-        state = store.stat(key) if is_data_name(key) else None
+        state = store.stat(key) if is_data_name(key.removeprefix(prefix)) else None
         if state is not None:
             found[key] = state
     if not found:
@@ -242,7 +245,7 @@ def _from_store(name: str, url: str, folder: Path, shard: Shard) -> list[SourceF
     store, prefix, objects = _objects(name, url)
     alone = url.rstrip("/").endswith(f"/{next(iter(objects))}")
     if shard.owns(0) and not alone:
-        _tell_other_kinds((key.removeprefix(prefix) for key in store.list(prefix)), url)
+        _tell_unread((key.removeprefix(prefix) for key in store.list(prefix)), url)
     files = []
     for number, key in enumerate(objects):
         inside = PurePath(key.removeprefix(prefix))
@@ -302,9 +305,8 @@ def _hub_files(name: str, source: SourceConfig, listed: Iterable[str]) -> dict[P
     """
     folder = PurePath(source.hub_subset or "")
     paths = [path for path in sorted(map(Path, listed)) if path.is_relative_to(folder)]
-    stated = {
-        path: own_split(path.relative_to(folder)) for path in paths if is_data_name(path.name)
-    }
+    inside = {path: path.relative_to(folder) for path in paths}
+    stated = {path: own_split(name) for path, name in inside.items() if is_data_name(str(name))}
     with_split: dict[Path, str | None] = {path: split for path, split in stated.items() if split}
     rows: dict[Path, str | None] = {path: None for path in stated if container_of(path) != "json"}
     if not stated:
@@ -326,9 +328,13 @@ def _from_hub(name: str, source: SourceConfig, shard: Shard) -> list[SourceFile]
     listed = [s.rfilename for s in info.siblings or ()]
     paths = _hub_files(name, source, listed)
     if shard.owns(0):
-        inside = [file for file in listed if Path(file).is_relative_to(source.hub_subset or "")]
-        _tell_other_kinds(inside, source.hub)
-        beside = [file for file in inside if is_data_name(file) and Path(file) not in paths]
+        subset = Path(source.hub_subset or "")
+        inside = [path for path in map(Path, listed) if path.is_relative_to(subset)]
+        names = {str(path.relative_to(subset)): path for path in inside}
+        _tell_unread(names, source.hub)
+        beside = [
+            str(path) for name, path in names.items() if is_data_name(name) and path not in paths
+        ]
         _tell("files beside those of the set's rows are left out", beside, source.hub)
     fetched = {path: shard.owns(number) for number, path in enumerate(paths)}
     chosen = [glob.escape(path.as_posix()) for path in paths if fetched[path]]

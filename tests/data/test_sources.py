@@ -56,10 +56,26 @@ def test_files_of_a_folder_that_cannot_be_read_are_named(
     for name in ("b.xlsx", "a.jsonl.bz2", "deep/notes.TXT"):
         (folder / name).write_bytes(b"PK")
     names(SourceConfig(path=str(folder)))
-    told = f"another kind are not read: a.jsonl.bz2, b.xlsx, notes.TXT in {folder}"
+    told = f"another kind are not read: a.jsonl.bz2, b.xlsx, deep/notes.TXT in {folder}"
     assert told in capsys.readouterr().err
     names(SourceConfig(path=str(folder / "train.jsonl")))
     assert "not read" not in capsys.readouterr().err
+
+
+def test_what_lies_in_hidden_folders_is_not_read(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = names(SourceConfig(path=str(folder)))
+    for name in (".ipynb_checkpoints/train-checkpoint.jsonl", "deep/_temporary/0/part-0.jsonl"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text(LINES)
+    capsys.readouterr()
+    assert names(SourceConfig(path=str(folder))) == expected
+    told = f"names begin with _ are not read: deep/_temporary/0/part-0.jsonl in {folder}"
+    assert told in capsys.readouterr().err
+    # who names such a folder means it
+    found = names(SourceConfig(path=str(folder / ".ipynb_checkpoints")))
+    assert [name for name, _ in found] == ["mine: train-checkpoint.jsonl"]
 
 
 def test_a_file_alone_states_no_split(folder: Path) -> None:
@@ -145,6 +161,7 @@ def test_a_store(
         path = folder / name
         store.upload(path, f"mine/{name}", sha256_file(path))
     store.write("mine/notes.txt", b"no data")
+    store.write("mine/_temporary/0/part-0.jsonl", LINES.encode())
     url = f"{bucket_url}/sets/mine"
     assert names(SourceConfig(path=url)) == [
         ("mine: deep/test-0.jsonl", "test"),
