@@ -148,12 +148,13 @@ def _container_by_content(path: Path, shown: str) -> Container:
         return "parquet"
     if magic.startswith(b"ARROW1"):
         return "arrow"
+    # before what its name says: pointers and pages are saved under any
+    refuse_foreign(magic, shown)
     container = container_of(path)
     if container is None and magic.lstrip().startswith((b"{", b"[")):
         # an object of a store often has no suffix
         return "json"
     if container is None:
-        refuse_foreign(magic, shown)
         raise DataError(
             f"cannot tell what kind of file this is: {path.name}",
             where=shown,
