@@ -152,7 +152,9 @@ def shp(row: Mapping[str, Any], min_score_ratio: float = SHP_MIN_SCORE_RATIO) ->
         raise RowError("wrong_type", "labels must be 0 (B is better) or 1 (A is better)", "labels")
     if min(scores) <= 0 or max(scores) / min(scores) < min_score_ratio:
         raise RowError(
-            "score_ratio_too_low", "the two scores are too close to tell which is better"
+            "score_ratio_too_low",
+            "the two scores are too close to tell which is better",
+            "score_A",
         )
     chosen, rejected = responses if label == 1 else reversed(responses)
     return [Candidate(prompt, chosen, rejected, split=split_field(row))]

@@ -59,8 +59,9 @@ class Rejected:
 
     def shortened(self) -> Rejected:
         """The same with no more of the row than is shown."""
-        row = {self.field: self.start_of_value()} if self.field else None
-        return replace(self, row=row)
+        start = self.start_of_value()
+        is_field = isinstance(self.row, dict) and self.field
+        return replace(self, row={self.field: start} if is_field else start)
 
     def moved(self, offset: int) -> Rejected:
         """The same, ``offset`` lines further down its file."""
@@ -86,8 +87,8 @@ class Rejected:
             return writable(json.dumps(values, ensure_ascii=False, default=str)).encode() + b"\n"
 
     def start_of_value(self) -> str:
-        """The first characters of the field at fault."""
-        value = self.row.get(self.field) if isinstance(self.row, dict) and self.field else None
+        """The first characters of the field at fault, or of a row that has no fields."""
+        value = self.row.get(self.field) if isinstance(self.row, dict) else self.row
         text = "" if value is None else str(value)
         return writable(text[:_SHOWN_VALUE_CHARS])
 

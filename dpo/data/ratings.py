@@ -84,13 +84,16 @@ def _pair_group(group: list[Answer], source: str, validator: Validator, part: Pa
 
     for answer in group[MAX_ANSWERS:]:
         advice = f"the prompt has more than {MAX_ANSWERS} rated answers: the first ones are used"
-        reject(answer, RowError("over_prompt_limit", advice))
+        reject(answer, RowError("over_prompt_limit", advice, "prompt"))
     group = group[:MAX_ANSWERS]
     if len(group) == 1:
-        reject(group[0], RowError("one_answer", "no other answer to this prompt is rated"))
+        reject(
+            group[0], RowError("one_answer", "no other answer to this prompt is rated", "prompt")
+        )
     elif len({answer.rating.score for answer in group}) == 1:
         for answer in group:
-            reject(answer, RowError("equal_scores", "all answers to this prompt have one score"))
+            advice = "all answers to this prompt have one score"
+            reject(answer, RowError("equal_scores", advice, "prompt"))
     else:
         _accept_pairs(group, validator, part, reject)
 

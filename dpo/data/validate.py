@@ -91,12 +91,14 @@ def _refuse_turn(name: str, text: str, marks: re.Pattern[str]) -> None:
 
 def _refuse_equal(chosen: str, rejected: str) -> None:
     if chosen == rejected:
-        raise RowError("chosen_equals_rejected", "chosen and rejected are the same text")
+        advice = "chosen and rejected are the same text"
+        raise RowError("chosen_equals_rejected", advice, "rejected")
     if look_alike(chosen, rejected):
         raise RowError(
             "chosen_equals_rejected",
             "chosen and rejected look the same: they differ only in spaces, in characters that "
             "nobody sees or in how accents are written",
+            "rejected",
         )
 
 
@@ -331,6 +333,7 @@ class Validator:
                 "identical_after_truncation",
                 f"chosen and rejected differ only after the {n_bytes + 1} tokens that are kept: "
                 "raise max_length or lower max_prompt_length",
+                "rejected",
             )
         kept = {"prompt": example.prompt_T, "chosen": chosen_T, "rejected": rejected_T}
         for name, part in blank.items():

@@ -43,7 +43,7 @@ LONG = "word " * 600
         (row("p", " \n", "r"), "empty", "chosen"),
         (row("", "c", "r"), "empty", "prompt"),
         (row("p", "c", "r", sft_target=" "), "empty", "sft_target"),
-        (row("p", "same", " same "), "chosen_equals_rejected", ""),
+        (row("p", "same", " same "), "chosen_equals_rejected", "rejected"),
         (row("p", " [deleted]", "r"), "placeholder", "chosen"),
         (row("p", "c", "nan\n"), "placeholder", "rejected"),
         (row("#NAME?", "c", "r"), "placeholder", "prompt"),
@@ -56,7 +56,7 @@ LONG = "word " * 600
         (row("\u2060", "c", "r"), "empty", "prompt"),
         (row("lost \N{REPLACEMENT CHARACTER}", "c", "r"), "broken_encoding", "prompt"),
         (row("p", "end<|endoftext|>", "r"), "eos_in_text", "chosen"),
-        (row("p", LONG + "a", LONG + "b"), "identical_after_truncation", ""),
+        (row("p", LONG + "a", LONG + "b"), "identical_after_truncation", "rejected"),
         (row(LONG, "\n\u3000" * 900 + "a", "b"), "empty_after_truncation", "chosen"),
         (row(LONG, "a", "\n\u200b" * 900 + "b"), "empty_after_truncation", "rejected"),
         (row("q" + "\n\u3000" * 900, "a", "b"), "empty_after_truncation", "prompt"),
@@ -81,7 +81,9 @@ def test_a_line_that_is_not_json_is_rejected_with_its_text(ingest: Ingest, tmp_p
     path.write_text(json.dumps(good_row(1)) + '\n{"prompt": "p", \n')
     found = ingest([good_row(2)], {"path": str(path)})
     assert [(line["reason"], line["line"]) for line in found.quarantine] == [("unreadable", 2)]
-    assert found.quarantine[0]["row"] == '{"prompt": "p", '
+    assert found.quarantine[0]["row"] == found.quarantine[0]["value"] == '{"prompt": "p", '
+    (shown,) = found.report["examples"]["unreadable"]
+    assert shown.endswith("""(unreadable: '{"prompt": "p", ')""")
 
 
 def test_ordinary_characters_pass(ingest: Ingest) -> None:
