@@ -11,6 +11,7 @@ from typing import Any
 
 from dpo.errors import ConfigError
 from dpo.storage.host_memory import prepare
+from dpo.storage.processes import told_to_end
 
 REFUSED = 3
 """Exit code of a gate that refuses."""
@@ -43,13 +44,20 @@ def _ingest(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int
     from dpo.data.stage import run_ingest
 
     config = restrict(composed.config, "ingest")
-    if "shard" in paths:
-        from dpo.data.shards import parse_shard, run_shard
+    if {"shard", "shards"} <= paths.keys():
+        raise ConfigError(
+            "shard= reads a share of the sources, shards= puts the shares together",
+            where="shards",
+            fix="give shard=I/N to N commands, and shards= to one more after them",
+        )
+    with told_to_end():
+        if "shard" in paths:
+            from dpo.data.shards import parse_shard, run_shard
 
-        run_shard(config, paths["output"], parse_shard(str(paths["shard"])))
-        print(f"shard: {paths['output']}")
-        return 0
-    run_ingest(config, paths["output"], shards=_folders(paths.get("shards")))
+            run_shard(config, paths["output"], parse_shard(str(paths["shard"])))
+            print(f"shard: {paths['output']}")
+            return 0
+        run_ingest(config, paths["output"], shards=_folders(paths.get("shards")))
     print(f"pairs and report: {paths['output']}")
     return 0
 
@@ -70,7 +78,9 @@ def check(options: argparse.Namespace, settings: list[str]) -> int:
     """``dpo ingest --check``."""
     from dpo.data.check_file import check_file
 
-    return check_file(options.check, settings, options.config_dir, as_json=options.output == "json")
+    as_json = options.output == "json"
+    with told_to_end():
+        return check_file(options.check, settings, options.config_dir, as_json=as_json)
 
 
 def _tokenize(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:

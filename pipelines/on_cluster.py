@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 from dpo.errors import PipelineError
+from dpo.storage.processes import told_to_end
 from pipelines import cluster, package, sending
 from pipelines.asked import not_empty
 from pipelines.outcome import Outcome
@@ -130,7 +130,7 @@ def _follow(
     if not options.wait:
         return Outcome("submitted", run_id, where=link)
     try:
-        with _told_to_end():
+        with told_to_end():
             return wait(
                 client,
                 target,
@@ -156,20 +156,6 @@ def _follow(
                 run_id,
             ) from None
         return Outcome("cancelled", run_id, where=link)
-
-
-@contextmanager
-def _told_to_end() -> Iterator[None]:
-    """SIGTERM, with which CI ends a job, is as Ctrl-C in here."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -122,7 +122,8 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
         text = str(error).splitlines()[0]
         raise ConfigError(
             f"an override cannot be read: {text}",
-            fix="quote values that hold commas, brackets or spaces: key='a value'",
+            fix="quote values that hold commas, brackets, spaces or letters beyond ASCII: "
+            "key='a value', datasets=['données.jsonl']",
         ) from None
 
 

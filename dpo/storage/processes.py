@@ -65,6 +65,19 @@ def repeated(act: Callable[[], bool | None], seconds: float, name: str) -> Itera
         thread.join()
 
 
+@contextmanager
+def told_to_end() -> Iterator[None]:
+    """SIGTERM, with which CI, `timeout` and a cluster end a job, is as Ctrl-C in here.
+
+    For the main thread of a command: what is half-written is removed as after Ctrl-C.
+    """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def die_with_parent(parent: int) -> None:
     """Ask Linux to end this process when its parent ends, even by SIGKILL; elsewhere nothing.
 

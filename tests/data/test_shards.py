@@ -124,6 +124,8 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert main([*common, "output=one"]) == 0
     assert hashes(tmp_path / "merged") == hashes(tmp_path / "one")
     assert main([*common, "shards=none/*", "output=x"]) == 2
+    assert main([*common, "shard=1/2", "shards=parts/*", "output=x"]) == 2
+    assert not Path("x").exists()
 
 
 @pytest.mark.minio
