@@ -34,7 +34,8 @@ _SCORE_WORDS = re.compile(
 )
 _OTHER_WORDS = re.compile(
     r"confiden|difficult|strength|margin|degree|reason|why|comment|explan|flag|"
-    r"error|mistake|toxic|harm|unsafe|severity|risk|bias|hallucinat|worse|worst|reject"
+    r"error|mistake|toxic|harm|unsafe|severity|risk|bias|hallucinat|reject|"
+    r"worse|worst|bad|least|lose|(?:dis|un|non[ _-]?)prefer|(?<![a-z])not(?![a-z])"
 )
 """Of questions about something else, and of scores that are better when lower."""
 _KNOWN = frozenset({"selected", "choices", "rating", "number", "text"})
@@ -255,10 +256,11 @@ def _votes(
 def _is_verdict(item: Said) -> bool:
     if item.kind in ("rating", "number"):
         return False
-    if item.kind == "pairwise" or _is_ranking(item.value) or item.question in SIGNED:
+    if _is_ranking(item.value) or item.question in SIGNED:
         return True
     question = item.question.lower()
-    return bool(_VERDICT_WORDS.search(question)) and not _OTHER_WORDS.search(question)
+    says_so = item.kind == "pairwise" or bool(_VERDICT_WORDS.search(question))
+    return says_so and not _OTHER_WORDS.search(question)
 
 
 def _is_ranking(value: Any) -> bool:

@@ -104,6 +104,20 @@ def test_a_question_about_something_else_is_no_vote() -> None:
     assert reason(argilla(difficulty=[2])) == "unknown_verdict"
 
 
+@pytest.mark.parametrize(
+    "question",
+    [
+        *("least_preferred", "not_preferred", "dispreferred", "non_preferred_output"),
+        *("select_the_bad_one", "which_is_worse"),
+    ],
+)
+def test_a_question_for_the_worse_answer_is_no_vote_for_it(question: str) -> None:
+    assert reason(argilla(**{question: ["response_1"]})) == "unknown_verdict"
+    assert texts(argilla(**{question: ["response_1"], "preference": ["response_2"]})) == SECOND
+    worse = (question, "pairwise", {"selected": "left"})
+    assert reason(label_studio(worse)) == "unknown_verdict"
+
+
 def test_the_only_question_that_names_answers_is_a_verdict() -> None:
     assert texts(argilla(label=["response_2", "response_2"], topic=["law"])) == SECOND
     assert reason(argilla(label=["response_2"], source=["response_1"])) == "unknown_verdict"
