@@ -241,22 +241,16 @@ def _scores(row: Mapping[str, Any], answers: Sequence[Any], field: str) -> list[
         if not isinstance(values, list) or len(values) != len(answers):
             raise RowError("wrong_type", f"{key} must have one number for each of {field}", key)
         return [sign * as_number(value, key) for value in values]
-    found = []
-    for answer in answers:
-        if isinstance(answer, Mapping) and answer.get("rank") is not None:
-            found.append(-as_number(answer["rank"], "rank"))
-            continue
-        key = next(
-            (k for k in _SCORES if isinstance(answer, Mapping) and answer.get(k) is not None), ""
-        )
-        if not key:
-            raise RowError(
-                "missing_field",
-                f"each of {field} needs a score or a rank, or give scores or ranks",
-                field,
-            )
-        found.append(as_number(answer[key], key))
-    return found
+    # one measure for all: a score of one kind says nothing beside a rank or another kind
+    measures = (("rank", -1.0), *((key, 1.0) for key in _SCORES))
+    for key, sign in measures:
+        if all(isinstance(answer, Mapping) and answer.get(key) is not None for answer in answers):
+            return [sign * as_number(answer[key], key) for answer in answers]
+    raise RowError(
+        "missing_field",
+        f"each of {field} needs a score or a rank of one name, or give scores or ranks",
+        field,
+    )
 
 
 def scored_pairs(

@@ -187,6 +187,15 @@ def test_message_lists_refuse(row: Any, expected: str) -> None:
     assert reason(row, format="messages") == expected
 
 
+def test_answers_are_compared_by_one_measure() -> None:
+    """5 of 5 and 7 of 10 are on two scales, and a score says nothing beside a rank."""
+    fine = {"text": "a", "fine-grained_score": 5.0, "overall_score": 9.0}
+    row = {"prompt": "p", "completions": [fine, {"text": "b", "overall_score": 7.0}]}
+    assert texts(row) == [("p", "a", "b")]
+    row["completions"] = [{"text": "a", "rank": 1}, {"text": "b", "score": 2}]
+    assert reason(row) == "missing_field"
+
+
 def test_ultrafeedback_pairs_each_two_unlike_scores() -> None:
     row = {
         "instruction": "Hi?",
