@@ -34,7 +34,7 @@ _SCORE_WORDS = re.compile(
 )
 _OTHER_WORDS = re.compile(
     r"confiden|difficult|strength|margin|degree|reason|why|comment|explan|flag|"
-    r"error|mistake|toxic|harm|unsafe|severity|risk|bias|hallucinat|reject|"
+    r"error|mistake|toxic|harm|unsafe|severity|risk|bias|hallucinat|reject|verbos|length|complex|"
     r"worse|worst|bad|least|lose|(?:dis|un|non[ _-]?)prefer|(?<![a-z])not(?![a-z])"
 )
 """Of questions about something else, and of scores that are better when lower."""

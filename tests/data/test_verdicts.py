@@ -94,6 +94,9 @@ def test_an_overall_score_counts_before_others() -> None:
 def test_a_number_of_errors_is_no_score() -> None:
     assert reason(argilla(errors_1=[5], errors_2=[0])) == "unknown_verdict"
     assert reason(argilla(toxicity_score_1=[5], toxicity_score_2=[0])) == "unknown_verdict"
+    # nor is its length: HelpSteer's axes are rated beside each other
+    axes = {"verbosity_rating_1": [5], "verbosity_rating_2": [1]}
+    assert texts(argilla(**axes, correctness_1=[2], correctness_2=[3])) == SECOND
 
 
 def test_a_question_about_something_else_is_no_vote() -> None:
