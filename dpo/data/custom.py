@@ -65,6 +65,10 @@ def load_rows(name: str, source: str) -> Iterator[dict[str, Any]]:
             data = function(split, silent=True, cache_dir=None)
             for prompt, entry in data.items():
                 responses = entry["responses"]
+                if not entry["pairs"]:
+                    # the reference code's SFT takes it: here it goes, and is counted
+                    equal = [0.0] * len(responses)
+                    yield {"prompt": prompt, "responses": responses, "scores": equal}
                 for better, worse in entry["pairs"]:
                     yield {
                         "prompt": prompt,

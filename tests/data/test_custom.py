@@ -27,6 +27,11 @@ def whole(split, silent=False, cache_dir=None):
         }
     }
 
+def with_unpaired(split, silent=False, cache_dir=None):
+    alone = {"responses": ["d"], "pairs": [], "sft_target": "d"}
+    both = {"responses": ["d", "e"], "pairs": [], "sft_target": "d"}
+    return {**whole(split), f"alone {split}": alone, f"both {split}": both}
+
 def broken(split, silent=False, cache_dir=None):
     return ["no mapping"]
 """
@@ -81,5 +86,8 @@ def test_the_reference_codes_form_is_accepted(ingest_sources: Ingest, custom: st
         ("q2", "a", "b", "c", "test"),
         ("q2", "c", "b", "c", "test"),
     ]
+    found = ingest_sources({"mine": {"loader": f"{custom}:with_unpaired"}})
+    assert len(found.pairs) == 4
+    assert found.reasons == ["one_answer", "equal_scores"] * 2
     with pytest.raises(DataError, match="broken failed: AttributeError"):
         ingest_sources({"mine": {"loader": f"{custom}:broken"}})
