@@ -150,9 +150,9 @@ test-cluster: setup ## The tests against the endpoint in KF_PIPELINES_ENDPOINT
 	@$(BIN)/python -m pytest -m cluster $(PYTEST)
 
 .PHONY: validate-data
-validate-data: setup ## Say what is wrong with a data file (FILE=...)
+validate-data: setup ## Say what is wrong with a data file (FILE=..., ARGS="--output json")
 	@test -n "$(FILE)" || { echo "name a file: make validate-data FILE=toy-data/community.json" >&2; exit 2; }
-	@$(BIN)/python -m dpo ingest --check '$(FILE)' $(SET)
+	@$(BIN)/python -m dpo ingest --check '$(FILE)' $(SET) $(ARGS)
 
 .PHONY: test-api
 test-api: setup ## The tests of the service and of the Python interface
