@@ -59,16 +59,20 @@ Scores = list[float]
 
 
 def answer_names(row: Mapping[str, Any]) -> list[str]:
-    """The fields that hold the answers, in order; empty where there are not two of one kind."""
+    """The fields that hold the answers, in order.
+
+    Empty where there are not two of one kind, and where two kinds have several or two fields have
+    one mark: nobody knows then which of them are the answers.
+    """
     found: dict[str, list[tuple[str, str]]] = {}
     for key in row:
         if row[key] is not None and (match := _NAME.match(str(key))):
             stem, mark = match[1].lower(), match[2].lower().zfill(2)
             found.setdefault(stem, []).append((mark, key))
-    for items in found.values():
-        if len(items) > 1:
-            return [key for _, key in sorted(items)]
-    return []
+    groups = [items for items in found.values() if len(items) > 1]
+    if len(groups) != 1 or len(dict(groups[0])) < len(groups[0]):
+        return []
+    return [key for _, key in sorted(groups[0])]
 
 
 def mark_of(name: str) -> str:

@@ -233,6 +233,16 @@ def test_trl_implicit_prompt_of_plain_texts(
     assert texts({"chosen": chosen, "rejected": rejected}) == [expected]
 
 
+def test_answers_of_two_kinds_are_not_guessed_at() -> None:
+    texts_too = {"text_1": "a", "text_2": "b", "answer_1": "c", "answer_2": "d"}
+    assert reason({"prompt": "p", **texts_too, "winner": "answer_2"}) == "unknown_format"
+    twice = {"response_1": "a", "Response 1": "b", "response_2": "c"}
+    assert reason({"prompt": "p", **twice, "winner": "1"}) == "unknown_format"
+    # one field of another kind is none of several answers
+    row = {"prompt": "p", "text_1": "a", "answer_1": "c", "answer_2": "d", "winner": "answer_2"}
+    assert texts(row) == [("p", "d", "c")]
+
+
 def test_names_in_capitals_and_with_spaces() -> None:
     assert parse({"Prompt": "p", "Chosen ": "c", "REJECTED": "r"}) == [Candidate("p", "c", "r")]
     assert parse({"prompt": "p", "chosen_response": "c", "rejected_response": "r"}) == [
