@@ -35,6 +35,9 @@ PROMPTS = (
 SYSTEMS = ("system", "system_prompt")
 HISTORY = "history"
 _BEFORE = frozenset({*SYSTEMS, HISTORY})
+_NOTHING = frozenset({"", "nan", "<na>", "<noinput>"})
+"""What pandas writes where a text is missing, and Alpaca's data."""
+_LONG_CHARS = 40
 _DIALOGUE = re.compile(rf"^\s*(Human|User):|{HUMAN}|{ASSISTANT}")
 
 
@@ -77,12 +80,24 @@ def _question(row: Mapping[str, Any], field: str, text: str) -> list[Any]:
         )
     for name, more in (("input", extra), ("context", context)):
         if isinstance(more, str):
-            if more.strip() and more.strip() not in text:
+            if more.strip().lower() not in _NOTHING and not _repeats(text, more):
                 text += f"\n\n{more}"
         elif more:
             kind = type(more).__name__
             raise RowError("wrong_type", f"{name} must be a text, found a {kind}", name)
     return [{"role": "user", "content": text}]
+
+
+def _repeats(text: str, part: str) -> bool:
+    """Whether a text has another one in it on purpose: a long one, or one in lines of its own.
+
+    Marks of a template may stand around it. A short text stands in many others by chance.
+    """
+    part = part.strip()
+    if len(part) >= _LONG_CHARS or part not in text:
+        return part in text
+    around = rf"(?:^|[\n>\]]|System:)[ \t]*{re.escape(part)}[ \t]*(?:$|[\n<\[])"
+    return re.search(around, text) is not None
 
 
 # --- what stands before it ------------------------------------------------------------------------
@@ -117,7 +132,7 @@ def _framed(item: Candidate | Rating, system: str, turns: Messages) -> Candidate
         prompt = _before(item.messages, system, turns)
         check_order(prompt, "prompt")
         return item._replace(prompt=as_text(prompt), messages=prompt)
-    if system.strip() in item.prompt:
+    if _repeats(item.prompt, system):
         system = ""
     start = _before((), system, turns)
     if not start:
@@ -146,7 +161,7 @@ def _before(prompt: Messages, system: str, turns: Messages) -> Messages:
 def _system(row: Mapping[str, Any]) -> str:
     for name in SYSTEMS:
         value = row.get(name)
-        if isinstance(value, str) and value.strip():
+        if isinstance(value, str) and value.strip().lower() not in _NOTHING:
             return value
         if isinstance(value, list | Mapping) and value:
             raise RowError("wrong_type", f"{name} must be a text", name)
@@ -159,7 +174,7 @@ def _history(row: Mapping[str, Any]) -> Messages:
         return ()
     if isinstance(value, str):
         prompt = row.get("prompt")
-        if not value.strip() or (isinstance(prompt, str) and value.strip() in prompt):
+        if not value.strip() or (isinstance(prompt, str) and _repeats(prompt, value)):
             return ()
         try:
             value = orjson.loads(value)

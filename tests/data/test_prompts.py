@@ -126,6 +126,38 @@ def test_no_system_message_changes_nothing(system: Any) -> None:
     assert texts({**row, "system": system}) == [("Hi?", "Yes.", "No.")]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("Is it Paris? Be brief, please.", False),
+        ("Tell me: Be brief or be long?", False),
+        ("Be brief\n\nHi?", True),
+        ("### System:\nBe brief\n### User:\nHi?", True),
+        ("[INST] <<SYS>>\nBe brief\n<</SYS>>\nHi? [/INST]", True),
+        ("<|system|>Be brief<|user|>Hi?", True),
+    ],
+)
+def test_a_short_system_message_stands_in_a_prompt_by_chance(prompt: str, said: bool) -> None:
+    row = {"system": "Be brief", "prompt": prompt, "chosen": "a", "rejected": "b"}
+    added = f"\n\nSystem: Be brief\n\nHuman: {prompt}\n\nAssistant:"
+    assert texts(row) == [(prompt, "a", "b") if said else (added, " a", " b")]
+
+
+def test_a_short_input_is_not_left_out_for_it_stands_in_the_instruction() -> None:
+    row = {"instruction": "Which is larger than 12?", "input": "1", "chosen": "a", "rejected": "b"}
+    expected = "\n\nHuman: Which is larger than 12?\n\n1\n\nAssistant:"
+    assert texts(row) == [(expected, " a", " b")]
+    long = "Twelve is larger than one, and one is larger than none."
+    row |= {"instruction": f"Sum up: {long}", "input": long}
+    assert texts(row) == [(f"\n\nHuman: Sum up: {long}\n\nAssistant:", " a", " b")]
+
+
+@pytest.mark.parametrize("nothing", ["nan", "<NA>", "<noinput>", " "])
+def test_marks_of_a_missing_text_are_no_input_and_no_system_message(nothing: str) -> None:
+    row = {"instruction": "Hi?", "input": nothing, "system": nothing, "chosen": "a"}
+    assert texts({**row, "rejected": "b"}) == [(HI, " a", " b")]
+
+
 def test_history_is_earlier_turns() -> None:
     """LLaMA-Factory's form."""
     row = {"instruction": "And in German?", "input": "", "chosen": "Hallo", "rejected": "Hola"}
