@@ -126,8 +126,8 @@ def named_answers(row: Mapping[str, Any]) -> Mapping[str, Any]:
     pair = row.get("chosen"), row.get("rejected")
     if not all(isinstance(value, str | int) and len(str(value)) <= MARK_CHARS for value in pair):
         return row
-    if all(type(value) is int for value in pair):
-        row = _of_list(row, pair)
+    if all(str(value).isdecimal() for value in pair):
+        row = _of_list(row, (int(pair[0]), int(pair[1])))
     names = answer_names(row)
     if not names or all(repeated(value, names, row) for value in pair):
         return row
@@ -138,9 +138,9 @@ def named_answers(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return row
 
 
-def _of_list(row: Mapping[str, Any], pair: tuple[Any, Any]) -> Mapping[str, Any]:
+def _of_list(row: Mapping[str, Any], pair: tuple[int, int]) -> Mapping[str, Any]:
     name = next((name for name in ANSWER_LISTS if isinstance(row.get(name), list)), None)
-    if name is None or pair[0] == pair[1]:
+    if name is None or pair[0] == pair[1] or row["chosen"] in row[name]:
         return row
     answers, low, high = row[name], min(pair), max(pair)
     if low == 0 and high < len(answers):

@@ -233,6 +233,13 @@ def test_trl_implicit_prompt_of_plain_texts(
     assert texts({"chosen": chosen, "rejected": rejected}) == [expected]
 
 
+def test_numbers_of_answers_may_be_texts() -> None:
+    row = {"prompt": "p", "responses": ["a", "b"], "chosen": "1", "rejected": "0"}
+    assert texts(row) == [("p", "b", "a")]
+    # the answers themselves
+    assert texts({**row, "responses": ["1", "0"]}) == [("p", "1", "0")]
+
+
 def test_answers_of_two_kinds_are_not_guessed_at() -> None:
     texts_too = {"text_1": "a", "text_2": "b", "answer_1": "c", "answer_2": "d"}
     assert reason({"prompt": "p", **texts_too, "winner": "answer_2"}) == "unknown_format"
