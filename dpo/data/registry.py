@@ -53,14 +53,15 @@ _ALIASES = {
     **{"response_chosen": "chosen", "response_rejected": "rejected"},
     # StackLLaMA's
     **{"response_j": "chosen", "response_k": "rejected"},
+    # LLaMA-Factory's
+    "kto_tag": "label",
 }
 
 _SCORED = frozenset({"label", "score", "rating", "helpfulness"})
 _NAMES = frozenset(
     {
         *("prompt", "chosen", "rejected", "sft_target", "split"),
-        *("messages", "conversations", "conversation"),
-        *("scores", "ratings", "ranks", *shapes.ANSWER_LISTS, *_SCORED),
+        *(*shapes.DIALOGUES, "scores", "ratings", "ranks", *shapes.ANSWER_LISTS, *_SCORED),
         *(*PROMPTS, *SYSTEMS, HISTORY, *VERDICTS, *MEDIA, TOOLS),
     }
 )
@@ -187,7 +188,7 @@ def detect(row: Mapping[str, Any]) -> str | None:
     ):
         if keys >= needed:
             return name
-    if isinstance(row.get("messages"), list) and keys & _SCORED:
+    if keys & _SCORED and any(isinstance(row.get(key), list) for key in shapes.DIALOGUES):
         return "rated"
     if not keys & _ASKED:
         return None

@@ -41,7 +41,8 @@ from dpo.data.messages import (
 )
 from dpo.data.prompts import prompt_of
 
-_PROMPT_LISTS = ("prompt", "messages", "conversations", "conversation")
+DIALOGUES = ("messages", "conversations", "conversation")
+_PROMPT_LISTS = ("prompt", *DIALOGUES)
 ANSWER_LISTS = ("responses", "completions", "answers", "candidates", "generations")
 _ANSWER_TEXTS = ("text", "response", "completion", "content", "answer")
 _SCORES = ("fine-grained_score", "overall_score", "score", "rating", "helpfulness")
@@ -199,7 +200,7 @@ def se(row: Mapping[str, Any]) -> list[Candidate]:
 
 def rated(row: Mapping[str, Any]) -> list[Rating]:
     """One answer to a prompt with its score, or a label: true is good, false is bad."""
-    turns = row.get("messages")
+    turns = next((row[key] for key in DIALOGUES if row.get(key) is not None), None)
     if row.get("prompt") is None and isinstance(turns, list) and turns:
         # the whole dialogue in one list; its last turn is judged
         row = {**row, "prompt": turns[:-1], "completion": turns[-1:]}

@@ -416,6 +416,9 @@ def test_whole_dialogues_with_a_label(ingest: Callable[..., Outcome]) -> None:
     found = ingest(rows)
     assert [(p["chosen"], p["rejected"]) for p in found.pairs] == [(" No.", " So.")]
     assert found.pairs[0]["prompt"] == "\n\nHuman: Why?\n\nAssistant:"
+    turns = [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "No."}]
+    (item,) = parse({"conversations": turns, "kto_tag": False})
+    assert item == Rating(HI, (Message("user", "Hi?"),), "No.", 0.0)
 
 
 def test_a_dialogue_with_one_answer_is_no_preference(ingest: Callable[..., Outcome]) -> None:
