@@ -17,7 +17,7 @@ import orjson
 from dpo.data.formats import Candidate, Rating, RowError
 from dpo.data.messages import candidate
 from dpo.data.quarantine import Place, Rejected
-from dpo.data.schema import prompt_digest
+from dpo.data.schema import TEST, prompt_digest
 from dpo.data.shapes import MAX_ANSWERS
 from dpo.data.spill import PartWriter, Tally, pack_rating, unpack_rating
 from dpo.data.validate import Validator
@@ -105,7 +105,9 @@ def _accept_pairs(
     reject: Callable[[Answer, RowError], None],
 ) -> None:
     best = max(group, key=lambda answer: answer.rating.score).rating.answer
-    split = next((answer.rating.split for answer in group if answer.rating.split), None)
+    # a prompt with answers in both splits stays in test, as it does everywhere
+    splits = {answer.rating.split for answer in group} - {None}
+    split = TEST if TEST in splits else next(iter(splits), None)
     for one, two in combinations(group, 2):
         if one.rating.score == two.rating.score:
             continue

@@ -302,6 +302,17 @@ def test_rated_answers_of_a_prompt_become_pairs_wherever_they_stand(ingest: Inge
     assert found.report["figures"]["by_source"]["rows"]["rows"] == 7
 
 
+def test_a_prompt_whose_rated_answers_are_in_both_splits_stays_in_test(ingest: Ingest) -> None:
+    rated = [
+        {"prompt": "p", "completion": "a", "label": True, "split": "train"},
+        {"prompt": "p", "completion": "b", "label": False, "split": "test"},
+        {"prompt": "p", "completion": "c", "label": False},
+    ]
+    found = ingest([*rated, good_row(1)])
+    splits = [pair["split"] for pair in found.pairs if pair["prompt"] == "p"]
+    assert splits == ["test", "test"]
+
+
 # --- chat -----------------------------------------------------------------------------------------
 
 
