@@ -329,7 +329,7 @@ def _keep(
         part.accept(validator.check(item), line)
     else:
         validator.check_text("prompt", item.prompt)
-        validator.check_text("answer", item.answer)
+        validator.check_text("completion", item.answer)
         part.rate(item, line)
 
 

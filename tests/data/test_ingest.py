@@ -299,6 +299,8 @@ def test_rated_answers_of_a_prompt_become_pairs_wherever_they_stand(ingest: Inge
         ("equal_scores", 7),
         ("one_answer", 2),
     ]
+    (empty,) = (line for line in found.quarantine if line["reason"] == "empty")
+    assert empty["field"] == "completion"
     assert found.report["figures"]["by_source"]["rows"]["rows"] == 7
 
 
