@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -156,7 +157,13 @@ def _json_problem(line: bytes, error: orjson.JSONDecodeError) -> str:
         return f"broken encoding: {not_utf8(line)}"
     if b"\0" in line:
         return "not JSON: the line holds NUL bytes"
+    if word := _NO_NUMBER.match(error.doc, error.pos):
+        return f"not JSON: {word[0]} is not a JSON number, write null (column {error.colno})"
     return f"not JSON: {error.msg} (column {error.colno})"
+
+
+_NO_NUMBER = re.compile("NaN|Infinity")
+"""What Python's ``json`` and pandas write where a number is missing."""
 
 
 def _text(line: bytes) -> str:
