@@ -127,7 +127,7 @@ def named_answers(row: Mapping[str, Any]) -> Mapping[str, Any]:
     if not all(isinstance(value, str | int) and len(str(value)) <= MARK_CHARS for value in pair):
         return row
     if all(str(value).isdecimal() for value in pair):
-        row = _of_list(row, (int(pair[0]), int(pair[1])))
+        row = _of_list(row, (int(str(pair[0])), int(str(pair[1]))))
     names = answer_names(row)
     if not names or all(repeated(value, names, row) for value in pair):
         return row
