@@ -184,7 +184,7 @@ def _forget(given: Given) -> int:
 
 def _print_dependents(given: Given, found: lineage.Dependents, community: str) -> int:
     store = open_store(given.url)
-    code = 1 if found.unread else 0
+    code = 1 if found.unread or found.kept else 0
     if _as_json(given):
         print(json.dumps({**asdict(found), "fingerprints": sorted(found.fingerprints)}, indent=1))
         return code
@@ -202,7 +202,10 @@ def _print_dependents(given: Given, found: lineage.Dependents, community: str) -
         print(f"artifact  {step} {hash_[:_SHOWN]}")
     if not (found.models or found.runs or found.artifacts):
         print(f"nothing below this URL was made of the data of {community}")
-    return _print_unread(found.unread)
+    for url, why in found.kept.items():
+        print(f"kept      {url}  {why}")
+    _print_unread(found.unread)
+    return code
 
 
 def _as_json(given: Given) -> bool:

@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dpo.config.places import tokens_dir
-from dpo.errors import ArtifactError, ObjectMissing
+from dpo.errors import (
+    ArtifactError,
+    ObjectMissing,
+    StoreAccessDenied,
+    StoreError,
+    StoreUnavailable,
+)
 from dpo.storage.manifest import MANIFEST, read_manifest
 from dpo.storage.published import read_latest, read_version
 from dpo.storage.runs import parse_run
@@ -64,6 +70,8 @@ class Dependents:
     """Steps of the artifacts made of it, by content hash; the pipeline keeps them elsewhere."""
     unread: dict[str, str] = field(default_factory=dict)
     """URLs of manifests that cannot be read, and why: whether they depend on it is not known."""
+    kept: dict[str, str] = field(default_factory=dict)
+    """URLs of what was removed and stays in the bucket as an older version, and why."""
 
 
 def chain(url: str) -> tuple[dict[str, Any], list[Mapping[str, Any]]]:
@@ -111,7 +119,7 @@ def dependents(url: str, community: str) -> Dependents:
     store = open_store(url)
     keys = list(store.list())
     found = Dependents()
-    data = re.compile(rf"(?:^|/)communities/{re.escape(community)}/data/")
+    data = _data_of(community)
     found.data = [store.url(key) for key in keys if data.search(key)]
     tainted: set[str] = set()
     runs = dict(_readable(store, keys, _run, found))
@@ -135,6 +143,10 @@ def dependents(url: str, community: str) -> Dependents:
             present = [store.url(text) for text in texts if text in stored]
             found.runs[store.url(folder.rstrip("/"))] = present
     return found
+
+
+def _data_of(community: str) -> re.Pattern[str]:
+    return re.compile(rf"(?:^|/)communities/{re.escape(community)}/data/")
 
 
 def _token_caches() -> list[Path]:
@@ -254,9 +266,9 @@ def forget(url: str, community: str, *, reports: bool = False) -> Dependents:
     """Remove a community's data below a store's URL; returns what still depends on it.
 
     Removed is ``communities/<name>/data/``, where the service keeps what was posted, and token ids
-    of its texts in this machine's cache. Models, runs and artifacts stay: which of them may is not
-    for a command to decide. Manifests that cannot be
-    read are in ``unread``; the data goes all the same.
+    of its texts in this machine's cache. A bucket with versioning keeps no older version of them.
+    Models, runs and artifacts stay: which of them may is not for a command to decide. Manifests
+    that cannot be read are in ``unread``; the data goes all the same.
 
     Args:
         url: Of the store.
@@ -277,9 +289,32 @@ def forget(url: str, community: str, *, reports: bool = False) -> Dependents:
         found.runs = {run: [] if run in own else texts for run, texts in found.runs.items()}
     for object_url in removed:
         store.delete(object_url.removeprefix(f"{store.root}/"))
+    data = _data_of(community)
+    found.kept = _end_versions(store, lambda key: data.search(key) or store.url(key) in removed)
     for folder in found.tokens:
         shutil.rmtree(folder)
     return found
+
+
+def _end_versions(store: Store, ended: Callable[[str], object]) -> dict[str, str]:
+    """Remove what a bucket with versioning keeps of objects that were removed, now or earlier.
+
+    Returns:
+        URLs of those that stay, and why.
+    """
+    try:
+        versions = [(key, version) for key, version in store.versions() if ended(key)]
+    except StoreAccessDenied as error:
+        return {store.root: f"whether older versions are left is not known: {error.found}"}
+    kept = {}
+    for key, version in versions:
+        try:
+            store.delete(key, version)
+        except StoreUnavailable:
+            raise
+        except StoreError as error:
+            kept[store.url(key)] = f"an older version stays in the bucket: {error.found}"
+    return kept
 
 
 def _owner(url: str) -> str | None:

@@ -53,8 +53,7 @@ def _refuse_others(found: Found) -> None:
     except StoreAccessDenied:
         # an account that may read objects and not list them
         return
-    # consoles mark folders by objects whose names end so
-    if others := sorted(key for key in set(there) - known if key and not key.endswith("/")):
+    if others := sorted(set(there) - known):
         raise ArtifactError(
             f"{others[0]} is there and is no file of this version",
             where=found.store.url(f"{found.prefix}{others[0]}"),

@@ -106,7 +106,7 @@ class FolderStore(Store):
                     count += 1
         return count
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, version: str | None = None) -> None:
         with self._problems(key):
             path = self._path(key)
             path.unlink(missing_ok=True)

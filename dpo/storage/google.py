@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
@@ -43,6 +44,10 @@ class GoogleStore(S3Store):
         headers = {name.lower(): value for name, value in found.metadata.items()}
         modified = found.last_modified.timestamp() if found.last_modified else 0.0
         return ObjectStat(found.size, headers.get(_GENERATION, ""), modified)
+
+    def versions(self) -> Iterator[tuple[str, str]]:
+        """None: the service calls them generations and lists them in another form."""
+        return iter(())
 
     def _condition(self, expected: str | None) -> dict[str, str]:
         return {} if expected is None else {_CONDITION: expected or "0"}

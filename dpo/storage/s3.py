@@ -61,6 +61,7 @@ class S3Store(Store):
     def __init__(self, bucket: str, prefix: str, url: str, to: Connection | None = None) -> None:
         super().__init__(url)
         self.bucket, self.prefix = bucket, prefix
+        self._start = f"{prefix}/" if prefix else ""
         self.connection = to or connection()
         self._client = make_client(self.connection)
         limits = lambda: (self.retry_seconds, self.deadline)  # noqa: E731
@@ -93,8 +94,7 @@ class S3Store(Store):
             return bool(self._call(self.root, lambda: self._client.bucket_exists(self.bucket)))
         except StoreAccessDenied:
             # an account that is limited to a prefix may ask for names below it and no more
-            below = f"{self.prefix}/" if self.prefix else ""
-            query = {"list-type": "2", "max-keys": "1", "prefix": below}
+            query = {"list-type": "2", "max-keys": "1", "prefix": self._start}
             self._call(self.root, lambda: self._execute("GET", None, query))
             return True
 
@@ -174,18 +174,19 @@ class S3Store(Store):
             unfinished.unlink(missing_ok=True)
 
     def scan(self, prefix: str = "") -> Iterator[tuple[str, ObjectStat]]:
-        start = f"{self.prefix}/" if self.prefix else ""
-
-        def ask() -> list[Any]:
-            full = f"{start}{prefix}"
-            return list(self._client.list_objects(self.bucket, prefix=full, recursive=True))
-
-        for item in self._call(self.url(prefix), ask):
+        for item in self._listed(prefix):
             state = ObjectStat(item.size, item.etag, _seconds(item.last_modified))
-            yield item.object_name[len(start) :], state
+            yield item.object_name[len(self._start) :], state
 
-    def delete(self, key: str) -> None:
-        self._call(self.url(key), lambda: self._client.remove_object(self.bucket, self._key(key)))
+    def delete(self, key: str, version: str | None = None) -> None:
+        name = self._key(key)
+        self._call(self.url(key), lambda: self._client.remove_object(self.bucket, name, version))
+
+    def versions(self) -> Iterator[tuple[str, str]]:
+        for item in self._listed("", include_version=True):
+            # without its mark of removal a version that a lock keeps would be the newest again
+            if not item.is_delete_marker:
+                yield item.object_name[len(self._start) :], item.version_id
 
     def discard_unfinished(self, key: str, older_seconds: float) -> int:
         name = self._key(key)
@@ -381,8 +382,18 @@ class S3Store(Store):
                 if progress:
                     progress(len(chunk))
 
+    def _listed(self, prefix: str, **how: bool) -> list[Any]:
+        full = f"{self._start}{prefix}"
+
+        def ask() -> list[Any]:
+            found = self._client.list_objects(self.bucket, full, recursive=True, **how)
+            # consoles mark folders by objects whose names end so
+            return [item for item in found if not item.object_name.endswith("/")]
+
+        return self._call(self.url(prefix), ask)
+
     def _key(self, key: str) -> str:
-        return f"{self.prefix}/{safe_key(key)}" if self.prefix else safe_key(key)
+        return f"{self._start}{safe_key(key)}"
 
     @contextmanager
     def _response(self, key: str, offset: int = 0, length: int = 0) -> Iterator[Any]:

@@ -148,8 +148,19 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def delete(self, key: str) -> None:
-        """Remove an object; nothing happens where there is none."""
+    def delete(self, key: str, version: str | None = None) -> None:
+        """Remove an object; nothing happens where there is none.
+
+        A bucket with versioning keeps it as an older version, until that is removed by its id.
+        """
+
+    def versions(self) -> Iterator[tuple[str, str]]:
+        """Key and id of every version of every object, of removed ones too, where they are kept.
+
+        Raises:
+            StoreAccessDenied: this account may not ask for them.
+        """
+        return iter(())
 
 
 def is_store_url(text: str) -> bool:
