@@ -12,6 +12,7 @@ _MISCALIBRATED = 0.1
 _EMPTY_SHARE = 0.05
 _LONGER = 1.5
 _MORE_REPETITION = 0.1
+_MORE_UNENDED = 0.1
 _FEW_PROMPTS = 20
 
 Figure = Mapping[str, float]
@@ -147,6 +148,14 @@ def _answers(evaluation: Mapping[str, Any]) -> Iterator[Finding]:
     if growth and growth["value"] > _LONGER:
         yield Finding(
             "longer", "warning", f"The answers grew to {_range(growth)} times the SFT model's."
+        )
+    unended, before = policy["cut_off"]["value"], sft["cut_off"]["value"]
+    if unended - before > _MORE_UNENDED:
+        yield Finding(
+            "unended",
+            "warning",
+            f"{unended:.0%} of the policy's answers did not end within evaluation.max_new_tokens, "
+            f"of the SFT model's {before:.0%}: they grew more than their lengths here say.",
         )
     if policy["empty"]["value"] > _EMPTY_SHARE:
         share = policy["empty"]["value"]

@@ -115,7 +115,7 @@ def _maxima(config: GateConfig, evaluation: Mapping[str, Any]) -> Iterator[Rule]
             "max_length_growth",
             config.max_length_growth,
             ("answers", "length_growth", "value"),
-            "mean answer length as a multiple of the SFT model's",
+            f"mean answer length as a multiple of the SFT model's{_unended(evaluation)}",
             "evaluation.n_samples, where not all of the SFT model's answers are empty",
         ),
         (
@@ -136,6 +136,12 @@ def _maxima(config: GateConfig, evaluation: Mapping[str, Any]) -> Iterator[Rule]
     for name, limit, keys, what, source in table:
         if limit is not None:
             yield _maximum(name, limit, _figure(evaluation, *keys), what, source)
+
+
+def _unended(evaluation: Mapping[str, Any]) -> str:
+    """How many answers were longer than was sampled: what was measured of them is the least."""
+    share = _figure(evaluation, "answers", "policy", "cut_off", "value")
+    return f" ({share:.0%} did not end within evaluation.max_new_tokens)" if share else ""
 
 
 def _maximum(name: str, limit: float, value: float | None, what: str, source: str) -> Rule:

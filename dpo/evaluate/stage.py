@@ -183,6 +183,10 @@ def _read(config: RunConfig, *, pairs: Path, sft: Path, policy: Path, reference:
             f"the policy was trained with {differing[0]}: give evaluate the same settings, or its "
             "rewards are those of another loss",
         )
+    wanted = config.evaluation
+    if wanted.top_p < 1 and not wanted.temperature and is_first():
+        text = f"evaluation.top_p={wanted.top_p:g} counts for nothing at evaluation.temperature=0"
+        message("evaluate", f"{text}: the answers are greedy")
     held_out = read_pairs(pairs, TEST)
     chosen = evaluation_indices(len(held_out.rows), config.n_eval_examples, config.seed)
     if not chosen:

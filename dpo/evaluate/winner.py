@@ -14,6 +14,10 @@ _THOUGHTS = re.compile(
 )
 _NAME = r"(?:answer[\s_]*)?(A|B|tie)"
 _VERDICT = re.compile(rf"""["']winner["']\s*:\s*["']\s*{_NAME}\s*["']""", re.IGNORECASE)
+_SPOKEN = re.compile(
+    # a letter that is no article, and after which the line or the sentence ends
+    r"\b[Ww]inner\W*:\W*(?:[Aa]nswer[\s_]*)?(A|B|[Tt]ie)(?=[*_`'\"]*\s*(?:[.;:)–—-]|\n|\Z))"
+)
 _BARE = re.compile(rf"\W*{_NAME}\W*", re.IGNORECASE)
 
 
@@ -38,6 +42,8 @@ def text_of(content: Any) -> str:
 def read_winner(content: str) -> Winner:
     """The verdict in a judge's text: a JSON object, also fenced or with words around it, or a word.
 
+    In prose ``Winner: A`` is one as well.
+
     What a reasoning model thought before it is no verdict.
 
     Raises:
@@ -45,6 +51,7 @@ def read_winner(content: str) -> Winner:
     """
     said = _THOUGHTS.sub("", content)
     found = set(_VERDICT.findall(said))
+    found = found or set(_SPOKEN.findall(said))
     if not found and (bare := _BARE.fullmatch(said)):
         found = {bare[1]}
     names = {name.lower() for name in found}

@@ -246,6 +246,9 @@ def test_the_key_comes_from_the_environment_and_is_shown_nowhere(monkeypatch):
         ('{"winner": "Answer A"}', "A"),
         ("{'winner': 'answer_b'}", "B"),
         ("Answer B.", "B"),
+        ("Both are short, but B is rude.\n\n**Winner: A**", "A"),
+        ("winner: Answer B. It answers the question.", "B"),
+        ("**Winner:** Tie", "tie"),
         ('<think>{"winner": "A"} or {"winner": "B"}</think>{"winner": "B"}', "B"),
         ('{"winner": "A"} or B?\n</think>\n{"winner": "B"}', "B"),
         ('<Thinking>a</Thinking> {"winner": "A"}<think>{"winner": "B"}', "A"),
@@ -255,7 +258,19 @@ def test_verdicts_that_are_understood(text, winner):
     assert read_winner(text) == winner
 
 
-@pytest.mark.parametrize("text", ["", "A or B", '{"winner": "A"} {"winner": "B"}', '{"winner": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "A or B", '{"winner": "A"} {"winner": "B"}', '{"winner": 1}'),
+        *(
+            "Winner: A tie",
+            "Winner: a tie",
+            "Winner: A or B",
+            "Winner: A\nWinner: B",
+            "Winner: Alice",
+        ),
+    ],
+)
 def test_verdicts_that_are_not(text):
     with pytest.raises(Exception, match="not A, B or tie"):
         read_winner(text)

@@ -134,6 +134,16 @@ def test_each_maximum_with_its_figure_and_limit(tmp_path, setting, limit, passed
     assert f"{limit:.3f}" in found.explanation
 
 
+def test_a_growth_of_answers_that_did_not_end_says_so(tmp_path):
+    policy = {"cut_off": figure(0.75)}
+    judged = evaluation(tmp_path / "e", answers={"length_growth": figure(1.1), "policy": policy})
+    found = rule(gate(tmp_path / "v", judged, "gate.max_length_growth=1.5"), "max_length_growth")
+    assert found.passed
+    assert (
+        "(75% did not end within evaluation.max_new_tokens): 1.100 is within" in found.explanation
+    )
+
+
 @pytest.mark.parametrize(
     ("setting", "what"), [("max_kl", "kl"), ("max_repetition", "answers")], ids=["kl", "answers"]
 )

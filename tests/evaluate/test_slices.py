@@ -221,6 +221,16 @@ def test_length_bias_is_called_out_when_its_interval_is_above_zero(low, kind):
     assert kinds(evaluation(slices=bias)) == kind
 
 
+@pytest.mark.parametrize(("policy", "kind"), [(0.75, ["unended"]), (0.55, [])])
+def test_answers_that_end_no_more_are_called_out(policy, kind):
+    none = {"value": 0.0}
+    of_each = {
+        name: {"empty": none, "repetition": none, "cut_off": {"value": value}}
+        for name, value in (("sft", 0.5), ("policy", policy))
+    }
+    assert kinds(evaluation(answers=of_each)) == kind
+
+
 @pytest.mark.parametrize(("n", "kind"), [(1, ["few_prompts"]), (19, ["few_prompts"]), (20, [])])
 def test_few_prompts_are_called_out(n, kind):
     assert kinds(evaluation(n_prompts=n)) == kind

@@ -266,6 +266,11 @@ def test_the_log_probabilities_before_are_those_of_the_sft_model(trained, whole,
     assert found["answers"]["length_growth"]["value"] == 1
 
 
+def test_a_nucleus_without_sampling_is_said_to_count_for_nothing(trained, tmp_path, capfd):
+    evaluate(trained, tmp_path / "e", "evaluation.top_p=0.9", "evaluation.n_kl_samples=0")
+    assert "evaluation.top_p=0.9 counts for nothing" in "".join(capfd.readouterr())
+
+
 def test_equal_runs_write_equal_bytes(trained, tmp_path):
     for name in ("a", "b"):
         evaluate(trained, tmp_path / name, "evaluation.temperature=0.8")
