@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+ROUNDING = 1e-6
+"""Of a sum of log-probabilities in float32, as a share of it."""
 _COLLAPSE_SHARE = 0.2
 """A chosen log-prob that fell by more than this share of its start has collapsed."""
 _MISCALIBRATED = 0.1
@@ -96,7 +98,7 @@ def _few_prompts(evaluation: Mapping[str, Any]) -> Iterator[Finding]:
 def _chosen_log_probs(evaluation: Mapping[str, Any]) -> Iterator[Finding]:
     change = evaluation["change"]["chosen_logp"]
     start = evaluation["before"]["chosen_logp"]["value"]
-    if change["high"] >= 0:
+    if change["high"] >= -ROUNDING * abs(start):
         return
     share = change["value"] / start if start else 0.0
     if share > _COLLAPSE_SHARE:

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from dpo.evaluate import charts
 from dpo.evaluate.bounds import PAGE_BYTES, clipped, first_values, in_bytes, largest, shortened
+from dpo.evaluate.findings import ROUNDING
 from dpo.evaluate.markdown import markdown_report
 from dpo.evaluate.numbers import interval_text, percent_text, signed_text
 from dpo.evaluate.samples import BUDGET_BYTES, CHANGES, shown_samples
@@ -56,8 +57,6 @@ _SLICES = (
     ("prompt_tokens", "By prompt length"),
     ("length_difference", "By difference in length"),
 )
-_ROUNDING = 1e-6
-"""Of a sum of log-probabilities in float32, as a share of it."""
 _LONGEST_SETTINGS = 16_000
 _FOR_THE_REST = 20_000
 """Bytes for the gate's verdict, and what stands around the samples once."""
@@ -168,7 +167,7 @@ def _is_unmoved(evaluation: Mapping[str, Any]) -> bool:
     """Whether rewards are rounding: packed in other rows, equal weights differ in the last bits."""
     return all(
         max(abs(evaluation["change"][name][bound]) for bound in ("low", "high"))
-        <= _ROUNDING * abs(evaluation["before"][name]["value"])
+        <= ROUNDING * abs(evaluation["before"][name]["value"])
         for name in ("chosen_logp", "rejected_logp")
     )
 

@@ -208,7 +208,11 @@ def test_nothing_is_called_out_without_reason():
 
 @pytest.mark.parametrize(
     ("value", "high", "kind"),
-    [(-25.0, -20.0, ["collapse"]), (-5.0, -1.0, ["chosen_fell"]), (-25.0, 1.0, [])],
+    [
+        *((-25.0, -20.0, ["collapse"]), (-5.0, -1.0, ["chosen_fell"]), (-25.0, 1.0, [])),
+        # rounding of a sum of -100 in float32
+        (-2e-6, -1e-6, []),
+    ],
 )
 def test_collapse_is_a_fall_by_more_than_a_fifth_beyond_doubt(value, high, kind):
     change = {"chosen_logp": {"value": value, "low": -40.0, "high": high}}
