@@ -6,6 +6,7 @@ Each takes one URL and settings as ``key=value``.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,19 +33,22 @@ class Given:
     url: str
     settings: dict[str, str]
 
-    def number(self, key: str, default: float | None, *, least: float) -> float:
-        """A setting as a number.
+    def number(
+        self, key: str, default: float | None, *, least: float, whole: bool = False
+    ) -> float:
+        """A setting as a finite number.
 
         Raises:
             ConfigError: it is none, too small, or missing where it is needed.
         """
         text = self.settings.get(key)
         try:
-            value = default if text is None else float(text)
+            value = default if text is None else int(text) if whole else float(text)
         except ValueError:
             value = None
-        if value is None or value < least:
-            found = "is missing" if text is None else f"{text!r} is not a number from {least:g} on"
+        if value is None or not least <= value < math.inf:
+            kind = "whole number" if whole else "number"
+            found = "is missing" if text is None else f"{text!r} is not a {kind} from {least:g} on"
             raise ConfigError(f"{key} {found}", where=key, fix=f"write {key}={max(least, 3):g}")
         return value
 
@@ -113,7 +117,7 @@ def _print_unread(unread: Mapping[str, str]) -> int:
 
 
 def _retain(given: Given) -> int:
-    keep = int(given.number("keep", None, least=1))
+    keep = int(given.number("keep", None, least=1, whole=True))
     hours = given.number("grace_hours", versions.DEFAULT_GRACE_HOURS, least=0)
     done = versions.retain(given.url, keep, hours)
     for version in done.removed:
