@@ -125,12 +125,15 @@ def _page(
 
 
 def ranked(runs: Sequence[Run]) -> list[Run]:
-    """By reward accuracy, then by margin, the largest first; runs without them last."""
+    """By reward accuracy, then by the area under the ROC curve, the largest first.
+
+    Margins are no tie-break: they grow with beta. Runs without a figure come last.
+    """
 
     def key(run: Run) -> tuple[float, float]:
-        figures = (run.figure("after", name) for name in ("reward_accuracy", "reward_margin"))
-        accuracy, margin = (figure["value"] if figure else -np.inf for figure in figures)
-        return -accuracy, -margin
+        figures = run.figure("after", "reward_accuracy"), run.figure("calibration", "auc")
+        accuracy, area = (figure["value"] if figure else -np.inf for figure in figures)
+        return -accuracy, -area
 
     return sorted(runs, key=key)
 

@@ -47,6 +47,16 @@ def test_the_best_comes_first_and_runs_are_named_by_what_differs(three, tmp_path
     assert values == sorted(values, reverse=True)
 
 
+def test_equal_accuracies_are_not_decided_by_the_scale_of_beta(tmp_path):
+    """The same policies under five times the beta have five times the margin, and no more skill."""
+    small = write(tmp_path / "small", beta=0.1)
+    large = write(tmp_path / "large", beta=0.5)
+    first, other = compare([str(small), str(large)], tmp_path / "out")
+    margins = [run.figure("after", "reward_margin")["value"] for run in (first, other)]
+    assert margins[1] == pytest.approx(5 * margins[0])
+    assert first.label == "dpo β 0.1"
+
+
 @pytest.mark.parametrize(
     ("loss", "label"),
     [
