@@ -59,8 +59,9 @@ def share_interval(value: float, draws_B: Array, n_prompts: int) -> Interval:
     if found.low != found.high or not n_prompts:
         return found
     agreeing = _ALPHA ** (1 / n_prompts)
-    low = agreeing * found.value
-    return Interval(found.value, low, low + 1 - agreeing)
+    # exactly 1 where all are right
+    high = 1 - agreeing * (1 - found.value)
+    return Interval(found.value, agreeing * found.value, high)
 
 
 class Bootstrap:

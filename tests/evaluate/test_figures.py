@@ -91,6 +91,8 @@ def test_pairs_of_one_prompt_are_drawn_together():
         ([1] * 20, "abcdefghijklmnopqrst", (1, 0.8609, 1)),
         ([0, 0, 0], "pqr", (0, 0, 1 - 0.3684)),
         ([1], "p", (1, 0.05, 1)),
+        # in floating point 0.05 ^ (1/24) + 1 - 0.05 ^ (1/24) is less than 1
+        ([1] * 24, "ABCDEFGHIJKLMNOPQRSTUVWX", (1, 0.8827, 1)),
         # what is not known to agree may be all wrong or all right: 0.2236 / 2 + (0 to 0.7764)
         ([0.5, 0.5], "pq", (0.5, 0.1118, 0.8882)),
         ([1, 0, 1, 1], "pppp", (0.75, 0.0375, 0.9875)),
@@ -100,6 +102,7 @@ def test_prompts_that_all_agree_are_no_certainty(values, groups, expected):
     bootstrap = Bootstrap(list(groups), n_bootstrap=100, seed=0)
     found = bootstrap.shares({"x": values})["x"]
     assert (found.value, found.low, found.high) == pytest.approx(expected, abs=5e-5)
+    assert found.low <= found.value <= found.high
     # the same prompts among others
     mask_n = np.array([1.0] * len(values) + [0.0] * 9)
     wider = Bootstrap([*groups, *"abcdefghi"], n_bootstrap=100, seed=0)
