@@ -326,9 +326,11 @@ class PublishConfig(Section):
     """Largest file of weights, in MiB; larger ones are divided when they are published."""
     lora: Literal["merged", "adapter"] = "merged"
     """How a model trained as an adapter is published: merged into its base, or alone."""
-    license: str = Field("", pattern=r"^[a-z0-9.+-]{0,64}$")
-    """Licence of the model on its card, as hubs write it (apache-2.0); empty takes the base
-    model's where it is known, else ``other``."""
+    license: Annotated[str, AfterValidator(str.lower)] = Field(
+        "", pattern=r"^[A-Za-z0-9.+-]{0,64}$"
+    )
+    """Licence of the model on its card, as hubs or SPDX write it (apache-2.0, MIT); empty takes the
+    base model's where it is known, else ``other``."""
     registry: str | None = Field(None, pattern=r"^https?://")
     """Address of Kubeflow's Model Registry, where the version is registered too."""
     retry_seconds: float = Field(120.0, gt=0, le=86400)

@@ -159,6 +159,8 @@ def test_data_sets_of_the_hub_are_named_as_such(tmp_path, name, source, ids, sho
     [
         ("", "tiny", "apache-2.0", None),
         ("llama3.1", "tiny", "llama3.1", None),
+        # as SPDX writes it
+        ("MIT", "tiny", "mit", None),
         ("acme-1.0", "tiny", "other", "acme-1.0"),
         ("other", "tiny", "other", "see-licence-of-base-model-and-data"),
         ("", "org/name", "other", "see-licence-of-base-model-and-data"),
