@@ -127,3 +127,25 @@ def test_a_publisher_that_may_not_remove(become, bucket_url, tmp_path, capsys):
     check_store(bucket_url, [done])
     assert main(["retain", f"{bucket_url}/policy", "keep=1"]) == 1
     check_store(bucket_url, [done])
+
+
+def test_forgetting_says_where_older_versions_are_not_known(
+    become, bucket_url, capsys, monkeypatch
+):
+    """AWS refuses an account without ``s3:ListBucketVersions``; MinIO lists them all the same."""
+    key = "communities/acme/data/posted.jsonl"
+    open_store(bucket_url).write(key, b"text")
+    become(READ, WRITE, DELETE, names_below="")
+    assert main(["forget", bucket_url, "community=acme"]) == 0
+    open_store(bucket_url).write(key, b"text")
+
+    def refused(self):
+        raise StoreAccessDenied("the account may not do this here")
+
+    monkeypatch.setattr(S3Store, "versions", refused)
+    capsys.readouterr()
+    assert main(["forget", bucket_url, "community=acme"]) == 1
+    told = capsys.readouterr().out
+    assert "removed 1 data sets of acme" in told
+    assert f"kept      {bucket_url}  whether older versions are left is not known" in told
+    assert open_store(bucket_url).stat(key) is None
