@@ -41,14 +41,15 @@ def answer_figures(
     found: dict[str, Any] = {"n_prompts": len(prompts)}
     for name, (given, texts) in answers.items():
         # the end-of-sequence token is no part of the text
-        lengths = [len(item.ids) - item.ended for item in given]
+        tokens = [item.ids[: len(item.ids) - item.ended] for item in given]
+        lengths = [len(ids) for ids in tokens]
         shares = {
             "empty": [float(not text.strip()) for text in texts],
             "cut_off": [float(not item.ended) for item in given],
         }
         values = {
             "tokens": [float(length) for length in lengths],
-            "repetition": [repetition(item.ids) for item in given],
+            "repetition": [repetition(ids) for ids in tokens],
         }
         means = bootstrap.means({**values, **shares}, shares=shares)
         found[name] = {key: figure.as_json() for key, figure in means.items()}

@@ -5,12 +5,14 @@ import math
 import numpy as np
 import pytest
 
+from dpo.evaluate.answers import answer_figures
 from dpo.evaluate.bootstrap import Bootstrap
 from dpo.evaluate.calibration import calibration, confusion, roc
 from dpo.evaluate.findings import findings
 from dpo.evaluate.kl import kl_figures
 from dpo.evaluate.parts import in_part
 from dpo.evaluate.slices import slices
+from dpo.modeling.generation import Answer
 
 
 def bootstrap(n):
@@ -176,6 +178,20 @@ def test_equal_models_do_not_diverge():
     values_T = [np.array([-1.5, -0.5], np.float32)]
     found = kl_figures(["p"], values_T, values_T, n_bootstrap=100, seed=0)
     assert found["per_answer"]["value"] == 0
+
+
+def test_the_end_token_is_no_part_of_an_answer():
+    """Six equal tokens have three 4-grams, one of them distinct; eight have five."""
+    end = 0
+    sft = [Answer([9], [1] * 6 + [end], True), Answer([9], [1, 2, 3], False)]
+    policy = [Answer([9], [1] * 8 + [end], True), Answer([9], [end], True)]
+    given = {"sft": (sft, ["a a a a a a", "a b c"]), "policy": (policy, ["a a a a a a a a", ""])}
+    found = answer_figures(["p", "q"], given, n_bootstrap=100, seed=0)
+    names = ("tokens", "repetition", "empty", "cut_off")
+    values = {key: [found[key][name]["value"] for name in names] for key in given}
+    assert values["sft"] == pytest.approx([4.5, 1 / 3, 0, 0.5])
+    assert values["policy"] == pytest.approx([4, 0.4, 0.5, 0])
+    assert found["length_growth"]["value"] == pytest.approx(8 / 9)
 
 
 def test_the_parts_share_no_prompt_and_lose_none():
