@@ -19,7 +19,7 @@ from dpo.publish.adapter import is_alone
 from dpo.storage.manifest import Manifest
 
 FILE = "README.md"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SECTIONS = ("Use", "Data", "Training", "Figures", "Licence", "Intended use", "Limits")
 _NEEDED = ("library_name", "pipeline_tag", "license", "tags")

@@ -20,6 +20,10 @@ DIALOGUE = """\
 {%- endif %}
 """
 """Of tokenizers that have none: the form of the raw dialogues that they were trained on."""
+_DIALOGUE_WRITES = """\
+The tokenizer's chat template writes
+dialogues as `Human:` and `Assistant:`. The training took each prompt as it stands in the data, with
+these headings or without."""
 _OTHER = """\
 The tokenizer's chat template is the base model's, and
 the training did not use it: its prompts were plain text, with the turns of dialogues begun by
@@ -35,7 +39,7 @@ def sentence(model: Path, prompt_format: str) -> str:
     """
     own = model / FILE
     if own.is_file() and own.read_text(encoding="utf-8") == DIALOGUE:
-        return "The tokenizer's chat template writes\ndialogues as `Human:` and `Assistant:`."
+        return _DIALOGUE_WRITES
     if prompt_format == "chat":
         return "The training data went through the\ntokenizer's chat template."
     return _OTHER if prompt_format == "raw" else "The tokenizer has a chat template."

@@ -79,12 +79,13 @@ def made_of(folder, base, *, before):
     return folder
 
 
+@pytest.mark.parametrize("base", ["org/began-with", "began-with"])
 @pytest.mark.parametrize("before", [["base"], ["base", "policy", "base"]])
-def test_the_card_names_the_base_that_the_weights_began_with(tmp_path, before):
-    policy = made_of(tmp_path / "policy", "org/began-with", before=before)
+def test_the_card_names_the_base_that_the_weights_began_with(tmp_path, before, base):
+    policy = made_of(tmp_path / "policy", base, before=before)
     published(policy, tmp_path / "out", "model=smollm2")
     metadata = yaml.safe_load((tmp_path / "out/README.md").read_text().split("---")[1])
-    assert metadata["base_model"] == "org/began-with"
+    assert metadata["base_model"] == base
     assert metadata["license"] == "other"
 
 
@@ -112,7 +113,7 @@ def own_template(folder):
             own_template,
             "the training did not use it: its prompts were plain text",
         ),
-        ("raw", None, "chat template writes\ndialogues as `Human:` and `Assistant:`."),
+        ("raw", None, "took each prompt as it stands in the data"),
         ("chat", own_template, "The training data went through the\ntokenizer's chat template."),
         (None, own_template, "The tokenizer has a chat template."),
     ],
