@@ -10,6 +10,7 @@ from dpo.errors import ModelError
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
 _HEADER_LENGTH_BYTES = 8
+_INTEGERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 
 
 def check_folder(folder: Path) -> None:
@@ -59,6 +60,11 @@ def _check_config(path: Path) -> None:
         )
 
 
+def is_quantised(folder: Path) -> bool:
+    """Whether ``config.json``, which ``check_folder`` has read, says so of the weights."""
+    return bool(json.loads((folder / "config.json").read_text("utf-8")).get("quantization_config"))
+
+
 def _shards(index: Path) -> list[str]:
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
@@ -86,7 +92,12 @@ def _check_safetensors(path: Path) -> None:
             if not 0 < length <= size - _HEADER_LENGTH_BYTES:
                 raise ValueError("its header is cut off")
             header = json.loads(file.read(length))
-        ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+        tensors = {k: v for k, v in header.items() if k != "__metadata__"}
+        for name, tensor in tensors.items():
+            # transformers would take the numbers as they are, without what they are scaled by
+            if name.endswith(".weight") and tensor["dtype"] in _INTEGERS:
+                raise ValueError(f"{name} is of type {tensor['dtype']}: quantised, or of no model")
+        ends = [tensor["data_offsets"][1] for tensor in tensors.values()]
         expected = _HEADER_LENGTH_BYTES + length + max(ends, default=0)
         if size != expected:
             raise ValueError(f"it has {size:,} bytes, its header says {expected:,}")

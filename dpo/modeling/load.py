@@ -13,7 +13,8 @@ import torch
 from dpo.config.schema import ModelConfig
 from dpo.data.tokenize import load_tokenizer
 from dpo.errors import ArtifactError, ModelError
-from dpo.modeling.folder import check_folder
+from dpo.modeling.archive import checkpoint_folder, is_old_buffer, load_policy_file
+from dpo.modeling.folder import check_folder, is_quantised
 from dpo.modeling.kernels import apply_kernels
 from dpo.modeling.lora import CONFIG as ADAPTER_CONFIG
 from dpo.modeling.lora import base_of, is_adapter, merge_saved
@@ -89,14 +90,28 @@ def _with_values(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> A
     try:
         model, found = _from_folder(folder, dtype, trust_remote_code)
     except Exception as error:
+        if is_quantised(folder):
+            raise _quantised(folder) from None
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
             f"the model cannot be loaded: {reason}",
             where=str(folder),
             fix="give model.name_or_path a causal language model of transformers",
         ) from None
-    _refuse_unfilled(model, found, folder)
+    if getattr(model.config, "quantization_config", None):
+        # of some kinds transformers makes plain weights (fp8 and mxfp4, on a CPU)
+        raise _quantised(folder)
+    _refuse_other_names(model, found, folder)
     return model.eval()
+
+
+def _quantised(folder: Path) -> ModelError:
+    return ModelError(
+        "config.json says that the weights are quantised (quantization_config), and such weights "
+        "cannot be trained",
+        where=str(folder),
+        fix="give the model that they were made from, in bfloat16 or float32",
+    )
 
 
 def _shell(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
@@ -141,7 +156,7 @@ def _from_folder(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
-        # reported by ``_refuse_unfilled``, which names the weight
+        # reported by ``_refuse_other_names``, which names the weight
         ignore_mismatched_sizes=True,
     )
     try:
@@ -152,8 +167,9 @@ def _from_folder(
     return model, found
 
 
-def _refuse_unfilled(model: Any, found: dict[str, Any], folder: Path) -> None:
-    """transformers fills weights that a file lacks with random numbers, and goes on."""
+def _refuse_other_names(model: Any, found: dict[str, Any], folder: Path) -> None:
+    """transformers fills weights that a file lacks with random numbers, leaves out those that the
+    model has no place for, and goes on."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     missing = sorted(set(found.get("missing_keys", ())) - tied)
     missing += sorted(str(item[0]) for item in found.get("mismatched_keys", ()))
@@ -163,6 +179,16 @@ def _refuse_unfilled(model: Any, found: dict[str, Any], folder: Path) -> None:
             + (f", and {len(missing) - 1} more" if len(missing) > 1 else ""),
             where=str(folder),
             fix="config.json and weights belong to different models: fetch the model again",
+        )
+    unused = sorted(n for n in found.get("unexpected_keys", ()) if not is_old_buffer(n))
+    if unused:
+        raise ModelError(
+            f"the files of weights hold {unused[0]}"
+            + (f", and {len(unused) - 1} more" if len(unused) > 1 else "")
+            + ", for which the model that config.json describes has no place",
+            where=str(folder),
+            fix="config.json and weights belong to different models: fetch the model again; of a "
+            "model that is more than a language model, save that part alone",
         )
 
 
@@ -228,67 +254,6 @@ def load_for_training(
     if model.tokenizer_name_or_path and base is None:
         _check_same_ids(local_model(model), tokenizer)
     return policy, tokenizer
-
-
-def checkpoint_folder(archive: Path) -> Path:
-    """The checkpoint that ``model.archive`` names: a folder, or its ``LATEST/policy.pt`` of old.
-
-    Raises:
-        ModelError: there is none.
-    """
-    candidates = [archive, archive.parent] if archive.name == "policy.pt" else [archive]
-    for candidate in candidates:
-        for folder in (candidate, candidate / "LATEST"):
-            if (folder / "config.json").is_file() or is_adapter(folder):
-                return folder
-    raise ModelError(
-        "there is no checkpoint",
-        where=f"model.archive={archive}",
-        fix="give a policy.pt, a checkpoint folder, or its LATEST",
-    )
-
-
-def load_policy_file(model: Any, path: Path) -> None:
-    """Weights of a ``policy.pt`` of the reference code: {step_idx, state, metrics}.
-
-    Raises:
-        ModelError: not such a file, or the weights of another architecture.
-    """
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-        state = loaded["state"]
-    except Exception as error:
-        reason = str(error).splitlines()[0][:200]
-        raise ModelError(
-            f"not a policy.pt of the reference code: {reason}",
-            where=str(path),
-            fix="it must hold {step_idx, state, metrics}; only tensors and plain values are read",
-        ) from None
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise _other_architecture(path, str(error).splitlines()[-1].strip()) from None
-    tied = set(getattr(model, "_tied_weights_keys", None) or ())
-    missing = [name for name in missing if name not in tied]
-    # buffers that older versions of transformers stored, and newer ones compute
-    unexpected = [n for n in unexpected if not _is_old_buffer(n, state[n])]
-    if missing or unexpected:
-        names = ", ".join((missing or unexpected)[:3])
-        word = "missing" if missing else "unexpected"
-        raise _other_architecture(path, f"{word} weights: {names}")
-
-
-def _is_old_buffer(name: str, value: torch.Tensor) -> bool:
-    mask = name.endswith((".attention.bias", ".attn.bias")) and value.dim() == 4
-    return mask or name.endswith((".masked_bias", ".inv_freq"))
-
-
-def _other_architecture(path: Path, detail: str) -> ModelError:
-    return ModelError(
-        f"the archive belongs to another model: {detail}",
-        where=f"model.archive={path}",
-        fix="choose the model= that it was trained from",
-    )
 
 
 def check_tokenizer(model: Any, tokenizer: Any) -> None:

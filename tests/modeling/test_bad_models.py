@@ -45,6 +45,26 @@ def widen(path):
     save_file(state, path, metadata={"format": "pt"})
 
 
+def add_a_weight(path):
+    """As the files of a model with more layers, or of another kind, have them."""
+    state = load_file(path)
+    state["gpt_neox.layers.0.attention.q_norm.weight"] = torch.ones(16)
+    save_file(state, path, metadata={"format": "pt"})
+
+
+def make_integers(path):
+    state = load_file(path)
+    name = "gpt_neox.layers.1.mlp.dense_4h_to_h.weight"
+    state[name] = (state[name] * 100).to(torch.int8)
+    save_file(state, path, metadata={"format": "pt"})
+
+
+def say_quantised(path, method):
+    values = json.loads(path.read_text())
+    values["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 128}
+    path.write_text(json.dumps(values))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -57,6 +77,10 @@ def widen(path):
         (lambda f: pointer(f / "model.safetensors"), "weights is damaged"),
         (lambda f: drop_a_layer(f / "model.safetensors"), "lack"),
         (lambda f: widen(f / "model.safetensors"), "mlp.dense_4h_to_h"),
+        (lambda f: add_a_weight(f / "model.safetensors"), "attention.q_norm.weight, for which"),
+        (lambda f: make_integers(f / "model.safetensors"), "dense_4h_to_h.weight is of type I8"),
+        (lambda f: say_quantised(f / "config.json", "gptq"), "the weights are quantised"),
+        (lambda f: say_quantised(f / "config.json", "of its own"), "the weights are quantised"),
         (lambda f: (f / "tokenizer.json").unlink(), "tokenizer"),
     ],
 )
@@ -66,6 +90,14 @@ def test_a_folder_that_is_no_whole_model(folder, damage, message):
         load(folder)
     assert message in str(error.value)
     assert error.value.fix
+
+
+def test_masks_that_older_versions_stored_are_no_other_model(folder):
+    state = load_file(folder / "model.safetensors")
+    layer = "gpt_neox.layers.0.attention"
+    old = {f"{layer}.bias": torch.ones(1, 1, 8, 8), f"{layer}.rotary_emb.inv_freq": torch.ones(8)}
+    save_file({**state, **old}, folder / "model.safetensors", metadata={"format": "pt"})
+    load(folder)
 
 
 def test_pickled_weights_are_not_loaded(folder):

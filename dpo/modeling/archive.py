@@ -1,0 +1,73 @@
+"""What ``model.archive`` names: a checkpoint folder, or a ``policy.pt`` of the reference code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo.errors import ModelError
+from dpo.modeling.lora import is_adapter
+
+
+def checkpoint_folder(archive: Path) -> Path:
+    """The checkpoint that ``model.archive`` names: a folder, or its ``LATEST/policy.pt`` of old.
+
+    Raises:
+        ModelError: there is none.
+    """
+    candidates = [archive, archive.parent] if archive.name == "policy.pt" else [archive]
+    for candidate in candidates:
+        for folder in (candidate, candidate / "LATEST"):
+            if (folder / "config.json").is_file() or is_adapter(folder):
+                return folder
+    raise ModelError(
+        "there is no checkpoint",
+        where=f"model.archive={archive}",
+        fix="give a policy.pt, a checkpoint folder, or its LATEST",
+    )
+
+
+def load_policy_file(model: Any, path: Path) -> None:
+    """Weights of a ``policy.pt`` of the reference code: {step_idx, state, metrics}.
+
+    Raises:
+        ModelError: not such a file, or the weights of another architecture.
+    """
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        state = loaded["state"]
+    except Exception as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ModelError(
+            f"not a policy.pt of the reference code: {reason}",
+            where=str(path),
+            fix="it must hold {step_idx, state, metrics}; only tensors and plain values are read",
+        ) from None
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise _other_architecture(path, str(error).splitlines()[-1].strip()) from None
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    missing = [name for name in missing if name not in tied]
+    # buffers that older versions of transformers stored, and newer ones compute
+    unexpected = [n for n in unexpected if not is_old_buffer(n, state[n])]
+    if missing or unexpected:
+        names = ", ".join((missing or unexpected)[:3])
+        word = "missing" if missing else "unexpected"
+        raise _other_architecture(path, f"{word} weights: {names}")
+
+
+def is_old_buffer(name: str, value: torch.Tensor | None = None) -> bool:
+    """Whether older versions of transformers stored it, and newer ones compute it."""
+    mask = name.endswith((".attention.bias", ".attn.bias")) and (value is None or value.dim() == 4)
+    return mask or name.endswith((".masked_bias", ".inv_freq"))
+
+
+def _other_architecture(path: Path, detail: str) -> ModelError:
+    return ModelError(
+        f"the archive belongs to another model: {detail}",
+        where=f"model.archive={path}",
+        fix="choose the model= that it was trained from",
+    )
