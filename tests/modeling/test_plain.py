@@ -141,6 +141,19 @@ def test_a_model_around_a_language_model_is_scored():
         check_length(model, 65)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_hardly_sees_what_comes_is_refused(dtype):
+    """BERT as it is made: tokens change those before them by 1e-4 of the largest logit."""
+    settings = {**SIZE, "num_attention_heads": 4, "intermediate_size": 48}
+    model = random_model("bert", settings)
+    (row,) = pack(examples([(30, 6, 9)]), 500)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), torch.no_grad():
+        with pytest.raises(ModelError, match="not causal"):
+            token_log_probs(model, row, packed=False)
+        decoder = random_model("bert", {**settings, "is_decoder": True})
+        assert torch.isfinite(token_log_probs(decoder, row, packed=False)).all()
+
+
 def test_a_model_that_is_not_causal_is_refused():
     model = build("bert", **SIZE, num_attention_heads=4, intermediate_size=48)
     (row,) = pack(examples(LENGTHS), 500)
