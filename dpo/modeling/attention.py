@@ -151,9 +151,18 @@ def same_rotation_up_to(config: Any) -> float:
     return min((limit for limit in limits if limit), default=float("inf"))
 
 
-def supports_packing(config: Any, longest: int) -> bool:
-    """Whether a model with ``config`` takes packed rows with sequences up to ``longest``."""
-    if config.model_type not in ARCHITECTURES or longest > same_rotation_up_to(config):
+def is_known(module: Any) -> bool:
+    """Whether the code of ``module`` is transformers' own: code that comes with a model may bear
+    the names of a known architecture and do otherwise."""
+    return type(module).__module__.startswith("transformers.models.")
+
+
+def supports_packing(model: Any, longest: int) -> bool:
+    """Whether ``model`` takes packed rows with sequences up to ``longest``."""
+    config = model.config
+    if config.model_type not in ARCHITECTURES or not is_known(model):
+        return False
+    if longest > same_rotation_up_to(config):
         return False
     window = getattr(config, "sliding_window", None)
     return window is None or longest <= window

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dpo.data.packing import PackedBatch
-from dpo.modeling.attention import takes_own_products
+from dpo.modeling.attention import is_known, takes_own_products
 from dpo.modeling.segments import SegmentAttention, parts_of_row
 
 _BLOCK_ELEMENTS = 1 << 16
@@ -30,7 +30,7 @@ _ATTENTIONS = ("LlamaAttention", "MistralAttention")
 
 def fuse(model: Any) -> None:
     """Let the norms and feed-forward layers of ``model`` run through this module; idempotent."""
-    for module in model.modules():
+    for module in filter(is_known, model.modules()):
         kind = type(module).__name__
         if kind in NORMS:
             module.forward = partial(_norm, module)

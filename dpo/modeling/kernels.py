@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dpo.errors import ConfigError, MissingDependency
-from dpo.modeling.attention import ARCHITECTURES
+from dpo.modeling.attention import ARCHITECTURES, is_known
 from dpo.modeling.fused import fuse
 from dpo.modeling.head import has_linear_cross_entropy
 from dpo.storage.host_memory import keep_freed_memory
@@ -64,7 +64,7 @@ def compile_blocks(model: Any, backend: str = "inductor") -> None:
     Raises:
         ConfigError: the architecture has no packed path, so shapes would differ in every batch.
     """
-    if model.config.model_type not in ARCHITECTURES:
+    if model.config.model_type not in ARCHITECTURES or not is_known(model):
         raise ConfigError(
             f"{model.config.model_type} models run without shared prompts, in other shapes each "
             "time: compiling them would take longer than it saves",

@@ -52,7 +52,7 @@ def token_log_probs(
     """
     if packed is None:
         longest = int(batch.position_ids_T.max()) + 1
-        packed = supports_packing(model.config, longest)
+        packed = supports_packing(model, longest)
         if not packed:
             warn_once(model.config.model_type)
     return _packed(model, batch, dtype) if packed else plain_log_probs(model, batch)

@@ -46,7 +46,7 @@ class Scorer(nn.Module):
     def __init__(self, model: Any, longest: int | None = None) -> None:
         super().__init__()
         self.model = model
-        self._packed = None if longest is None else supports_packing(model.config, longest)
+        self._packed = None if longest is None else supports_packing(model, longest)
 
     def forward(self, batch: PackedBatch, dtype: torch.dtype, packed: bool | None = None) -> Tensor:
         """Log-probability of every response token of a row; float32, shape [N]."""

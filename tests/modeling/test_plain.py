@@ -1,5 +1,7 @@
 """Models without a packed path: their values equal a plain forward pass of each sequence alone."""
 
+import json
+
 import pytest
 import torch
 
@@ -139,6 +141,43 @@ def test_a_model_around_a_language_model_is_scored():
     assert torch.isfinite(token_log_probs(model, row)).all()
     with pytest.raises(ModelError, match="context 64 tokens"):
         check_length(model, 65)
+
+
+OWN_CODE = """
+from transformers import LlamaForCausalLM
+from transformers.models.llama import modeling_llama
+
+class LlamaMLP(modeling_llama.LlamaMLP):
+    def forward(self, x):
+        before = x.cumsum(1) / torch.arange(1, x.shape[1] + 1, device=x.device)[None, :, None]
+        return super().forward(x + before)
+
+class OwnForCausalLM(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp = LlamaMLP(config)
+"""
+
+
+def test_code_of_a_model_under_a_known_name_is_taken_as_it_is(tmp_path):
+    """A layer that looks at the tokens before in its own way: rows with neighbours mix it up."""
+    build("llama", **SIZE, **HEADS).float().save_pretrained(tmp_path)
+    (tmp_path / "own.py").write_text("import torch\n" + OWN_CODE)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["auto_map"] = {"AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    model, data = load_model(tmp_path, torch.float32, trust_remote_code=True), examples(LENGTHS)
+    assert type(model).__name__ == "OwnForCausalLM"
+    (row,) = pack(data, 500)
+    with torch.no_grad():
+        expected = torch.stack(
+            [torch.stack([by_itself(model, e, r) for r in (0, 1)]) for e in data]
+        )
+        found = response_sums(row, token_log_probs(model, row))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
+        known = response_sums(row, token_log_probs(model, row, packed=True))
+    assert (known - expected).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
