@@ -20,16 +20,19 @@ import time
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 
-from dpo.data.loader import LoaderState
 from dpo.distributed.together import (
     agree,
     gather,
@@ -43,7 +46,7 @@ from dpo.storage.manifest import read_manifest, write_atomically, write_manifest
 from dpo.storage.mirror import Mirror
 from dpo.storage.progress import message
 from dpo.train.place import Place
-from dpo.train.scaling import LossScale
+from dpo.train.position import Position
 
 LATEST = "LATEST"
 FORMAT = 2
@@ -60,28 +63,6 @@ _AUTO_SHARE = 0.01
 _AUTO_FIRST_SECONDS, _AUTO_SECONDS = 60.0, (30.0, 3600.0)
 
 Resume = Literal["auto", "force", "never"]
-
-
-@dataclass
-class Position:
-    """How far a run has come, beside its tensors."""
-
-    steps: int = 0
-    trained: int = 0
-    loader: LoaderState = field(default_factory=LoaderState)
-    first: dict[str, float] = field(default_factory=dict)
-    last: dict[str, float] = field(default_factory=dict)
-    evaluation: dict[str, float] = field(default_factory=dict)
-    processes: int = 1
-    """How many wrote it."""
-    threads: int = 0
-    """Of each of them, for work on a CPU; 0 in what an earlier version wrote."""
-    seconds: float = 0.0
-    """Time since the run began, without what was between an end and going on."""
-    useful_seconds: float = 0.0
-    """Of it, in optimiser steps."""
-    loss_scale: LossScale = field(default_factory=LossScale)
-    """Used where products are float16."""
 
 
 class Checkpoints:
@@ -147,10 +128,12 @@ class Checkpoints:
         model_state, optimizer_state = get_state_dict(model, optimizer)
         state = {"model": model_state, "optimizer": optimizer_state, "rng": torch.get_rng_state()}
         try:
+            # weights that no gradient has reached yet have no state (an image tower, for one)
+            _leave_out_unsaved(optimizer_state["state"], path / _TENSORS)
             dcp.load(state, checkpoint_id=path / _TENSORS, no_dist=not dist.is_initialized())
             values = json.loads((path / _POSITION).read_text(encoding="utf-8"))
-            position = _position(values)
-        except Exception as error:
+            position = Position.of(values)
+        except (Exception, dcp.CheckpointException) as error:
             reason = " ".join(str(error).split())[:300]
             raise ArtifactError(
                 f"the checkpoint does not fit this run: {reason}",
@@ -162,6 +145,8 @@ class Checkpoints:
             optimizer,
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
+            # that all weights were there was seen above
+            options=StateDictOptions(strict=False),
         )
         torch.set_rng_state(state["rng"])
         return position
@@ -392,9 +377,13 @@ def _explain(error: BaseException, folder: Path) -> DpoError:
     )
 
 
-def _position(values: dict[str, Any]) -> Position:
-    scale = LossScale(**values.pop("loss_scale", {}))
-    return Position(**{**values, "loader": LoaderState(**values["loader"])}, loss_scale=scale)
+def _leave_out_unsaved(states: dict[str, Any], tensors: Path) -> None:
+    """Of the optimiser's states by weight, keep those that the checkpoint holds."""
+    start = "optimizer.state."
+    names = dcp.FileSystemReader(tensors).read_metadata().state_dict_metadata
+    saved = {n.removeprefix(start).rpartition(".")[0] for n in names if n.startswith(start)}
+    for name in set(states) - saved:
+        del states[name]
 
 
 def _canonical(values: Mapping[str, Any]) -> str:

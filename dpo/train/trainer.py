@@ -25,10 +25,11 @@ from dpo.modeling.attention import NAME as PACKED
 from dpo.modeling.attention import packed_attention
 from dpo.modeling.generation import generate
 from dpo.storage.progress import message, track
-from dpo.train.checkpoint import Checkpoints, Position
+from dpo.train.checkpoint import Checkpoints
 from dpo.train.data import Examples
 from dpo.train.log import MetricLog
 from dpo.train.optimizer import build_optimizer, learning_rate
+from dpo.train.position import Position
 from dpo.train.step import (
     Objective,
     check_finite,

@@ -2,11 +2,14 @@
 
 import threading
 
+import pytest
 import torch
 
+from dpo.errors import ArtifactError
 from dpo.train import checkpoint
-from dpo.train.checkpoint import Checkpoints, Position
+from dpo.train.checkpoint import Checkpoints
 from dpo.train.place import Place
+from dpo.train.position import Position
 
 
 def saved(folder):
@@ -36,3 +39,49 @@ def test_another_process_that_is_gone_leaves_no_traceback(tmp_path, monkeypatch)
     saved(tmp_path)
     assert seen == []
     assert not (tmp_path / "LATEST").exists()
+
+
+class _HalfUsed(torch.nn.Module):
+    """The second layer takes no part, as a model's image tower where there are texts alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.idle = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+
+    def train_once(self, optimizer, *, all_of_it=False):
+        self.used(torch.ones(2)).sum().backward()
+        if all_of_it:
+            self.idle(torch.ones(2)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def half_used():
+    torch.manual_seed(0)
+    model = _HalfUsed()
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_weights_that_no_gradient_has_reached_go_on_as_they_are(tmp_path):
+    keeper = Checkpoints(Place(tmp_path), {}, keep=1)
+    model, optimizer = half_used()
+    model.train_once(optimizer)
+    keeper.save(model, optimizer, Position(steps=1), {})
+    keeper.finish()
+    resumed, its_optimizer = half_used()
+    keeper.load(tmp_path / "step-1", resumed, its_optimizer)
+    assert resumed.idle.weight not in its_optimizer.state
+    for one, its in ((model, optimizer), (resumed, its_optimizer)):
+        # a first gradient only now: AdamW counts its steps from here
+        one.train_once(its, all_of_it=True)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], weight), name
+
+
+def test_a_checkpoint_of_another_model_is_one_message(tmp_path):
+    saved(tmp_path)
+    model, optimizer = half_used()
+    keeper = Checkpoints(Place(tmp_path), {}, keep=1)
+    with pytest.raises(ArtifactError, match="does not fit this run"):
+        keeper.load(tmp_path / "step-3", model, optimizer)

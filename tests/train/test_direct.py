@@ -9,8 +9,8 @@ from dpo.config.compose import compose
 from dpo.errors import ConfigError, TrainingError, TrainingStopped
 from dpo.storage.manifest import read_manifest
 from dpo.train import direct
-from dpo.train.checkpoint import Position
 from dpo.train.direct import train_directly
+from dpo.train.position import Position
 from dpo.train.trainer import Trainer, _other_rounding
 from tests.train.conftest import SETTINGS
 

@@ -10,9 +10,9 @@ from dpo.config.stages import restrict
 from dpo.data.loader import Order
 from dpo.errors import MissingDependency, TrainingError
 from dpo.train import stage
-from dpo.train.checkpoint import Position
 from dpo.train.data import Examples
 from dpo.train.log import MetricLog, WandbLog, open_sinks
+from dpo.train.position import Position
 from dpo.train.stage import run_train
 from dpo.train.trainer import Trainer
 from tests.train.conftest import SETTINGS

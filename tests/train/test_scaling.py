@@ -10,7 +10,7 @@ from dpo.config.compose import compose
 from dpo.config.stages import restrict
 from dpo.data.loader import LoaderState
 from dpo.errors import NonFiniteError
-from dpo.train.checkpoint import Position, _position
+from dpo.train.position import Position
 from dpo.train.scaling import LossScale
 from dpo.train.stage import run_train
 from dpo.train.trainer import Trainer
@@ -80,8 +80,8 @@ def test_the_scale_grows_after_2000_good_steps():
 
 def test_a_position_without_a_scale_is_read():
     old = {"steps": 3, "loader": {"epoch": 0, "position": 8, "examples": 8}}
-    assert _position(dict(old)).loss_scale == LossScale()
-    new = _position({**old, "loss_scale": {"value": 8.0, "good_steps": 5}})
+    assert Position.of(dict(old)).loss_scale == LossScale()
+    new = Position.of({**old, "loss_scale": {"value": 8.0, "good_steps": 5}})
     assert new.loss_scale == LossScale(8.0, 5)
     assert new.loader == LoaderState(0, 8, 8)
 
