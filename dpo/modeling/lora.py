@@ -209,7 +209,9 @@ def merge_saved(model: Any, folder: Path) -> Any:
         with warnings.catch_warnings():
             # peft 0.21 reads an attribute that transformers 5.23 calls deprecated
             warnings.simplefilter("ignore")
-            merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+            with_adapter = PeftModel.from_pretrained(model, str(folder))
+            _refuse_other_names(with_adapter, folder)
+            merged = with_adapter.merge_and_unload()
         # peft has frozen the base, and the merged model may be trained
         return merged.requires_grad_(True)
     except Exception as error:
@@ -219,6 +221,18 @@ def merge_saved(model: Any, folder: Path) -> Any:
             where=str(folder),
             fix="give the base model that it was trained on",
         ) from None
+
+
+def _refuse_other_names(model: Any, folder: Path) -> None:
+    """peft takes the weights whose names it knows, warns, and leaves the other layers unchanged."""
+    from peft import get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    given = set(load_peft_weights(str(folder), device="cpu"))
+    taken = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if other := sorted(name for name in given ^ taken if ".lora_" in name):
+        found = "has no place in it" if other[0] in given else "is not in its file"
+        raise ValueError(f"{other[0]} {found}")
 
 
 def trained_parameters(model: Any) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from dpo.config.compose import compose
 from dpo.config.places import builtin
@@ -184,6 +184,24 @@ def test_an_adapter_opens_from_any_folder_and_on_its_own_base_alone(
     values = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**values, "content_hash": "0" * 64}))
     with pytest.raises(ModelError, match="trained on other weights"):
+        load_model(tmp_path / "out", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda state, name: state.pop(name), "is not in its file"),
+        (lambda state, name: state.update({name.replace("s.0", "s.9"): state[name]}), "place"),
+    ],
+)
+def test_an_adapter_of_other_layers_is_refused(damage, words, prepared, tmp_path):
+    """peft would leave those layers as they were."""
+    run_train(config_of("sft", "lora.save=adapter"), tmp_path / "out", pairs=prepared.data)
+    path = tmp_path / "out/adapter_model.safetensors"
+    state = load_file(path)
+    damage(state, next(name for name in state if "lora_B" in name))
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=words):
         load_model(tmp_path / "out", torch.float32)
 
 
