@@ -196,5 +196,5 @@ def find_blocks(model: Any, block_name: str | None) -> list[Any]:
     raise ModelError(
         f"the model has no block {block_name}",
         where="model.block_name",
-        fix=f"leave it out, or name one of {', '.join(known)}",
+        fix=f"set model.block_name=null to have it found, or name one of {', '.join(known)}",
     )

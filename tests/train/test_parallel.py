@@ -15,6 +15,7 @@ from dpo.config.places import builtin
 from dpo.config.stages import restrict, stage_json
 from dpo.distributed.launch import processes_here
 from dpo.errors import ConfigError, MissingDependency, ModelError
+from dpo.modeling.load import load_model
 from dpo.modeling.sharded import find_blocks
 from dpo.modeling.vocab_parallel import _own
 from dpo.train.spread import shares, spread_layers
@@ -265,6 +266,13 @@ def test_a_model_that_cannot_be_split_is_refused(shape, size, words):
     with pytest.raises(ConfigError) as caught:
         check_model(shape, size)
     assert re.search(words, str(caught.value), re.DOTALL)
+
+
+def test_a_block_that_the_model_lacks_is_named_with_the_way_out(prepared):
+    """A shipped model's setting stays when model.name_or_path alone is changed."""
+    model = load_model(prepared.sft, torch.float32)
+    with pytest.raises(ModelError, match=r"model\.block_name=null.*GPTNeoXLayer"):
+        find_blocks(model, "LlamaDecoderLayer")
 
 
 @pytest.mark.parametrize(
