@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,11 +54,22 @@ def _main(given: list[str]) -> int:
         raise ConfigError(
             f"there is no command {name!r}{hint}", fix=f"choose one of {', '.join(COMMANDS)}"
         )
+    _refuse_copies(name)
     parser = _options(name)
     options, overrides = parser.parse_known_args(rest)
     if stray := [text for text in overrides if text.startswith("-")]:
         parser.error(f"unknown option {stray[0]}")
     return _run(name, options, overrides)
+
+
+def _refuse_copies(name: str) -> None:
+    """Started by torchrun each process would do all of the work, and write to one place."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            f"dpo {name} was started {os.environ['WORLD_SIZE']} times, by torchrun",
+            fix="start it once, without torchrun: with trainer=FSDPTrainer it starts a process for "
+            "each device itself (DPO_PROCESSES sets another number)",
+        )
 
 
 def _overview() -> str:

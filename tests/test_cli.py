@@ -42,6 +42,16 @@ def test_help_loads_nothing_heavy(arguments):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_torchrun_does_not_start_it_several_times(tmp_path):
+    started = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [*started, "-m", "dpo", "train", "loss=sft", f"output={tmp_path}/out"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode
+    assert "dpo train was started 2 times, by torchrun" in done.stderr
+    assert "start it once" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
