@@ -5,17 +5,21 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
 
 from dpo.config.schema import RunConfig
 from dpo.config.stages import stage_settings
 from dpo.data.log_probs import PairLogProbs, write_log_probs
 from dpo.data.schema import TEST, TRAIN
+from dpo.data.tokenize import TokenizedExample
 from dpo.distributed.launch import is_shared, launch
 from dpo.distributed.together import is_first
+from dpo.errors import NonFiniteError
 from dpo.modeling.load import check_length, load_for_training
 from dpo.modeling.memory import enough_memory
 from dpo.modeling.precision import best_device, compute_dtype
+from dpo.modeling.scoring import NDArray
 from dpo.modeling.sharded import load_once, on_devices, score_shared
 from dpo.storage.manifest import Manifest, read_manifest, staged, write_manifest
 from dpo.storage.progress import track
@@ -76,6 +80,7 @@ def run_reference(
         )
     if not is_first():
         return Manifest("reference", (), "")
+    _check_finite(every, scored)
     rows = [
         (example.pair_id, PairLogProbs(split, example.tokens_hash(), chosen, rejected))
         for example, split, (chosen, rejected) in zip(every, splits, scored, strict=True)
@@ -89,4 +94,20 @@ def run_reference(
             inputs=inputs,
             code=code,
             details={"pairs": len(every), "tokens": sum(e.n_tokens for e in every)},
+        )
+
+
+def _check_finite(examples: list[TokenizedExample], scored: list[tuple[NDArray, ...]]) -> None:
+    """Refuse to keep what no training can start from."""
+    bad = [
+        example.pair_id
+        for example, responses in zip(examples, scored, strict=True)
+        if not all(np.isfinite(log_probs_T).all() for log_probs_T in responses)
+    ]
+    if bad:
+        raise NonFiniteError(
+            f"the model's log-probabilities of {len(bad):,} of {len(examples):,} pairs are not "
+            "finite; none is kept",
+            where=f"pairs {', '.join(bad[:8])}",
+            fix="look for NaN in the model's weights, or use model.reference_dtype=float32",
         )

@@ -285,7 +285,9 @@ def check_weights(parameters: Sequence[torch.nn.Parameter], steps: int) -> None:
         raise NonFiniteError(
             "the weights are not finite; they are not kept",
             where=f"after step {steps}",
-            fix="lower lr, or raise warmup_steps; checkpoints before are as they were",
+            fix="lower lr, or raise warmup_steps; checkpoints before are as they were"
+            if steps
+            else "the weights that training begins with hold NaN or infinity: take others",
         )
 
 

@@ -1,18 +1,22 @@
 """The reference's log-probabilities do not depend on how many processes make them."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from dpo.config.compose import compose
+from dpo.config.places import builtin
 from dpo.config.stages import restrict
 from dpo.data.log_probs import read_log_probs
-from dpo.errors import ModelError
+from dpo.errors import ModelError, NonFiniteError
 from dpo.modeling import sharded
 from dpo.storage.manifest import read_manifest
 from dpo.train import reference
 from dpo.train.reference import run_reference
+from dpo.train.stage import run_train
 from tests.train.conftest import SETTINGS
 
 FSDP = "trainer=FSDPTrainer"
@@ -63,4 +67,19 @@ def test_a_process_that_fails_is_one_message(prepared, tmp_path, monkeypatch):
     )
     with pytest.raises(ModelError, match="weights are missing"):
         run_reference(config, tmp_path / "out", pairs=prepared.data)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stage", ["reference", "sft"])
+def test_weights_of_nan_are_named_before_anything_is_kept(stage, prepared, tmp_path):
+    folder = shutil.copytree(builtin("builtin:tiny"), tmp_path / "model")
+    state = load_file(folder / "model.safetensors")
+    state["gpt_neox.layers.1.mlp.dense_4h_to_h.bias"][0] = float("nan")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    words = [*SETTINGS, f"model.name_or_path={folder}", "n_examples=8"]
+    config = restrict(compose([*words, *(["loss=sft"] if stage == "sft" else [])]).config, stage)
+    run = run_reference if stage == "reference" else run_train
+    expected = {"reference": r"of 13 of 13 pairs are not finite", "sft": "begins with hold NaN"}
+    with pytest.raises(NonFiniteError, match=expected[stage]):
+        run(config, tmp_path / "out", pairs=prepared.data)
     assert not (tmp_path / "out").exists()
