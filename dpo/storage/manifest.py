@@ -6,6 +6,8 @@ manifest has been written. What has no manifest is not an output.
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -243,19 +245,46 @@ def _verify(folder: Path, manifest: Manifest) -> None:
 
 
 @contextmanager
+def _alone_in(folder: Path) -> Iterator[bool]:
+    """Whether no other process has taken ``folder``, which this one takes for itself.
+
+    The kernel gives it back when the process ends, however it ends. Where a file system knows no
+    locks, nobody is ever alone.
+    """
+    taken = -1
+    try:
+        taken = os.open(folder, os.O_RDONLY)
+        fcntl.flock(taken, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        alone = True
+    except OSError:
+        alone = False
+    try:
+        yield alone
+    finally:
+        if taken >= 0:
+            os.close(taken)
+
+
+@contextmanager
 def staged(output: Path) -> Iterator[Path]:
     """A temporary folder that becomes ``output`` when the block ends and left a manifest in it.
 
     An existing ``output`` that is empty or incomplete is replaced; a complete one is replaced only
-    once the new one is complete. When the block raises, the temporary folder is removed.
+    once the new one is complete. When the block raises, the temporary folder is removed; that of a
+    process that was killed, when the next one begins the same output.
     """
     output = output.absolute()
     output.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in output.parent.glob(f".{glob.escape(output.name)}.*.partial"):
+        with _alone_in(abandoned) as alone:
+            if alone:
+                shutil.rmtree(abandoned, ignore_errors=True)
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        yield partial
+        with _alone_in(partial):
+            yield partial
         if not (partial / MANIFEST).is_file():
             raise ArtifactError(
                 "the step ended without writing its manifest", where=str(output), fix="report a bug"

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -91,6 +93,35 @@ def test_a_failed_step_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError):
         fail_half_way()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+    """Not what a process that lives is still writing, nor what another output is made of."""
+    script = (
+        "import sys, time, pathlib; from dpo.storage.manifest import staged\n"
+        "with staged(pathlib.Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'weights').write_text('half'); print('written', flush=True); time.sleep(600)"
+    )
+    begun = []
+    for name in ("model", "model", "other"):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path / name)], stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"written\n"
+        begun.append(process)
+    killed, lives, other = begun
+    try:
+        for process in (killed, other):
+            process.kill()
+            process.communicate()
+        with staged(tmp_path / "model") as folder:
+            write_manifest(folder, "sft")
+        left = sorted(path.name for path in tmp_path.glob(".*"))
+        assert left == sorted([f".model.{lives.pid}.partial", f".other.{other.pid}.partial"])
+    finally:
+        lives.kill()
+        lives.communicate()
 
 
 def test_a_step_that_forgot_its_manifest_fails(tmp_path):
