@@ -15,7 +15,7 @@ from pathlib import Path
 from dpo import handlers
 from dpo.commands import ABOUT_PUBLISHED, COMMANDS, PATHS
 from dpo.config.arguments import Arguments
-from dpo.errors import ConfigError, DpoError, system_problem
+from dpo.errors import ConfigError, DpoError, print_any_text, system_problem
 
 INTERRUPTED = 130
 
@@ -23,6 +23,7 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    print_any_text()
     try:
         return _main(given)
     except DpoError as error:

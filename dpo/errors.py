@@ -28,7 +28,9 @@ no traceback, and exits with ``exit_code``: 2 for a mistake in the command or it
 from __future__ import annotations
 
 import errno
+import io
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -70,6 +72,16 @@ def printable(text: str) -> str:
     characters are escaped too: they cannot be written.
     """
     return _UNPRINTED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def print_any_text() -> None:
+    """Let standard output take texts that its encoding lacks, as escapes; call it once, at first.
+
+    Where a terminal or a pipe is not UTF-8, ``print`` raises at the first ``–`` or umlaut: a run
+    of an hour would end in a traceback over its summary. Standard error does so by itself.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class DpoError(Exception):

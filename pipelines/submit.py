@@ -26,7 +26,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dpo.config.arguments import Arguments
-from dpo.errors import DpoError, PipelineError, system_problem
+from dpo.errors import DpoError, PipelineError, print_any_text, system_problem
 from dpo.plan.booked import check_booked
 from pipelines import asked, explain, history, package, start
 from pipelines.deployment import image_assignments
@@ -190,6 +190,7 @@ def parser() -> Arguments:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     given = sys.argv[1:] if arguments is None else arguments
+    print_any_text()
     as_json = "--output=json" in given or ("--output", "json") in pairwise(given)
     try:
         if given[:1] == ["explain"]:

@@ -1,6 +1,7 @@
 """The command line as a person uses it, in processes of its own."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -86,6 +87,16 @@ def test_a_missing_file_is_named(tmp_path):
     assert "none.jsonl" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_texts_that_the_terminal_cannot_show_are_printed_as_escapes(encoding, tmp_path):
+    pair = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
+    (tmp_path / "pairs–1.jsonl").write_text(json.dumps(pair), encoding="utf-8")
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = dpo("ingest", "--check", "pairs–1.jsonl", cwd=tmp_path, environment=environment)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+    assert "pairs\\u20131.jsonl: 1 row, 1 pair" in done.stdout
 
 
 @pytest.mark.parametrize("stage", ["ingest", "train"])
