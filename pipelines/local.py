@@ -130,6 +130,7 @@ def _start_worker(job: Job, folder: Path, events: Path, lock: int) -> subprocess
         # dpo.train.place reads it; steps go on from here when a run was ended
         "DPO_CHECKPOINTS": os.environ.get("DPO_CHECKPOINTS") or str(job.runs / "checkpoints"),
         "PYTHONUNBUFFERED": "1",
+        **own_code(),
         **_out_of_band(job),
         "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "true"),
     }
@@ -144,8 +145,18 @@ def _start_worker(job: Job, folder: Path, events: Path, lock: int) -> subprocess
             start_new_session=True,
             # the lock is held until the last process of the run is gone
             pass_fds=(lock,),
-            cwd=Path(__file__).resolve().parent.parent,
         )
+
+
+def own_code() -> dict[str, str]:
+    """Variables with which a process finds the sources beside this file, wherever it is started.
+
+    It is started in the folder of the user, whose relative paths mean that folder, and where a
+    file of theirs (``random.py``) must not be taken for a module.
+    """
+    sources = str(Path(__file__).resolve().parent.parent)
+    found = [sources, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(found), "PYTHONSAFEPATH": "1"}
 
 
 def _out_of_band(job: Job) -> dict[str, str]:

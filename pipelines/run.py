@@ -22,7 +22,7 @@ from dpo.errors import ConfigError, RequestError
 from dpo.plan.booked import check_booked
 from pipelines import history, package, start
 from pipelines.deployment import image_assignments, load_deployment, with_images, with_store
-from pipelines.local import Job, run_local
+from pipelines.local import Job, own_code, run_local
 from pipelines.outcome import Outcome, nothing_started, read_outputs
 from pipelines.pods import booked
 from pipelines.request import check_candidates, local_store, parameters
@@ -306,7 +306,8 @@ def obtain_model(values: Mapping[str, Any]) -> None:
         RequestError: it is not to be had.
     """
     command = [sys.executable, "-m", "dpo", "fetch", *model_overrides(values["model"])]
-    if subprocess.run(command, check=False, stdout=2).returncode:
+    environment = {**os.environ, **own_code()}
+    if subprocess.run(command, check=False, stdout=2, env=environment).returncode:
         raise RequestError(
             f"the base model {values['model']} could not be obtained",
             fix="see the message above",

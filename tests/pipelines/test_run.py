@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,6 +76,26 @@ def test_a_second_run_finds_every_cacheable_step_cached(checkout, first):
     assert second["published"]["unchanged"]
     assert second["published"]["bytes_moved"] == 0
     assert checkpoint(second) == checkpoint(first)
+
+
+def test_a_run_of_another_folder_reads_its_files_there(checkout, first, tmp_path):
+    """Relative paths are the user's; a file of theirs is no module of ours, nor of Python's."""
+    shutil.copyfile(checkout.data, tmp_path / "pairs.jsonl")
+    shutil.copytree(checkout.folder / "dpo/modeling/tiny", tmp_path / "models/mine")
+    for name in ("random.py", "dpo.py"):
+        (tmp_path / name).write_text("raise SystemExit('not ours')")
+    own = ["--set", "datasets=[pairs.jsonl]", "--set", "model=models/mine", "--output", "json"]
+    done = subprocess.run(
+        [*checkout.command(), *own],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**checkout.environment(), "PYTHONIOENCODING": "ascii"},
+    )
+    outcome = json.loads(done.stdout)
+    assert outcome["state"] == "succeeded", done.stderr
+    assert checkpoint(outcome).settings["model"]["name_or_path"] == "models/mine"
 
 
 def test_another_beta_reruns_preference_and_what_follows(checkout, first):
