@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -44,6 +45,9 @@ _KEY_IN_QUERY = re.compile(
     r"([?&][^=&\s]*(?:token|key|secret|signature|password|credential|sig)[^=&\s]*=)[^&\s'\"]+",
     re.IGNORECASE,
 )
+_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What a write is refused with; a network that breaks is an ``OSError`` too."""
+_IN_RUST = re.compile(r"\(os error (\d+)\)")
 _UNPRINTED = re.compile(
     # C0 and C1 but newline and tab, marks of direction, separators that some take for a line's end,
     # and halves of characters, which no encoding can write
@@ -196,13 +200,24 @@ class MissingDependency(DpoError):
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Name ``folder`` in the errors of what is written there: the system names no file then."""
+    """Name ``folder`` in the errors of what is written there: the system names no file then.
+
+    Libraries in Rust (safetensors, tokenizers) report such an error in words of their own.
+    """
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno in _OF_WRITING:
             error.filename = str(folder)
         raise
+    except DpoError:
+        raise
+    except Exception as error:
+        found = _IN_RUST.search(str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(folder)) from None
 
 
 def system_problem(error: OSError) -> DpoError:

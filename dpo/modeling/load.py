@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +10,7 @@ import torch
 
 from dpo.config.schema import ModelConfig
 from dpo.data.tokenize import load_tokenizer
-from dpo.errors import ArtifactError, ModelError
+from dpo.errors import ArtifactError, ModelError, writing
 from dpo.modeling.archive import checkpoint_folder, is_old_buffer, load_policy_file
 from dpo.modeling.folder import check_folder, is_quantised
 from dpo.modeling.kernels import apply_kernels
@@ -29,7 +27,6 @@ Weights = Literal["device", "cpu", "none"]
 
 _SHARD_SIZE = "2GB"
 _TEXT = "\n\nHuman: How do I write a test?\n\nAssistant: Begin with what may go wrong, 123."
-_OS_ERROR = re.compile(r"os error (\d+)")
 
 
 def load_model(
@@ -332,17 +329,9 @@ def save_model(
         OSError: a file could not be written.
     """
     quiet()
-    from safetensors import SafetensorError
-
-    try:
+    with writing(folder):
         model.save_pretrained(str(folder), state_dict=weights, max_shard_size=_SHARD_SIZE)
-    except SafetensorError as error:
-        # safetensors reports a full disk in the words of its own language
-        if found := _OS_ERROR.search(str(error)):
-            number = int(found[1])
-            raise OSError(number, os.strerror(number), str(folder)) from None
-        raise
-    tokenizer.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
     for path in folder.rglob("*"):
         if path.is_file():
             # safetensors are written for the owner alone; a pod's other user must read them

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo.errors import ArtifactError
+from dpo.errors import ArtifactError, writing
 from dpo.storage.provenance import made_by
 
 FORMAT_VERSION = 2
@@ -283,7 +283,7 @@ def staged(output: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        with _alone_in(partial):
+        with _alone_in(partial), writing(output):
             yield partial
         if not (partial / MANIFEST).is_file():
             raise ArtifactError(
