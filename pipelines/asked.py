@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from dpo.errors import ConfigError
 
@@ -18,6 +21,7 @@ _MEANINGLESS_WITH = {
     "retry": ("schedule", "start_from", "dry_run", "upload", "run", "rerun", "sweep"),
     "schedule": ("wait", "run", "cancel_on_interrupt"),
 }
+_PROGRAM = Path(__file__).with_name("submit.py")
 _NEEDS_WAIT = ("timeout_seconds", "cancel_on_interrupt")
 
 
@@ -76,3 +80,33 @@ def _first(options: argparse.Namespace, names: Iterable[str]) -> str:
         if value is not None and value is not False and value not in ("", []):
             return {"start_from": "--from"}.get(name, f"--{name.replace('_', '-')}")
     return ""
+
+
+def next_command(options: argparse.Namespace, state: str) -> str:
+    """The same run on more data; where there is no more, or the gate refused, another beta."""
+    if not options.local or state not in ("succeeded", "refused"):
+        return ""
+    larger = {"toy": "quick", "full": None}.get(options.preset, "full")
+    again = state == "refused" or options.start_from or larger is None
+    preset = options.preset if again else larger
+    kept = {
+        "--local": options.local if options.local != "processes" else "",
+        "--preset": preset,
+        "--from": options.start_from,
+        "--store": options.store,
+        "--runs-dir": options.runs_dir and str(options.runs_dir),
+    }
+    words = [word for option, value in kept.items() if value for word in (option, value)]
+    words += [word for text in options.assignments for word in ("--set", text)]
+    if again:
+        words += ["--set", "loss.beta=0.2", "--dry-run"]
+    elif words == ["--preset", preset] and Path("Makefile").is_file():
+        return "make run" if preset == "quick" else f"make run PRESET={preset}"
+    local = [] if kept["--local"] else ["--local"]
+    return shlex.join([_from_here(sys.executable), _from_here(_PROGRAM), *local, *words])
+
+
+def _from_here(path: str | Path) -> str:
+    """As it is written in this folder."""
+    place = Path(path).absolute()
+    return str(place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -41,6 +42,7 @@ from pipelines.package import save_package, steps_of
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 15.0
 _LEAST_FREE_BYTES = 1 << 16
+_COLOURS = re.compile(r"\x1b\[[\d;]*m")
 
 
 @dataclass(frozen=True)
@@ -228,10 +230,12 @@ def _failure(folder: Path, view: RunView) -> tuple[str, int]:
         return str(DpoError("the disk is full", where=str(folder), fix="free space, run again")), 1
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     failed = [name for name, step in view.steps.items() if step.state == "failed"]
-    what = f"step {failed[0]} ended without a message" if failed else "the run ended unexpectedly"
     if view.error is not None:
+        # the log ends with what kfp says of it, in its own colours; the traceback stands before
         what = f"step {view.error['step']}: {view.error['text']}"
-    tail = "\n".join(f"  | {line}" for line in lines[-5:] if line.strip())
+        return str(DpoError(what, where=str(log), fix="see the traceback there; it is a bug")), 1
+    what = f"step {failed[0]} ended without a message" if failed else "the run ended unexpectedly"
+    tail = "\n".join(f"  | {_COLOURS.sub('', line)}" for line in lines[-5:] if line.strip())
     return str(DpoError(f"{what}\n{tail}".rstrip(), where=str(log))), 1
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 import tempfile
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,14 @@ from typing import Any
 if __package__ in (None, ""):
     # ``python pipelines/submit.py``: the checkout is what is run, wherever this is started
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    if find_spec("rich") is None:
+        # the first package of others that is imported: this is not the Python of `make setup`
+        print(
+            f"the packages of this project are not installed for {sys.executable}\n"
+            "  fix:   run `make setup`, then `. .venv/bin/activate`, and this command again",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 from rich.console import Console
 from rich.markup import escape
@@ -49,6 +57,10 @@ from pipelines.sweep import parse_sweep
 
 INTERRUPTED = 130
 NOT_STARTED = 2
+_MORE = """
+`--list` prints the parameters. `explain [RUN_ID]` in the place of options says for each step of a
+run why it was executed or cached.
+"""
 _OF_THIS_MACHINE = (
     "\nCompared with the runs of this machine: Kubeflow may have more of it in its cache."
 )
@@ -59,7 +71,7 @@ def parser() -> Arguments:
     this = Arguments(
         prog="python pipelines/submit.py",
         description="Run the preference fine-tuning pipeline here or on Kubeflow Pipelines.",
-        epilog=__doc__.partition("\n\n")[2] + "\n`--list` prints the parameters.",
+        epilog=__doc__.partition("\n\n")[2] + _MORE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = this.add_argument_group("what to run")
@@ -365,18 +377,7 @@ def _finish(options: argparse.Namespace, outcome: Outcome) -> None:
         print(outcome.as_json())
         return
     console = Console(stderr=outcome.state in ("failed", "timed out", "unknown"))
-    show(outcome, console, next_command=_next_command(options, outcome))
-
-
-def _next_command(options: argparse.Namespace, outcome: Outcome) -> str:
-    if not options.local or outcome.state not in ("succeeded", "refused"):
-        return ""
-    if options.preset == "full" or outcome.state == "refused":
-        return "python pipelines/submit.py --local --set loss.beta=0.2 --dry-run"
-    if options.assignments:
-        given = " ".join(f"--set {shlex.quote(word)}" for word in options.assignments)
-        return f"python pipelines/submit.py --local --preset full {given}"
-    return "make run PRESET=full"
+    show(outcome, console, next_command=asked.next_command(options, outcome.state))
 
 
 if __name__ == "__main__":

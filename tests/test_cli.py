@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -156,6 +157,55 @@ def test_a_mistake_in_an_option_is_json_for_ci():
     told = json.loads(done.stdout)
     assert (done.returncode, told["exit_code"], told["state"]) == (2, 2, "not started")
     assert "huge" in told["message"]
+
+
+@pytest.mark.parametrize(
+    ("given", "state", "told"),
+    [
+        (["--preset", "toy"], "succeeded", "make run"),
+        (["--preset", "quick"], "succeeded", "make run PRESET=full"),
+        ([], "succeeded", "make run PRESET=full"),
+        (
+            ["--preset", "full"],
+            "succeeded",
+            "PROGRAM --local --preset full --set loss.beta=0.2 --dry-run",
+        ),
+        (
+            ["--preset", "quick", "--set", "model=a b", "--runs-dir", "r", "--store", "file:///s"],
+            "succeeded",
+            "PROGRAM --local --preset full --store file:///s --runs-dir r --set 'model=a b'",
+        ),
+        (
+            ["--preset", "toy", "--set", "seed=1"],
+            "refused",
+            "PROGRAM --local --preset toy --set seed=1 --set loss.beta=0.2 --dry-run",
+        ),
+        (
+            ["--from", "ID"],
+            "succeeded",
+            "PROGRAM --local --from ID --set loss.beta=0.2 --dry-run",
+        ),
+        (["--preset", "toy"], "failed", ""),
+    ],
+)
+def test_the_next_command_is_the_same_run_and_works_as_written(given, state, told, monkeypatch):
+    from pipelines import asked, submit
+
+    monkeypatch.chdir(Path(__file__).parents[1])
+    python = Path(sys.executable)
+    shown = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+    options = submit.parser().parse_args(["--local", *given])
+    expected = told.replace("PROGRAM", f"{shown} pipelines/submit.py")
+    assert asked.next_command(options, state) == expected
+
+
+def test_without_the_packages_of_the_project_the_way_to_them_is_named():
+    """``-I -S``: a Python without site-packages."""
+    command = [sys.executable, "-I", "-S", "pipelines/submit.py", "--list"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
+    assert "make setup" in done.stderr
 
 
 def test_all_paths_that_are_missing_are_named_at_once():
