@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(given: list[str]) -> int:
+    if given[:1] == ["help"] and given[1:2] and given[1] in COMMANDS:
+        given = [given[1], "--help"]
     if not given or given[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0 if given else 2
@@ -93,8 +95,9 @@ def _options(name: str) -> Arguments:
     command = COMMANDS[name]
     lines = [f"example:\n  {command.example}"]
     if command.paths:
+        what = {**PATHS, **({"output": "file to write"} if name == "export" else {})}
         shown = [
-            f"  {path}=  {PATHS[path]}{'' if path in command.required else ' (optional)'}"
+            f"  {path}=  {what[path]}{'' if path in command.required else ' (optional)'}"
             for path in command.paths
         ]
         lines.append("paths:\n" + "\n".join(shown))
@@ -124,7 +127,8 @@ def _run(name: str, options: argparse.Namespace, overrides: list[str]) -> int:
         from dpo.publish.command import run
 
         which = "publish --rollback" if name == "publish" else name
-        return run(which, overrides, command.example)
+        form = ["format=json"] if getattr(options, "output", "") == "json" else []
+        return run(which, [*overrides, *form], command.example)
     if name == "compare":
         from dpo.evaluate.compare import run_compare
 

@@ -9,7 +9,6 @@ from typing import Any
 ABOUT_PUBLISHED = ("verify", "pull", "list", "retain", "lineage", "forget")
 """These take a URL and settings of their own, not those of the configuration."""
 
-_FORM = {"choices": ("text", "json"), "default": "text"}
 
 PATHS = {
     "data": "output folder of ingest",
@@ -32,6 +31,11 @@ class Option:
 
     flag: str
     how: Mapping[str, Any]
+
+
+_AS_JSON = Option(
+    "--output", {"choices": ("text", "json"), "default": "text", "help": "form (default: text)"}
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ COMMANDS = {
                     "help": "say what is wrong with a file (or folder, URL) and end",
                 },
             ),
-            Option("--output", {**_FORM, "help": "of --check (default: text)"}),
+            Option("--output", {**_AS_JSON.how, "help": "of --check (default: text)"}),
         ),
     ),
     "tokenize": Command(
@@ -151,7 +155,7 @@ COMMANDS = {
         "gpus gpu gpu_memory_gib utilisation pairs peak_tflops prompt_tokens chosen_tokens "
         "rejected_tokens; model trainer batch_size micro_batch_tokens activation_checkpointing",
         "dpo plan model=pythia28 trainer=FSDPTrainer gpus=4 gpu_memory_gib=80 datasets=[hh]",
-        options=(Option("--output", {**_FORM, "help": "form (default: text)"}),),
+        options=(_AS_JSON,),
     ),
     "config": Command(
         "Print every setting with its value and where it came from.",
@@ -159,7 +163,7 @@ COMMANDS = {
         (),
         "any",
         "dpo config model=pythia28 loss=ipo",
-        options=(Option("--json", {"action": "store_true", "help": "one JSON object"}),),
+        options=(_AS_JSON, Option("--json", {"action": "store_true", "help": "--output json"})),
     ),
     "fetch": Command(
         "Bring the base model onto this machine.", (), (), "model", "dpo fetch model=smollm2"
@@ -184,9 +188,10 @@ COMMANDS = {
         "List what is published at or below a URL: dpo list URL.",
         (),
         (),
-        "format=json",
+        "",
         "dpo list s3://models",
-        takes="URL [format=json]",
+        options=(_AS_JSON,),
+        takes="URL [--output json]",
     ),
     "retain": Command(
         "Remove old versions and what interrupted publishers left: dpo retain URL keep=K.",
@@ -200,16 +205,18 @@ COMMANDS = {
         "Print where a published model comes from, or what was made of a community's data.",
         (),
         (),
-        "community format=json",
+        "community",
         "dpo lineage s3://models/policy\n  dpo lineage s3://models community=NAME",
-        takes="URL [community=NAME] [format=json]",
+        options=(_AS_JSON,),
+        takes="URL [community=NAME] [--output json]",
     ),
     "forget": Command(
         "Remove a community's data and list what still depends on it.",
         (),
         (),
-        "community reports=true (also remove reports that show its text) format=json",
+        "community reports=true (also remove reports that show its text)",
         "dpo forget s3://models community=NAME",
-        takes="URL community=NAME [reports=true] [format=json]",
+        options=(_AS_JSON,),
+        takes="URL community=NAME [reports=true] [--output json]",
     ),
 }

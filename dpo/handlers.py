@@ -193,7 +193,7 @@ def _config(composed: Any, _: dict[str, Path], options: argparse.Namespace) -> i
     import json
 
     values = composed.config.model_dump(mode="json")
-    if options.json:
+    if options.json or options.output == "json":
         print(json.dumps({"config": values, "origins": dict(composed.origins)}, indent=1))
         return 0
     from dpo.config.compose import flatten

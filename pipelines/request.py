@@ -55,6 +55,7 @@ def parameters(
     """
     values = {**defaults, **(preset(preset_name) if preset_name else {})}
     check_names(values)
+    written: dict[str, str] = {}
     for assignment in assignments:
         if holds_password(assignment):
             raise ConfigError(
@@ -71,9 +72,13 @@ def parameters(
             values[name] = [*values[name], *more]
         else:
             values[name] = value
+            written[name] = assignment.partition("=")[0]
     if store and not values["publish_store"]:
         values["publish_store"] = store
-    values = {name: typed(name, value, defaults[name]) for name, value in values.items()}
+    values = {
+        name: typed(written.get(name, name), value, defaults[name])
+        for name, value in values.items()
+    }
     stage_configs(values)
     return values
 

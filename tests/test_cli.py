@@ -62,7 +62,7 @@ def test_torchrun_does_not_start_it_several_times(tmp_path):
         (["train", "loss.bta=1"], ["loss.bta", "beta"]),
         (["ingest"], ["output="]),
         (["ingest", "verdict=x", "output=y"], ["verdict="]),
-        (["config", "model=nope"], ["nope", "tiny"]),
+        (["config", "model=nope"], ["nope", "tiny", "a folder as ./name"]),
         (["verify"], ["one URL"]),
     ],
 )
@@ -80,6 +80,20 @@ def test_config_tells_where_each_value_came_from():
     assert found["config"]["lr"] == 1e-6
     assert found["origins"]["lr"] == "command line"
     assert found["origins"]["model.name_or_path"] == "model/pythia28.yaml"
+
+
+def test_what_is_printed_is_json_by_one_option(tmp_path):
+    """``--output json``, as submit.py has it; --json and format=json mean the same."""
+    store = tmp_path.as_uri()
+    for one, other in (
+        (["config", "--output", "json"], ["config", "--json"]),
+        (["list", store, "--output=json"], ["list", store, "format=json"]),
+    ):
+        done = dpo(*one)
+        assert json.loads(done.stdout) == json.loads(dpo(*other).stdout), done.stderr
+    done = dpo("help", "export")
+    assert done.stdout == dpo("export", "--help").stdout
+    assert "output=  file to write" in done.stdout
 
 
 def test_a_missing_file_is_named(tmp_path):

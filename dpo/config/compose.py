@@ -240,9 +240,10 @@ def _hydra_error(
         if group in GROUPS:
             choice, known = str(override.value()), choices(group, directories)
             if choice not in known:
+                more = "; or write a hub's id as org/name, a folder as ./name"
                 return ConfigError(
                     f"{group}={choice}: there is no such choice{nearest(choice, known)}",
-                    fix=f"the choices are {', '.join(known)}",
+                    fix=f"the choices are {', '.join(known)}{more if group == 'model' else ''}",
                 )
     for directory in directories:
         for path in directory.rglob("*.yaml"):

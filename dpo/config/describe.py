@@ -53,7 +53,7 @@ def _finding(item: Any, schema: type[BaseModel]) -> tuple[str, str]:
             options = ", ".join(name for name in section if name != "name") or "none"
             return f"{'.'.join(path)}: the loss {loss} ignores it (its options: {options})", ""
         key = ".".join(path)
-        return f"unknown key {key}{suggestion(path[-1], section)}", ""
+        return f"unknown key {key}{suggestion(path[-1], section, key[: -len(path[-1])])}", ""
     if kind == "value_error":
         return str(item["ctx"]["error"]), ""
     if kind == "union_tag_invalid":
@@ -65,18 +65,18 @@ def _finding(item: Any, schema: type[BaseModel]) -> tuple[str, str]:
     return f"{key}={item['input']!r}", f"{problem[:1].lower()}{problem[1:]}"
 
 
-def suggestion(key: str, choices: Iterable[str]) -> str:
+def suggestion(key: str, choices: Iterable[str], prefix: str = "") -> str:
     """`` (did you mean X?)``, or the choices when nothing is near."""
     known = sorted(choices)
-    if near := nearest(key, known):
+    if near := nearest(key, known, prefix):
         return near
     return f": the choices are {', '.join(known)}" if known else ""
 
 
-def nearest(key: str, choices: Iterable[str]) -> str:
+def nearest(key: str, choices: Iterable[str], prefix: str = "") -> str:
     """`` (did you mean X?)``, or nothing."""
     near = difflib.get_close_matches(key, sorted(choices), n=1, cutoff=0.6)
-    return f" (did you mean {near[0]}?)" if near else ""
+    return f" (did you mean {prefix}{near[0]}?)" if near else ""
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -236,7 +236,11 @@ def route(assignment: str) -> tuple[str, Value]:
     """
     key, separator, value = assignment.partition("=")
     if not separator or not key:
-        raise ConfigError(f"{assignment!r} is not KEY=VALUE", fix="for example loss.beta=0.2")
+        raise ConfigError(
+            f"{assignment!r} is not KEY=VALUE",
+            fix="for example loss.beta=0.2; a value with spaces is quoted: --set 'KEY=A B', with "
+            "make ARGS=\"--set 'KEY=A B'\"",
+        )
     if key in STARTS:
         return key, _unquoted(value)
     if key in PARAMETERS:
@@ -304,8 +308,22 @@ def _unquoted(text: str) -> str:
     return text[1:-1] if quoted else text
 
 
+_EXPECTED: dict[type, str] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+}
+"""In the order of their tests: a bool is an int."""
+
+
 def typed(name: str, value: Value, default: Value) -> Value:
     """``value`` in the type of the parameter's ``default``, as Kubeflow wants it.
+
+    Args:
+        name: What the value was given to, as the user wrote it.
+        value: The value.
+        default: The parameter's default.
 
     Raises:
         ConfigError: the value is not of that type.
@@ -329,7 +347,6 @@ def typed(name: str, value: Value, default: Value) -> Value:
     else:
         value, good = str(value), not isinstance(value, list)
     if not good:
-        kind = type(default).__name__
-        article = "an" if kind == "int" else "a"
-        raise ConfigError(f"{name}={value!r}: expected {article} {kind}, such as {default!r}")
+        expected = next(words for kind, words in _EXPECTED.items() if isinstance(default, kind))
+        raise ConfigError(f"{name}={value!r}: expected {expected}")
     return value

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from dpo.errors import DpoError, EvaluationError, ObjectMissing
+from dpo.errors import ConfigError, EvaluationError, ObjectMissing
 from dpo.evaluate import charts
 from dpo.evaluate.bootstrap import Bootstrap
 from dpo.evaluate.compared_samples import shared_samples
@@ -27,6 +27,10 @@ from dpo.evaluate.samples import CHANGES
 from dpo.storage.store import is_store_url, open_store
 
 _FILES = ("evaluation.json", "pairs.json", "samples.json")
+_USAGE = (
+    "dpo compare RUN RUN..., each the output of evaluate, a run's folder or "
+    "s3://bucket/prefix/runs/ID"
+)
 _N_BOOTSTRAP = 1000
 _MAX_RUNS = 100
 _MARKDOWN_SAMPLES = 20
@@ -83,8 +87,7 @@ def compare(names: Sequence[str], output: Path) -> list[Run]:
         raise EvaluationError(
             f"{'one' if runs else 'no'} evaluated run was found; a comparison needs two or more",
             where=", ".join(names),
-            fix="dpo compare RUN RUN..., each the output of evaluate, a run's folder or "
-            "s3://bucket/prefix/runs/ID",
+            fix=_USAGE,
         )
     if len(runs) > _MAX_RUNS:
         raise EvaluationError(
@@ -154,7 +157,9 @@ def read_runs(name: str) -> list[Run]:
     complete = [path for path in found if (path / "manifest.json").is_file()]
     if not complete:
         raise _no_evaluation(name)
-    return [_from_folder(path) for path in complete]
+    # a local run's folder holds each twice: the step's output and the store's copy, by run id
+    once = {(path / _FILES[0]).read_bytes(): path for path in complete}
+    return [_from_folder(path) for path in sorted(once.values())]
 
 
 def _no_evaluation(name: str) -> EvaluationError:
@@ -312,12 +317,10 @@ def run_compare(arguments: Sequence[str]) -> int:
     outputs = [text.removeprefix("output=") for text in arguments if text.startswith("output=")]
     if outputs and not outputs[-1]:
         raise EvaluationError("output= names no folder", fix="output=FOLDER, or leave it out")
+    if not names:
+        raise ConfigError("dpo compare needs two runs or more", fix=_USAGE)
     output = Path(outputs[-1] if outputs else "comparison").expanduser()
-    try:
-        runs = compare(names, output)
-    except OSError as error:
-        raise DpoError(error.strerror or str(error), where=str(error.filename)) from None
-    for run in runs:
+    for run in compare(names, output):
         print(f"{interval_text(run.figure('after', 'reward_accuracy'))}  {run.label}")
     print(f"comparison: {output / 'compare.html'}")
     return 0

@@ -136,7 +136,7 @@ def test_own_models_from_any_folder(tmp_path, monkeypatch):
     ("override", "words"),
     [
         ("dataset=[hh]", ["unknown key dataset", "did you mean datasets"]),
-        ("loss.bta=0.1", ["unknown key loss.bta", "did you mean beta"]),
+        ("loss.bta=0.1", ["unknown key loss.bta", "did you mean loss.beta"]),
         ("lora.enabled=maybe", ["lora.enabled='maybe'", "true or false"]),
         ("=3", ["'=3' is not key=value"]),
         ("batch_sise=3", ["batch_sise", "batch_size"]),

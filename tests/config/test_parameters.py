@@ -8,6 +8,7 @@ from dpo.config.parameters import route, stage_configs, typed
 from dpo.config.schema import RunConfig
 from dpo.config.stages import STAGE_KEYS, load_stage, stage_json
 from dpo.errors import ConfigError
+from pipelines import package, request
 
 TINY = {"model": "tiny"}
 
@@ -90,6 +91,22 @@ def test_assignments_that_go_nowhere_say_so(assignment, words):
         route(assignment)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("loss.beta=abc", "loss.beta='abc': expected a number"),
+        ("preference_beta=abc", "preference_beta='abc': expected a number"),
+        ("max_length=ten", "max_length='ten': expected an integer"),
+        ("gate.force=3", "gate.force=3: expected true or false"),
+    ],
+)
+def test_a_value_of_another_type_is_named_by_the_key_that_was_written(assignment, expected):
+    defaults = package.defaults(package.load_package())
+    with pytest.raises(ConfigError) as caught:
+        request.parameters(defaults, assignments=[assignment])
+    assert str(caught.value) == expected
 
 
 def test_values_take_the_type_of_the_form():

@@ -104,6 +104,20 @@ def test_a_folder_above_holds_all_of_its_runs(three, tmp_path):
     assert len(read_runs(str(tmp_path))) == 3
 
 
+def test_a_copy_of_an_evaluation_below_a_folder_is_the_same_run(three, tmp_path):
+    """A local run's evaluation lies in its step's output and in the store beside it."""
+    shutil.copytree(three[0], tmp_path / "artifacts/1/evaluation")
+    assert [run.where for run in read_runs(str(tmp_path))] == [
+        str(tmp_path / name)
+        for name in ("middle/evaluation", "strong/evaluation", "weak/evaluation")
+    ]
+
+
+def test_without_a_run_the_command_is_a_mistake(capsys):
+    assert main(["compare"]) == 2
+    assert "two runs or more" in capsys.readouterr().err
+
+
 def test_an_unfinished_evaluation_is_no_run(three, tmp_path):
     (three[0] / "manifest.json").unlink()
     assert len(read_runs(str(tmp_path))) == 2
@@ -197,7 +211,10 @@ def test_many_runs_with_long_hostile_answers_stay_below_a_megabyte(tmp_path):
     folder = write(tmp_path / "run/evaluation", n=20)
     (folder / "samples.json").write_text(json.dumps(long), encoding="utf-8")
     for number in range(99):
-        shutil.copytree(folder, tmp_path / f"run-{number}/evaluation")
+        copy = shutil.copytree(folder, tmp_path / f"run-{number}/evaluation")
+        evaluation = json.loads((copy / "evaluation.json").read_text(encoding="utf-8"))
+        other = json.dumps({**evaluation, "policy": f"policy {number}"})
+        (copy / "evaluation.json").write_text(other, encoding="utf-8")
     names = [str(tmp_path)]
     compare(names, tmp_path / "out")
     page = tmp_path / "out/compare.html"

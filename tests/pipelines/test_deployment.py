@@ -273,7 +273,7 @@ def test_retries_reach_steps_inside_conditions_and_outlast_the_training():
         ("images.data=D:1", "image 'D:1' is no name"),
         ("images.data='a b:1'", "image 'a b:1' is no name"),
         ("train.gpus=-1", "train.gpus=-1"),
-        ("train.gpu=1", "unknown key train.gpu (did you mean gpus?)"),
+        ("train.gpu=1", "unknown key train.gpu (did you mean train.gpus?)"),
         ("images.data=registry.test/data", "names no fixed version"),
         ("images.data=registry.test:5000/data:latest", "names no fixed version"),
         ("images.data=registry.test/data@sha256:12", "names no fixed version"),

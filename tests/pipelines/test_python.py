@@ -43,7 +43,7 @@ def test_a_run_ends_in_a_published_model(tmp_path):
     [
         ({"preset": "fast"}, ConfigError, "no preset is called fast"),
         ({"settings": {"preference_betta": 1}}, ConfigError, "did you mean preference_beta"),
-        ({"settings": {"preference_beta": "much"}}, ConfigError, "expected a float"),
+        ({"settings": {"preference_beta": "much"}}, ConfigError, "expected a number"),
         ({"rerun": ["sfft"]}, ConfigError, "no step is called sfft"),
         (
             {"where": "docker", "images": {"data": "r/d:1", "train": "r/t:1"}},
