@@ -33,6 +33,7 @@ setup: $(READY) ## Make .venv from the lock file (about 5 GB, once)
 
 $(READY): images/requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or pass PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(or $(wildcard $(BIN)/python),$(PYTHON)) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed, and $(if $(wildcard $(BIN)/python),.venv was made by an older one: remove it,$(PYTHON) is older: pass PYTHON=/path/to/python3)" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) lacks the venv module: install it (Debian: apt-get install python3-venv)" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing the locked packages into .venv (about 5 GB, a few minutes, once) ..."

@@ -1,5 +1,9 @@
 """The layout that `make validate-structure` checks, and that the check can fail."""
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from tests.support import structure
@@ -15,3 +19,25 @@ def test_every_folder_and_file_is_there_and_a_missing_one_is_named(tmp_path):
     (tmp_path / "dpo").mkdir()
     assert "the folder config/ is missing" in list(structure.missing(tmp_path))
     assert "the folder dpo/ is missing" not in list(structure.missing(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [(False, "is older: pass PYTHON="), (True, ".venv was made by an older one: remove it")],
+)
+def test_a_python_that_is_too_old_is_named_before_anything_is_installed(made, words, tmp_path):
+    """It answers the question for its version as an older one does, and nothing else."""
+    root = Path(__file__).parents[1]
+    (tmp_path / "images").mkdir()
+    for name in ("Makefile", "pyproject.toml", "images/requirements.lock"):
+        shutil.copyfile(root / name, tmp_path / name)
+    old = tmp_path / (".venv/bin/python" if made else "old")
+    old.parent.mkdir(parents=True, exist_ok=True)
+    old.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    old.chmod(0o755)
+    command = ["make", "setup", *([] if made else [f"PYTHON={old}"])]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("Python 3.11 or newer is needed, and ")
+    assert words in done.stderr
+    assert (tmp_path / ".venv").exists() == made
