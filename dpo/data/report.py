@@ -115,7 +115,8 @@ def _ending(prompt: str) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{share:.1%}".replace("%", " %")
+    # no line ends between the number and its sign
+    return f"{share:.1%}".replace("%", "\N{NO-BREAK SPACE}%")
 
 
 def _chart(histogram: dict[str, list[int]], name: str, limit: int | None = None) -> Any:

@@ -114,7 +114,12 @@ class Settings(BaseModel):
         try:
             found = cls(**values)
         except ValidationError as error:
-            raise validation_error(error, cls, where=f"{PREFIX}* or the command line") from None
+            raise validation_error(
+                error,
+                cls,
+                where=f"{PREFIX}* or the command line",
+                fix="`python -m pipelines.service --help` and SECURITY.md explain them",
+            ) from None
         found.check()
         return found
 

@@ -101,6 +101,19 @@ def test_texts_of_other_directions_turn_nothing_around(ingest: Callable[..., Out
     )
 
 
+def test_a_faulty_text_is_quoted_without_the_space_around_it(
+    ingest: Callable[..., Outcome],
+) -> None:
+    """Two of five rows: 40.0 %, on one line with its sign. Of a space nothing is quoted."""
+    asked = "\n\nHuman: Why?\n\nAssistant:"
+    rows = [{"chosen": asked, "rejected": f"{asked} No."}, {**good_row(2), "chosen": " "}]
+    found = ingest([good_row(1), *rows])  # and two good ones of the fixture
+    page = (found.folder / "report.html").read_text(encoding="utf-8")
+    assert "It begins: “<bdi>Human: Why?" in page
+    assert page.count("It begins") == 1
+    assert "(40.0\N{NO-BREAK SPACE}%)" in page
+
+
 def test_every_reason_of_the_code_has_words() -> None:
     code = "".join(path.read_text(encoding="utf-8") for path in Path(data.__path__[0]).glob("*.py"))
     used = set(re.findall(r'RowError\(\s*"([a-z_]+)"', code)) | set(REASONS)

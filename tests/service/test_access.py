@@ -192,6 +192,9 @@ def test_variables_are_settings_and_unknown_ones_are_refused():
     assert found.cors_origins == ("https://a.example", "https://b.example")
     with pytest.raises(ConfigError, match="did you mean max_runs"):
         Settings.from_environment({"DPO_SERVICE_MAX_RUN": "3"})
+    # `dpo config` knows none of these
+    with pytest.raises(ConfigError, match=r"port='abc'.*\n.*\n.*pipelines.service --help"):
+        Settings.from_environment({}, port="abc")
 
 
 @pytest.mark.parametrize(
