@@ -99,6 +99,7 @@ def test_what_is_printed_is_json_by_one_option(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     done = dpo("ingest", "model=tiny", f"datasets=[{tmp_path}/none.jsonl]", f"output={tmp_path}/o")
     assert done.returncode == 1
+    assert "there is no such file or folder" in done.stderr
     assert "none.jsonl" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "o").exists()

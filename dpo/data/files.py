@@ -108,8 +108,9 @@ def source_files(name: str, source: SourceConfig) -> list[Path]:
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"the path cannot be followed: {reason}", where=where) from None
     if not files:
+        missing = not path.exists() and not set(str(path)) & set("*?[")
         raise DataError(
-            "there are no data files here",
+            "there is no such file or folder" if missing else "there are no data files here",
             where=where,
             fix="give a file, a folder or a glob; names end in "
             f"{', '.join(READABLE)} (.gz or .zst may follow)",

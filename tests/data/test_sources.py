@@ -87,13 +87,13 @@ def test_nothing_there(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     os.mkfifo(tmp_path / "pipe.jsonl")
     for path, message in (
-        ("none.jsonl", "no data files here"),
+        ("none.jsonl", "no such file or folder"),
         ("*.none", "no data files here"),
         ("empty", "no data files here"),
         ("loop.jsonl", "leads nowhere, or in a circle"),
         ("pipe.jsonl", "no regular file"),
-        ("a\0b", "cannot be followed|no data files here"),
-        ("x" * 5000, "cannot be followed|no data files here"),
+        ("a\0b", "cannot be followed|no such file or folder"),
+        ("x" * 5000, "cannot be followed|no such file or folder"),
     ):
         with pytest.raises(DataError, match=message):
             names(SourceConfig(path=f"{tmp_path}/{path}"))

@@ -289,7 +289,7 @@ def test_a_waiting_run_is_cancelled_at_once(story):
 
 def test_a_failed_run_says_why_without_paths_of_this_machine(story):
     assert story.broken["state"] == "failed"
-    assert "there are no data files here" in story.broken["message"]
+    assert "there is no such file or folder" in story.broken["message"]
     assert str(story.data) not in story.broken["message"]
 
 
