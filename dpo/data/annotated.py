@@ -23,7 +23,7 @@ from dpo.data.formats import Candidate, Rating, RowError
 from dpo.data.media import refuse_media
 from dpo.data.prompts import PROMPTS, framed
 from dpo.data.shapes import as_number, rated
-from dpo.data.verdicts import SIGNED, Scores, answer_names, mark_of, scores_of
+from dpo.data.verdicts import SIGNED, Scores, answer_names, mark_of, refuse_unclear, scores_of
 
 _SINGLE = ("response", "completion", "answer", "text", "output")
 _VERDICT_WORDS = re.compile(
@@ -182,7 +182,9 @@ def _annotated(
     if not said:
         raise RowError("not_annotated", "nobody has judged this record yet", "responses")
     fields = {**fields, "split": row.get("split", fields.get("split"))}
-    names = answer_names(fields)
+    names = answer_names(fields, [item.value for item in said])
+    if not names:
+        refuse_unclear(fields)
     return framed(fields, _pairs(fields, names, said) if names else _rated(fields, said))
 
 

@@ -28,6 +28,7 @@ from dpo.data.verdicts import (
     Scores,
     answer_names,
     mark_of,
+    refuse_unclear,
     repeated,
     scores_of,
 )
@@ -57,6 +58,7 @@ def compared(row: Mapping[str, Any]) -> list[Candidate]:
 def _by_verdict(row: Mapping[str, Any], names: list[str], field: str) -> list[Candidate]:
     value = row.get(field)
     if not names:
+        refuse_unclear(row)
         raise RowError("missing_field", "two answers are needed, such as response_1 and response_2")
     if value == []:
         raise RowError("not_annotated", "nobody has said which answer is better", field)

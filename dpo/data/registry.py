@@ -15,7 +15,7 @@ from dpo.data.media import MEDIA, TOOLS, refuse_media
 from dpo.data.prompts import HISTORY, PROMPTS, SYSTEMS, framed, refuse_unread_question
 from dpo.data.quarantine import row_of_fields
 from dpo.data.repeats import REASONS
-from dpo.data.verdicts import VERDICTS, answer_names, named_answers
+from dpo.data.verdicts import VERDICTS, answer_groups, answer_names, named_answers, refuse_unclear
 
 
 def _common_text(row: Mapping[str, Any]) -> Sequence[Candidate]:
@@ -102,6 +102,7 @@ def _parse(
     found = detect(row) if format_name == "auto" else _by_values(format_name, row)
     if found is None:
         keys = ", ".join(map(str, list(row)[:8])) or "no fields"
+        refuse_unclear(row)
         if names := answer_names(row):
             raise RowError(
                 "unknown_format",
@@ -161,7 +162,7 @@ def renamed(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 _FITS: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
     "tree": trees.is_tree,
-    "exported": lambda row: bool(answer_names(row)) and annotated.is_exported(row),
+    "exported": lambda row: bool(answer_groups(row)) and annotated.is_exported(row),
     "compared": compared.is_compared,
     "rated_summary": compared.is_rated_summary,
 }

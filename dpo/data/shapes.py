@@ -44,7 +44,7 @@ from dpo.data.prompts import prompt_of
 DIALOGUES = ("messages", "conversations", "conversation")
 _PROMPT_LISTS = ("prompt", *DIALOGUES)
 ANSWER_LISTS = ("responses", "completions", "answers", "candidates", "generations")
-_ANSWER_TEXTS = ("text", "response", "completion", "content", "answer")
+ANSWER_TEXTS = ("text", "response", "completion", "content", "answer")
 _SCORES = ("fine-grained_score", "overall_score", "score", "rating", "helpfulness")
 _BOOLEANS = {"true": 1.0, "false": 0.0}
 MAX_ANSWERS = 64
@@ -207,7 +207,7 @@ def rated(row: Mapping[str, Any]) -> list[Rating]:
     score_name = next((key for key in ("label", *_SCORES) if row.get(key) is not None), "score")
     if row.get(score_name) is None:
         raise RowError("missing_field", "a score or a label is missing", score_name)
-    name = next((key for key in _ANSWER_TEXTS if row.get(key) is not None), "completion")
+    name = next((key for key in ANSWER_TEXTS if row.get(key) is not None), "completion")
     answer = _answer(row, name)
     prompt, _ = prompt_of(row)
     messages = None
@@ -220,17 +220,22 @@ def rated(row: Mapping[str, Any]) -> list[Rating]:
 
 
 def _answer_text(answer: Any, field: str) -> str:
+    text = text_of(answer)
+    if text is None:
+        raise RowError(
+            "wrong_type",
+            f"each of {field} must be a text or have one of {', '.join(ANSWER_TEXTS)}",
+            field,
+        )
+    return text
+
+
+def text_of(answer: Any) -> str | None:
+    """The text of a listed answer; None where it has none."""
     if isinstance(answer, str):
         return answer
-    if isinstance(answer, Mapping):
-        for key in _ANSWER_TEXTS:
-            if isinstance(answer.get(key), str):
-                return str(answer[key])
-    raise RowError(
-        "wrong_type",
-        f"each of {field} must be a text or have one of {', '.join(_ANSWER_TEXTS)}",
-        field,
-    )
+    texts = (answer.get(key) for key in ANSWER_TEXTS) if isinstance(answer, Mapping) else ()
+    return next((text for text in texts if isinstance(text, str)), None)
 
 
 def _scores(row: Mapping[str, Any], answers: Sequence[Any], field: str) -> list[float]:

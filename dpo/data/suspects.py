@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from dpo.data.fields import LIST_AS_TEXT, plain_name
 from dpo.data.media import MEDIA, TOOLS
 from dpo.data.prompts import HISTORY, SYSTEMS
-from dpo.data.verdicts import MARK_CHARS, answer_names
+from dpo.data.verdicts import MARK_CHARS, answer_groups
 
 _READ_TOO = frozenset({*SYSTEMS, HISTORY, *MEDIA, TOOLS})
 _LIST = re.compile(LIST_AS_TEXT.pattern.encode())
@@ -48,7 +48,7 @@ def names_of_fields(table: pa.Table, texts: tuple[str, ...]) -> Mask:
     if not names or len(pair) < 2:
         return found
     longest = max(len(name.encode()) for name in names)
-    has_answers = len(answer_names(dict.fromkeys(names, ""))) > 0
+    has_answers = bool(answer_groups(dict.fromkeys(names, "?")))
     if has_answers:
         longest = max(longest, MARK_CHARS * _CHAR_BYTES)
     short = [pc.less_equal(pc.binary_length(column), longest) for column in pair]

@@ -13,7 +13,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo.data.shapes import ANSWER_LISTS, as_number
+from dpo.data.formats import RowError, is_nothing
+from dpo.data.shapes import ANSWER_LISTS, as_number, text_of
 
 _NOUNS = "response|answer|completion|output|candidate|text|conversation|generation|summary"
 _NAME = re.compile(rf"^({_NOUNS})[ _-]?(\d{{1,2}}|[a-h])$", re.IGNORECASE)
@@ -58,21 +59,59 @@ MARK_CHARS = 64
 Scores = list[float]
 
 
-def answer_names(row: Mapping[str, Any]) -> list[str]:
+def answer_names(row: Mapping[str, Any], said: Sequence[Any] = ()) -> list[str]:
     """The fields that hold the answers, in order.
 
-    Empty where there are not two of one kind, and where two kinds have several or two fields have
-    one mark: nobody knows then which of them are the answers.
+    Where two kinds have several, those count of which a verdict names one in full. Empty where that
+    does not tell them, where there are not two of one kind, and where two fields have one mark.
+
+    Args:
+        row: The fields.
+        said: The verdicts, where they stand elsewhere.
+    """
+    groups = answer_groups(row)
+    if len(groups) > 1:
+        verdicts = [*said, *(row[name] for name in VERDICTS if isinstance(row.get(name), str))]
+        named = {match[1].lower() for value in verdicts if (match := _NAME.match(str(value)))}
+        groups = {stem: items for stem, items in groups.items() if stem in named}
+    if len(groups) != 1:
+        return []
+    (group,) = groups.values()
+    return [key for _, key in sorted(group)] if len(dict(group)) == len(group) else []
+
+
+def refuse_unclear(row: Mapping[str, Any]) -> None:
+    """Two kinds of fields that may be the answers.
+
+    Raises:
+        RowError: there are; they are named.
+    """
+    groups = [", ".join(key for _, key in sorted(items)) for items in answer_groups(row).values()]
+    if len(groups) > 1:
+        raise RowError(
+            "unknown_format",
+            f"{' and '.join(groups)} may each be the answers: rename one, or name the better "
+            "answer's field in full",
+        )
+
+
+def answer_groups(row: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
+    """(mark, field) of the fields that may hold answers, by their kind.
+
+    Of several kinds those are left out that hold nothing.
     """
     found: dict[str, list[tuple[str, str]]] = {}
     for key in row:
         if row[key] is not None and (match := _NAME.match(str(key))):
             stem, mark = match[1].lower(), match[2].lower().zfill(2)
             found.setdefault(stem, []).append((mark, key))
-    groups = [items for items in found.values() if len(items) > 1]
-    if len(groups) != 1 or len(dict(groups[0])) < len(groups[0]):
-        return []
-    return [key for _, key in sorted(groups[0])]
+    found = {stem: items for stem, items in found.items() if len(items) > 1}
+    full = {
+        stem: items
+        for stem, items in found.items()
+        if not all(is_nothing(row[key]) for _, key in items)
+    }
+    return full or found
 
 
 def mark_of(name: str) -> str:
@@ -129,7 +168,7 @@ def named_answers(row: Mapping[str, Any]) -> Mapping[str, Any]:
     if all(str(value).isdecimal() for value in pair):
         row = _of_list(row, (int(str(pair[0])), int(str(pair[1]))))
     names = answer_names(row)
-    if not names or all(repeated(value, names, row) for value in pair):
+    if not names or _are_texts(pair, [row[name] for name in names]):
         return row
     for find in (_of_models, _winner):
         chosen, rejected = (find(value, names, row) for value in pair)
@@ -140,7 +179,7 @@ def named_answers(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _of_list(row: Mapping[str, Any], pair: tuple[int, int]) -> Mapping[str, Any]:
     name = next((name for name in ANSWER_LISTS if isinstance(row.get(name), list)), None)
-    if name is None or pair[0] == pair[1] or row["chosen"] in row[name]:
+    if name is None or pair[0] == pair[1]:
         return row
     answers, low, high = row[name], min(pair), max(pair)
     if low == 0 and high < len(answers):
@@ -149,7 +188,30 @@ def _of_list(row: Mapping[str, Any], pair: tuple[int, int]) -> Mapping[str, Any]
         first = 1
     else:
         return row
+    if _are_texts((row["chosen"], row["rejected"]), [text_of(answer) for answer in answers]):
+        return row
     return {**row, "chosen": answers[pair[0] - first], "rejected": answers[pair[1] - first]}
+
+
+def _are_texts(pair: Sequence[Any], answers: Sequence[Any]) -> bool:
+    """Whether a pair is itself what was answered, for one of its texts is one of the answers.
+
+    Raises:
+        RowError: the pair and all answers are digits, and nobody knows which the pair is.
+    """
+    if not all(isinstance(value, str) for value in pair):
+        return False
+    said = {answer.strip() for answer in answers if isinstance(answer, str)}
+    if not said.isdisjoint(value.strip() for value in pair):
+        return True
+    if said and all(text.isdecimal() for text in (*said, *pair)):
+        raise RowError(
+            "unknown_verdict",
+            "chosen and rejected may be answers or the numbers of answers, which are numbers "
+            "themselves: give the texts of two of them, or leave the others out",
+            "chosen",
+        )
+    return False
 
 
 def _opened(value: Any, n_answers: int) -> Any:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from dpo.data.formats import Candidate, Rating
+from dpo.data.formats import Candidate, Rating, RowError
 from tests.data.test_formats import parse, reason, texts
 
 PAIR = [("p", "a", "b")]
@@ -238,11 +238,30 @@ def test_numbers_of_answers_may_be_texts() -> None:
     assert texts(row) == [("p", "b", "a")]
     # the answers themselves
     assert texts({**row, "responses": ["1", "0"]}) == [("p", "1", "0")]
+    sums = {"prompt": "1+1?", "chosen": "2", "rejected": "1"}
+    assert texts({**sums, "responses": ["1", "3"]}) == [("1+1?", "2", "1")]
+    listed = [{"text": "1"}, {"text": " 2"}]
+    assert texts({**sums, "candidates": listed}) == [("1+1?", "2", "1")]
+    assert texts({**sums, "response_1": "1", "response_2": "3"}) == [("1+1?", "2", "1")]
+    # nobody knows which are meant
+    for answers in ({"responses": ["3", "4"]}, {"response_1": "3", "response_2": "4"}):
+        assert reason({**sums, **answers}) == "unknown_verdict"
 
 
 def test_answers_of_two_kinds_are_not_guessed_at() -> None:
     texts_too = {"text_1": "a", "text_2": "b", "answer_1": "c", "answer_2": "d"}
-    assert reason({"prompt": "p", **texts_too, "winner": "answer_2"}) == "unknown_format"
+    row = {"prompt": "p", **texts_too, "winner": "2"}
+    assert reason(row) == "unknown_format"
+    with pytest.raises(RowError, match="text_1, text_2 and answer_1, answer_2 may each be the ans"):
+        parse(row)
+    # a verdict may name the field in full, and empty fields are no answers
+    assert texts({**row, "winner": "answer_2"}) == [("p", "d", "c")]
+    for nothing in ("", "nan", None, float("nan")):
+        assert texts({**row, "text_1": nothing, "text_2": nothing}) == [("p", "d", "c")]
+    record = {"fields": {"prompt": "p", **texts_too}, "responses": {}}
+    said = {"preference": [{"value": "answer_2"}]}
+    assert texts({**record, "responses": said}) == [("p", "d", "c")]
+    assert reason({**record, "responses": {"preference": [{"value": "2"}]}}) == "unknown_format"
     twice = {"response_1": "a", "Response 1": "b", "response_2": "c"}
     assert reason({"prompt": "p", **twice, "winner": "1"}) == "unknown_format"
     # one field of another kind is none of several answers
