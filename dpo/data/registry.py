@@ -62,10 +62,16 @@ _NAMES = frozenset(
     {
         *("prompt", "chosen", "rejected", "sft_target", "split"),
         *(*shapes.DIALOGUES, "scores", "ratings", "ranks", *shapes.ANSWER_LISTS, *_SCORED),
-        *(*PROMPTS, *SYSTEMS, HISTORY, *VERDICTS, *MEDIA, TOOLS),
+        *(*PROMPTS, *SYSTEMS, HISTORY, *VERDICTS, *MEDIA, TOOLS, *shapes.ANSWER_TEXTS),
     }
 )
 """Fields that have one meaning in every format; ``chosen`` may name none of them."""
+_PASSED_OVER = frozenset(
+    {"prompt", "chosen", "rejected", "sft_target", "split", *SYSTEMS, HISTORY, *MEDIA, TOOLS}
+)
+"""Fields that a row is read without, or of which one would do for both."""
+_ALIAS = 2
+"""How far from a name its aliases are."""
 
 _QUARANTINE_KEYS = {"reason", "advice", "row"}
 
@@ -150,14 +156,47 @@ def _by_values(format_name: str, row: Mapping[str, Any]) -> str:
 
 def renamed(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """A row whose ``Prompt``, ``Split ``, ``System`` or ``Chosen Response`` have the names that are
-    read; two that would have one name keep theirs."""
+    read.
+
+    Of several fields for one name the name itself counts before the same in other letters, and this
+    before an alias. Blank ones give way; two that are equally near and differ keep their names.
+
+    Raises:
+        RowError: two differ of which one would be passed over in silence, such as the split.
+    """
     if row.keys() <= _NAMES:
         return row
-    names = {key: _ALIASES.get(name := plain_name(str(key)), name) for key in row}
-    wanted = {key: name for key, name in names.items() if name in _NAMES and name not in row}
-    if len(set(wanted.values())) < len(wanted):
-        return row
-    return {wanted.get(key, key): value for key, value in row.items()}
+    found: dict[str, list[tuple[int, Any]]] = {}
+    for key in row:
+        plain = plain_name(str(key))
+        name = _ALIASES.get(plain, plain)
+        if name in _NAMES:
+            found.setdefault(name, []).append(((key != name) + (plain != name), key))
+    keys = {_nearest(row, name, fields): name for name, fields in found.items()}
+    names = {key: name for key, name in keys.items() if key not in (None, name)}
+    given_way = set(names.values())
+    return {names.get(key, key): row[key] for key in row if key not in given_way}
+
+
+def _nearest(row: Mapping[str, Any], name: str, fields: Sequence[tuple[int, Any]]) -> Any:
+    """Which of the fields counts, given with how far their names are from this one; None: none."""
+    said = [(far, key) for far, key in fields if not _is_blank(row[key])]
+    if not said:
+        return fields[0][1] if len(fields) == 1 else None
+    same = [key for far, key in said if far < _ALIAS]
+    if name in _PASSED_OVER and any(row[key] != row[same[0]] for key in same):
+        raise RowError(
+            "unknown_format",
+            f"{' and '.join(map(str, same))} are one name with different values: leave one out",
+            str(same[-1]),
+        )
+    nearest = [key for far, key in said if far == min(said)[0]]
+    return nearest[0] if all(row[key] == row[nearest[0]] for key in nearest) else None
+
+
+def _is_blank(value: Any) -> bool:
+    # NaN stands for nothing in tables
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 _FITS: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {

@@ -1,10 +1,13 @@
 """Exports of annotation tools and public sets: answers side by side, and who won."""
 
+import json
 from typing import Any
 
 import pytest
 
 from dpo.data.formats import Candidate, Rating, RowError
+from tests.data.conftest import good_row
+from tests.data.test_columns import both
 from tests.data.test_formats import parse, reason, texts
 
 PAIR = [("p", "a", "b")]
@@ -267,6 +270,45 @@ def test_answers_of_two_kinds_are_not_guessed_at() -> None:
     # one field of another kind is none of several answers
     row = {"prompt": "p", "text_1": "a", "answer_1": "c", "answer_2": "d", "winner": "answer_2"}
     assert texts(row) == [("p", "d", "c")]
+
+
+def test_names_that_collide_leave_the_others_alone() -> None:
+    capitals = {"Prompt": "p", "Chosen": "a", "Rejected": "b"}
+    assert texts({**capitals, "Label": 1, "LABEL ": 2}) == PAIR
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    split = {"Split": "test", "Score": 1, "SCORE": 2}
+    assert parse({**row, **split}) == [Candidate("p", "a", "b", split="test")]
+    both = {"Split": "test", "SPLIT": None, "split": " "}
+    assert parse({**row, **both}) == [Candidate("p", "a", "b", split="test")]
+    system = {"System": "Be brief.", "SYSTEM": "Be brief."}
+    assert texts({**row, **system}) == texts({**row, "system": "Be brief."})
+    # the name itself, then other letters, then an alias
+    assert texts({**row, "chosen_response": "c", "Rejected Text": "d"}) == PAIR
+    assert texts({"prompt": "p", "Chosen": "a", "chosen_text": "c", "rejected": "b"}) == PAIR
+    rated = {"prompt": "p", "completion": "a", "kto_tag": "news", "Label": True}
+    assert parse(rated) == [Rating("p", None, "a", 1.0)]
+    assert parse({"Prompt": "p", "Completion": "a", "Label": True}) == parse(rated)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"System": "Be brief.", "SYSTEM": "Be long."},
+        {"system": "Be brief.", "System ": "Be long."},
+        {"split": "train", "Split": "test"},
+        {"Prompt": "another"},
+        {"Image": "a.png", "IMAGE": "b.png"},
+    ],
+)
+def test_two_values_for_one_name_are_refused(fields: dict[str, str]) -> None:
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", **fields}
+    with pytest.raises(RowError, match="are one name with different values"):
+        parse(row)
+    lines = [good_row(number) | {"id": number} for number in range(40)]
+    lines[7] |= fields
+    fast, slow = both("".join(json.dumps(line) + "\n" for line in lines).encode(), {})
+    assert fast == slow
+    assert fast[-1][-1] == {"unknown_format": 1}
 
 
 def test_names_in_capitals_and_with_spaces() -> None:
