@@ -38,6 +38,9 @@ _BEFORE = frozenset({*SYSTEMS, HISTORY})
 _NOTHING = frozenset({"", "nan", "<na>", "<noinput>"})
 """What pandas writes where a text is missing, and Alpaca's data."""
 _LONG_CHARS = 40
+"""Eight words of five letters: from so many in one order on, checks for copied text (8-grams) take
+one text for a part of another."""
+_WORD_END = re.compile(r"\w$")
 _DIALOGUE = re.compile(rf"^\s*(Human|User):|{HUMAN}|{ASSISTANT}")
 
 
@@ -89,15 +92,17 @@ def _question(row: Mapping[str, Any], field: str, text: str) -> list[Any]:
 
 
 def _repeats(text: str, part: str) -> bool:
-    """Whether a text has another one in it on purpose: a long one, or one in lines of its own.
+    """Whether a text has another one in it on purpose: a long one, or one where a sentence stands.
 
-    Marks of a template may stand around it. A short text stands in many others by chance.
+    A short text stands in many others by chance. So it has to begin the text, a line or what
+    follows a heading or a mark (``System:``, ``<|system|>``, ``[INST]``), and to end a sentence.
     """
     part = part.strip()
     if len(part) >= _LONG_CHARS or part not in text:
         return part in text
-    around = rf"(?:^|[\n>\]]|System:)[ \t]*{re.escape(part)}[ \t]*(?:$|[\n<\[])"
-    return re.search(around, text) is not None
+    end = r"[ \t]*(?:$|[\n<\[。]|[.!?](?!\w))" if _WORD_END.search(part) else ""
+    # white space of one line: of several a search would be quadratic
+    return re.search(rf"(?:^|[\n>\]]|:\s)[ \t]*{re.escape(part)}{end}", text) is not None
 
 
 # --- what stands before it ------------------------------------------------------------------------

@@ -143,6 +143,30 @@ def test_a_short_system_message_stands_in_a_prompt_by_chance(prompt: str, said: 
     assert texts(row) == [(prompt, "a", "b") if said else (added, " a", " b")]
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Be brief. USER: Hi ASSISTANT:",
+        "SYSTEM: Be brief. USER: Hi",
+        "[INST] Be brief. Hi? [/INST]",
+        "System prompt: Be brief.\nUser: Hi",
+        "### Instruction: Be brief.\n### Hi",
+        "\n\nHuman: Be brief. Hi?\n\nAssistant:",
+        "<|im_start|>system\nBe brief.<|im_end|>\nHi",
+    ],
+)
+def test_a_short_system_message_of_the_prompt_is_not_said_twice(prompt: str) -> None:
+    row = {"system": "Be brief.", "prompt": prompt, "chosen": "a", "rejected": "b"}
+    assert texts(row) == [(prompt, "a", "b")]
+
+
+@pytest.mark.parametrize("prompt", ["Give me 5 words.", "At 10:5 or so?", "5.5 or 6?", "Say: 5 a."])
+def test_a_digit_of_a_prompt_repeats_no_system_message(prompt: str) -> None:
+    row = {"system": "5", "prompt": prompt, "chosen": "a", "rejected": "b"}
+    expected = f"\n\nSystem: 5\n\nHuman: {prompt}\n\nAssistant:"
+    assert texts(row) == [(expected, " a", " b")]
+
+
 def test_a_short_input_is_not_left_out_for_it_stands_in_the_instruction() -> None:
     row = {"instruction": "Which is larger than 12?", "input": "1", "chosen": "a", "rejected": "b"}
     expected = "\n\nHuman: Which is larger than 12?\n\n1\n\nAssistant:"
