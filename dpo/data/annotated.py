@@ -34,10 +34,13 @@ _SCORE_WORDS = re.compile(
 )
 _OTHER_WORDS = re.compile(
     r"confiden|difficult|strength|margin|degree|reason|why|comment|explan|flag|"
-    r"error|mistake|toxic|harm|unsafe|severity|risk|bias|hallucinat|reject|verbos|length|complex|"
-    r"worse|worst|bad|least|lose|(?:dis|un|non[ _-]?)prefer|(?<![a-z])not(?![a-z])"
+    r"error|mistake|toxic|harm|unsafe|severity|risk|bias|hallucinat|reject|"
+    r"(?:dis|un|non[ _-]?)prefer|"
+    r"(?<![a-z])(?:worse|worst|bad|loses?|losers?|(?<!at[ _-])least|(?<!or[ _-])not)(?![a-z])"
 )
 """Of questions about something else, and of scores that are better when lower."""
+_MEASURE_WORDS = re.compile(r"verbos|length|complex")
+"""Of what is neither good nor bad; an answer may be preferred for it."""
 _KNOWN = frozenset({"selected", "choices", "rating", "number", "text"})
 """Keys of Label Studio's values; a text is a comment."""
 _ANSWER = r"(?:response|answer|completion|output|candidate|text|generation|summary|model)"
@@ -198,7 +201,7 @@ def _rated(fields: Mapping[str, Any], said: Sequence[Said]) -> list[Rating]:
             "response_2, or response where each record has one",
         )
     numbers = [item for item in said if _number(item) is not None]
-    named = [item for item in numbers if _SCORE_WORDS.search(item.question.lower())]
+    named = [item for item in numbers if _SCORE_WORDS.search(_spelled(item.question))]
     scores = [as_number(item.value, item.question) for item in named or numbers or said]
     mean = math.fsum(scores) / len(scores)
     prompt = {name: fields[name] for name in PROMPTS if fields.get(name) is not None}
@@ -246,7 +249,7 @@ def _votes(
     # a question of any name whose every value names an answer
     others: dict[str, list[Scores | None]] = {}
     for item in said:
-        if item.question not in read and not _OTHER_WORDS.search(item.question.lower()):
+        if item.question not in read and not _is_other(_spelled(item.question)):
             scores = _scores(item, names, fields) if isinstance(item.value, str) else None
             others.setdefault(item.question, []).append(scores)
     found = [values for values in others.values() if all(values)]
@@ -260,9 +263,10 @@ def _is_verdict(item: Said) -> bool:
         return False
     if _is_ranking(item.value) or item.question in SIGNED:
         return True
-    question = item.question.lower()
-    says_so = item.kind == "pairwise" or bool(_VERDICT_WORDS.search(question))
-    return says_so and not _OTHER_WORDS.search(question)
+    question = _spelled(item.question)
+    if _VERDICT_WORDS.search(question):
+        return not _OTHER_WORDS.search(question)
+    return item.kind == "pairwise" and not _is_other(question)
 
 
 def _is_ranking(value: Any) -> bool:
@@ -295,18 +299,25 @@ def _score_table(marks: list[str], said: Sequence[Said]) -> dict[str, Scores]:
 
 
 def _is_score(stem: str) -> bool:
-    if _OTHER_WORDS.search(stem):
-        return False
-    return bool(_SCORE_WORDS.search(stem) or re.fullmatch(_ANSWER, stem))
+    return not _is_other(stem) and bool(_SCORE_WORDS.search(stem) or re.fullmatch(_ANSWER, stem))
+
+
+def _is_other(question: str) -> bool:
+    return bool(_OTHER_WORDS.search(question) or _MEASURE_WORDS.search(question))
+
+
+def _spelled(question: str) -> str:
+    """``worst_response`` of ``worstResponse``."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", question).lower()
 
 
 def _stem_of(question: str) -> tuple[str, str]:
     """(``rating``, ``1``) of ``rating_1``; the mark is empty where a name has none."""
     for pattern in _OF_ANSWER:
-        if match := pattern.fullmatch(question.lower()):
+        if match := pattern.fullmatch(_spelled(question)):
             mark = match["number"] or match["letter"]
             return match["stem"], mark.lstrip("0") or "0"
-    return question.lower(), ""
+    return _spelled(question), ""
 
 
 def _number(item: Said) -> float | None:

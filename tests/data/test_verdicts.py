@@ -111,7 +111,7 @@ def test_a_question_about_something_else_is_no_vote() -> None:
     "question",
     [
         *("least_preferred", "not_preferred", "dispreferred", "non_preferred_output"),
-        *("select_the_bad_one", "which_is_worse"),
+        *("select_the_bad_one", "which_is_worse", "worstResponse", "the loser", "chooseTheBad"),
     ],
 )
 def test_a_question_for_the_worse_answer_is_no_vote_for_it(question: str) -> None:
@@ -119,6 +119,25 @@ def test_a_question_for_the_worse_answer_is_no_vote_for_it(question: str) -> Non
     assert texts(argilla(**{question: ["response_1"], "preference": ["response_2"]})) == SECOND
     worse = (question, "pairwise", {"selected": "left"})
     assert reason(label_studio(worse)) == "unknown_verdict"
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        *("closer", "closest", "which_is_closer_to_the_reference", "closest_to_preferred"),
+        *("preferred_or_not", "preference_badge", "better_at_least_one", "preferred_length"),
+    ],
+)
+def test_a_word_inside_another_says_nothing_of_the_worse_answer(question: str) -> None:
+    assert texts(argilla(**{question: ["response_2"]})) == SECOND
+    assert texts(label_studio((question, "pairwise", {"selected": "right"}))) == SECOND
+
+
+def test_what_an_answer_has_more_of_is_no_vote() -> None:
+    assert reason(argilla(more_verbose=["response_1"])) == "unknown_verdict"
+    assert reason(label_studio(("complexity", "pairwise", {"selected": "left"}))) == (
+        "unknown_verdict"
+    )
 
 
 def test_the_only_question_that_names_answers_is_a_verdict() -> None:
