@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dpo.data.formats import RowError
+from dpo.data.formats import RowError, is_nothing
 
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 TOOLS = "tools"
 _REFUSED = frozenset({*MEDIA, TOOLS})
-_NOTHING = ("", "[]", "{}", "null", "none", "nan")
 
 
 def refuse_media(row: Mapping[str, Any]) -> None:
@@ -22,7 +21,7 @@ def refuse_media(row: Mapping[str, Any]) -> None:
     if _REFUSED.isdisjoint(row):
         return
     for name in sorted(row.keys() & _REFUSED):
-        if not _holds(row[name]):
+        if not holds(row[name]):
             continue
         if name == TOOLS:
             raise RowError(
@@ -39,12 +38,10 @@ def refuse_media(row: Mapping[str, Any]) -> None:
         )
 
 
-def _holds(value: Any) -> bool:
-    if isinstance(value, str):
-        return value.strip().lower() not in _NOTHING
+def holds(value: Any) -> bool:
+    """Whether a value says something, or one of its parts does."""
     if isinstance(value, Mapping):
-        return any(map(_holds, value.values()))
+        return any(map(holds, value.values()))
     if isinstance(value, list):
-        return any(map(_holds, value))
-    # NaN stands for nothing in tables
-    return bool(value) and value == value
+        return any(map(holds, value))
+    return bool(value) and not is_nothing(value)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpo.data.formats import ASSISTANT, HUMAN, Candidate, Message, RowError
-from dpo.data.media import refuse_media
+from dpo.data.media import holds, refuse_media
 
 SYSTEM = "\n\nSystem:"
 _ROLES = {
@@ -101,7 +101,7 @@ def refuse_reasoning(answer: Mapping[str, Any], field: str) -> None:
     Raises:
         RowError: it stands in a field of its own.
     """
-    if name := next((name for name in _REASONING if answer.get(name)), ""):
+    if name := next((name for name in _REASONING if holds(answer.get(name))), ""):
         raise RowError(
             "reasoning_apart",
             f"{field}: {name} holds what was thought before the answer, and only content is "

@@ -220,6 +220,9 @@ def rated(row: Mapping[str, Any]) -> list[Rating]:
 
 
 def _answer_text(answer: Any, field: str) -> str:
+    if isinstance(answer, Mapping):
+        refuse_media(answer)
+        refuse_reasoning(answer, field)
     text = text_of(answer)
     if text is None:
         raise RowError(

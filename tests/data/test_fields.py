@@ -65,6 +65,24 @@ def test_an_answer_whose_reasoning_stands_apart_is_refused(name: str) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_of_ranked_answers_is_refused_too(name: str) -> None:
+    listed = [{"content": "a", "score": 1, name: "They said hi."}, {"content": "b", "score": 2}]
+    assert reason({"prompt": "p", "completions": listed}) == "reasoning_apart"
+    said = [{**BOT, name: "They said hi."}, NO]
+    assert reason({"prompt": "p", "responses": said, "scores": [2, 1]}) == "reasoning_apart"
+    said = [{**BOT, "images": ["a.png"]}, NO]
+    assert reason({"prompt": "p", "responses": said, "scores": [2, 1]}) == "not_text"
+
+
+@pytest.mark.parametrize("nothing", [{"effort": None}, [], "", "null", float("nan"), {}])
+def test_reasoning_that_says_nothing_changes_nothing(nothing: Any) -> None:
+    answer = {**BOT, "reasoning": nothing}
+    assert texts({"prompt": [USER], "chosen": answer, "rejected": NO}) == [(HI, " Yes.", " No.")]
+    ranked = {"prompt": "p", "responses": [answer, NO], "scores": [2, 1]}
+    assert texts(ranked) == [("p", "Yes.", "No.")]
+
+
 def test_rows_with_tools_are_refused() -> None:
     tools = [{"type": "function", "function": {"name": "get_weather"}}]
     assert reason({**ROW, "tools": tools}) == "tool_message"
