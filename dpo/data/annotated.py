@@ -206,7 +206,8 @@ def _rated(fields: Mapping[str, Any], said: Sequence[Said]) -> list[Rating]:
     mean = math.fsum(scores) / len(scores)
     prompt = {name: fields[name] for name in PROMPTS if fields.get(name) is not None}
     prompt.pop(single, None)
-    return rated({**prompt, "completion": fields[single], "split": fields["split"], "score": mean})
+    found = rated({**prompt, "completion": fields[single], "split": fields["split"], "score": mean})
+    return [item._replace(field=single) for item in found]
 
 
 def _pairs(

@@ -289,6 +289,7 @@ def _check_row(
 ) -> None:
     """Every pair of a row that is sound goes in; the first that is not is the row's reason."""
     problem: RowError | None = None
+    checked: Candidate | Rating | None = None
     try:
         if row.problem:
             raise RowError("unreadable", row.problem)
@@ -296,12 +297,14 @@ def _check_row(
             try:
                 _keep(item, place.split, row.line, validator, part)
             except RowError as error:
-                problem = problem or error.with_traceback(None)
+                if problem is None:
+                    problem = error.with_traceback(None)
+                    checked = item
     except RowError as error:
         # its traceback would hold this frame, and with it the whole piece, in a circle
         problem = error.with_traceback(None)
     if problem is not None:
-        part.reject(Rejected.of(problem, place, row.line, row.value))
+        part.reject(Rejected.of(problem, place, row.line, row.value, checked))
 
 
 def _parsed(value: Any, parser: Parser) -> Sequence[Candidate | Rating]:
@@ -329,7 +332,7 @@ def _keep(
         part.accept(validator.check(item), line)
     else:
         validator.check_text("prompt", item.prompt)
-        validator.check_text("completion", item.answer)
+        validator.check_text(item.field, item.answer)
         part.rate(item, line)
 
 

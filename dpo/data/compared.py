@@ -127,7 +127,8 @@ def rated_summary(row: Mapping[str, Any]) -> list[Rating]:
     if score is None:
         raise RowError("not_annotated", "nobody has rated the summary overall", "summary")
     text = f" {text_field(answer, 'text').strip()}"
-    return [Rating(_to_summarize(info), None, text, as_number(score, "overall"), _split(row))]
+    score = as_number(score, "overall")
+    return [Rating(_to_summarize(info), None, text, score, _split(row), "summary")]
 
 
 def _split(row: Mapping[str, Any]) -> str | None:

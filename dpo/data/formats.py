@@ -48,6 +48,8 @@ class Rating(NamedTuple):
     score: float
     """Higher is better."""
     split: str | None = None
+    field: str = "completion"
+    """What the row calls the answer."""
 
 
 class RowError(Exception):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from dpo.data.formats import RowError
+from dpo.data.formats import Candidate, Rating, RowError
 
 QUARANTINE = "quarantine.jsonl"
 NOT_FAULTY = frozenset(
@@ -50,18 +50,29 @@ class Rejected:
     advice: str
     row: Any
     split: str | None = None
+    checked: str = ""
+    """The text at fault, which the row may have under another name."""
 
     @classmethod
-    def of(cls, error: RowError, place: Place, line: int, row: Any) -> Rejected:
-        """A row with the error that its parser or check raised."""
+    def of(
+        cls,
+        error: RowError,
+        place: Place,
+        line: int,
+        row: Any,
+        checked: Candidate | Rating | None = None,
+    ) -> Rejected:
+        """A row with the error that its parser raised, or the check of what was made of it."""
         name, file, split = place
-        return cls(name, file, line, error.reason, error.field, error.advice, row, split)
+        is_answer = isinstance(checked, Rating) and error.field == checked.field
+        text = getattr(checked, "answer" if is_answer else error.field or "_", None) or ""
+        return cls(name, file, line, error.reason, error.field, error.advice, row, split, str(text))
 
     def shortened(self) -> Rejected:
         """The same with no more of the row than is shown."""
         start = self.start_of_value()
         is_field = isinstance(self.row, dict) and self.field
-        return replace(self, row={self.field: start} if is_field else start)
+        return replace(self, row={self.field: start} if is_field else start, checked="")
 
     def moved(self, offset: int) -> Rejected:
         """The same, ``offset`` lines further down its file."""
@@ -87,8 +98,10 @@ class Rejected:
             return writable(json.dumps(values, ensure_ascii=False, default=str)).encode() + b"\n"
 
     def start_of_value(self) -> str:
-        """The first characters of the field at fault, or of a row that has no fields."""
+        """The first characters of the text at fault, or of a row that has no fields."""
         value = self.row.get(self.field) if isinstance(self.row, dict) else self.row
+        if not isinstance(value, str) and self.checked:
+            value = self.checked
         text = "" if value is None else str(value)
         return writable(text[:_SHOWN_VALUE_CHARS])
 

@@ -78,9 +78,9 @@ def _by_prompt(path: Path) -> Sequence[list[Answer]]:
 
 
 def _pair_group(group: list[Answer], source: str, validator: Validator, part: PartWriter) -> None:
-    def reject(answer: Answer, error: RowError) -> None:
+    def reject(answer: Answer, error: RowError, pair: Candidate | None = None) -> None:
         place = Place(source, answer.file, answer.rating.split)
-        part.reject(Rejected.of(error, place, answer.line, _row(answer.rating)))
+        part.reject(Rejected.of(error, place, answer.line, _row(answer.rating), pair))
 
     for answer in group[MAX_ANSWERS:]:
         advice = f"the prompt has more than {MAX_ANSWERS} rated answers: the first ones are used"
@@ -102,7 +102,7 @@ def _accept_pairs(
     group: list[Answer],
     validator: Validator,
     part: PartWriter,
-    reject: Callable[[Answer, RowError], None],
+    reject: Callable[[Answer, RowError, Candidate | None], None],
 ) -> None:
     best = max(group, key=lambda answer: answer.rating.score).rating.answer
     # a prompt with answers in both splits stays in test, as it does everywhere
@@ -112,11 +112,12 @@ def _accept_pairs(
         if one.rating.score == two.rating.score:
             continue
         better, worse = (one, two) if one.rating.score > two.rating.score else (two, one)
+        found = None
         try:
             found = _pair(better.rating, worse.rating, best, split)
             part.accept(validator.check(found), better.line)
         except RowError as error:
-            reject(worse, error)
+            reject(worse, error, found)
 
 
 def _pair(better: Rating, worse: Rating, best: str, split: str | None) -> Candidate:

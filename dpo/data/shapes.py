@@ -200,14 +200,18 @@ def se(row: Mapping[str, Any]) -> list[Candidate]:
 
 def rated(row: Mapping[str, Any]) -> list[Rating]:
     """One answer to a prompt with its score, or a label: true is good, false is bad."""
-    turns = next((row[key] for key in DIALOGUES if row.get(key) is not None), None)
+    whole = next((key for key in DIALOGUES if row.get(key) is not None), "")
+    turns = row.get(whole)
     if row.get("prompt") is None and isinstance(turns, list) and turns:
         # the whole dialogue in one list; its last turn is judged
-        row = {**row, "prompt": turns[:-1], "completion": turns[-1:]}
+        row = {**row, "prompt": turns[:-1], whole: turns[-1:]}
+    else:
+        whole = ""
     score_name = next((key for key in ("label", *_SCORES) if row.get(key) is not None), "score")
     if row.get(score_name) is None:
         raise RowError("missing_field", "a score or a label is missing", score_name)
-    name = next((key for key in ANSWER_TEXTS if row.get(key) is not None), "completion")
+    texts = (key for key in ANSWER_TEXTS if row.get(key) is not None)
+    name = whole or next(texts, "completion")
     answer = _answer(row, name)
     prompt, _ = prompt_of(row)
     messages = None
@@ -216,7 +220,8 @@ def rated(row: Mapping[str, Any]) -> list[Rating]:
         check_order(messages, "prompt")
     text = as_text(messages) if messages else str(prompt)
     score = as_number(row[score_name], score_name)
-    return [Rating(text, messages, _last(messages or (), answer, name), score, split_field(row))]
+    said = _last(messages or (), answer, name)
+    return [Rating(text, messages, said, score, split_field(row), name)]
 
 
 def _answer_text(answer: Any, field: str) -> str:

@@ -103,7 +103,7 @@ def test_ratings_of_summaries() -> None:
     summary = {"text": " A fall.", "policy": "x", "axes": {"overall": 6, "accuracy": 2}}
     row = {"info": SUMMARIES["info"], "summary": summary, "worker": "w", "split": "valid1"}
     prompt = "SUBREDDIT: r/AskDocs\n\nTITLE: Ouch\n\nPOST: I fell.\n\nTL;DR:"
-    assert parse(row) == [Rating(prompt, None, " A fall.", 6.0, "test")]
+    assert parse(row) == [Rating(prompt, None, " A fall.", 6.0, "test", "summary")]
     assert reason({**row, "summary": {**summary, "axes": {}}}) == "not_annotated"
     assert reason({**row, "summary": "A fall."}) == "unknown_format"
     assert reason({**row, "summary": {**summary, "text": None}}) == "missing_field"
@@ -187,7 +187,7 @@ def test_argilla_ratings_of_one_answer_wait_for_the_others() -> None:
         "fields": {"prompt": "p", "response": "a"},
         "responses": {"quality": [{"value": 4}, {"value": 2}]},
     }
-    assert parse(row) == [Rating("p", None, "a", 3.0)]
+    assert parse(row) == [Rating("p", None, "a", 3.0, field="response")]
 
 
 def test_label_studio_tasks() -> None:
@@ -205,7 +205,7 @@ def test_label_studio_tasks() -> None:
 
 def test_helpsteer_ratings_count_by_helpfulness() -> None:
     row = {"prompt": "p", "response": "a", "helpfulness": 3, "verbosity": 1}
-    assert parse(row) == [Rating("p", None, "a", 3.0)]
+    assert parse(row) == [Rating("p", None, "a", 3.0, field="response")]
 
 
 def test_a_question_with_a_system_message() -> None:

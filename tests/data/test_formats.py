@@ -357,9 +357,9 @@ def test_stack_exchange_pairs_by_score_with_html_as_text() -> None:
     ],
 )
 def test_rated_answers(name: str, given: dict[str, Any], score: float) -> None:
-    assert parse({"prompt": "p", name: "a", **given}) == [Rating("p", None, "a", score)]
+    assert parse({"prompt": "p", name: "a", **given}) == [Rating("p", None, "a", score, field=name)]
     turns = parse({"prompt": [USER], name: [BOT], **given})
-    assert turns == [Rating(HI, (Message("user", "Hi?"),), "Yes.", score)]
+    assert turns == [Rating(HI, (Message("user", "Hi?"),), "Yes.", score, field=name)]
 
 
 def test_rated_answers_refuse() -> None:
@@ -418,7 +418,7 @@ def test_whole_dialogues_with_a_label(ingest: Callable[..., Outcome]) -> None:
     assert found.pairs[0]["prompt"] == "\n\nHuman: Why?\n\nAssistant:"
     turns = [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "No."}]
     (item,) = parse({"conversations": turns, "kto_tag": False})
-    assert item == Rating(HI, (Message("user", "Hi?"),), "No.", 0.0)
+    assert item == Rating(HI, (Message("user", "Hi?"),), "No.", 0.0, field="conversations")
 
 
 def test_a_dialogue_with_one_answer_is_no_preference(ingest: Callable[..., Outcome]) -> None:

@@ -2,10 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.data.conftest import Outcome, good_row
 
 Ingest = Callable[..., Outcome]
+ASKED = {"role": "user", "content": "p"}
+DELETED = {"role": "assistant", "content": "[deleted]"}
 
 
 def test_a_mended_quarantine_is_a_source(ingest: Ingest, tmp_path: Path) -> None:
@@ -57,3 +62,28 @@ def test_repeats_of_a_source_with_a_format_can_be_fed_in_again(ingest: Ingest) -
     assert found.reasons == ["duplicate_pair"]
     again = ingest(found.quarantine, {"format": "ranked"})
     assert [(pair["chosen"], pair["rejected"]) for pair in again.pairs] == [("a", "b")]
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "value"),
+    [
+        ({"prompt": "p", "response": "[deleted]", "label": True}, "response", "[deleted]"),
+        ({"messages": [ASKED, DELETED], "label": True}, "messages", "[deleted]"),
+        ({"prompt": "p", "response_a": "a", "response_b": "a", "winner": "a"}, "rejected", "a"),
+        ({"prompt": "p", "responses": ["a", "a "], "scores": [2, 1]}, "rejected", "a "),
+        ({"prompt": "p", "completion": "[deleted]", "label": True}, "completion", "[deleted]"),
+    ],
+)
+def test_the_text_at_fault_is_named_and_shown(
+    ingest: Ingest, row: dict[str, Any], field: str, value: str
+) -> None:
+    found = ingest([row])
+    assert [(line["field"], line["value"]) for line in found.quarantine] == [(field, value)]
+
+
+def test_rated_answers_that_are_equal_are_shown(ingest: Ingest) -> None:
+    rated = {"prompt": "p", "completion": "a"}
+    found = ingest([{**rated, "score": 1}, {**rated, "score": 2}])
+    assert [(line["reason"], line["value"]) for line in found.quarantine] == [
+        ("chosen_equals_rejected", "a")
+    ]

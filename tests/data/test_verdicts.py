@@ -164,9 +164,9 @@ def test_a_comment_beside_the_rating_of_one_answer_is_left_out() -> None:
         "fields": {"prompt": "p", "response": "a"},
         "responses": {"quality": [{"value": 4}], "comment": [{"value": "fine"}]},
     }
-    assert parse(row) == [Rating("p", None, "a", 4.0)]
+    assert parse(row) == [Rating("p", None, "a", 4.0, field="response")]
     row["responses"]["difficulty"] = [{"value": 1}]
-    assert parse(row) == [Rating("p", None, "a", 4.0)]
+    assert parse(row) == [Rating("p", None, "a", 4.0, field="response")]
 
 
 @pytest.mark.parametrize("result", [True, 3, "x", {"a": 1}, [None], [{"value": 1}]])
@@ -212,7 +212,7 @@ def test_argillas_data_sets_of_version_2() -> None:
     assert texts(row) == SECOND
     assert reason({**row, "preference.responses": []}) == "not_annotated"
     rated = {"prompt": "p", "response": "a", "quality.responses": [4, 2]}
-    assert parse(rated) == [Rating("p", None, "a", 3.0)]
+    assert parse(rated) == [Rating("p", None, "a", 3.0, field="response")]
 
 
 # --- verdicts in words, in columns and in order ---------------------------------------------------
