@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatch
 from glob import glob
 from pathlib import Path, PurePath
 from urllib.parse import unquote, urlsplit
@@ -26,6 +29,11 @@ _METADATA = {
     *("state.json", "manifest.json"),
 }
 
+_NO_ROWS = frozenset(
+    {".ipynb_checkpoints", ".cache", ".git", "_delta_log", "_metadata", "_common_metadata"}
+)
+"""Hidden folders and files that nobody keeps rows in."""
+_HIDDEN_PART = re.compile(r"(?:^|.*?/)[._][^/]*")
 _OTHER_DATA = frozenset(
     {
         *(".xlsx", ".xls", ".ods", ".numbers", ".txt", ".xml", ".yaml", ".yml"),
@@ -109,21 +117,33 @@ def source_files(name: str, source: SourceConfig) -> list[Path]:
         raise DataError(f"the path cannot be followed: {reason}", where=where) from None
     if not files:
         missing = not path.exists() and not set(str(path)) & set("*?[")
+        hidden = hidden_places(filter(is_hidden_data, names_in(source)))
         raise DataError(
             "there is no such file or folder" if missing else "there are no data files here",
             where=where,
-            fix="give a file, a folder or a glob; names end in "
+            fix=hidden
+            or "give a file, a folder or a glob; names end in "
             f"{', '.join(READABLE)} (.gz or .zst may follow)",
         )
     return files
 
 
 def names_in(source: SourceConfig) -> list[str]:
-    """All files in a source's folder, by their paths in it; none where its path is no folder."""
-    folder = Path(source.path or "").expanduser()
-    if source.path is None or not folder.is_dir():
+    """All files in a source's folder, by their paths in it, or what a glob leaves out."""
+    path = Path(source.path or "").expanduser()
+    if source.path is None:
         return []
-    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    if path.is_dir():
+        return [item.relative_to(path).as_posix() for item in path.rglob("*") if item.is_file()]
+    left_out = set(_matches(path)) - set(_found(path))
+    return [within(source.path, item).as_posix() for item in left_out if item.is_file()]
+
+
+def hidden_places(names: Iterable[str]) -> str:
+    """What to do where data lies in such places alone; empty where there is none."""
+    places = [name[: _HIDDEN_PART.search(name).end()] for name in names]  # type: ignore[union-attr]
+    found = [f"{count:,} below {place}" for place, count in sorted(Counter(places).items())]
+    return f"files are not read ({', '.join(found)}): name that folder" if found else ""
 
 
 def is_other_data(name: str) -> bool:
@@ -132,14 +152,23 @@ def is_other_data(name: str) -> bool:
 
 
 def is_hidden_data(name: str) -> bool:
-    """Whether a file is left out for a ``_``, by which not everybody takes a file for hidden."""
-    return _is_hidden(name, "_") and not _is_hidden(name, ".") and bool(container_of(Path(name)))
+    """Whether a file is left out for its name or a folder's, and may hold rows nevertheless.
+
+    Not everybody takes a ``_`` for a mark of what is hidden, nor looks for folders with a dot.
+    """
+    path = PurePath(name)
+    told = _is_hidden(name, "_") or _is_hidden(path.parent.as_posix(), ".")
+    known = any(part.partition(".")[0] in _NO_ROWS or part in _NO_ROWS for part in path.parts)
+    return told and not known and bool(container_of(Path(name)))
 
 
-def _is_hidden(name: str, marks: str = "._") -> bool:
+def _is_hidden(name: str, marks: str = "._", meant: Sequence[str] = ()) -> bool:
     """By its name or that of a folder, as Spark and pyarrow have it: a notebook's copies, caches,
     what was not committed."""
-    return any(part.startswith(tuple(marks)) for part in PurePath(name).parts)
+    return any(
+        part.startswith(tuple(marks)) and not any(fnmatch(part, pattern) for pattern in meant)
+        for part in PurePath(name).parts
+    )
 
 
 def within(source: str, file: Path) -> Path:
@@ -154,6 +183,16 @@ def within(source: str, file: Path) -> Path:
 def _found(path: Path) -> list[Path]:
     if path.is_dir():
         return [item for item in path.rglob("*") if is_data_name(str(item.relative_to(path)))]
+    # what a glob writes out is meant
+    meant = [part for part in path.parts if part.startswith((".", "_"))]
+    return [
+        item
+        for item in _matches(path)
+        if item == path or not _is_hidden(str(within(str(path), item)), meant=meant)
+    ]
+
+
+def _matches(path: Path) -> list[Path]:
     if path.exists() or path.is_symlink() or not _GLOB.search(str(path)):
         return [path]
     # Path.glob takes no absolute pattern

@@ -18,6 +18,7 @@ from dpo.config.schema import RunConfig, SourceConfig
 from dpo.data import custom
 from dpo.data.division import Shard, Span, is_one_block, spans
 from dpo.data.files import (
+    hidden_places,
     is_data_name,
     is_hidden_data,
     is_other_data,
@@ -163,7 +164,7 @@ def _tell_unread(names: Iterable[str], where: str) -> None:
     names = sorted(names)
     _tell("files of another kind are not read", list(filter(is_other_data, names)), where)
     hidden = list(filter(is_hidden_data, names))
-    _tell("files and folders whose names begin with _ are not read", hidden, where)
+    _tell("files and folders whose names begin with _ or . are not read", hidden, where)
 
 
 def _tell(what: str, names: list[str], where: str) -> None:
@@ -232,10 +233,12 @@ def _objects(name: str, url: str) -> tuple[Store, str, dict[str, ObjectStat]]:
         if state is not None:
             found[key] = state
     if not found:
+        names = (key.removeprefix(prefix) for key in store.list(prefix))
         raise DataError(
             "there are no data objects here",
             where=f"sources.{name}.path={url}",
-            fix="give the URL of an object or of a folder of them; names end in "
+            fix=hidden_places(filter(is_hidden_data, hidden))
+            or "give the URL of an object or of a folder of them; names end in "
             f"{', '.join(READABLE)} (.gz or .zst may follow)",
         )
     return store, prefix, found

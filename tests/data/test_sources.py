@@ -71,11 +71,38 @@ def test_what_lies_in_hidden_folders_is_not_read(
         (folder / name).write_text(LINES)
     capsys.readouterr()
     assert names(SourceConfig(path=str(folder))) == expected
-    told = f"names begin with _ are not read: deep/_temporary/0/part-0.jsonl in {folder}"
+    told = f"begin with _ or . are not read: deep/_temporary/0/part-0.jsonl in {folder}"
     assert told in capsys.readouterr().err
     # who names such a folder means it
     found = names(SourceConfig(path=str(folder / ".ipynb_checkpoints")))
     assert [name for name, _ in found] == ["mine: train-checkpoint.jsonl"]
+
+
+def test_hidden_data_is_told_wherever_it_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "e"
+    left_out = ("_parts/0/x.jsonl", ".old/x.jsonl")
+    noise = ("_delta_log/0.json", "_metadata.json", ".git/x.json", ".cache/x.jsonl", ".a.jsonl")
+    for name in (*left_out, *noise):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(LINES)
+    for path in (root, f"{root}/**/*.jsonl"):
+        with pytest.raises(DataError) as caught:
+            names(SourceConfig(path=str(path)))
+        assert "1 below _parts" in str(caught.value)
+        assert "name that folder" in str(caught.value)
+    (root / "a.jsonl").write_text(LINES)
+    for path in (root, f"{root}/**/*.jsonl"):
+        assert names(SourceConfig(path=str(path))) == [("mine: a.jsonl", None)]
+        told = capsys.readouterr().err
+        assert "_parts/0/x.jsonl in" in told
+        assert not any(name in told for name in noise)
+    names(SourceConfig(path=str(root)))
+    assert "are not read: .old/x.jsonl, _parts/0/x.jsonl in" in capsys.readouterr().err
+    # a glob may write the folder out
+    for glob in ("_parts/*/*.jsonl", "*/0/../../_parts/0/*.jsonl", "_p*/0/x.jsonl"):
+        assert len(names(SourceConfig(path=f"{root}/{glob}"))) == 1
 
 
 def test_a_file_alone_states_no_split(folder: Path) -> None:
