@@ -15,7 +15,14 @@ from dpo.data.media import MEDIA, TOOLS, refuse_media
 from dpo.data.prompts import HISTORY, PROMPTS, SYSTEMS, framed, refuse_unread_question
 from dpo.data.quarantine import row_of_fields
 from dpo.data.repeats import REASONS
-from dpo.data.verdicts import VERDICTS, answer_groups, answer_names, named_answers, refuse_unclear
+from dpo.data.verdicts import (
+    UNACCEPTED,
+    VERDICTS,
+    answer_groups,
+    answer_names,
+    named_answers,
+    refuse_unclear,
+)
 
 
 def _common_text(row: Mapping[str, Any]) -> Sequence[Candidate]:
@@ -73,6 +80,8 @@ _PASSED_OVER = frozenset(
 _ALIAS = 2
 """How far from a name its aliases are."""
 
+_PRODIGY = ("_input_hash", "_task_hash")
+
 _QUARANTINE_KEYS = {"reason", "advice", "row"}
 
 
@@ -83,6 +92,37 @@ def parser_of(source: SourceConfig) -> Parser:
     shp: Parser = partial(formats.shp, min_score_ratio=source.min_score_ratio)
     parsers = {**PARSERS, **_BY_SHAPE, "shp": shp}
     return partial(_parse, parsers=parsers, format_name=source.format)
+
+
+def _refuse_unaccepted(row: Mapping[str, Any]) -> None:
+    """An example that the annotator of Prodigy's refused or passed over, whatever else it says.
+
+    Raises:
+        RowError: ``answer`` says so, and is not an answer itself.
+    """
+    said = row.get("answer")
+    if said not in UNACCEPTED:
+        return
+    judged = row.keys() >= {"chosen", "rejected"} or any(
+        row.get(name) is not None for name in VERDICTS
+    )
+    if any(row.get(name) is not None for name in _PRODIGY) or (
+        judged and said not in _answers(row)
+    ):
+        raise RowError(
+            "not_accepted",
+            f"answer is {said}, by which Prodigy marks an example without a verdict: leave the "
+            "field out where it says something else",
+            "answer",
+        )
+
+
+def _answers(row: Mapping[str, Any]) -> list[str | None]:
+    """The texts that a row has for answers, wherever they stand."""
+    values = [row.get(name) for name in ("chosen", "rejected", *answer_names(row))]
+    for name in shapes.ANSWER_LISTS:
+        values += row[name] if isinstance(row.get(name), list) else []
+    return list(map(shapes.text_of, values))
 
 
 def _parse_custom(row: Any, *, parse: Parser) -> Sequence[Candidate | Rating]:
@@ -105,6 +145,7 @@ def _parse(
         return _mended(row, partial(_parse, parsers=parsers, format_name=format_name))
     row = named_answers(named_texts(opened(renamed(row))))
     refuse_media(row)
+    _refuse_unaccepted(row)
     found = detect(row) if format_name == "auto" else _by_values(format_name, row)
     if found is None:
         keys = ", ".join(map(str, list(row)[:8])) or "no fields"

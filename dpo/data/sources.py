@@ -237,7 +237,7 @@ def _objects(name: str, url: str) -> tuple[Store, str, dict[str, ObjectStat]]:
         raise DataError(
             "there are no data objects here",
             where=f"sources.{name}.path={url}",
-            fix=hidden_places(filter(is_hidden_data, hidden))
+            fix=hidden_places(filter(is_hidden_data, names))
             or "give the URL of an object or of a folder of them; names end in "
             f"{', '.join(READABLE)} (.gz or .zst may follow)",
         )

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from dpo.data.fields import LIST_AS_TEXT, plain_name
 from dpo.data.media import MEDIA, TOOLS
 from dpo.data.prompts import HISTORY, SYSTEMS
-from dpo.data.verdicts import MARK_CHARS, answer_groups
+from dpo.data.verdicts import MARK_CHARS, UNACCEPTED, answer_groups
 
 _READ_TOO = frozenset({*SYSTEMS, HISTORY, *MEDIA, TOOLS})
 _LIST = re.compile(LIST_AS_TEXT.pattern.encode())
@@ -37,6 +37,9 @@ def other_fields(table: pa.Table, texts: tuple[str, ...]) -> Mask:
             if pa.types.is_string(column.type):
                 holds = pc.and_kleene(holds, pc.greater(pc.binary_length(column), 0))
             found |= holds.fill_null(False).to_numpy()
+        elif plain_name(name) == "answer" and pa.types.is_string(table[name].type):
+            words = pa.array(UNACCEPTED)
+            found |= pc.is_in(table[name], words).to_numpy()
     return found
 
 

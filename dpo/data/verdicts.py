@@ -46,6 +46,8 @@ VERDICTS = (
     *("better_response_id", *SIGNED, "selected", "ranking", "verdict", "vote"),
     *TEXTS,
 )
+UNACCEPTED = ("reject", "ignore")
+"""What Prodigy writes into ``answer`` of examples that give no verdict; others have "accept"."""
 _TIES = re.compile(
     r"(?:(?:about|roughly|a|the) )*(tie|both|equal|neither|same|draw|none)(?!.* but )"
 )

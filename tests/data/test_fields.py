@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from dpo.data.formats import Rating
 from tests.data.conftest import Outcome, good_row
 from tests.data.test_columns import both
-from tests.data.test_formats import BOT, HI, NO, USER, reason, texts
+from tests.data.test_formats import BOT, HI, NO, USER, parse, reason, texts
 
 ROW = {"prompt": "p", "chosen": "c", "rejected": "r"}
 
@@ -190,3 +191,24 @@ def test_whole_columns_leave_such_rows_to_the_parser(row: dict[str, Any]) -> Non
     data = "".join(json.dumps(item) + "\n" for item in [*others, row, *others[:9]]).encode()
     fast, slow = both(data, {})
     assert fast == slow
+
+
+@pytest.mark.parametrize("word", ["reject", "ignore"])
+def test_an_example_that_prodigys_annotator_refused_is_left_out(word: str) -> None:
+    assert reason({**ROW, "answer": word}) == "not_accepted"
+    assert reason({**ROW, "Answer": word}) == "not_accepted"
+    assert texts({**ROW, "answer": "accept"}) == [("p", "c", "r")]
+    chosen = {"prompt": "p", "response_1": "a", "response_2": "b", "choice": "response_2"}
+    assert reason({**chosen, "answer": word}) == "not_accepted"
+    assert texts({**chosen, "answer": "accept"}) == [("p", "b", "a")]
+    # hashes are Prodigy's own
+    rated = {"prompt": "p", "answer": word, "label": True}
+    assert reason({**rated, "_task_hash": 5, "response": "a"}) == "not_accepted"
+    # the word is what was answered
+    assert parse(rated, format="rated") == [Rating("p", None, word, 1.0, field="answer")]
+    assert texts({**ROW, "chosen": word, "answer": word}) == [("p", word, "r")]
+    lines = [{**good_row(number), "answer": "accept"} for number in range(40)]
+    lines[7]["answer"] = word
+    fast, slow = both("".join(json.dumps(line) + "\n" for line in lines).encode(), {})
+    assert fast == slow
+    assert fast[-1][-1] == {"not_accepted": 1}
