@@ -67,8 +67,7 @@ def load_rows(name: str, source: str) -> Iterator[dict[str, Any]]:
                 responses = entry["responses"]
                 if not entry["pairs"]:
                     # the reference code's SFT takes it: here it goes, and is counted
-                    equal = [0.0] * len(responses)
-                    yield {"prompt": prompt, "responses": responses, "scores": equal}
+                    yield {"prompt": prompt, "responses": responses, "pairs": []}
                 for better, worse in entry["pairs"]:
                     yield {
                         "prompt": prompt,

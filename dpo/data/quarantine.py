@@ -19,6 +19,7 @@ NOT_FAULTY = frozenset(
     {
         *("prompt_in_test", "duplicate_pair", "over_prompt_limit"),
         *("score_ratio_too_low", "equal_scores", "one_answer", "not_annotated"),
+        "no_pair",
         "not_accepted",
     }
 )

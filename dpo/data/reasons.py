@@ -43,6 +43,7 @@ TITLES: Mapping[str, str] = {
     "equal_scores": "Nobody prefers one answer to the other",
     "one_answer": "The prompt has one answer only",
     "not_annotated": "Nobody has judged the row yet",
+    "no_pair": "The loader prefers none of the prompt's answers",
     "not_accepted": "The annotator refused or passed over the example",
 }
 

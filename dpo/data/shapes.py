@@ -174,6 +174,10 @@ def ranked(row: Mapping[str, Any]) -> list[Candidate]:
     """A prompt and a list of answers with scores or ranks."""
     name = next((key for key in ANSWER_LISTS if row.get(key) is not None), ANSWER_LISTS[0])
     answers = row.get(name)
+    if row.get("pairs") == []:
+        # a loader's prompt: see ``custom``
+        advice = "the loader has no pair of answers to this prompt, so nothing is learned from it"
+        raise RowError("no_pair", advice, "pairs")
     if not isinstance(answers, list) or len(answers) > MAX_ANSWERS:
         raise RowError("wrong_type", f"{name} must be a list of at most {MAX_ANSWERS}", name)
     texts = [_answer_text(answer, name) for answer in answers]

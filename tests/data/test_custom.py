@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo.data.quarantine import NOT_FAULTY
 from dpo.errors import ConfigError, DataError
 from tests.data.conftest import Outcome
 
@@ -30,7 +31,9 @@ def whole(split, silent=False, cache_dir=None):
 def with_unpaired(split, silent=False, cache_dir=None):
     alone = {"responses": ["d"], "pairs": [], "sft_target": "d"}
     both = {"responses": ["d", "e"], "pairs": [], "sft_target": "d"}
-    return {**whole(split), f"alone {split}": alone, f"both {split}": both}
+    many = {"responses": [str(n) for n in range(65)], "pairs": [], "sft_target": "0"}
+    found = {f"alone {split}": alone, f"both {split}": both, f"many {split}": many}
+    return {**whole(split), **found}
 
 def broken(split, silent=False, cache_dir=None):
     return ["no mapping"]
@@ -88,6 +91,9 @@ def test_the_reference_codes_form_is_accepted(ingest_sources: Ingest, custom: st
     ]
     found = ingest_sources({"mine": {"loader": f"{custom}:with_unpaired"}})
     assert len(found.pairs) == 4
-    assert found.reasons == ["one_answer", "equal_scores"] * 2
+    assert found.reasons == ["no_pair"] * 6
+    assert "no pair of answers" in found.quarantine[0]["advice"]
+    assert not {"score", "scores"} & found.quarantine[0]["row"].keys()
+    assert "no_pair" in NOT_FAULTY
     with pytest.raises(DataError, match="broken failed: AttributeError"):
         ingest_sources({"mine": {"loader": f"{custom}:broken"}})
