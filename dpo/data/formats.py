@@ -66,26 +66,6 @@ class RowError(Exception):
         self.reason, self.advice, self.field = reason, advice, field
 
 
-_NOTHING = frozenset(
-    {
-        *("", "[]", "{}", "null", "none", "nan", "<na>", "n/a", "#n/a", "<noinput>"),
-        *("[deleted]", "[removed]"),
-    }
-)
-"""What stands beside the answers where nothing is meant: pandas, JSON, Python, Alpaca, Reddit."""
-
-
-def is_nothing(value: Any) -> bool:
-    """Whether a value of a field beside the answers stands for one that is missing.
-
-    Of answers ``validate.PLACEHOLDERS`` alone are such marks, for "None" may be what was answered.
-    """
-    if isinstance(value, str):
-        return value.strip().lower() in _NOTHING
-    # NaN stands for nothing in tables
-    return value is None or value != value
-
-
 Parser = Callable[[Mapping[str, Any]], Sequence[Candidate | Rating]]
 
 

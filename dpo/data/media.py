@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dpo.data.formats import RowError, is_nothing
+from dpo.data.formats import RowError
+from dpo.data.placeholders import is_nothing
 
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 TOOLS = "tools"

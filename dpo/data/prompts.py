@@ -26,6 +26,7 @@ from dpo.data.messages import (
     read_messages,
     turns_as_text,
 )
+from dpo.data.placeholders import is_nothing
 
 PROMPTS = (
     *("prompt", "instruction", "question", "problem", "query", "user_prompt", "input"),
@@ -35,8 +36,6 @@ PROMPTS = (
 SYSTEMS = ("system", "system_prompt")
 HISTORY = "history"
 _BEFORE = frozenset({*SYSTEMS, HISTORY})
-_NOTHING = frozenset({"", "nan", "<na>", "<noinput>"})
-"""What pandas writes where a text is missing, and Alpaca's data."""
 _LONG_CHARS = 40
 """Eight words of five letters: from so many in one order on, checks for copied text (8-grams) take
 one text for a part of another."""
@@ -83,7 +82,7 @@ def _question(row: Mapping[str, Any], field: str, text: str) -> list[Any]:
         )
     for name, more in (("input", extra), ("context", context)):
         if isinstance(more, str):
-            if more.strip().lower() not in _NOTHING and not _repeats(text, more):
+            if not is_nothing(more) and not _repeats(text, more):
                 text += f"\n\n{more}"
         elif more:
             kind = type(more).__name__
@@ -166,7 +165,7 @@ def _before(prompt: Messages, system: str, turns: Messages) -> Messages:
 def _system(row: Mapping[str, Any]) -> str:
     for name in SYSTEMS:
         value = row.get(name)
-        if isinstance(value, str) and value.strip().lower() not in _NOTHING:
+        if isinstance(value, str) and not is_nothing(value):
             return value
         if isinstance(value, list | Mapping) and value:
             raise RowError("wrong_type", f"{name} must be a text", name)
@@ -179,7 +178,7 @@ def _history(row: Mapping[str, Any]) -> Messages:
         return ()
     if isinstance(value, str):
         prompt = row.get("prompt")
-        if not value.strip() or (isinstance(prompt, str) and _repeats(prompt, value)):
+        if is_nothing(value) or (isinstance(prompt, str) and _repeats(prompt, value)):
             return ()
         try:
             value = orjson.loads(value)

@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo.data.buffers import buffer_of
+from dpo.data.placeholders import PLACEHOLDERS
 from dpo.data.suspects import lists_as_text
 from dpo.data.validate import (
     CONTROLS,
     INVISIBLE,
     MISREAD,
-    PLACEHOLDERS,
     REPLACEMENT,
     TURN_MARKS,
 )

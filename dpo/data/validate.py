@@ -18,19 +18,13 @@ from dpo.data.chat import marks_of, to_chat, turns
 from dpo.data.encodings import not_utf8
 from dpo.data.formats import ASSISTANT, HUMAN, Candidate, Message, RowError
 from dpo.data.messages import SYSTEM, as_text
+from dpo.data.placeholders import PLACEHOLDERS
 from dpo.data.schema import TEST, TRAIN, pair_id, prompt_digest, split_of
 from dpo.data.tokenize import Limits, tokenize_pair
 
 CONTROLS = bytes(code for code in range(32) if code not in b"\n\r\t") + b"\x7f"
 INVISIBLE = re.compile(f"[\\s{NO_WIDTH}]*")
 """White space, and characters of no width."""
-PLACEHOLDERS = frozenset(
-    {
-        *("nan", "<NA>", "[deleted]", "[removed]", "#N/A", "#NAME?", "#REF!", "#VALUE!"),
-        *("#DIV/0!", "#NUM!", "#NULL!"),
-    }
-)
-"""What pandas, Reddit and Excel write in the place of a text."""
 PLACEHOLDER_CHARS = 24
 """No longer is a text that holds one of these and white space, if it is told."""
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"

@@ -13,7 +13,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo.data.formats import RowError, is_nothing
+from dpo.data.formats import RowError
+from dpo.data.placeholders import is_nothing
 from dpo.data.shapes import ANSWER_LISTS, as_number, text_of
 
 _NOUNS = "response|answer|completion|output|candidate|text|conversation|generation|summary"

@@ -176,10 +176,16 @@ def test_a_short_input_is_not_left_out_for_it_stands_in_the_instruction() -> Non
     assert texts(row) == [(f"\n\nHuman: Sum up: {long}\n\nAssistant:", " a", " b")]
 
 
-@pytest.mark.parametrize("nothing", ["nan", "<NA>", "<noinput>", " "])
+@pytest.mark.parametrize(
+    "nothing", ["nan", "<NA>", "<noinput>", " ", "None", "null", "N/A", "#N/A", "[deleted]", "[]"]
+)
 def test_marks_of_a_missing_text_are_no_input_and_no_system_message(nothing: str) -> None:
     row = {"instruction": "Hi?", "input": nothing, "system": nothing, "chosen": "a"}
     assert texts({**row, "rejected": "b"}) == [(HI, " a", " b")]
+    asked = {"question": "Hi?", "context": nothing, "history": nothing, "chosen": "a"}
+    assert texts({**asked, "rejected": "b"}) == [(HI, " a", " b")]
+    # of answers it is what was said
+    assert texts({"prompt": "p", "chosen": "None", "rejected": "[]"}) == [("p", "None", "[]")]
 
 
 def test_history_is_earlier_turns() -> None:
