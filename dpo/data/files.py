@@ -16,6 +16,7 @@ from dpo.config.schema import SourceConfig
 from dpo.data.readers import READABLE, container_of
 from dpo.errors import DataError
 from dpo.storage.allowed import check_allowed
+from dpo.storage.manifest import MANIFEST
 from dpo.storage.store import is_store_url
 
 COMMUNITY_DATA = "DPO_COMMUNITY_DATA"
@@ -26,9 +27,10 @@ _GLOB = re.compile(r"[*?\[]")
 # what lies beside the data in many folders, and is no data
 _METADATA = {
     *("dataset_info.json", "dataset_infos.json", "dataset_dict.json"),
-    *("state.json", "manifest.json"),
+    *("state.json", MANIFEST),
 }
 
+_PAIRS = "pairs-*.parquet"
 _NO_ROWS = frozenset(
     {".ipynb_checkpoints", ".cache", ".git", "_delta_log", "_metadata", "_common_metadata"}
 )
@@ -182,7 +184,8 @@ def within(source: str, file: Path) -> Path:
 
 def _found(path: Path) -> list[Path]:
     if path.is_dir():
-        return [item for item in path.rglob("*") if is_data_name(str(item.relative_to(path)))]
+        found = (item.relative_to(path).as_posix() for item in path.rglob("*"))
+        return [path / name for name in data_names(found)]
     # what a glob writes out is meant
     meant = [part for part in path.parts if part.startswith((".", "_"))]
     return [
@@ -197,6 +200,23 @@ def _matches(path: Path) -> list[Path]:
         return [path]
     # Path.glob takes no absolute pattern
     return [Path(match) for match in glob(str(path), recursive=True)]  # noqa: PTH207
+
+
+def data_names(names: Iterable[str]) -> list[str]:
+    """Those of all files in a source's folder that hold rows."""
+    names = list(names)
+    beside = set(names_beside_pairs(names))
+    return [name for name in names if is_data_name(name) and name not in beside]
+
+
+def names_beside_pairs(names: Iterable[str]) -> list[str]:
+    """What lies beside the pairs in outputs of ingest: its report, and rows that it refused."""
+    paths = list(map(PurePath, names))
+    pairs = {path for path in paths if path.match(_PAIRS)}
+    outputs = {path.parent for path in pairs}
+    outputs &= {path.parent for path in paths if path.name == MANIFEST}
+    beside = (path for path in paths if path.parent in outputs and path not in pairs)
+    return [path.as_posix() for path in beside if is_data_name(path.as_posix())]
 
 
 def is_data_name(name: str) -> bool:

@@ -18,11 +18,12 @@ from dpo.config.schema import RunConfig, SourceConfig
 from dpo.data import custom
 from dpo.data.division import Shard, Span, is_one_block, spans
 from dpo.data.files import (
+    data_names,
     hidden_places,
-    is_data_name,
     is_hidden_data,
     is_other_data,
     located,
+    names_beside_pairs,
     names_in,
     source_files,
     within,
@@ -164,6 +165,8 @@ def _tell_unread(names: Iterable[str], where: str) -> None:
     names = sorted(names)
     _tell("files of another kind are not read", list(filter(is_other_data, names)), where)
     hidden = list(filter(is_hidden_data, names))
+    beside = names_beside_pairs(names)
+    _tell("of an output of ingest the pairs are read, and not what lies beside them", beside, where)
     _tell("files and folders whose names begin with _ or . are not read", hidden, where)
 
 
@@ -228,16 +231,16 @@ def _objects(name: str, url: str) -> tuple[Store, str, dict[str, ObjectStat]]:
         return store, "", {last: alone}
     prefix = f"{last}/" if last else ""
     found = {}
-    for key in sorted(store.list(prefix)):
-        state = store.stat(key) if is_data_name(key.removeprefix(prefix)) else None
+    inside = sorted(key.removeprefix(prefix) for key in store.list(prefix))
+    for key in (prefix + name for name in data_names(inside)):
+        state = store.stat(key)
         if state is not None:
             found[key] = state
     if not found:
-        names = (key.removeprefix(prefix) for key in store.list(prefix))
         raise DataError(
             "there are no data objects here",
             where=f"sources.{name}.path={url}",
-            fix=hidden_places(filter(is_hidden_data, names))
+            fix=hidden_places(filter(is_hidden_data, inside))
             or "give the URL of an object or of a folder of them; names end in "
             f"{', '.join(READABLE)} (.gz or .zst may follow)",
         )
@@ -309,7 +312,8 @@ def _hub_files(name: str, source: SourceConfig, listed: Iterable[str]) -> dict[P
     folder = PurePath(source.hub_subset or "")
     paths = [path for path in sorted(map(Path, listed)) if path.is_relative_to(folder)]
     inside = {path: path.relative_to(folder) for path in paths}
-    stated = {path: own_split(name) for path, name in inside.items() if is_data_name(str(name))}
+    data = set(data_names(map(str, inside.values())))
+    stated = {path: own_split(name) for path, name in inside.items() if str(name) in data}
     with_split: dict[Path, str | None] = {path: split for path, split in stated.items() if split}
     rows: dict[Path, str | None] = {path: None for path in stated if container_of(path) != "json"}
     if not stated:
@@ -335,9 +339,7 @@ def _from_hub(name: str, source: SourceConfig, shard: Shard) -> list[SourceFile]
         inside = [path for path in map(Path, listed) if path.is_relative_to(subset)]
         names = {str(path.relative_to(subset)): path for path in inside}
         _tell_unread(names, source.hub)
-        beside = [
-            str(path) for name, path in names.items() if is_data_name(name) and path not in paths
-        ]
+        beside = [str(names[name]) for name in data_names(names) if names[name] not in paths]
         _tell("files beside those of the set's rows are left out", beside, source.hub)
     fetched = {path: shard.owns(number) for number, path in enumerate(paths)}
     chosen = [glob.escape(path.as_posix()) for path in paths if fetched[path]]

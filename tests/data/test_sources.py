@@ -105,6 +105,25 @@ def test_hidden_data_is_told_wherever_it_is_left_out(
         assert len(names(SourceConfig(path=f"{root}/{glob}"))) == 1
 
 
+def test_of_an_output_of_ingest_the_pairs_alone_are_read(
+    ingest_sources: Callable[..., Outcome], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [*GOOD, {"prompt": "p", "chosen": "a", "rejected": "a"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first = ingest_sources({"mine": {"path": str(path)}})
+    kept = first.folder.rename(tmp_path / "kept")
+    again = ingest_sources({"mine": {"path": str(kept)}})
+    assert again.pairs == first.pairs
+    assert again.quarantine == []
+    told = "the pairs are read, and not what lies beside them: quarantine.jsonl, report.json in"
+    assert told in capsys.readouterr().err
+    assert names(SourceConfig(path=str(kept))) == [("mine: pairs-00000.parquet", None)]
+    # without ingest's manifest they are files like others
+    (kept / "manifest.json").unlink()
+    assert len(names(SourceConfig(path=str(kept)))) == 3
+
+
 def test_a_file_alone_states_no_split(folder: Path) -> None:
     assert names(SourceConfig(path=str(folder / "train.jsonl"))) == [("mine: train.jsonl", None)]
 
