@@ -171,6 +171,8 @@ def named_answers(row: Mapping[str, Any]) -> Mapping[str, Any]:
     if all(str(value).isdecimal() for value in pair):
         row = _of_list(row, (int(str(pair[0])), int(str(pair[1]))))
     names = answer_names(row)
+    if not names and all(_NAMED.fullmatch(_bare(str(value).lower())) for value in pair):
+        refuse_unclear(row)
     if not names or _are_texts(pair, [row[name] for name in names]):
         return row
     for find in (_of_models, _winner):

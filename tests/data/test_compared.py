@@ -257,6 +257,9 @@ def test_answers_of_two_kinds_are_not_guessed_at() -> None:
     assert reason(row) == "unknown_format"
     with pytest.raises(RowError, match="text_1, text_2 and answer_1, answer_2 may each be the ans"):
         parse(row)
+    marks = {"chosen": "1", "rejected": "2"}
+    assert reason({"prompt": "p", **texts_too, **marks}) == "unknown_format"
+    assert texts({"prompt": "p", **texts_too, "chosen": "x", "rejected": "y"}) == [("p", "x", "y")]
     # a verdict may name the field in full, and empty fields are no answers
     assert texts({**row, "winner": "answer_2"}) == [("p", "d", "c")]
     for nothing in ("", "nan", None, float("nan")):
