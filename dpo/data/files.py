@@ -145,7 +145,10 @@ def hidden_places(names: Iterable[str]) -> str:
     """What to do where data lies in such places alone; empty where there is none."""
     places = [name[: _HIDDEN_PART.search(name).end()] for name in names]  # type: ignore[union-attr]
     found = [f"{count:,} below {place}" for place, count in sorted(Counter(places).items())]
-    return f"files are not read ({', '.join(found)}): name that folder" if found else ""
+    if not found:
+        return ""
+    what = "what lies below names that begin with _ or . is not read"
+    return f"{what} ({', '.join(found)}): name that folder"
 
 
 def is_other_data(name: str) -> bool:
