@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +18,6 @@ from dpo.config.places import tokens_dir
 from dpo.errors import (
     ArtifactError,
     ObjectMissing,
-    StoreAccessDenied,
     StoreError,
     StoreUnavailable,
 )
@@ -69,9 +68,9 @@ class Dependents:
     artifacts: dict[str, str] = field(default_factory=dict)
     """Steps of the artifacts made of it, by content hash; the pipeline keeps them elsewhere."""
     unread: dict[str, str] = field(default_factory=dict)
-    """URLs of manifests that cannot be read, and why: whether they depend on it is not known."""
+    """URLs of what cannot be asked, and why: manifests, and a store about its older versions."""
     kept: dict[str, str] = field(default_factory=dict)
-    """URLs of what was removed and stays in the bucket as an older version, and why."""
+    """URLs of what was to be removed and stays, itself or as an older version, and why."""
 
 
 def chain(url: str) -> tuple[dict[str, Any], list[Mapping[str, Any]]]:
@@ -267,8 +266,9 @@ def forget(url: str, community: str, *, reports: bool = False) -> Dependents:
 
     Removed is ``communities/<name>/data/``, where the service keeps what was posted, and token ids
     of its texts in this machine's cache. A bucket with versioning keeps no older version of them.
-    Models, runs and artifacts stay: which of them may is not for a command to decide. Manifests
-    that cannot be read are in ``unread``; the data goes all the same.
+    Models, runs and artifacts stay: which of them may is not for a command to decide. What cannot
+    be read is in ``unread``, what the store does not let go in ``kept``; the rest goes all the
+    same.
 
     Args:
         url: Of the store.
@@ -281,39 +281,41 @@ def forget(url: str, community: str, *, reports: bool = False) -> Dependents:
     """
     found = dependents(url, community)
     store = open_store(url)
-    removed = list(found.data)
-    if reports:
-        # a run of another community may have read equal data: its files are not this one's to end
-        own = {run for run in found.runs if _owner(run) in (None, community)}
-        removed += [text for run in own for text in found.runs[run]]
-        found.runs = {run: [] if run in own else texts for run, texts in found.runs.items()}
-    for object_url in removed:
-        store.delete(object_url.removeprefix(f"{store.root}/"))
-    data = _data_of(community)
-    found.kept = _end_versions(store, lambda key: data.search(key) or store.url(key) in removed)
+    # a run of another community may have read equal data: its files are not this one's to end
+    own = {run for run in found.runs if reports and _owner(run) in (None, community)}
+    removed = [*found.data, *(text for run in own for text in found.runs[run])]
+    found.runs = {run: [] if run in own else texts for run, texts in found.runs.items()}
+    found.kept = _remove(store, [(_key(store, url), None) for url in removed])
+    found.data = [url for url in found.data if url not in found.kept]
     for folder in found.tokens:
         shutil.rmtree(folder)
+    # also of what an earlier call removed: it may have ended before this
+    texts = {_key(store, f"{run}/{name}") for run in own for name in _TEXT_OF_DATA}
+    data = _data_of(community)
+    try:
+        listed = list(store.versions())
+    except StoreError as error:
+        found.unread[store.root] = f"older versions: {error.found}"
+    else:
+        found.kept |= _remove(store, [it for it in listed if data.search(it[0]) or it[0] in texts])
     return found
 
 
-def _end_versions(store: Store, ended: Callable[[str], object]) -> dict[str, str]:
-    """Remove what a bucket with versioning keeps of objects that were removed, now or earlier.
+def _key(store: Store, url: str) -> str:
+    return url.removeprefix(f"{store.root}/")
 
-    Returns:
-        URLs of those that stay, and why.
-    """
-    try:
-        versions = [(key, version) for key, version in store.versions() if ended(key)]
-    except StoreAccessDenied as error:
-        return {store.root: f"whether older versions are left is not known: {error.found}"}
+
+def _remove(store: Store, objects: Iterable[tuple[str, str | None]]) -> dict[str, str]:
+    """Remove objects or versions of them; URLs of those that the store does not let go, and why."""
     kept = {}
-    for key, version in versions:
+    for key, version in objects:
         try:
             store.delete(key, version)
         except StoreUnavailable:
             raise
         except StoreError as error:
-            kept[store.url(key)] = f"an older version stays in the bucket: {error.found}"
+            what = "an older version stays" if version else "it stays"
+            kept[store.url(key)] = f"{what} in the store: {error.found}"
     return kept
 
 

@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from minio import time as signing_time
 
-from dpo.errors import ObjectMissing, StoreAccessDenied
+from dpo.errors import ObjectMissing, StoreAccessDenied, StoreError
 from dpo.storage.s3 import S3Store
 from dpo.storage.s3_client import Body, Bytes, error_of
 from dpo.storage.store import ObjectStat
@@ -46,8 +46,12 @@ class GoogleStore(S3Store):
         return ObjectStat(found.size, headers.get(_GENERATION, ""), modified)
 
     def versions(self) -> Iterator[tuple[str, str]]:
-        """None: the service calls them generations and lists them in another form."""
-        return iter(())
+        """Not asked: the service calls them generations and lists them in another form."""
+        raise StoreError(
+            "older generations and softly deleted objects are not asked for in Google's storage: "
+            "see the bucket's rules",
+            where=self.root,
+        )
 
     def _condition(self, expected: str | None) -> dict[str, str]:
         return {} if expected is None else {_CONDITION: expected or "0"}

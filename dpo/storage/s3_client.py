@@ -251,6 +251,8 @@ class Caller:
         if status in (409, 412):
             return WriteConflict("another writer was first", where=url, fix="try again")
         text = f"the store refused: {code} {error.message or ''}".strip()
+        if status == 501:
+            return StoreError(text, where=where)
         if code in _AGAIN or status >= 500 or status in (408, 429):
             return StoreUnavailable(text, where=where)
         return StoreError(text, where=where)

@@ -158,7 +158,7 @@ class Store(ABC):
         """Key and id of every version of every object, of removed ones too, where they are kept.
 
         Raises:
-            StoreAccessDenied: this account may not ask for them.
+            StoreError: this account may not ask for them, or the store has no list of them.
         """
         return iter(())
 

@@ -17,6 +17,7 @@ from uuid import uuid4
 
 import pytest
 
+from dpo.cli import main
 from dpo.errors import StoreAccessDenied, StoreError, WriteConflict
 from dpo.publish.version import publish_files
 from dpo.storage.google import GoogleStore
@@ -258,3 +259,12 @@ def test_what_leads_to_googles_store(no_store_variables, monkeypatch):
     assert isinstance(open_store("s3://bucket"), GoogleStore)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://minio:9000")
     assert not isinstance(open_store("s3://bucket"), GoogleStore)
+
+
+def test_that_older_generations_are_not_asked_for_is_said(store, service, capsys):
+    store.write("communities/acme/data/x.jsonl", b"{}")
+    assert main(["forget", "gs://bucket/team", "community=acme"]) == 1
+    out = capsys.readouterr().out
+    assert "removed 1 data sets of acme" in out
+    assert "not known gs://bucket/team  older versions: older generations" in out
+    assert service.objects == {}
