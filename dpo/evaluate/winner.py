@@ -15,8 +15,10 @@ _THOUGHTS = re.compile(
 _NAME = r"(?:answer[\s_]*)?(A|B|tie)"
 _VERDICT = re.compile(rf"""["']winner["']\s*:\s*["']\s*{_NAME}\s*["']""", re.IGNORECASE)
 _SPOKEN = re.compile(
-    # a letter that is no article, and after which the line or the sentence ends
-    r"\b[Ww]inner\W*:\W*(?:[Aa]nswer[\s_]*)?(A|B|[Tt]ie)(?=[*_`'\"]*\s*(?:[.;:)–—-]|\n|\Z))"
+    # a line or a sentence that says nothing else: prose has the word before many a list of both
+    rf"(?:^|[.!?]\s)[^\w\n]{{0,20}}(?:final\s+)?winner\W*:[^\w\n]*{_NAME}"
+    r"(?=[^\w\n?]*$|[*_`'\"]*\.\s)",
+    re.IGNORECASE | re.MULTILINE,
 )
 _BARE = re.compile(rf"\W*{_NAME}\W*", re.IGNORECASE)
 
@@ -42,7 +44,7 @@ def text_of(content: Any) -> str:
 def read_winner(content: str) -> Winner:
     """The verdict in a judge's text: a JSON object, also fenced or with words around it, or a word.
 
-    In prose ``Winner: A`` is one as well.
+    In prose a line or a sentence ``Winner: A`` is one as well.
 
     What a reasoning model thought before it is no verdict.
 

@@ -249,6 +249,12 @@ def test_the_key_comes_from_the_environment_and_is_shown_nowhere(monkeypatch):
         ("Both are short, but B is rude.\n\n**Winner: A**", "A"),
         ("winner: Answer B. It answers the question.", "B"),
         ("**Winner:** Tie", "tie"),
+        ("A is right. Winner: A.", "A"),
+        *(
+            (text, "A")
+            for text in ("Winner: [A]", "Winner: A!", "“Winner: A”", "- Final winner: A")
+        ),
+        *(("WINNER: B", "B"), ("Winner: TIE", "tie")),
         ('<think>{"winner": "A"} or {"winner": "B"}</think>{"winner": "B"}', "B"),
         ('{"winner": "A"} or B?\n</think>\n{"winner": "B"}', "B"),
         ('<Thinking>a</Thinking> {"winner": "A"}<think>{"winner": "B"}', "A"),
@@ -268,6 +274,15 @@ def test_verdicts_that_are_understood(text, winner):
             "Winner: A or B",
             "Winner: A\nWinner: B",
             "Winner: Alice",
+            "There is no clear winner: A) is rude; B) is short.",
+            "I cannot pick a winner: A - too long, B - too short.",
+            "Winner: A-B (a draw)",
+            "Winner: A:B 2:1",
+            "Winner: A. Winner: B.",
+            "Winner: A?",
+            "Which is the winner: A; B; or tie?",
+            "That is not the winner: A. B is.",
+            "Winner:\n- A: good\n- B: bad",
         ),
     ],
 )
