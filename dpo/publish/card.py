@@ -19,7 +19,8 @@ from dpo.publish.adapter import is_alone
 from dpo.storage.manifest import Manifest
 
 FILE = "README.md"
-_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
+# the rules of huggingface_hub's validate_repo_id
+_HUB_ID = re.compile(r"(?!.*(?:--|\.\.)|.*\.git$)(?:\b[\w.-]{1,96}\b/)?\b[\w.-]{1,96}\b", re.ASCII)
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SECTIONS = ("Use", "Data", "Training", "Figures", "Licence", "Intended use", "Limits")
 _NEEDED = ("library_name", "pipeline_tag", "license", "tags")
@@ -53,7 +54,7 @@ def model_card(
         policy: Checkpoint of the preference stage.
         manifest: Its manifest.
         name: Name under which it is published.
-        base: Hub id of the base model, or what else names it.
+        base: Hub id of the base model or the name of a built-in one; any other is one's own.
         license_: Licence of the model; empty takes the base model's where it is known.
         model: Folder of what is published, where that is another.
     """
@@ -71,7 +72,7 @@ def model_card(
         "tags": ["preference-fine-tuning", loss["name"]],
     }
     # an adapter of an SFT model is none of the hub's: whoever followed the name would load another
-    if _is_hub_id(base) and not (alone and sft):
+    if _HUB_ID.fullmatch(base) and not (alone and sft):
         metadata["base_model"] = base
     if hub := _hub_data(manifest):
         metadata["datasets"] = hub
@@ -181,13 +182,9 @@ def _problem(text: str) -> str:
 
 def shown_base(base: str) -> str:
     """What names the base model, without a path: that differs between machines."""
-    if _is_hub_id(base) or base.startswith("builtin:"):
+    if _HUB_ID.fullmatch(base) or base.startswith("builtin:"):
         return base
     return "a model of one's own"
-
-
-def _is_hub_id(base: str) -> bool:
-    return bool(_HUB_ID.fullmatch(base)) and not Path(base).is_dir()
 
 
 def _license_text(given: str, licence: Mapping[str, str], base: str) -> str:

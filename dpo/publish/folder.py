@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dpo.config.places import BUILTIN_PREFIX
 from dpo.config.schema import RunConfig
 from dpo.errors import ArtifactError, ConfigError, ModelError, writing
 from dpo.publish import adapter, card
@@ -23,7 +24,7 @@ from dpo.publish.template import DIALOGUE as DIALOGUE_TEMPLATE
 from dpo.publish.template import FILE as CHAT_TEMPLATE
 from dpo.publish.tensors import INDEX, SINGLE, model_tensors, read_tensors, write_model
 from dpo.storage.base_model import is_here, local_model
-from dpo.storage.lineage import SFT_CHECKPOINT, base_model, check_base
+from dpo.storage.lineage import SFT_CHECKPOINT, base_model, check_base, hub_model
 from dpo.storage.manifest import MANIFEST, FileEntry, Manifest, read_manifest, sha256_file
 
 _LEFT_OUT = {
@@ -73,9 +74,13 @@ def _fill(folder: Path, policy: Path, config: RunConfig) -> list[FileEntry]:
 
 
 def _began_with(manifest: Manifest, config: RunConfig) -> str:
-    """The base model: of the lineage where one was recorded, else what the run was asked for."""
+    """The base model's name, of the lineage where one was recorded; empty for a folder."""
     recorded = manifest.lineage or manifest.settings
-    return base_model(manifest) if recorded else config.model.name_or_path
+    name = base_model(manifest) if recorded else config.model.name_or_path
+    hub = hub_model(manifest)
+    if hub is None:
+        hub = not Path(name).is_dir()
+    return name if hub or name.startswith(BUILTIN_PREFIX) else ""
 
 
 def _link(policy: Path, folder: Path, manifest: Manifest) -> dict[str, FileEntry]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo.errors import DpoError
-from dpo.storage.manifest import Manifest
+from dpo.storage.base_model import PACKAGED_ID
+from dpo.storage.manifest import Manifest, record
 
 SFT_CHECKPOINT = "sft-checkpoint-"
 """Begins the base's name in a published adapter that was trained on an SFT model; that model's
@@ -59,9 +60,32 @@ def base_model(manifest: Manifest) -> str:
     The checkpoint's own settings say what its run was asked for, which need not be what the
     checkpoint that it started from had been made of.
     """
-    settings: Mapping[str, Any] = manifest.settings
-    parents: Mapping[str, str] = manifest.inputs
-    while manifest.lineage and (parent := parents.get("base") or parents.get("policy")):
-        record = manifest.lineage.get(parent, {})
-        settings, parents = record.get("configuration", {}), record.get("parents", {})
-    return str((settings.get("model") or {}).get("name_or_path") or "")
+    return _named(_root(manifest))
+
+
+def hub_model(manifest: Manifest) -> bool | None:
+    """Whether the model at the root came from the hub; None where no fingerprint was recorded.
+
+    A name alone does not tell: there may be a folder of that name, on one machine and not on
+    another.
+    """
+    root = _root(manifest)
+    print_ = str(((root.get("made_by") or {}).get("fingerprints") or {}).get("model") or "")
+    # that of a model of the hub names its commit; the one that a package holds has a folder's hash
+    name = _named(root)
+    return name == PACKAGED_ID or print_.startswith(f"{name}@") if print_ else None
+
+
+def _root(manifest: Manifest) -> Mapping[str, Any]:
+    """The record of the first step of a checkpoint's lineage; empty where it is not reached."""
+    found: Mapping[str, Any] = record(manifest)
+    while manifest.lineage:
+        parents = found.get("parents", {})
+        if not (parent := parents.get("base") or parents.get("policy")):
+            break
+        found = manifest.lineage.get(parent, {})
+    return found
+
+
+def _named(root: Mapping[str, Any]) -> str:
+    return str(((root.get("configuration") or {}).get("model") or {}).get("name_or_path") or "")

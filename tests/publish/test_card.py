@@ -6,6 +6,8 @@ import shutil
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from dpo.config.places import builtin
 from dpo.errors import ArtifactError
@@ -60,10 +62,11 @@ def test_a_base_model_of_ones_own_leaves_no_path_in_the_card(tmp_path):
     assert "license_name" in found
 
 
-def made_of(folder, base, *, before):
+def made_of(folder, base, *, before, fingerprint=None):
     """A policy whose own settings name ``gpt2``, of a chain of artifacts that began with ``base``.
 
     ``before``: the input by which each artifact names the one before it, the policy's first.
+    ``fingerprint``: of the base model, where the first of them has noted it.
     """
     lineage, hashes = {}, ["a" * 64, "b" * 64, "c" * 64]
     for number, hash_ in enumerate(hashes[: len(before)]):
@@ -71,6 +74,8 @@ def made_of(folder, base, *, before):
         settings = {"model": {"name_or_path": base if first else "gpt2"}}
         parents = {} if first else {before[number + 1]: hashes[number + 1]}
         lineage[hash_] = {"step": "sft", "configuration": settings, "parents": parents}
+        if first and fingerprint:
+            lineage[hash_]["made_by"] = {"fingerprints": {"model": fingerprint}}
     checkpoint(folder)
     settings = {"model": {"name_or_path": "gpt2"}}
     (folder / "manifest.json").unlink()
@@ -87,6 +92,44 @@ def test_the_card_names_the_base_that_the_weights_began_with(tmp_path, before, b
     metadata = yaml.safe_load((tmp_path / "out/README.md").read_text().split("---")[1])
     assert metadata["base_model"] == base
     assert metadata["license"] == "other"
+
+
+@pytest.mark.parametrize(
+    ("name", "fingerprint", "shown"),
+    [
+        ("gpt2", f"gpt2@{'1' * 40}", True),
+        ("EleutherAI/pythia-70m", "f" * 64, False),
+        # of the hub, although a Python package holds it
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "f" * 64, True),
+    ],
+)
+def test_whether_a_base_is_of_the_hub_does_not_depend_on_the_working_folder(
+    tmp_path, monkeypatch, name, fingerprint, shown
+):
+    policy = made_of(tmp_path / "policy", name, before=["base"], fingerprint=fingerprint)
+    (tmp_path / "with" / name).mkdir(parents=True)
+    hashes = set()
+    for place in ("with", "."):
+        monkeypatch.chdir(tmp_path / place)
+        hashes.add(published(policy, tmp_path / f"out-{len(hashes)}"))
+        text = (tmp_path / "out-0/README.md").read_text()
+        metadata = yaml.safe_load(text.split("---")[1])
+        assert metadata.get("base_model") == (name if shown else None)
+        # nor is the licence of a hub's model that of a folder with its name
+        assert (metadata["license"] == "other") is not shown
+    assert len(hashes) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["a..b", "base-", "a--b", "x.git", "a" * 97, "a/b/c", "x", "org/x.y"]
+)
+def test_ids_of_the_hub_are_those_that_it_takes(name):
+    try:
+        validate_repo_id(name)
+        good = True
+    except HFValidationError:
+        good = False
+    assert (card.shown_base(name) == name) is good
 
 
 def test_the_card_names_no_base_where_the_lineage_does_not_reach_it(tmp_path):
