@@ -148,17 +148,22 @@ def own_template(folder):
     (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
 
 
+WRITES = "writes\ndialogues as `Human:` and `Assistant:`."
+AS_IT_STANDS = "took each prompt as it stands in the data"
+THROUGH = "The training data went through the\ntokenizer's chat template."
+NOT_USED = "the training did not use it: its prompts were plain text"
+
+
 @pytest.mark.parametrize(
     ("prompt_format", "fill", "words"),
     [
-        (
-            "raw",
-            own_template,
-            "the training did not use it: its prompts were plain text",
-        ),
-        ("raw", None, "took each prompt as it stands in the data"),
-        ("chat", own_template, "The training data went through the\ntokenizer's chat template."),
-        (None, own_template, "The tokenizer has a chat template."),
+        ("raw", own_template, {NOT_USED}),
+        ("chat", own_template, {THROUGH}),
+        (None, own_template, set()),
+        # one that has none gets the template of dialogues when it is published
+        ("raw", None, {WRITES, AS_IT_STANDS}),
+        ("chat", None, {WRITES, THROUGH}),
+        (None, None, {WRITES}),
     ],
 )
 def test_the_card_says_whether_the_training_used_the_chat_template(
@@ -166,7 +171,9 @@ def test_the_card_says_whether_the_training_used_the_chat_template(
 ):
     data = {"datasets": ["hh"], "prompt_format": prompt_format} if prompt_format else None
     published(checkpoint(tmp_path / "policy", fill, data=data), tmp_path / "out")
-    assert words in (tmp_path / "out/README.md").read_text()
+    text = (tmp_path / "out/README.md").read_text()
+    assert {part for part in (WRITES, AS_IT_STANDS, THROUGH, NOT_USED) if part in text} == words
+    assert ("The tokenizer has a chat template." in text) == (not words)
 
 
 @pytest.mark.parametrize(
