@@ -24,7 +24,7 @@ from dpo.evaluate.markdown import cell, fenced
 from dpo.evaluate.numbers import interval_text
 from dpo.evaluate.report import environment
 from dpo.evaluate.samples import CHANGES
-from dpo.storage.store import is_store_url, open_store
+from dpo.storage.store import expect_bucket, is_store_url, open_store
 
 _FILES = ("evaluation.json", "pairs.json", "samples.json")
 _USAGE = (
@@ -184,6 +184,8 @@ def _from_store(url: str) -> Run:
             texts.append(store.read(name))
         except ObjectMissing:
             texts.append(None)
+    if texts[0] is None:
+        expect_bucket(store, _FILES[0])
     return _parsed(url, *texts)
 
 

@@ -32,7 +32,7 @@ from dpo.storage.published import (
     read_version,
 )
 from dpo.storage.signing import SIGNATURE, SIGNING_KEY, is_trusted, sign
-from dpo.storage.store import Store
+from dpo.storage.store import Store, expect_bucket
 from dpo.storage.trusted import signed_versions
 
 _FILES_AT_ONCE = 4
@@ -275,6 +275,7 @@ def rollback(store: Store, name: str, version: str = "", *, seconds: float = 600
     latest = read_latest(store, name)
     where = store.url(f"{name}/{LATEST}")
     if latest is None:
+        expect_bucket(store, f"{name}/{LATEST}")
         raise ArtifactError("no published model is here", where=where, fix="check the URL")
     target = _target(store, name, latest, version, where)
     with being_written(store, name, target, [], seconds):

@@ -15,11 +15,12 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from dpo.errors import ConfigError, StoreError
+from dpo.errors import ConfigError, StoreAccessDenied, StoreError
 
 _SCHEMES = ("file", "s3", "minio", "gs")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -213,6 +214,17 @@ def open_store(url: str) -> Store:
     from dpo.storage.s3 import open_bucket
 
     return open_bucket(parts.scheme, parts.netloc, parts.path.strip("/"), url)
+
+
+def expect_bucket(store: Store, key: str) -> None:
+    """What a reader asks where ``key`` is missing: it may be for want of the whole bucket.
+
+    Raises:
+        ObjectMissing: there is no such bucket.
+    """
+    # an account that may not list is not told
+    with suppress(StoreAccessDenied):
+        list(store.list(key))
 
 
 def safe_key(key: str) -> str:

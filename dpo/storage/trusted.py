@@ -26,7 +26,7 @@ from dpo.storage.manifest import MANIFEST, content_hash, write_atomically
 from dpo.storage.progress import message
 from dpo.storage.published import HASH, LATEST, Latest, read_latest, read_version
 from dpo.storage.signing import check, has_keys, is_trusted
-from dpo.storage.store import Store, open_store
+from dpo.storage.store import Store, expect_bucket, open_store
 
 _MEMORY = "published.json"
 
@@ -104,6 +104,7 @@ def _copy(store: Store, url: str) -> Found:
     """A version's files alone, in a folder of any name; with trusted keys of the version's name."""
     manifest = _own_manifest(store)
     if manifest is None or _was_published(store):
+        expect_bucket(store, LATEST)
         raise ArtifactError(
             "no published model is here",
             where=url,

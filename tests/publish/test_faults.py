@@ -18,6 +18,7 @@ from pathlib import Path
 import minio.time
 import pytest
 
+from dpo.cli import main
 from dpo.errors import (
     ObjectMissing,
     StoreAccessDenied,
@@ -194,6 +195,34 @@ def test_a_missing_bucket_is_made_only_when_allowed(bucket_url, models):
     with pytest.raises(ObjectMissing, match="there is no bucket"):
         models[0].publish(bucket_url)
     check_store(bucket_url, [models[0].publish(bucket_url, create=True)])
+
+
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [
+        (["verify"], "no published model is here"),
+        (["pull", "output=pulled"], "no published model is here"),
+        (["lineage"], "no published model is here"),
+        (["publish", "--rollback"], "no published model is here"),
+        (["compare"], "there is no evaluation here"),
+    ],
+)
+def test_readers_are_told_of_a_missing_bucket(
+    bucket_url, tmp_path, monkeypatch, capsys, command, missing
+):
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, f"{bucket_url}/x"]) == 1
+    said = capsys.readouterr().err
+    assert f"there is no bucket {bucket_url.removeprefix('s3://')}" in said
+    assert "check the URL" in said
+    assert "create_bucket" not in said
+    open_store(bucket_url).check(create=True)
+    assert main([*command, f"{bucket_url}/x"]) == 1
+    assert missing in capsys.readouterr().err
+    # and no folder is made for having been asked for
+    assert main([*command, f"file://{tmp_path}/none/x"]) == 1
+    assert missing in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_slow_connection_is_not_taken_for_a_dead_one(line, server, tmp_path, monkeypatch):
