@@ -147,5 +147,5 @@ def test_forgetting_says_where_older_versions_are_not_known(
     assert main(["forget", bucket_url, "community=acme"]) == 1
     told = capsys.readouterr().out
     assert "removed 1 data sets of acme" in told
-    assert f"kept      {bucket_url}  whether older versions are left is not known" in told
+    assert f"not known {bucket_url}  older versions: the account may not do this here" in told
     assert open_store(bucket_url).stat(key) is None
