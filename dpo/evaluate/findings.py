@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from dpo.evaluate.numbers import WITHIN, share_text
+
 ROUNDING = 1e-6
 """Of a sum of log-probabilities in float32, as a share of it."""
 _COLLAPSE_SHARE = 0.2
@@ -105,9 +107,9 @@ def _chosen_log_probs(evaluation: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "collapse",
             "warning",
-            f"The chosen responses collapsed: their log-probability fell by {share:.0%} of its "
-            f"start ({_range(change, 1)} nats a response). The loss does not show it; raise beta, "
-            "lower the learning rate, or add an SFT term (loss.sft_weight).",
+            f"The chosen responses collapsed: their log-probability fell by {share_text(share)} of "
+            f"its start ({_range(change, 1)} nats a response). The loss does not show it; raise "
+            "beta, lower the learning rate, or add an SFT term (loss.sft_weight).",
         )
     else:
         yield Finding(
@@ -156,12 +158,12 @@ def _answers(evaluation: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "unended",
             "warning",
-            f"{unended:.0%} of the policy's answers did not end within evaluation.max_new_tokens, "
-            f"of the SFT model's {before:.0%}: they grew more than their lengths here say.",
+            f"{share_text(unended)} of the policy's answers did not end {WITHIN}, of the SFT "
+            f"model's {share_text(before)}: growth beyond that is not measured.",
         )
     if policy["empty"]["value"] > _EMPTY_SHARE:
         share = policy["empty"]["value"]
-        yield Finding("empty", "warning", f"{share:.0%} of the policy's answers are empty.")
+        yield Finding("empty", "warning", f"{share_text(share)} of the policy's answers are empty.")
     if policy["repetition"]["value"] - sft["repetition"]["value"] > _MORE_REPETITION:
         yield Finding(
             "repetition",

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+WITHIN = "within evaluation.max_new_tokens or the model's context"
+"""Where answers end that do not end by themselves."""
 NONE = "–"
 """Stands where there is no figure."""
 _MOST_DECIMALS = 8
@@ -30,6 +32,15 @@ def percent_text(figure: Mapping[str, float] | None) -> str:
         return NONE
     value, low, high = (f"{100 * figure[key]:.0f}" for key in ("value", "low", "high"))
     return f"{value} % [{low}, {high}]"
+
+
+def share_text(share: float) -> str:
+    """A share as per cent; some are not none, and not all."""
+    if 0 < share < 0.01:
+        return "fewer than 1 %"
+    if 0.99 < share < 1:
+        return "more than 99 %"
+    return f"{100 * share:.0f} %"
 
 
 def signed_text(value: float) -> str:

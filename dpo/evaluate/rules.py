@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo.config.schema import GateConfig
+from dpo.evaluate.numbers import WITHIN, share_text
 from dpo.evaluate.standing import Standing
 
 _ROUNDING = 1e-9
@@ -139,9 +140,16 @@ def _maxima(config: GateConfig, evaluation: Mapping[str, Any]) -> Iterator[Rule]
 
 
 def _unended(evaluation: Mapping[str, Any]) -> str:
-    """How many answers were longer than was sampled: what was measured of them is the least."""
-    share = _figure(evaluation, "answers", "policy", "cut_off", "value")
-    return f" ({share:.0%} did not end within evaluation.max_new_tokens)" if share else ""
+    """How many answers of both models were cut: nobody knows how much longer they would be."""
+    models = {"policy": "the policy's answers", "sft": "the SFT model's"}
+    shares = {
+        what: _figure(evaluation, "answers", name, "cut_off", "value")
+        for name, what in models.items()
+    }
+    if not any(shares.values()):
+        return ""
+    told = [f"{share_text(share)} of {what}" for what, share in shares.items() if share is not None]
+    return f" ({' and '.join(told)} did not end {WITHIN}, so growth beyond that is not measured)"
 
 
 def _maximum(name: str, limit: float, value: float | None, what: str, source: str) -> Rule:

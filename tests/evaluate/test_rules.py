@@ -134,14 +134,26 @@ def test_each_maximum_with_its_figure_and_limit(tmp_path, setting, limit, passed
     assert f"{limit:.3f}" in found.explanation
 
 
-def test_a_growth_of_answers_that_did_not_end_says_so(tmp_path):
-    policy = {"cut_off": figure(0.75)}
-    judged = evaluation(tmp_path / "e", answers={"length_growth": figure(1.1), "policy": policy})
+@pytest.mark.parametrize(
+    ("policy", "sft", "words"),
+    [
+        (0.75, 0.5, "75 % of the policy's answers and 50 % of the SFT model's"),
+        (0.004, 0.0, "fewer than 1 % of the policy's answers and 0 % of the SFT model's"),
+        (0.996, 1.0, "more than 99 % of the policy's answers and 100 % of the SFT model's"),
+        (0.0, 0.25, "0 % of the policy's answers and 25 % of the SFT model's"),
+        (0.75, None, "75 % of the policy's answers"),
+    ],
+)
+def test_a_growth_of_answers_that_did_not_end_says_so(tmp_path, policy, sft, words):
+    answers = {"length_growth": figure(1.1), "policy": {"cut_off": figure(policy)}}
+    if sft is not None:
+        answers["sft"] = {"cut_off": figure(sft)}
+    judged = evaluation(tmp_path / "e", answers=answers)
     found = rule(gate(tmp_path / "v", judged, "gate.max_length_growth=1.5"), "max_length_growth")
     assert found.passed
-    assert (
-        "(75% did not end within evaluation.max_new_tokens): 1.100 is within" in found.explanation
-    )
+    limit = "did not end within evaluation.max_new_tokens or the model's context"
+    whole = f"({words} {limit}, so growth beyond that is not measured): 1.100 is within"
+    assert whole in found.explanation
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,11 @@ def test_answers_that_end_no_more_are_called_out(policy, kind):
         name: {"empty": none, "repetition": none, "cut_off": {"value": value}}
         for name, value in (("sft", 0.5), ("policy", policy))
     }
-    assert kinds(evaluation(answers=of_each)) == kind
+    found = findings(evaluation(answers=of_each))
+    assert [item["kind"] for item in found] == kind
+    for item in found:
+        assert "75 % of the policy's answers did not end" in item["text"]
+        assert "of the SFT model's 50 %: growth beyond that is not measured" in item["text"]
 
 
 @pytest.mark.parametrize(("n", "kind"), [(1, ["few_prompts"]), (19, ["few_prompts"]), (20, [])])
