@@ -184,7 +184,7 @@ def _read(config: RunConfig, *, pairs: Path, sft: Path, policy: Path, reference:
             "rewards are those of another loss",
         )
     wanted = config.evaluation
-    if wanted.top_p < 1 and not wanted.temperature and is_first():
+    if wanted.n_samples and wanted.top_p < 1 and not wanted.temperature and is_first():
         text = f"evaluation.top_p={wanted.top_p:g} counts for nothing at evaluation.temperature=0"
         message("evaluate", f"{text}: the answers are greedy")
     held_out = read_pairs(pairs, TEST)
