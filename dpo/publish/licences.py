@@ -5,6 +5,8 @@ The list is that of the Hugging Face Hub's documentation, "Licenses".
 
 from __future__ import annotations
 
+import re
+
 # what the publishers of the models state
 _MODELS = {
     "HuggingFaceTB/SmolLM2": "apache-2.0",
@@ -43,10 +45,17 @@ def metadata(given: str, base: str) -> dict[str, str]:
     licence = given or next(
         (found for start, found in _MODELS.items() if base.startswith(start)), ""
     )
-    if licence in _KNOWN - {"other"}:
-        return {"license": licence}
+    for name in _hub_names(licence):
+        if name in _KNOWN - {"other"}:
+            return {"license": name}
     named = licence if licence != "other" else ""
     return {"license": "other", "license_name": named or "see-licence-of-base-model-and-data"}
+
+
+def _hub_names(licence: str) -> tuple[str, ...]:
+    """As hubs may write what SPDX calls ``gpl-3.0-only`` or ``odbl-1.0``."""
+    alone = licence.removesuffix("-only")
+    return licence, alone, re.sub(r"-\d+\.\d+$", "", alone)
 
 
 def problem(values: dict[str, object]) -> str:

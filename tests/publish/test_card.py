@@ -213,6 +213,20 @@ def test_data_sets_of_the_hub_are_named_as_such(tmp_path, name, source, ids, sho
         # as SPDX writes it
         ("MIT", "tiny", "mit", None),
         ("acme-1.0", "tiny", "other", "acme-1.0"),
+        *(
+            (given, "tiny", licence, None)
+            for given, licence in (
+                ("GPL-3.0-only", "gpl-3.0"),
+                ("AGPL-3.0-only", "agpl-3.0"),
+                ("ODbL-1.0", "odbl"),
+                ("PDDL-1.0", "pddl"),
+                ("ODC-By-1.0", "odc-by"),
+                ("GFDL-1.3-only", "gfdl"),
+            )
+        ),
+        # others than gpl-3.0 and mit
+        ("gpl-3.0-or-later", "tiny", "other", "gpl-3.0-or-later"),
+        ("mit-0", "tiny", "other", "mit-0"),
         ("other", "tiny", "other", "see-licence-of-base-model-and-data"),
         ("", "org/name", "other", "see-licence-of-base-model-and-data"),
     ],
