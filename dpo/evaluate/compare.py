@@ -21,7 +21,8 @@ from dpo.evaluate import charts
 from dpo.evaluate.bootstrap import Bootstrap
 from dpo.evaluate.compared_samples import shared_samples
 from dpo.evaluate.markdown import cell, fenced
-from dpo.evaluate.numbers import interval_text
+from dpo.evaluate.numbers import finite, interval_text
+from dpo.evaluate.ranking import ranks
 from dpo.evaluate.report import environment
 from dpo.evaluate.samples import CHANGES
 from dpo.storage.store import expect_bucket, is_store_url, open_store
@@ -63,13 +64,10 @@ class Run:
     """Reward accuracy minus that of the first run, on the same pairs."""
 
     def figure(self, *keys: str) -> Mapping[str, float] | None:
-        """A figure with its interval, or None."""
-        found: Any = self.evaluation
-        for key in keys:
-            if not isinstance(found, Mapping) or key not in found:
-                return None
-            found = found[key]
-        return found if isinstance(found, Mapping) and "value" in found else None
+        """A figure with its interval, or None where one of its numbers is missing."""
+        parts = {name: finite(self.evaluation, *keys, name) for name in ("value", "low", "high")}
+        numbers = {name: part for name, part in parts.items() if part is not None}
+        return numbers if len(numbers) == len(parts) else None
 
 
 def compare(names: Sequence[str], output: Path) -> list[Run]:
@@ -128,17 +126,9 @@ def _page(
 
 
 def ranked(runs: Sequence[Run]) -> list[Run]:
-    """By reward accuracy, then by the area under the ROC curve, the largest first.
-
-    Margins are no tie-break: they grow with beta. Runs without a figure come last.
-    """
-
-    def key(run: Run) -> tuple[float, float]:
-        figures = run.figure("after", "reward_accuracy"), run.figure("calibration", "auc")
-        accuracy, area = (figure["value"] if figure else -np.inf for figure in figures)
-        return -accuracy, -area
-
-    return sorted(runs, key=key)
+    """The best first, by the order of a sweep."""
+    places = ranks([run.evaluation for run in runs])
+    return [runs[n] for n in sorted(range(len(runs)), key=places.__getitem__, reverse=True)]
 
 
 def read_runs(name: str) -> list[Run]:
@@ -196,8 +186,9 @@ def _parsed(
         raise _no_evaluation(where)
     try:
         values = json.loads(evaluation)
-        accuracy = values["after"]["reward_accuracy"]
-        _ = float(accuracy["value"]), float(accuracy["low"]), float(accuracy["high"])
+        for part in ("value", "low", "high"):
+            if finite(values["after"], "reward_accuracy", part) is None:
+                raise ValueError(f"after.reward_accuracy.{part} is no number")
         answers = json.loads(samples) if samples else None
         for sample in answers or ():
             _ = [sample[key] for key in ("prompt", "dataset", "chosen", "sft", "policy")]

@@ -1,4 +1,4 @@
-"""Figures as text, the same in every form of the report: as many decimals as it takes to see them.
+"""Figures, and as text, the same in every form of the report: with the decimals that it takes.
 
 Imports no torch.
 """
@@ -7,12 +7,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 WITHIN = "within evaluation.max_new_tokens or the model's context"
 """Where answers end that do not end by themselves."""
 NONE = "–"
 """Stands where there is no figure."""
 _MOST_DECIMALS = 8
+
+
+def finite(values: Mapping[str, Any], *keys: str) -> float | None:
+    """A finite number at a path of keys, else None."""
+    found: Any = values
+    for key in keys:
+        if not isinstance(found, Mapping) or key not in found:
+            return None
+        found = found[key]
+    good = isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found)
+    return float(found) if good else None
 
 
 def interval_text(figure: Mapping[str, float] | None, digits: int | None = None) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dpo.config.schema import GateConfig
-from dpo.evaluate.numbers import WITHIN, share_text
+from dpo.evaluate.numbers import WITHIN, finite, share_text
 from dpo.evaluate.standing import Standing
 
 _ROUNDING = 1e-9
@@ -87,11 +86,11 @@ def _gained(evaluation: Mapping[str, Any], published: Standing) -> tuple[float |
     """Difference in reward accuracy to the published version, and on what it was measured."""
     measured = evaluation.get("published") or {}
     if str(measured.get("url", "")).rstrip("/").endswith(published.content_hash or "-"):
-        paired = _figure(measured, "improvement", "reward_accuracy", "value")
+        paired = finite(measured, "improvement", "reward_accuracy", "value")
         if paired is not None:
             return paired, "both measured here on the same pairs"
-    theirs = _figure(published.evaluation or {}, "after", "reward_accuracy", "value")
-    ours = _figure(evaluation, "after", "reward_accuracy", "value")
+    theirs = finite(published.evaluation or {}, "after", "reward_accuracy", "value")
+    ours = finite(evaluation, "after", "reward_accuracy", "value")
     if theirs is None or ours is None:
         return None, "its reward accuracy is missing or no number"
     same = (published.evaluation or {}).get("held_out") == evaluation.get("held_out")
@@ -136,14 +135,14 @@ def _maxima(config: GateConfig, evaluation: Mapping[str, Any]) -> Iterator[Rule]
     )
     for name, limit, keys, what, source in table:
         if limit is not None:
-            yield _maximum(name, limit, _figure(evaluation, *keys), what, source)
+            yield _maximum(name, limit, finite(evaluation, *keys), what, source)
 
 
 def _unended(evaluation: Mapping[str, Any]) -> str:
     """How many answers of both models were cut: nobody knows how much longer they would be."""
     models = {"policy": "the policy's answers", "sft": "the SFT model's"}
     shares = {
-        what: _figure(evaluation, "answers", name, "cut_off", "value")
+        what: finite(evaluation, "answers", name, "cut_off", "value")
         for name, what in models.items()
     }
     if not any(shares.values()):
@@ -170,14 +169,3 @@ def _apart(value: float, limit: float, sign: str = "") -> tuple[str, str]:
 
     digits = next((n for n in range(3, 9) if seen(n)), 3)
     return f"{value:{sign}.{digits}f}", f"{limit:{sign}.{digits}f}"
-
-
-def _figure(values: Mapping[str, Any], *keys: str) -> float | None:
-    """A finite number at a path of keys, else None."""
-    found: Any = values
-    for key in keys:
-        if not isinstance(found, Mapping) or key not in found:
-            return None
-        found = found[key]
-    good = isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found)
-    return float(found) if good else None

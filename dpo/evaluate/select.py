@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo.errors import ArtifactError
+from dpo.evaluate.ranking import ranks
 from dpo.storage.manifest import Manifest, read_manifest, staged
 from dpo.storage.progress import message
 
@@ -28,11 +29,9 @@ class Candidate:
     accuracy: float
     """Reward accuracy on the validation part."""
     loss: float
-    """Preference loss on the validation part; decides between equal accuracies of one loss."""
-    kind: Any = None
-    """The loss with its settings: values of another one are on another scale."""
-    area: float = 0.0
-    """Area under the ROC curve of the rewards, which has no scale; decides between losses."""
+    """Preference loss on the validation part."""
+    evaluation: Mapping[str, Any]
+    """All of its figures."""
 
 
 def run_select(
@@ -53,8 +52,8 @@ def run_select(
         ArtifactError: an evaluation is not of the policy beside it, or not on the validation part.
     """
     candidates = [_read(*given) for given in zip(overrides, policies, evaluations, strict=True)]
-    one_loss = all(candidate.kind == candidates[0].kind for candidate in candidates)
-    best = max(candidates, key=lambda c: (c.accuracy, -c.loss if one_loss else c.area))
+    places = ranks([candidate.evaluation for candidate in candidates])
+    best = candidates[places.index(max(places))]
     message("select", f"best of {len(candidates)} on the validation part: {best.overrides}")
     with staged(output) as folder:
         shutil.copytree(best.policy, folder, dirs_exist_ok=True)
@@ -74,8 +73,7 @@ def _read(overrides: str, policy: Path, evaluation: Path) -> Candidate:
         )
     found: dict[str, Any] = json.loads((evaluation / "evaluation.json").read_text("utf-8"))
     accuracy, loss = (found["after"][name]["value"] for name in ("reward_accuracy", "loss"))
-    area = found["calibration"]["auc"]["value"]
-    return Candidate(overrides, policy, accuracy, loss, found["loss"], area)
+    return Candidate(overrides, policy, accuracy, loss, found)
 
 
 def _table(candidates: Sequence[Candidate], best: Candidate) -> str:

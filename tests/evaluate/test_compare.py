@@ -57,6 +57,50 @@ def test_equal_accuracies_are_not_decided_by_the_scale_of_beta(tmp_path):
     assert first.label == "dpo β 0.1"
 
 
+def changed(folder, **figures):
+    """The evaluation in a folder with other values; keys are joined by ``__``."""
+    path = folder / "evaluation.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    for keys, value in figures.items():
+        place, last = values, keys.split("__")
+        for key in last[:-1]:
+            place = place[key]
+        place[last[-1]] = value
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(("beta", "best"), [(0.1, "smaller-loss"), (0.5, "larger-area")])
+def test_equal_accuracies_are_decided_as_in_a_sweep(tmp_path, beta, best):
+    """By the loss where both were measured with one; by the area, which has no scale, else."""
+    changed(
+        write(tmp_path / "smaller-loss", beta=0.1),
+        after__loss__value=0.5,
+        calibration__auc__value=0.6,
+    )
+    changed(
+        write(tmp_path / "larger-area", beta=beta),
+        after__loss__value=0.6,
+        calibration__auc__value=0.7,
+    )
+    names = [str(tmp_path / name) for name in ("smaller-loss", "larger-area")]
+    for order in (names, names[::-1]):
+        assert compare(order, tmp_path / "out")[0].where == str(tmp_path / best)
+
+
+@pytest.mark.parametrize("area", [None, float("nan")])
+def test_a_run_without_a_figure_comes_last_and_has_a_dash(tmp_path, area):
+    none = changed(write(tmp_path / "none", beta=0.5), calibration__auc__value=area)
+    other = write(tmp_path / "other", beta=0.1)
+    assert compare([str(none), str(other)], tmp_path / "out")[0].where == str(other)
+
+
+def test_an_accuracy_that_is_no_number_is_refused(tmp_path):
+    broken = changed(write(tmp_path / "broken"), after__reward_accuracy__value=float("nan"))
+    with pytest.raises(EvaluationError, match=r"reward_accuracy\.value is no number"):
+        compare([str(broken), str(write(tmp_path / "other"))], tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("loss", "label"),
     [
