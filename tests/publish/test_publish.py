@@ -199,7 +199,8 @@ def test_the_mark_of_a_folder_is_no_file(run, bucket_url, minio_environment):
     at = minio_environment.endpoint.removeprefix("http://")
     keys = (minio_environment.access_key, minio_environment.secret_key)
     client, bucket = Minio(at, *keys, secure=False), bucket_url.removeprefix("s3://")
-    for key in (f"policy/{published['content_hash']}/", "policy/", "communities/acme/data/"):
+    folders = (f"policy/{published['content_hash']}/", "policy/", "runs/", "communities/acme/data/")
+    for key in folders:
         client.put_object(bucket, key, BytesIO(), 0)
     assert verify(f"{bucket_url}/policy") == verify(published["url"])
     assert main(["list", bucket_url]) == 0
