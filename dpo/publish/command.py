@@ -33,24 +33,42 @@ class Given:
     url: str
     settings: dict[str, str]
 
-    def number(
-        self, key: str, default: float | None, *, least: float, whole: bool = False
-    ) -> float:
+    def number(self, key: str, default: float, *, least: float) -> float:
         """A setting as a finite number.
 
         Raises:
-            ConfigError: it is none, too small, or missing where it is needed.
+            ConfigError: it is none, or too small.
         """
         text = self.settings.get(key)
         try:
-            value = default if text is None else int(text) if whole else float(text)
+            value = default if text is None else float(text)
         except ValueError:
-            value = None
-        if value is None or not least <= value < math.inf:
-            kind = "whole number" if whole else "number"
-            found = "is missing" if text is None else f"{text!r} is not a {kind} from {least:g} on"
-            raise ConfigError(f"{key} {found}", where=key, fix=f"write {key}={max(least, 3):g}")
+            value = math.nan
+        if not least <= value < math.inf:
+            raise _no_number(key, f"{text!r} is not a number", least)
         return value
+
+    def whole(self, key: str, *, least: int) -> int:
+        """A setting that has to be there, as a whole number.
+
+        Raises:
+            ConfigError: it is missing, none, or too small.
+        """
+        if (text := self.settings.get(key)) is None:
+            raise ConfigError(f"{key} is missing", where=key, fix=f"write {key}={max(least, 3)}")
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise _no_number(key, f"{text!r} is not a whole number", least)
+        return value
+
+
+def _no_number(key: str, found: str, least: float) -> ConfigError:
+    return ConfigError(
+        f"{key} {found} from {least:g} on", where=key, fix=f"write {key}={max(least, 3):g}"
+    )
 
 
 def run(name: str, arguments: Sequence[str], example: str) -> int:
@@ -117,7 +135,7 @@ def _print_unread(unread: Mapping[str, str]) -> int:
 
 
 def _retain(given: Given) -> int:
-    keep = int(given.number("keep", None, least=1, whole=True))
+    keep = given.whole("keep", least=1)
     hours = given.number("grace_hours", versions.DEFAULT_GRACE_HOURS, least=0)
     done = versions.retain(given.url, keep, hours)
     for version in done.removed:
