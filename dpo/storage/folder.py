@@ -14,7 +14,6 @@ from pathlib import Path
 from uuid import uuid4
 
 from dpo.errors import (
-    ArtifactError,
     ObjectMissing,
     StoreAccessDenied,
     StoreFull,
@@ -23,7 +22,7 @@ from dpo.errors import (
     system_problem,
 )
 from dpo.storage.manifest import sha256_file
-from dpo.storage.store import ObjectStat, Progress, Store, safe_key
+from dpo.storage.store import ObjectStat, Progress, Store, other_file, safe_key
 
 _CHUNK_BYTES = 4 << 20
 _LOCK = ".lock"
@@ -135,11 +134,7 @@ class FolderStore(Store):
                         raise
             fill(partial)
             if sha256 is not None and sha256_file(partial) != sha256:
-                raise ArtifactError(
-                    f"{path.name} is not the file that was announced (sha256 differs)",
-                    where=self.url(key),
-                    fix="run the step that wrote it again, and check the disk",
-                )
+                raise other_file(path, self.url(key))
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)

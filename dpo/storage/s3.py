@@ -23,7 +23,6 @@ from typing import Any, BinaryIO
 from uuid import uuid4
 
 from dpo.errors import (
-    ArtifactError,
     ObjectMissing,
     StoreAccessDenied,
     StoreError,
@@ -32,9 +31,9 @@ from dpo.errors import (
     writing,
 )
 from dpo.storage.s3_client import PAYLOAD_HASH, UNSIGNED, Body, Bytes, Caller, make_client, parsed
-from dpo.storage.s3_connection import GOOGLE_HOST, Connection, connection, google_connection
+from dpo.storage.s3_connection import Connection, connection
 from dpo.storage.s3_parts import PART_BYTES, Part, completion, part_bytes, unfinished
-from dpo.storage.store import ObjectStat, Progress, Store, safe_key
+from dpo.storage.store import ObjectStat, Progress, Store, other_file, safe_key
 
 _PARTS_AT_ONCE = 6
 """Times the size of a part: the memory that all uploads together take, however large the files."""
@@ -43,16 +42,6 @@ _FILE_TRIES = 3
 _ABORT_SECONDS = 2.0
 _TYPE = "application/octet-stream"
 _SHA256 = "x-amz-meta-sha256"
-
-
-def open_bucket(scheme: str, bucket: str, prefix: str, url: str) -> Store:
-    """The store behind ``s3://``, ``minio://`` or ``gs://``."""
-    found = google_connection() if scheme == "gs" else connection()
-    if scheme == "gs" or found.endpoint.partition(":")[0].endswith(GOOGLE_HOST):
-        from dpo.storage.google import GoogleStore
-
-        return GoogleStore(bucket, prefix, url, found)
-    return S3Store(bucket, prefix, url, found)
 
 
 class S3Store(Store):
@@ -205,7 +194,7 @@ class S3Store(Store):
     def _upload_whole(self, path: Path, key: str, sha256: str) -> None:
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != sha256:
-            raise self._other_file(path, key)
+            raise other_file(path, self.url(key))
         headers = {"Content-Type": _TYPE, _SHA256: sha256, **self._whole_checksum(data)}
         self._call(self.url(key), lambda: self._send("PUT", key, data, headers))
 
@@ -227,7 +216,7 @@ class S3Store(Store):
                     send.add_done_callback(partial(self._give_back, buffer))
                     waiting.append(send)
             if digest.hexdigest() != sha256:
-                raise self._other_file(path, key)
+                raise other_file(path, self.url(key))
             parts = [send.result() for send in waiting]
             self._call(url, lambda: self._finish(key, upload_id, parts))
         except BaseException:
@@ -304,13 +293,6 @@ class S3Store(Store):
 
         with suppress(ObjectMissing):
             self._call(self.url(key), ask, retry_seconds=_ABORT_SECONDS)
-
-    def _other_file(self, path: Path, key: str) -> ArtifactError:
-        return ArtifactError(
-            f"{path.name} is not the file that was announced (sha256 differs)",
-            where=self.url(key),
-            fix="run the step that wrote it again, and check the disk",
-        )
 
     # --- what services differ in ---
 

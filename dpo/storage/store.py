@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from dpo.errors import ConfigError, StoreAccessDenied, StoreError
+from dpo.errors import ArtifactError, ConfigError, StoreAccessDenied, StoreError
 
 _SCHEMES = ("file", "s3", "minio", "gs")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -211,7 +211,7 @@ def open_store(url: str) -> Store:
             f"{url!r} does not name a bucket",
             fix="write s3://bucket/prefix; the endpoint comes from AWS_ENDPOINT_URL or S3_ENDPOINT",
         )
-    from dpo.storage.s3 import open_bucket
+    from dpo.storage.buckets import open_bucket
 
     return open_bucket(parts.scheme, parts.netloc, parts.path.strip("/"), url)
 
@@ -225,6 +225,15 @@ def expect_bucket(store: Store, key: str) -> None:
     # an account that may not list is not told
     with suppress(StoreAccessDenied):
         list(store.list(key))
+
+
+def other_file(path: Path, where: str) -> ArtifactError:
+    """What ``Store.upload`` raises for a file that has another sha256."""
+    return ArtifactError(
+        f"{path.name} is not the file that was announced (sha256 differs)",
+        where=where,
+        fix="run the step that wrote it again, and check the disk",
+    )
 
 
 def safe_key(key: str) -> str:
