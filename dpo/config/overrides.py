@@ -7,6 +7,9 @@ import re
 from os import PathLike, fspath
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
 _QUOTE = re.compile(r"(\\*)('|$)")
 
@@ -23,6 +26,20 @@ def override_value(value: Any) -> str:
         quoted = _QUOTE.sub(lambda found: found[1] * 2 + ("\\'" if found[2] else ""), plain)
         return f"'{quoted}'"
     return json.dumps(value)
+
+
+def parsed_value(text: str) -> Any:
+    """The value that ``text`` stands for in the grammar of overrides; itself where it is none."""
+    try:
+        return OverridesParser.create().parse_override(f"key={text}").value()
+    except HydraException:
+        return text
+
+
+def unquoted(text: str) -> str:
+    """Without the quotes around all of it."""
+    value = parsed_value(text) if text.startswith(("'", '"')) else text
+    return value if isinstance(value, str) else text
 
 
 def model_overrides(name: str) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from dpo.config.compose import compose
 from dpo.config.describe import suggestion
-from dpo.config.overrides import model_overrides, override_value
+from dpo.config.overrides import model_overrides, override_value, parsed_value, unquoted
 from dpo.config.schema import RunConfig
 from dpo.config.stages import Stage, restrict
 from dpo.errors import ConfigError
@@ -242,7 +242,7 @@ def route(assignment: str) -> tuple[str, Value]:
             "make ARGS=\"--set 'KEY=A B'\"",
         )
     if key in STARTS:
-        return key, _unquoted(value)
+        return key, unquoted(value)
     if key in PARAMETERS:
         return key, _parse(value)
     if key in OVERRIDES:
@@ -294,18 +294,20 @@ def _parse(value: str) -> Value:
         parsed = json.loads(value)
     except json.JSONDecodeError:
         if value.startswith("[") and value.endswith("]"):
-            return [_unquoted(item.strip()) for item in value[1:-1].split(",") if item.strip()]
+            return _items(value)
         lowered = value.lower()
-        return {"true": True, "false": False}.get(lowered, _unquoted(value))
+        return {"true": True, "false": False}.get(lowered, unquoted(value))
     if parsed is None or isinstance(parsed, dict):
         return value
     return parsed  # type: ignore[no-any-return]  # int, float, bool, str or list
 
 
-def _unquoted(text: str) -> str:
-    """Without the quotes around all of it, which ``dpo`` takes away as well."""
-    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-    return text[1:-1] if quoted else text
+def _items(value: str) -> list[str]:
+    """Of ``[a,'b, c']``; also of letters that only quotes make an override."""
+    items = parsed_value(value)
+    if isinstance(items, list) and all(isinstance(item, str) for item in items):
+        return items
+    return [unquoted(item.strip()) for item in value[1:-1].split(",") if item.strip()]
 
 
 _EXPECTED: dict[type, str] = {

@@ -64,6 +64,11 @@ def test_text_of_a_form_is_no_syntax(text):
         ("datasets=[hh,shp]", ("datasets", ["hh", "shp"])),
         # with quotes, as the reference code's commands have them
         ("datasets=['hh', \"shp\"]", ("datasets", ["hh", "shp"])),
+        ("datasets=['a,b.jsonl', 'c.jsonl']", ("datasets", ["a,b.jsonl", "c.jsonl"])),
+        # letters that no override has without quotes
+        ("datasets=[données.jsonl,~/b.jsonl]", ("datasets", ["données.jsonl", "~/b.jsonl"])),
+        ("publish_name='a' and 'b'", ("publish_name", "'a' and 'b'")),
+        (r"publish_name='it\'s'", ("publish_name", "it's")),
         ("model='tiny'", ("model", "tiny")),
         ("sft_model_uri='s3://b/x'", ("sft_model_uri", "s3://b/x")),
         ("seed=3", ("seed", 3)),
