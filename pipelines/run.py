@@ -326,10 +326,11 @@ def _run_on_cluster(
 ) -> Outcome:
     from pipelines import cluster, sending
     from pipelines.on_cluster import new_name
-    from pipelines.shared_places import check_places
+    from pipelines.shared_places import check_inputs, check_places
     from pipelines.watch import wait as wait_for
 
     check_places(documents, values)
+    check_inputs(documents, values)
     place = cluster.endpoint(*target)
     client = cluster.connect(place)
     name = run_name or new_name(values)

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from dpo.config.overrides import unquoted
 from dpo.config.parameters import OVERRIDES, STARTS, stage_configs
+from dpo.config.schema import is_template_file
 from dpo.errors import ConfigError
+from dpo.storage.base_model import is_written_as_path
 from pipelines.deployment import CHECKPOINTED_STEPS, CHECKPOINTS_VARIABLE
 
 VARIABLE = "DPO_SHARED_FOLDER"
-"""A folder that this machine and every pod have in common, by a cluster that mounts it."""
+"""A folder that this machine and every pod have in common, in a volume or in the image."""
 
 _OF_STORES = ("datasets", *STARTS)
 _IN_STORE = "put it into a store and name its URL (s3://bucket/path)"
@@ -22,15 +25,14 @@ _IN_IMAGE = "put it into the image"
 
 
 def check_places(documents: list[dict[str, Any]], values: Mapping[str, Any]) -> None:
-    """Refuse a store or a place of checkpoints that is a folder of one pod, and inputs of no pod.
+    """Refuse a store or a place of checkpoints that is a folder of one pod.
 
     Args:
         documents: The package, as it will be sent.
         values: Parameters of the run.
 
     Raises:
-        ConfigError: what steps write there would be gone with their pods, or what they are to read
-            lies on this machine alone.
+        ConfigError: what steps write there would be gone with their pods.
     """
     _refuse_own_folder(
         str(values["publish_store"]), "publish_store", _mounted(documents, "publish")
@@ -40,6 +42,18 @@ def check_places(documents: list[dict[str, Any]], values: Mapping[str, Any]) -> 
         for variable in executors[f"exec-{step}"]["container"].get("env", []):
             if variable["name"] == CHECKPOINTS_VARIABLE:
                 _refuse_own_folder(variable["value"], "checkpoint_uri", _mounted(documents, step))
+
+
+def check_inputs(documents: list[dict[str, Any]], values: Mapping[str, Any]) -> None:
+    """Refuse inputs that lie on this machine, which is none of the cluster's.
+
+    Args:
+        documents: The package, as it will be sent.
+        values: Parameters of the run.
+
+    Raises:
+        ConfigError: nothing says that the pods see what is here.
+    """
     # the volume of a deployment is mounted in every step
     shared = _mounted(documents, "fingerprint")
     for name, place in _inputs(values):
@@ -52,32 +66,43 @@ def _inputs(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for source in configs["ingest"].sources.values():
         yield "datasets", source.path or ""
     model = configs["sft"].model
-    for place in (model.name_or_path, model.tokenizer_name_or_path, model.archive):
-        yield "model", place or ""
+    for name in filter(None, (model.name_or_path, model.tokenizer_name_or_path)):
+        # others are hub ids to a pod, whatever folders are here
+        yield "model", name if is_written_as_path(name) else ""
+    yield "model", model.archive or ""
     for name in STARTS:
         yield name, str(values.get(name) or "")
     for name in OVERRIDES:
         for word in values.get(name, []):
             key, _, value = str(word).partition("=")
-            # the file of a template, which the settings above have as its text already
-            yield key, value if key == "chat_template" else ""
+            # the settings above have the file's text already
+            if key == "chat_template" and is_template_file(file := unquoted(value)):
+                yield key, file
 
 
 def _refuse_file_of_this_machine(place: str, name: str, shared: Iterable[Path]) -> None:
     """One that is not here either may be in the image: the run's first step tells."""
-    if (found := _folder(place)) is None:
+    if (found := _folder(place)) is None or not _is_here(found, shared):
         return
-    path = Path(os.path.normpath(Path.cwd() / found.expanduser()))
-    if any(path.is_relative_to(mount) for mount in shared):
-        return
-    # Path.glob takes no absolute pattern
-    if path.exists() or glob(str(path), recursive=True):  # noqa: PTH207
-        raise ConfigError(
-            f"{place} lies on this machine, and no pod of the run sees it",
-            where=name,
-            fix=f"{_IN_STORE if name in _OF_STORES else _IN_IMAGE}, or into a folder below the "
-            "deployment's model_cache.mount_path",
-        )
+    raise ConfigError(
+        f"{place} lies on this machine, and nothing says that the run's pods see it",
+        where=name,
+        fix=f"{_IN_STORE if name in _OF_STORES else _IN_IMAGE}, or into a folder below the "
+        f"deployment's model_cache.mount_path; if pods have it at the same path: {VARIABLE}=FOLDER",
+    )
+
+
+def _is_here(found: Path, shared: Iterable[Path]) -> bool:
+    """Whether it exists outside the shared folders."""
+    try:
+        path = Path(os.path.normpath(Path.cwd() / found.expanduser()))
+        if any(path.is_relative_to(mount) for mount in shared):
+            return False
+        # Path.glob takes no absolute pattern
+        return path.exists() or bool(glob(str(path), recursive=True))  # noqa: PTH207
+    except (OSError, RuntimeError, ValueError):
+        # ~ of nobody, or a text that can be no file's name
+        return False
 
 
 def _refuse_own_folder(place: str, name: str, shared: Iterable[Path]) -> None:

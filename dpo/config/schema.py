@@ -139,17 +139,22 @@ AnyFormat = Annotated[
 ]
 
 
+def is_template_file(value: str) -> bool:
+    """Whether a chat template is named by its file: it is no known name, and no template itself."""
+    return value not in chat_templates() and "{" not in value
+
+
 def _template_text(value: str) -> str:
     """A template's file becomes its text, so that settings say what was used, wherever it lay."""
-    known = chat_templates()
-    if value in known or "{" in value:
+    if not is_template_file(value):
         return value
-    path = Path(value).expanduser()
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        return Path(value).expanduser().read_text(encoding="utf-8")
+    except (OSError, RuntimeError, ValueError):
+        # also ~ of nobody, a zero byte in the name, a text that is not UTF-8
+        known = ", ".join(chat_templates())
         raise ValueError(
-            f"chat_template={value}: choose one of {', '.join(known)}, or a file that can be read"
+            f"chat_template={value}: choose one of {known}, or a file that can be read"
         ) from None
 
 

@@ -111,8 +111,7 @@ def _without_network(name: str) -> Path | None:
             where=f"model.name_or_path={name}",
             fix="fetch a published model with `dpo pull URL output=FOLDER` and name the folder",
         )
-    path = Path(name).expanduser()
-    is_path = path.is_absolute() or name.startswith((".", "~"))
+    path, is_path = _expanded(name), is_written_as_path(name)
     asked = path if is_path or path.is_dir() else f"hf://{name}"
     check_allowed(asked, f"model.name_or_path={name}", MODELS)
     if path.is_dir():
@@ -125,6 +124,19 @@ def _without_network(name: str) -> Path | None:
         read_manifest(packaged_folder(), stage="base model", verify=False)
         return packaged_folder()
     return None
+
+
+def is_written_as_path(name: str) -> bool:
+    """Whether a model's name can be no hub id: it is absolute, or begins with a dot or ``~``."""
+    return name.startswith(("/", ".", "~"))
+
+
+def _expanded(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        # ~ of nobody
+        return Path(name)
 
 
 def _folder_fingerprint(folder: Path) -> str:

@@ -43,8 +43,13 @@ def test_a_folder_that_dies_with_its_pod_is_no_store(
         ("sft_model_uri={root}/here", "sft_model_uri"),
         ("model={root}/here", "model"),
         ("sft.chat_template={root}/here/template.jinja", "chat_template"),
+        ("sft.chat_template='{root}/here/template.jinja'", "chat_template"),
         # not here: it may be in the image
         ("model={root}/there", ""),
+        ("model=~nobody-of-this-name/m", ""),
+        ("datasets=[~nobody-of-this-name/m.jsonl]", ""),
+        # what a pod looks for on the hub, whatever lies here
+        ("model=owner/name", ""),
         ("datasets=[s3://bucket/pairs.jsonl]", ""),
         ("datasets=[{root}/here/../shared/pairs.jsonl]", ""),
     ],
@@ -56,14 +61,24 @@ def test_what_lies_on_this_machine_alone_is_no_input_of_a_pod(
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "pairs.jsonl").write_text("{}\n", encoding="utf-8")
     (tmp_path / "here/template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    (tmp_path / "owner/name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DPO_SHARED_FOLDER", str(tmp_path / "shared"))
     asked = ("--store", "s3://bucket", "--set", setting.format(root=tmp_path))
     code, _, said = command(*asked)
     assert code == (2 if refused else 0)
     assert len(backend.runs) == (0 if refused else 1)
     if refused:
-        assert "lies on this machine, and no pod of the run sees it" in said
+        assert "lies on this machine, and nothing says that the run's pods see it" in said
         assert f"where: {refused}" in said
+        assert "DPO_SHARED_FOLDER" in said
+
+
+def test_a_template_longer_than_a_files_name_is_no_file(backend, command):
+    template = "{% for message in messages %}" + "{{ message.content }}" * 300 + "{% endfor %}"
+    asked = ("--store", "s3://bucket", "--set", f"sft.chat_template='{template}'")
+    code, _, said = command(*asked)
+    assert (code, len(backend.runs)) == (0, 1), said
 
 
 @pytest.mark.parametrize("asked", ["GET", "POST"])

@@ -182,6 +182,20 @@ def test_a_store_that_dies_with_the_pods_is_refused(accepted, backend, monkeypat
     assert backend.runs == {}
 
 
+def test_a_model_that_the_services_pod_has_too_is_no_mistake(
+    accepted, backend, monkeypatch, tmp_path_factory
+):
+    """Here "this machine" is a pod of the cluster, with its image and its volumes."""
+    _, _, work = accepted
+    asked = Settings.run_parameters
+    folder = str(tmp_path_factory.mktemp("models"))
+    monkeypatch.setattr(
+        Settings, "run_parameters", lambda *given: {**asked(*given), "model": folder}
+    )
+    ended = work()
+    assert ended.state == "succeeded", ended.message
+
+
 def test_a_refused_submission_is_a_failed_run_and_another_name_is_not_taken_for_it(
     accepted, backend
 ):
