@@ -67,9 +67,10 @@ _REASONS = (
     ),
     (
         # not the scheduler's "preemption: ...", which ends every message about a pod without a node
-        r"pod deleted|Evicted|[Pp]reempt(ed|ing)|node shutdown|exit code (137|143)",
+        r"pod deleted|Evicted|[Pp]reempt(ed|ing)|node shutdown|exit code (130|137|143)\b",
         "the pod was taken away or its process killed: `submit.py --retry RUN_ID` goes on, "
-        "training from its last checkpoint where the deployment names a place for them",
+        "training from its last checkpoint where the deployment names a place for them; if it "
+        "comes again, it ran out of memory (--deploy steps.STEP.memory=...)",
     ),
 )
 """Words of Kubernetes and what they mean for the person who started the run; the first one wins."""

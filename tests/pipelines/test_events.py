@@ -68,6 +68,8 @@ def test_the_step_behind_a_node(node, step):
         ("Terminated: Pod was terminated in response to imminent node shutdown.", "--retry"),
         # killed, and not for its memory: Kubernetes would say so
         ("Error (exit code 137)", "or its process killed"),
+        ("Error (exit code 137)", "--deploy steps.sft.memory=..."),
+        ("Error (exit code 130)", "--retry"),
     ],
 )
 def test_what_to_do(words, fix):
@@ -77,6 +79,7 @@ def test_what_to_do(words, fix):
 
 def test_nothing_is_made_up_for_words_that_are_not_known():
     assert advice("the loss is NaN", "sft") == []
+    assert advice("a request ended with exit code 1370", "sft") == []
     many = "0/1 nodes are available: 1 Too many pods. preemption: 0/1 nodes are available: ..."
     assert advice(many, "sft") == [], "no pod was taken away"
 
