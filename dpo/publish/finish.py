@@ -27,6 +27,7 @@ SIGNATURE = "X-DPO-Signature"
 """``sha256=`` and the HMAC-SHA256 of the body, in hex, as the service signs its callbacks."""
 _TIMEOUT_SECONDS = 10.0
 _GOOD_STATES = {"SUCCEEDED", "COMPLETE", "CACHED"}
+_GOOD_ENDS = {"succeeded", "refused"}
 
 
 def run_finish(store_url: str, run_id: str, state: str, reason: str = "") -> dict[str, Any]:
@@ -60,7 +61,7 @@ def run_finish(store_url: str, run_id: str, state: str, reason: str = "") -> dic
             raise ConfigError("the run has no store, so its end is written nowhere")
         write_run_manifest(store, run_id, **ended)
     except DpoError as error:
-        if state in _GOOD_STATES:
+        if state in _GOOD_STATES or ended["state"] in _GOOD_ENDS:
             raise
         # the run has failed already, perhaps because of the same store
         message("finish", str(error))

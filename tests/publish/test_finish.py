@@ -1,5 +1,6 @@
 """The end of a run: what its manifest says afterwards, and what the notification URL is sent."""
 
+import contextlib
 import hashlib
 import hmac
 import json
@@ -8,7 +9,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from dpo.errors import DpoError
+from dpo.errors import DpoError, StoreUnavailable
+from dpo.publish import finish
 from dpo.publish.finish import run_finish
 from dpo.storage.runs import read_run_manifest, write_run_manifest
 from dpo.storage.store import open_store
@@ -123,6 +125,23 @@ def test_a_store_that_is_missing_hides_no_failure_and_fails_no_failed_run():
     assert text["state"] == "failed"
     with pytest.raises(DpoError, match="no store"):
         run_finish("", "r1", "SUCCEEDED")
+
+
+@pytest.mark.parametrize(("approved", "raises"), [(True, True), (False, True), (None, False)])
+def test_an_end_that_cannot_be_written_fails_a_run_that_did_not_fail(
+    url, monkeypatch, approved, raises
+):
+    """Whatever Kubeflow says of it: here a step failed once, and then succeeded."""
+    if approved is not None:
+        verdict = {"verdict": {"approved": approved, "rules": []}}
+        write_run_manifest(open_store(url), "r1", **verdict, **(PUBLISHED if approved else {}))
+
+    def broken(*_, **__):
+        raise StoreUnavailable("the store does not answer")
+
+    monkeypatch.setattr(finish, "write_run_manifest", broken)
+    with pytest.raises(StoreUnavailable) if raises else contextlib.nullcontext():
+        run_finish(url, "r1", "FAILED")
 
 
 def test_a_retried_run_is_not_said_to_have_failed(pipeline):
