@@ -56,7 +56,7 @@ class Heartbeat:
     ) -> None:
         self._rank, self._world = rank, world
         self._timeout, self._lost = timeout_seconds, lost
-        self._interval = min(_INTERVAL_SECONDS, timeout_seconds / 5)
+        self.interval = min(_INTERVAL_SECONDS, timeout_seconds / 5)
         now = time.monotonic()
         self._seen = [_Seen(changed=now) for _ in range(world)]
         self._ended = threading.Event()
@@ -75,7 +75,7 @@ class Heartbeat:
         """No more: its work is done, and the others are told so."""
         self._ended.set()
         for thread in self._threads:
-            thread.join(timeout=2 * self._interval)
+            thread.join(timeout=2 * self.interval)
 
     def behind(self) -> str:
         """Who has begun fewer collective operations than the others; empty where nobody has."""
@@ -92,9 +92,9 @@ class Heartbeat:
         """Who falls silent within ``seconds``: after a connection broke, who was at its end."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            if found := self.silent(3 * self._interval):
+            if found := self.silent(3 * self.interval):
                 return found
-            time.sleep(self._interval / 5)
+            time.sleep(self.interval / 5)
         return ""
 
     def _named(self, ranks: list[int]) -> str:
@@ -103,7 +103,7 @@ class Heartbeat:
         return ", ".join(named[:4]) + more
 
     def _watch(self) -> None:
-        while not self._ended.wait(self._interval):
+        while not self._ended.wait(self.interval):
             if found := self.silent(self._timeout):
                 self._lost(found)
 
@@ -112,7 +112,7 @@ class Heartbeat:
         keys = [f"{_PREFIX}/{rank}" for rank in range(self._world)]
         done = False
         while not done:
-            done = self._ended.wait(self._interval)
+            done = self._ended.wait(self.interval)
             beat += 1
             try:
                 store = store or _open_store(self._timeout)

@@ -111,7 +111,7 @@ def _other(
     late = ""
     if "time" in reason.lower():
         # an operation and the heartbeat wait as long: whichever tells first, the words are the same
-        if silent := heart.silent(timeout_seconds / 2):
+        if silent := heart.silent(timeout_seconds - 2 * heart.interval):
             return report(_silence(silent, timeout_seconds), lost=True)
         late = heart.behind()
     gone = late or heart.wait_for_silence(min(timeout_seconds, 5.0))
