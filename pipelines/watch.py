@@ -29,7 +29,8 @@ _TOKEN_FAILURES = 2
 _OTHER_FAILURES = 12
 _LOG_LINES = 8
 _OF_KUBEFLOW = re.compile(
-    r"[IWEF]\d{4} \d\d:\d\d:\d\d\.|time=|\{\"time\":|Error: exit status |\[KFP Executor "
+    r"[IWEF]\d{4} [\d:.]+ +\d+ \S+\.go:\d+\]|time=\S+ level=|\{\"time\":\"[^\"]*\",\"level\":"
+    r"|Error: exit status |\[KFP Executor "
 )
 """Lines with which its launcher and Argo surround what a step says, half a dozen at the end."""
 _ITERATION = re.compile(r"\((\d+):[^)]*\)$")
@@ -47,6 +48,7 @@ def wait(
     store: str,
     timeout_seconds: float | None,
     say: Callable[[str], None],
+    away_seconds: float | None = None,
 ) -> Outcome:
     """Poll until the run has ended or the time is over.
 
@@ -57,13 +59,17 @@ def wait(
         store: URL that the run publishes to and leaves its manifest in.
         timeout_seconds: None waits for ever.
         say: Takes one line for each change of a step.
+        away_seconds: How long the endpoint may be away where there is no time limit; None is what
+            somebody waits who watches.
 
     Returns:
         How the run ended; ``timed out`` or ``unknown`` where it may go on.
     """
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
     outcome = Outcome("timed out", run_id, where=link(target, run_id))
-    trouble, pause = _Trouble(target, patient=deadline is not None), _FIRST_POLL_SECONDS
+    away = _AWAY_SECONDS if away_seconds is None else away_seconds
+    trouble = _Trouble(target, away if deadline is None else math.inf)
+    pause = _FIRST_POLL_SECONDS
     watcher = Watcher(run_id, target.namespace)
     while (left := _left(deadline)) > 0:
         try:
@@ -100,11 +106,11 @@ class _Trouble:
 
     Args:
         target: The endpoint.
-        patient: There is a deadline, and an endpoint that is away may come back until then.
+        away_seconds: How long it may be away.
     """
 
-    def __init__(self, target: Endpoint, *, patient: bool) -> None:
-        self.target, self.patient = target, patient
+    def __init__(self, target: Endpoint, away_seconds: float) -> None:
+        self.target, self.away_seconds = target, away_seconds
         self.last: PipelineError | None = None
         self.status: int | None = None
         self.times = 0
@@ -125,7 +131,7 @@ class _Trouble:
             return self.times >= most
         if self.times == 1:
             say(f"{self.last.found}; asking again")
-        return not self.patient and time.monotonic() - self.since >= _AWAY_SECONDS
+        return time.monotonic() - self.since >= self.away_seconds
 
     def _most_times(self, error: Exception) -> int | None:
         """How often in a row a request may fail like this; None for an endpoint that is away."""

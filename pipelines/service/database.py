@@ -21,9 +21,10 @@ from pipelines.service.settings import Settings
 QUEUE = "runs"
 WORKFLOW = "train_and_tell"
 
-State = Literal["queued", "running", "succeeded", "refused", "failed", "cancelled"]
-ENDED: frozenset[State] = frozenset({"succeeded", "refused", "failed", "cancelled"})
-AGAIN: frozenset[State] = frozenset({"failed", "cancelled"})
+State = Literal["queued", "running", "succeeded", "refused", "failed", "cancelled", "unknown"]
+ENDED: frozenset[State] = frozenset({"succeeded", "refused", "failed", "cancelled", "unknown"})
+"""``unknown`` is a run on an endpoint that no longer tells of it: it may go on there."""
+AGAIN: frozenset[State] = frozenset({"failed", "cancelled", "unknown"})
 """A run that ended so may be started again by the same request."""
 
 _metadata = sa.MetaData()

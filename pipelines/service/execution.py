@@ -32,12 +32,17 @@ from pipelines.steps import STEPS
 
 _POLL_SECONDS = 0.5
 _STOP_SECONDS = 45.0
-_STATES: dict[str, State] = {"succeeded": "succeeded", "refused": "refused"}
+_STATES: dict[str, State] = {
+    "succeeded": "succeeded",
+    "refused": "refused",
+    "cancelled": "cancelled",
+    "unknown": "unknown",
+}
 _FIGURES = ("reward_accuracy", "accuracy_sum", "accuracy_per_token", "reward_margin", "loss")
 _MOST_MESSAGE_CHARS = 4000
 _BACKEND_WORDS = {"pending": "waiting"}
-_LONGEST_RUN_SECONDS = 30 * 24 * 3600.0
-"""With a time limit an endpoint that is away is waited for: the run goes on meanwhile."""
+_AWAY_SECONDS = 6 * 3600.0
+"""An endpoint may be upgraded while its run goes on; one that is gone must not keep its place."""
 
 
 def carry_out(run: Run, settings: Settings, database: Database) -> None:
@@ -178,7 +183,7 @@ def _end(
 ) -> None:
     database.end(
         run.id,
-        _STATES.get(outcome.state, "cancelled" if outcome.state == "cancelled" else "failed"),
+        _STATES.get(outcome.state, "failed"),
         message=_readable(outcome.message or _verdict_text(outcome), settings),
         metrics=_metrics(outcome),
         report_key=report_key,
@@ -233,8 +238,9 @@ def _on_cluster(
             target,
             backend_run,
             store=parameters["publish_store"],
-            timeout_seconds=_LONGEST_RUN_SECONDS,
+            timeout_seconds=None,
             say=say,
+            away_seconds=_AWAY_SECONDS,
         )
     report_key = f"{run_prefix(backend_run)}/report.html" if outcome.verdict else None
     left_out = {name: "skipped" for name, state in states.items() if state == "waiting"}

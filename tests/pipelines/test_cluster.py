@@ -114,12 +114,24 @@ def test_what_a_step_says_is_not_lost_in_what_kubeflow_says_around_it(backend, c
         "I0610 14:24:34.625952      26 launcher_v2.go:193] publish success.\n",
         "F0610 14:24:34.625952      26 main.go:49] failed to execute component: exit status 1\n",
         'time=2026-07-12T06:48:44.957Z level=INFO msg="sub-process exited"\n',
+        '{"time":"2026-07-12T06:48:44.957Z","level":"INFO","msg":"sub-process exited"}\n',
         "Error: exit status 1\n",
     )
     failed = [task("sft", "FAILED", pod_name="p")]
     backend.scenario = Scenario(states=["FAILED"], tasks=failed)
     backend.logs["p"] = around[0] + "sft: the loss is NaN\n" + "".join(around[1:] * 2)
     assert command("--wait")[1]["message"].splitlines()[1:] == ["  | sft: the loss is NaN"]
+    # the step's own, as torch and trainers write them
+    own = [
+        "W0610 14:24:34.625000 140 torch/distributed/elastic/agent/server/api.py:704] closing",
+        "E0610 14:24:34.625000 140 torch/distributed/elastic/api.py:869] failed (exitcode: 1)",
+        "time=3.2s step=40 loss=nan",
+        '{"time": 3.2, "loss": NaN}',
+    ]
+    backend.scenario = Scenario(states=["FAILED"], tasks=failed)
+    backend.logs["p"] = "\n".join([*own, *around])
+    shown = command("--wait")[1]["message"].splitlines()[1:]
+    assert shown == [f"  | {line}" for line in own]
     # a launcher that never came to the step
     backend.scenario = Scenario(states=["FAILED"], tasks=failed)
     backend.logs["p"] = around[3]

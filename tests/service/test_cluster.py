@@ -173,6 +173,20 @@ def test_an_endpoint_that_is_away_for_long_fails_no_run(accepted, backend, monke
     assert ended.state == "succeeded", ended.message
 
 
+@pytest.mark.parametrize("status", [503, 403])
+def test_a_run_that_cannot_be_read_any_more_is_not_said_to_have_failed(
+    accepted, backend, monkeypatch, status
+):
+    """It may go on; the service gives up its place, for the endpoint may be gone for good."""
+    monkeypatch.setattr(execution, "_AWAY_SECONDS", 0.0)
+    database, run, work = accepted
+    backend.faults = [Fault(r"/runs/[^/]+$", status=status, times=999)]
+    ended = work()
+    assert ended.state == "unknown"
+    assert "how the run goes on is not known" in ended.message
+    assert database.begin(run.id) is None
+
+
 def test_a_store_that_dies_with_the_pods_is_refused(accepted, backend, monkeypatch):
     monkeypatch.delenv("DPO_SHARED_FOLDER")
     _, _, work = accepted
