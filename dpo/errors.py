@@ -4,6 +4,7 @@
     ├── ConfigError              a key, a value or a combination that cannot work
     ├── DataError                preference data that is missing, unreadable or wrong
     ├── ArtifactError            a step's output that is missing, incomplete or changed
+    │   └── OutputGone           nothing is left of it, or it never was there
     ├── ModelError               a model, tokenizer or archive that does not load or fit
     ├── TrainingError            training that cannot go on
     │   ├── InvariantError       policy and reference differ where they must agree (step 0)
@@ -132,6 +133,10 @@ class DataError(DpoError):
 
 class ArtifactError(DpoError):
     """A step's output that is missing, incomplete, or changed since it was written."""
+
+
+class OutputGone(ArtifactError):
+    """An output of which nothing is there."""
 
 
 class ModelError(DpoError):

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo.errors import ArtifactError, writing
+from dpo.errors import ArtifactError, OutputGone, writing
 from dpo.storage.provenance import made_by
 
 FORMAT_VERSION = 2
@@ -181,13 +181,10 @@ def read_manifest(folder: Path, *, stage: str | None = None, verify: bool = True
     """
     path = folder / MANIFEST
     if not folder.exists():
-        raise ArtifactError(
+        raise OutputGone(
             "there is no such folder",
             where=str(folder),
-            fix=f"name the output of step {stage}; if Kubeflow's cache named it, its objects were "
-            f"removed from the store: --rerun {stage}"
-            if stage
-            else "name the output of a step",
+            fix=f"name the output of {f'step {stage}' if stage else 'a step'}",
         )
     if not path.is_file():
         raise ArtifactError(

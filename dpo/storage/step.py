@@ -15,7 +15,7 @@ from dpo.config.compose import compose
 from dpo.config.overrides import override_value
 from dpo.config.schema import RunConfig
 from dpo.config.stages import Stage, load_stage, overridden
-from dpo.errors import ConfigError
+from dpo.errors import ConfigError, OutputGone
 from dpo.storage.fingerprint import code_fingerprint
 from dpo.storage.manifest import Manifest
 from dpo.storage.progress import reported
@@ -79,7 +79,15 @@ def step(
         )
         note(running.planned)
         running.expect("code", running.code)
-        yield running
+        try:
+            yield running
+        except OutputGone as error:
+            # nobody typed its name: the backend gave it
+            error.fix = (
+                f"{error.fix}; the backend's cache may name what was removed from the "
+                "store: run again with that step in --rerun"
+            )
+            raise
 
 
 def _with_sources(stage: Stage, config: RunConfig) -> RunConfig:

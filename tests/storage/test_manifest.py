@@ -16,6 +16,7 @@ from dpo.storage.manifest import (
     write_atomically,
     write_manifest,
 )
+from dpo.storage.step import step
 
 
 @pytest.fixture
@@ -64,11 +65,23 @@ def test_damage_is_named(output, damage, message):
     assert str(output) in str(caught.value)
 
 
-def test_an_output_of_which_nothing_is_left_says_which_step_to_repeat(tmp_path):
+def test_an_output_of_which_nothing_is_left_says_which_step_to_repeat(tmp_path, capsys):
     """Kubeflow's cache goes on to name what was removed from its bucket."""
-    with pytest.raises(ArtifactError, match="there is no such folder") as caught:
+    with pytest.raises(SystemExit), step("sft", "{}"):
         read_manifest(tmp_path / "gone", stage="ingest")
-    assert "--rerun ingest" in caught.value.fix
+    said = capsys.readouterr().err
+    assert "there is no such folder" in said
+    assert "the output of step ingest; the backend's cache may name what was removed" in said
+    assert "--rerun" in said
+
+
+@pytest.mark.parametrize("stage", ["ingest", "checkpoint", None])
+def test_a_folder_that_somebody_mistyped_is_no_matter_of_a_cache(tmp_path, stage):
+    with pytest.raises(ArtifactError, match="there is no such folder") as caught:
+        read_manifest(tmp_path / "gone", stage=stage)
+    assert caught.value.fix == (
+        f"name the output of step {stage}" if stage else "name the output of a step"
+    )
 
 
 def test_another_steps_output_is_refused(output):
