@@ -22,7 +22,7 @@ from dpo.errors import ConfigError, RequestError
 from dpo.plan.booked import check_booked
 from pipelines import history, package, start
 from pipelines.deployment import image_assignments, load_deployment, with_images, with_store
-from pipelines.local import Job, own_code, run_local
+from pipelines.local import Job, locked, own_code, run_local
 from pipelines.outcome import Outcome, nothing_started, read_outputs
 from pipelines.pods import booked
 from pipelines.request import check_candidates, local_store, parameters
@@ -264,6 +264,9 @@ def run_here(job: Job, console: Console, *, timeout_seconds: float | None = None
         DpoError: what is wrong before the first step runs.
     """
     with nothing_started():
+        with locked(job.runs):
+            # found before the store in it is asked and a model is fetched
+            pass
         obtain_model(job.parameters)
         plan = history.with_candidates(
             planned(job.parameters, key_only=job.runner == "processes"),

@@ -284,6 +284,10 @@ def test_a_refused_gate_publishes_nothing_and_has_its_own_exit_code(checkout, fi
         (["--set", "datasets=[none-such.jsonl]"], ["none-such.jsonl"]),
         (["--store", "s3:/bucket"], ["s3:/bucket"]),
         (["--rerun", "stf"], ["stf", "sft"]),
+        (
+            ["--runs-dir", "/dev/null/runs"],
+            ["/dev/null/runs", "another one", "--runs-dir"],
+        ),
     ],
 )
 def test_mistakes_end_in_one_message(checkout, arguments, words):
