@@ -155,7 +155,7 @@ def _show_evaluation(outcome: Outcome, console: Console) -> None:
     console.print(table)
     for step, name in (("sft", "SFT"), ("preference", "Preference")):
         if line := _training_line(outcome.training.get(step, {})):
-            console.print(f"{name}: {line}", highlight=False)
+            console.print(f"{name}: {line}", highlight=False, soft_wrap=True)
 
 
 def _training_line(details: dict[str, Any]) -> str:
@@ -185,7 +185,9 @@ def _show_verdict(verdict: dict[str, Any], console: Console) -> None:
     console.print(f"\nGate: {word}{forced}", highlight=False)
     for rule in verdict["rules"]:
         mark = "✓" if rule["passed"] else "✗"
-        console.print(f"  {mark} {rule['explanation']}", markup=False, highlight=False)
+        console.print(
+            f"  {mark} {rule['explanation']}", markup=False, highlight=False, soft_wrap=True
+        )
 
 
 def _show_published(published: dict[str, Any], console: Console) -> None:
@@ -197,6 +199,7 @@ def _show_published(published: dict[str, Any], console: Console) -> None:
         f"Published: {published['name']} {published['content_hash'][:12]} ({moved})",
         markup=False,
         highlight=False,
+        soft_wrap=True,
     )
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from dpo.storage.progress import time_left
 from pipelines.display import Display, RunView, render
+from pipelines.outcome import Outcome, show
 
 STEPS = ("fingerprint", "sft", "preference", "finish")
 
@@ -118,3 +119,17 @@ def test_the_table_on_a_terminal_shows_every_step() -> None:
     shown = file.getvalue()
     assert all(name in shown for name in STEPS)
     assert "1/4 steps  0:00:03 left  loss [0.5]" in shown
+
+
+def test_lines_of_the_summary_are_whole_where_they_are_piped():
+    """Whoever searches them finds what stands beside each other."""
+    explanation = "reward accuracy 0.61 is at least 0.55, which is the limit of this community"
+    rule = {"explanation": explanation, "passed": True}
+    published = {"name": "policy", "content_hash": "ab" * 32, "unchanged": True}
+    verdict = {"approved": True, "rules": [rule]}
+    said = io.StringIO()
+    outcome = Outcome("succeeded", "r1", verdict=verdict, published=published)
+    show(outcome, Console(file=said, width=40))
+    assert f"  ✓ {explanation}" in said.getvalue().splitlines()
+    moved = "Published: policy abababababab (this content was published before: no bytes moved)"
+    assert moved in said.getvalue().splitlines()
