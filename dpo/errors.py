@@ -161,6 +161,14 @@ class TrainingStopped(TrainingError):
     exit_code = 75
 
 
+def stopped_outside_of_steps() -> TrainingStopped:
+    """Training that was asked to stop while it loads, scores or writes."""
+    return TrainingStopped(
+        "it was asked to stop outside of its steps; no checkpoint was written",
+        fix="run the same command again: it goes on from its last checkpoint, if it has one",
+    )
+
+
 class EvaluationError(DpoError):
     """A judge that gives no verdict, or runs that cannot be compared."""
 

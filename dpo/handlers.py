@@ -9,7 +9,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from dpo.errors import ConfigError
+from dpo.errors import ConfigError, stopped_outside_of_steps
 from dpo.storage.host_memory import prepare
 from dpo.storage.processes import told_to_end
 
@@ -106,9 +106,10 @@ def _tokenize(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> i
 
 def _train(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
     prepare()
-    from dpo.train.direct import train_directly
+    with told_to_end(stopped_outside_of_steps()):
+        from dpo.train.direct import train_directly
 
-    output = train_directly(composed.config, **paths)
+        output = train_directly(composed.config, **paths)
     print(f"checkpoint: {output}")
     return 0
 

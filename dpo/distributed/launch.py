@@ -25,7 +25,7 @@ import torch.distributed as dist
 import dpo.errors
 from dpo.config.schema import RunConfig
 from dpo.config.stages import Stage, stage_json
-from dpo.errors import DpoError, TrainingError, TrainingStopped
+from dpo.errors import DpoError, TrainingError, stopped_outside_of_steps
 from dpo.storage.host_memory import prepare
 from dpo.storage.progress import FILE_VARIABLE
 
@@ -205,10 +205,7 @@ def _first_error(folder: Path, error: Any, asked_to_stop: bool) -> DpoError:
     if own:
         return _restored(own[0])
     if asked_to_stop:
-        return TrainingStopped(
-            "it was asked to stop outside of its steps; no checkpoint was written",
-            fix="run the same command again: it goes on from its last checkpoint, if it has one",
-        )
+        return stopped_outside_of_steps()
     rank, failure = error.get_first_failure()
     if failure.exitcode < 0 or not reports:
         with suppress(ValueError):

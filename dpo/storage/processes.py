@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from multiprocessing.context import SpawnContext, SpawnProcess
 from types import ModuleType
 
+from dpo.errors import DpoError
+
 END_WITH = "DPO_END_WITH"
 """Environment variable with the process id that the steps of a local run must not outlive."""
 _PR_SET_PDEATHSIG = 1
@@ -66,14 +68,27 @@ def repeated(act: Callable[[], bool | None], seconds: float, name: str) -> Itera
 
 
 @contextmanager
-def told_to_end() -> Iterator[None]:
+def told_to_end(error: DpoError | None = None) -> Iterator[None]:
     """SIGTERM, with which CI, `timeout` and a cluster end a job, is as Ctrl-C in here.
 
     For the main thread of a command: what is half-written is removed as after Ctrl-C.
+
+    Args:
+        error: What is raised in the end where it was SIGTERM; without it a KeyboardInterrupt.
     """
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    asked: list[int] = []
+
+    def end(number: int, _: object) -> None:
+        asked.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
+    except KeyboardInterrupt:
+        if asked and error:
+            raise error from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -1,10 +1,14 @@
 """``dpo train`` again: into an output that is complete, and with other settings than its run's."""
 
 import json
+import os
+import signal
+import time
 
 import pytest
 import torch
 
+from dpo.cli import main
 from dpo.config.compose import compose
 from dpo.errors import ConfigError, TrainingError, TrainingStopped
 from dpo.storage.manifest import read_manifest
@@ -32,6 +36,21 @@ def stop_after(monkeypatch, steps):
         return found
 
     monkeypatch.setattr(Trainer, "train_step", stopping)
+
+
+def test_a_command_that_is_asked_to_end_before_its_first_step_says_how_to_go_on(
+    tmp_path, monkeypatch, capsys
+):
+    def loads(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+    monkeypatch.setattr(direct, "run_ingest", loads)
+    before = signal.getsignal(signal.SIGTERM)
+    words = ["train", "model=tiny", "loss=sft", "datasets=[hh_sample]", f"local_run_dir={tmp_path}"]
+    assert main(words) == TrainingStopped.exit_code == 75
+    assert "it was asked to stop outside of its steps" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_complete_output_is_replaced_and_no_checkpoints_are_left(prepared, tmp_path, capsys):
