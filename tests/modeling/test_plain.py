@@ -198,3 +198,28 @@ def test_a_model_that_is_not_causal_is_refused():
     (row,) = pack(examples(LENGTHS), 500)
     with pytest.raises(ModelError, match="not causal"):
         token_log_probs(model, row, packed=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_hide_no_token_that_sees_what_comes(dtype):
+    """A BERT whose leak is a hundredth of the largest logit, about what bfloat16 rounds off."""
+    settings = {**SIZE, "hidden_size": 128, "num_hidden_layers": 4}
+    settings |= {"num_attention_heads": 4, "intermediate_size": 256}
+    (row,) = pack(examples([(30, 6, 9)]), 500)
+    with torch.no_grad():
+        with pytest.raises(ModelError, match="not causal"):
+            token_log_probs(random_model("bert", settings).to(dtype), row, packed=False)
+        decoder = random_model("bert", {**settings, "is_decoder": True}).to(dtype)
+        assert torch.isfinite(token_log_probs(decoder, row, packed=False)).all()
+
+
+def test_experts_that_round_otherwise_are_causal():
+    """Which tokens an expert is handed together depends on those after: 1e-5 of the logits here."""
+    sizes = {**SIZE, "hidden_size": 256, "num_hidden_layers": 24, "initializer_range": 0.2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    sizes |= {"num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 128}
+    model = random_model("qwen3_moe", sizes)
+    for seed in range(3):
+        row = torch.randint(0, VOCABULARY, (200,), generator=torch.manual_seed(seed)).tolist()
+        with torch.no_grad():
+            assert plain._is_causal(model, row)
