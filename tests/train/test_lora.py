@@ -5,6 +5,7 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
@@ -15,7 +16,13 @@ from dpo.config.schema import LoraConfig, ModelConfig
 from dpo.config.stages import restrict
 from dpo.errors import ConfigError, ModelError
 from dpo.modeling.load import load_for_training, load_model
-from dpo.modeling.lora import add_adapter, linear_names, trained_parameters, whole_state
+from dpo.modeling.lora import (
+    add_adapter,
+    linear_names,
+    merge_saved,
+    trained_parameters,
+    whole_state,
+)
 from dpo.train.stage import run_train
 from tests.modeling.architectures import random_model
 from tests.train.conftest import SETTINGS
@@ -203,6 +210,64 @@ def test_an_adapter_of_other_layers_is_refused(damage, words, prepared, tmp_path
     save_file(state, path, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=words):
         load_model(tmp_path / "out", torch.float32)
+
+
+def foreign_adapter(folder, weights, **config):
+    """An adapter's folder as another tool writes it."""
+    folder.mkdir()
+    values = {"task_type": "CAUSAL_LM", "base_model_name_or_path": "base", **config}
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    prefix = "base_model.model.model.layers.0."
+    named = {prefix + name: value for name, value in weights.items()}
+    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_experts_that_were_adapted_one_by_one_are_merged(tmp_path):
+    """As transformers 4 names them; now the experts of a block are one tensor."""
+    sizes = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+    model = random_model("mixtral", sizes)
+    rows = {"w1": (12, 8), "w2": (8, 12), "w3": (12, 8)}
+    draw = np.random.default_rng(0)
+    pairs = {
+        (expert, name): [draw.normal(size=s).astype("f4") for s in ((n_out, 2), (2, n_in))]
+        for expert in (0, 1)
+        for name, (n_out, n_in) in rows.items()
+    }
+    weights = {}
+    for (expert, name), (b, a) in pairs.items():
+        layer = f"block_sparse_moe.experts.{expert}.{name}"
+        weights |= {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": sorted(rows)}
+    folder = foreign_adapter(tmp_path / "adapter", weights, **settings)
+    experts = model.model.layers[0].mlp.experts
+    up, down = (w.detach().clone() for w in (experts.gate_up_proj, experts.down_proj))
+    experts = merge_saved(model, folder).model.layers[0].mlp.experts
+    for expert in (0, 1):
+        # alpha / rank is 2
+        w1, w2, w3 = (2 * np.matmul(*pairs[expert, name]) for name in sorted(rows))
+        expected = up[expert] + torch.from_numpy(np.concatenate([w1, w3]))
+        torch.testing.assert_close(experts.gate_up_proj[expert], expected, rtol=0, atol=1e-5)
+        expected = down[expert] + torch.from_numpy(w2)
+        torch.testing.assert_close(experts.down_proj[expert], expected, rtol=0, atol=1e-5)
+
+
+def test_an_adapter_of_another_kind_with_other_layers_is_refused(tmp_path):
+    """IA3 scales what the layers give; its weights have names of their own."""
+    sizes = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    settings = {"peft_type": "IA3", "target_modules": ["k_proj"], "feedforward_modules": []}
+    scales = {"self_attn.k_proj.ia3_l": np.full((8, 1), 2, "f4")}
+    folder = foreign_adapter(tmp_path / "sound", scales, **settings)
+    model = random_model("llama", sizes)
+    before = model.model.layers[0].self_attn.k_proj.weight.detach().clone()
+    merged = merge_saved(model, folder).model.layers[0].self_attn.k_proj.weight
+    torch.testing.assert_close(merged, 2 * before)
+    other = {"attention.k_proj.ia3_l": np.full((8, 1), 2, "f4")}
+    folder = foreign_adapter(tmp_path / "other", other, **settings)
+    with pytest.raises(ModelError, match=r"attention\.k_proj.* has no place in it"):
+        merge_saved(random_model("llama", sizes), folder)
 
 
 def test_a_base_that_is_gone_is_named(prepared, tmp_path):
