@@ -9,6 +9,7 @@ import torch
 
 from dpo.errors import ModelError
 from dpo.modeling.lora import is_adapter
+from dpo.modeling.stored import is_computed
 
 
 def checkpoint_folder(archive: Path) -> Path:
@@ -51,18 +52,11 @@ def load_policy_file(model: Any, path: Path) -> None:
         raise _other_architecture(path, str(error).splitlines()[-1].strip()) from None
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     missing = [name for name in missing if name not in tied]
-    # buffers that older versions of transformers stored, and newer ones compute
-    unexpected = [n for n in unexpected if not is_old_buffer(n, state[n])]
+    unexpected = [n for n in unexpected if not is_computed(n, state[n].shape)]
     if missing or unexpected:
         names = ", ".join((missing or unexpected)[:3])
         word = "missing" if missing else "unexpected"
         raise _other_architecture(path, f"{word} weights: {names}")
-
-
-def is_old_buffer(name: str, value: torch.Tensor | None = None) -> bool:
-    """Whether older versions of transformers stored it, and newer ones compute it."""
-    mask = name.endswith((".attention.bias", ".attn.bias")) and (value is None or value.dim() == 4)
-    return mask or name.endswith((".masked_bias", ".inv_freq"))
 
 
 def _other_architecture(path: Path, detail: str) -> ModelError:

@@ -11,13 +11,14 @@ import torch
 from dpo.config.schema import ModelConfig
 from dpo.data.tokenize import load_tokenizer
 from dpo.errors import ArtifactError, ModelError, writing
-from dpo.modeling.archive import checkpoint_folder, is_old_buffer, load_policy_file
+from dpo.modeling.archive import checkpoint_folder, load_policy_file
 from dpo.modeling.folder import check_folder, is_quantised
 from dpo.modeling.kernels import apply_kernels
 from dpo.modeling.lora import CONFIG as ADAPTER_CONFIG
 from dpo.modeling.lora import base_of, is_adapter, merge_saved
 from dpo.modeling.precision import DTYPES
 from dpo.modeling.quiet import quiet
+from dpo.modeling.stored import check_names
 from dpo.storage.base_model import local_model, local_tokenizer
 from dpo.storage.lineage import check_base
 from dpo.storage.manifest import read_manifest
@@ -98,7 +99,7 @@ def _with_values(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> A
     if getattr(model.config, "quantization_config", None):
         # of some kinds transformers makes plain weights (fp8 and mxfp4, on a CPU)
         raise _quantised(folder)
-    _refuse_other_names(model, found, folder)
+    check_names(model, found, folder)
     return model.eval()
 
 
@@ -153,7 +154,7 @@ def _from_folder(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
-        # reported by ``_refuse_other_names``, which names the weight
+        # reported by ``check_names``, which names the weight
         ignore_mismatched_sizes=True,
     )
     try:
@@ -162,31 +163,6 @@ def _from_folder(
         # Bloom, GPT-J, gpt-oss and models without attention do not have it
         model, found = load()
     return model, found
-
-
-def _refuse_other_names(model: Any, found: dict[str, Any], folder: Path) -> None:
-    """transformers fills weights that a file lacks with random numbers, leaves out those that the
-    model has no place for, and goes on."""
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    missing = sorted(set(found.get("missing_keys", ())) - tied)
-    missing += sorted(str(item[0]) for item in found.get("mismatched_keys", ()))
-    if missing:
-        raise ModelError(
-            f"the files of weights lack {missing[0]} in the shape that config.json describes"
-            + (f", and {len(missing) - 1} more" if len(missing) > 1 else ""),
-            where=str(folder),
-            fix="config.json and weights belong to different models: fetch the model again",
-        )
-    unused = sorted(n for n in found.get("unexpected_keys", ()) if not is_old_buffer(n))
-    if unused:
-        raise ModelError(
-            f"the files of weights hold {unused[0]}"
-            + (f", and {len(unused) - 1} more" if len(unused) > 1 else "")
-            + ", for which the model that config.json describes has no place",
-            where=str(folder),
-            fix="config.json and weights belong to different models: fetch the model again; of a "
-            "model that is more than a language model, save that part alone",
-        )
 
 
 def _base_folder(adapter: Path) -> Path:

@@ -1,6 +1,7 @@
 """Models that cannot work: each one message with the fix, before or instead of a traceback."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ from dpo.config.places import builtin
 from dpo.config.schema import ModelConfig
 from dpo.errors import DpoError, ModelError
 from dpo.modeling.load import check_length, check_tokenizer, load_for_training, load_model
+from tests.modeling.architectures import random_model
 
 TINY = builtin("builtin:tiny")
 
@@ -92,12 +94,82 @@ def test_a_folder_that_is_no_whole_model(folder, damage, message):
     assert error.value.fix
 
 
-def test_masks_that_older_versions_stored_are_no_other_model(folder):
+SIZE = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+BERT = {**SIZE, "intermediate_size": 8, "max_position_embeddings": 8, "is_decoder": True}
+LLAMA = {**SIZE, "intermediate_size": 8, "num_key_value_heads": 2}
+GPTJ = {"vocab_size": 16, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 8, "rotary_dim": 4}
+
+
+def with_more(kind, settings, shapes, folder):
+    """A model's folder with more in its file of weights than transformers writes."""
+    random_model(kind, settings).save_pretrained(folder)
     state = load_file(folder / "model.safetensors")
-    layer = "gpt_neox.layers.0.attention"
-    old = {f"{layer}.bias": torch.ones(1, 1, 8, 8), f"{layer}.rotary_emb.inv_freq": torch.ones(8)}
-    save_file({**state, **old}, folder / "model.safetensors", metadata={"format": "pt"})
-    load(folder)
+    more = {name: torch.ones(shape) for name, shape in shapes.items()}
+    save_file({**state, **more}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "shapes"),
+    [
+        (
+            "gptj",
+            GPTJ,
+            {
+                "transformer.h.0.attn.bias": (1, 1, 8, 8),
+                "transformer.h.0.attn.masked_bias": (),
+                "transformer.h.0.attn.causal_mask": (1, 1, 8, 8),
+            },
+        ),
+        (
+            "llama",
+            LLAMA,
+            {
+                "model.layers.0.self_attn.rotary_emb.inv_freq": (2,),
+                "model.layers.0.self_attn.rotary_emb.cos_cached": (8, 4),
+                "model.layers.0.self_attn.k_proj.k_scale": (),
+            },
+        ),
+    ],
+)
+def test_what_older_versions_stored_is_no_other_model(kind, settings, shapes, tmp_path, caplog):
+    load_model(with_more(kind, settings, shapes, tmp_path), torch.float32)
+    assert "left out" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "name"),
+    [
+        ("llama", LLAMA, "v_head.summary.weight"),
+        ("llama", {**LLAMA, "tie_word_embeddings": True}, "score.weight"),
+        ("mistral", LLAMA, "model.mtp_layers.0.norm.weight"),
+        ("llama", LLAMA, "medusa_head.0.0.linear.weight"),
+        ("llama", LLAMA, "vision_tower.encoder.layers.0.norm.weight"),
+        ("bert", BERT, "bert.pooler.dense.weight"),
+        ("bert", BERT, "cls.seq_relationship.weight"),
+    ],
+)
+def test_another_head_or_tower_is_left_out_and_named(kind, settings, name, tmp_path, caplog):
+    load_model(with_more(kind, settings, {name: (2, 8)}, tmp_path), torch.float32)
+    assert f"no such part: {name}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("model.layers.2.mlp.up_proj.weight", (8, 8)),
+        ("model.layers.0.self_attn.q_norm.weight", (4,)),
+        ("model.layers.0.attn.bias", (32,)),
+        ("model.layers.0.mlp.up_proj.weight_scale", (8, 1)),
+        ("layers.2.mlp.up_proj.weight", (8, 8)),
+        ("model.embedding_norm.weight", (8,)),
+        ("lm_head.bias", (16,)),
+    ],
+)
+def test_more_in_the_body_is_another_model(name, shape, tmp_path):
+    folder = with_more("llama", LLAMA, {name: shape}, tmp_path)
+    with pytest.raises(ModelError, match=f"{re.escape(name)}, for which"):
+        load_model(folder, torch.float32)
 
 
 def test_pickled_weights_are_not_loaded(folder):
