@@ -268,28 +268,49 @@ def staged(output: Path) -> Iterator[Path]:
 
     An existing ``output`` that is empty or incomplete is replaced; a complete one is replaced only
     once the new one is complete. When the block raises, the temporary folder is removed; that of a
-    process that was killed, when the next one begins the same output.
+    process that was killed, when the next one begins the same output, which it finds as it was.
     """
     output = output.absolute()
     output.parent.mkdir(parents=True, exist_ok=True)
-    for abandoned in output.parent.glob(f".{glob.escape(output.name)}.*.partial"):
-        with _alone_in(abandoned) as alone:
-            if alone:
-                shutil.rmtree(abandoned, ignore_errors=True)
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    _tidy(output)
+    partial, previous = (
+        output.with_name(f".{output.name}.{os.getpid()}.{kind}") for kind in ("partial", "previous")
+    )
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    # it is taken before it has the name under which others look for what was abandoned
+    begun = partial.with_suffix(".begun")
+    begun.mkdir(exist_ok=True)
     try:
-        with _alone_in(partial), writing(output):
-            yield partial
-        if not (partial / MANIFEST).is_file():
-            raise ArtifactError(
-                "the step ended without writing its manifest", where=str(output), fix="report a bug"
-            )
-        previous = output.with_name(f".{output.name}.{os.getpid()}.previous")
-        if output.exists():
-            output.rename(previous)
-        partial.rename(output)
+        with _alone_in(begun):
+            begun.rename(partial)
+            with writing(output):
+                yield partial
+            if not (partial / MANIFEST).is_file():
+                raise ArtifactError(
+                    "the step ended without writing its manifest",
+                    where=str(output),
+                    fix="report a bug",
+                )
+            if output.exists():
+                output.rename(previous)
+            partial.rename(output)
         shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _tidy(output: Path) -> None:
+    """Remove what killed processes left, and put back the output that one was about to replace."""
+    name = f".{glob.escape(output.name)}"
+    for abandoned in output.parent.glob(f"{name}.*.partial"):
+        with _alone_in(abandoned) as alone:
+            if alone:
+                shutil.rmtree(abandoned, ignore_errors=True)
+    for previous in output.parent.glob(f"{name}.*.previous"):
+        if previous.with_suffix(".partial").exists():
+            # of a process that lives, between its two renames
+            continue
+        if output.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+        else:
+            previous.rename(output)

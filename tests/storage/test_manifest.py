@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -135,6 +136,57 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     finally:
         lives.kill()
         lives.communicate()
+
+
+def begin_and_fail(output):
+    script = (
+        "import sys, pathlib; from dpo.storage.manifest import staged\n"
+        "with staged(pathlib.Path(sys.argv[1])): raise SystemExit(3)"
+    )
+    assert subprocess.run([sys.executable, "-c", script, str(output)], check=False).returncode == 3
+
+
+@pytest.mark.parametrize("moment", ["mkdir", "rename"])
+def test_another_that_begins_at_any_moment_leaves_what_this_one_makes(
+    moment, tmp_path, monkeypatch
+):
+    """Right after the folder was made, and right before it becomes the output."""
+    out, plain = tmp_path / "out", getattr(Path, moment)
+
+    def with_another(path, *given, **options):
+        if moment == "rename" and given == (out,):
+            begin_and_fail(out)
+        result = plain(path, *given, **options)
+        if moment == "mkdir" and path.name.startswith(".out."):
+            begin_and_fail(out)
+        return result
+
+    monkeypatch.setattr(Path, moment, with_another)
+    with staged(out) as partial:
+        (partial / "a.txt").write_text("alpha")
+        write_manifest(partial, "sft")
+    assert [file.path for file in read_manifest(out).files] == ["a.txt"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("renames", [1, 2])
+def test_a_process_killed_while_it_replaces_an_output_leaves_one(renames, output):
+    script = (
+        "import os, sys; from pathlib import Path\n"
+        "from dpo.storage.manifest import staged, write_manifest\n"
+        "out, rename, left = Path(sys.argv[1]), Path.rename, [int(sys.argv[2])]\n"
+        "def counted(path, target):\n"
+        "    rename(path, target)\n"
+        "    if out in (path, target): left[0] -= 1\n"
+        "    if not left[0]: os._exit(9)\n"
+        "Path.rename = counted\n"
+        "with staged(out) as partial: write_manifest(partial, 'ingest')"
+    )
+    command = [sys.executable, "-c", script, str(output), str(renames)]
+    assert subprocess.run(command, check=False).returncode == 9
+    begin_and_fail(output)
+    assert read_manifest(output).stage == ("sft" if renames == 1 else "ingest")
+    assert list(output.parent.iterdir()) == [output]
 
 
 def test_a_step_that_forgot_its_manifest_fails(tmp_path):
