@@ -115,6 +115,24 @@ def test_texts_that_the_terminal_cannot_show_are_printed_as_escapes(encoding, tm
     assert "pairs\\u20131.jsonl: 1 row, 1 pair" in done.stdout
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_json_is_json_where_the_terminal_is_not_utf8(there, tmp_path):
+    name = "hübsch\U0001f600.jsonl"
+    if there:
+        pair = {"prompt": "Why?", "chosen": "", "rejected": "No."}
+        (tmp_path / name).write_text(json.dumps(pair), encoding="utf-8")
+    environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    words = ("ingest", "--check", name, "--output", "json")
+    done = dpo(*words, cwd=tmp_path, environment=environment)
+    found = json.loads(done.stdout)
+    assert found["readable"] == there
+    if there:
+        (reason,) = found["reasons"].values()
+        assert reason["places"][0]["file"] == name
+    else:
+        assert name in found["problem"]
+
+
 @pytest.mark.parametrize("stage", ["ingest", "train"])
 def test_a_file_that_cannot_be_written_whole_ends_in_one_message(stage, tmp_path):
     """A limit on the size of files stands in for a full disk: the write fails half way."""

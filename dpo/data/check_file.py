@@ -37,12 +37,11 @@ def check_file(
     except DpoError as error:
         if not as_json:
             raise
-        print(json.dumps({"readable": False, "problem": str(error)}, ensure_ascii=False))
+        print(json.dumps({"readable": False, "problem": str(error)}))
         return error.exit_code
     found = _as_json(result)
-    text = writable(json.dumps(found, ensure_ascii=False)) if as_json else _as_text(place, found)
-    # rows are hostile texts, and this is a terminal
-    print(printable(text))
+    # rows are hostile texts, and this is a terminal; JSON in ASCII is JSON in any encoding
+    print(printable(json.dumps(found) if as_json else _as_text(place, found)))
     faults = any(reason not in NOT_FAULTY for reason in found["reasons"])
     return FAULTY if faults or not found["accepted"] else 0
 
@@ -67,11 +66,11 @@ def _as_json(result: Assembled) -> dict[str, Any]:
 
 def _place(item: Rejected) -> dict[str, Any]:
     return {
-        "file": item.file.partition(": ")[2],
+        "file": writable(item.file.partition(": ")[2]),
         "line": item.line,
-        "field": item.field,
-        "value": item.start_of_value(),
-        "advice": item.advice,
+        "field": writable(item.field),
+        "value": writable(item.start_of_value()),
+        "advice": writable(item.advice),
     }
 
 
