@@ -227,7 +227,7 @@ def writing(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         found = _IN_RUST.search(str(error))
-        if found is None:
+        if found is None or int(found[1]) not in _OF_WRITING:
             raise
         number = int(found[1])
         raise OSError(number, os.strerror(number), str(folder)) from None

@@ -47,6 +47,7 @@ def test_a_full_disk_is_named_with_its_folder(raised, where):
         errors.StoreError("refused (os error 111)"),
         ConnectionResetError(errno.ECONNRESET, "reset"),
         ValueError("no"),
+        Exception("No such file or directory (os error 2)"),
     ],
 )
 def test_what_is_no_write_is_left_as_it_is(raised):
