@@ -18,7 +18,7 @@ def check_folder(folder: Path) -> None:
 
     Raises:
         ModelError: no ``config.json``, one that is not JSON or names no model, weights that are
-            missing, cut off or not safetensors.
+            missing, cut off, integers or not safetensors.
     """
     _check_config(folder / "config.json")
     index = folder / _INDEX
@@ -65,6 +65,28 @@ def is_quantised(folder: Path) -> bool:
     return bool(json.loads((folder / "config.json").read_text("utf-8")).get("quantization_config"))
 
 
+def quantised(folder: Path) -> ModelError:
+    """What is told of such a model."""
+    return ModelError(
+        "config.json says that the weights are quantised (quantization_config), and such weights "
+        "cannot be trained",
+        where=str(folder),
+        fix="give the model that they were made from, in bfloat16 or float32",
+    )
+
+
+def _of_integers(path: Path, name: str, dtype: str) -> ModelError:
+    """transformers would take the numbers as they are, without what they are scaled by."""
+    if is_quantised(path.parent):
+        return quantised(path.parent)
+    return ModelError(
+        f"{name} is of type {dtype}, and a model's weights are not integers: it is quantised, "
+        "though config.json does not say so",
+        where=str(path),
+        fix="give the model that it was made from, in bfloat16 or float32",
+    )
+
+
 def _shards(index: Path) -> list[str]:
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
@@ -94,9 +116,8 @@ def _check_safetensors(path: Path) -> None:
             header = json.loads(file.read(length))
         tensors = {k: v for k, v in header.items() if k != "__metadata__"}
         for name, tensor in tensors.items():
-            # transformers would take the numbers as they are, without what they are scaled by
             if name.endswith(".weight") and tensor["dtype"] in _INTEGERS:
-                raise ValueError(f"{name} is of type {tensor['dtype']}: quantised, or of no model")
+                raise _of_integers(path, name, tensor["dtype"])
         ends = [tensor["data_offsets"][1] for tensor in tensors.values()]
         expected = _HEADER_LENGTH_BYTES + length + max(ends, default=0)
         if size != expected:

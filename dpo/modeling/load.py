@@ -12,7 +12,7 @@ from dpo.config.schema import ModelConfig
 from dpo.data.tokenize import load_tokenizer
 from dpo.errors import ArtifactError, ModelError, writing
 from dpo.modeling.archive import checkpoint_folder, load_policy_file
-from dpo.modeling.folder import check_folder, is_quantised
+from dpo.modeling.folder import check_folder, is_quantised, quantised
 from dpo.modeling.kernels import apply_kernels
 from dpo.modeling.lora import CONFIG as ADAPTER_CONFIG
 from dpo.modeling.lora import base_of, is_adapter, merge_saved
@@ -89,7 +89,7 @@ def _with_values(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> A
         model, found = _from_folder(folder, dtype, trust_remote_code)
     except Exception as error:
         if is_quantised(folder):
-            raise _quantised(folder) from None
+            raise quantised(folder) from None
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
             f"the model cannot be loaded: {reason}",
@@ -98,18 +98,9 @@ def _with_values(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> A
         ) from None
     if getattr(model.config, "quantization_config", None):
         # of some kinds transformers makes plain weights (fp8 and mxfp4, on a CPU)
-        raise _quantised(folder)
+        raise quantised(folder)
     check_names(model, found, folder)
     return model.eval()
-
-
-def _quantised(folder: Path) -> ModelError:
-    return ModelError(
-        "config.json says that the weights are quantised (quantization_config), and such weights "
-        "cannot be trained",
-        where=str(folder),
-        fix="give the model that they were made from, in bfloat16 or float32",
-    )
 
 
 def _shell(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:

@@ -94,6 +94,19 @@ def test_a_folder_that_is_no_whole_model(folder, damage, message):
     assert error.value.fix
 
 
+@pytest.mark.parametrize("said", [True, False])
+def test_integers_are_no_damaged_file(said, folder):
+    """As bitsandbytes writes them, with its settings in config.json or without."""
+    make_integers(folder / "model.safetensors")
+    if said:
+        say_quantised(folder / "config.json", "bitsandbytes")
+    with pytest.raises(ModelError) as error:
+        load(folder)
+    assert ("the weights are quantised" in str(error.value)) == said
+    assert "is damaged" not in str(error.value)
+    assert "in bfloat16 or float32" in error.value.fix
+
+
 SIZE = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
 BERT = {**SIZE, "intermediate_size": 8, "max_position_embeddings": 8, "is_decoder": True}
 LLAMA = {**SIZE, "intermediate_size": 8, "num_key_value_heads": 2}
