@@ -22,6 +22,7 @@ _MEANINGLESS_WITH = {
     "schedule": ("wait", "run", "cancel_on_interrupt"),
 }
 _PROGRAM = Path(__file__).with_name("submit.py")
+_BETA = ("loss.beta=", "preference.loss.beta=", "preference_beta=")
 _NEEDS_WAIT = ("timeout_seconds", "cancel_on_interrupt")
 
 
@@ -83,8 +84,13 @@ def _first(options: argparse.Namespace, names: Iterable[str]) -> str:
 
 
 def next_command(options: argparse.Namespace, state: str) -> str:
-    """The same run on more data; where there is no more, or the gate refused, another beta."""
+    """The same run on more data; where there is no more, or the gate refused, another beta.
+
+    Nothing after a sweep, steps run again, a reading in shards or images: it would be another run.
+    """
     if not options.local or state not in ("succeeded", "refused"):
+        return ""
+    if _first(options, ("sweep", "rerun", *_IMAGES_ONLY)) or options.ingest_shards > 1:
         return ""
     larger = {"toy": "quick", "full": None}.get(options.preset, "full")
     again = state == "refused" or options.start_from or larger is None
@@ -97,9 +103,14 @@ def next_command(options: argparse.Namespace, state: str) -> str:
         "--runs-dir": options.runs_dir and str(options.runs_dir),
     }
     words = [word for option, value in kept.items() if value for word in (option, value)]
-    words += [word for text in options.assignments for word in ("--set", text)]
+    assignments = [*options.assignments]
     if again:
-        words += ["--set", "loss.beta=0.2", "--dry-run"]
+        betas = [text.partition("=")[2] for text in assignments if text.startswith(_BETA)]
+        assignments = [text for text in assignments if not text.startswith(_BETA)]
+        assignments.append("loss.beta=0.4" if betas[-1:] == ["0.2"] else "loss.beta=0.2")
+    words += [word for text in assignments for word in ("--set", text)]
+    if again:
+        words.append("--dry-run")
     elif words == ["--preset", preset] and Path("Makefile").is_file():
         return "make run" if preset == "quick" else f"make run PRESET={preset}"
     local = [] if kept["--local"] else ["--local"]

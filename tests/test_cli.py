@@ -218,6 +218,21 @@ def test_a_mistake_in_an_option_is_json_for_ci():
             "succeeded",
             "PROGRAM --local --from ID --set loss.beta=0.2 --dry-run",
         ),
+        (
+            ["--preset", "full", "--set", "preference_beta=0.2", "--set", "seed=1"],
+            "succeeded",
+            "PROGRAM --local --preset full --set seed=1 --set loss.beta=0.4 --dry-run",
+        ),
+        (
+            ["--preset", "full", "--set", "loss.beta=0.4"],
+            "refused",
+            "PROGRAM --local --preset full --set loss.beta=0.2 --dry-run",
+        ),
+        # of these the same run is more than one line
+        (["--preset", "quick", "--sweep", "loss.beta=0.1,0.2"], "succeeded", ""),
+        (["--preset", "quick", "--ingest-shards", "4"], "succeeded", ""),
+        (["--preset", "quick", "--rerun", "sft"], "succeeded", ""),
+        (["--preset", "quick", "--images", "images.json"], "succeeded", ""),
         (["--preset", "toy"], "failed", ""),
     ],
 )
