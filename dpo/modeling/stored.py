@@ -77,7 +77,7 @@ def check_names(model: Any, found: dict[str, Any], folder: Path) -> None:
 
 
 def _shapes(folder: Path) -> dict[str, list[int]]:
-    shapes = {}
+    shapes: dict[str, list[int]] = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(str(path), framework="pt") as file:
             shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
