@@ -7,9 +7,6 @@ import re
 from os import PathLike, fspath
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
 _QUOTE = re.compile(r"(\\*)('|$)")
 
@@ -30,6 +27,10 @@ def override_value(value: Any) -> str:
 
 def parsed_value(text: str) -> Any:
     """The value that ``text`` stands for in the grammar of overrides; itself where it is none."""
+    # not for all who import dpo: Hydra takes longer to load than the rest
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
     try:
         return OverridesParser.create().parse_override(f"key={text}").value()
     except HydraException:
