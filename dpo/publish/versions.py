@@ -239,7 +239,8 @@ def _remove(store: Store, version: Version, grace_seconds: float, result: Retain
         start = time.monotonic()
         # without its manifest it is no version any more, whatever happens next
         at.delete(f"{name}/{hash_}/{MANIFEST}")
-        ended = leases(at, name, hash_)
+        # not that of a publisher who came meanwhile, and waits for this to end
+        ended = [lease for lease in leases(at, name, hash_) if lease.ends <= now]
         for key in list(at.list(f"{name}/{hash_}/")):
             if time.monotonic() - start > _LONGEST_REMOVAL_SECONDS:
                 break

@@ -8,7 +8,7 @@ import pytest
 
 from dpo.cli import main
 from dpo.errors import ArtifactError, StoreError, StoreFull, WriteConflict
-from dpo.publish import lease, version
+from dpo.publish import lease, version, versions
 from dpo.publish.lease import being_retired, being_written
 from dpo.publish.version import point_latest, publish_files, rollback
 from dpo.publish.versions import list_versions, retain
@@ -246,6 +246,24 @@ def test_retention_and_publishers_at_once(url, tmp_path):
         stop.set()
         thread.join()
     assert problems == []
+
+
+def test_the_mark_of_a_publisher_who_waits_for_the_clean_up_stays(tmp_path, monkeypatch):
+    """Without it the next clean-up would remove the version while it is written again."""
+    url = f"file://{tmp_path}/store"
+    first, _ = publish(url, tmp_path, 1), publish(url, tmp_path, 2)
+    mark = f"policy/{lease.PUBLISHING}/{first.content_hash}/waits.json"
+    store = open_store(url)
+
+    def comes_now(*given):
+        if store.stat(f"policy/{lease.RETIRING}/{first.content_hash}.json"):
+            # the clean-up has seen nobody, and asks what is published
+            store.write(mark, lease._mark(["model.safetensors"], 600.0))
+        return read_latest(*given)
+
+    monkeypatch.setattr(versions, "read_latest", comes_now)
+    assert [version.content_hash for version in retain(url, keep=1).removed] == [first.content_hash]
+    assert store.stat(mark) is not None
 
 
 def test_many_publishers_of_one_name(url, tmp_path):
