@@ -101,7 +101,7 @@ def _function(name: str) -> Callable[..., Any]:
     if here not in sys.path:
         sys.path.append(here)
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        function: Callable[..., Any] = getattr(importlib.import_module(module_name), function_name)
     except Exception as error:
         raise ConfigError(
             f"the function {name} cannot be had: {type(error).__name__}: {error}",
@@ -110,4 +110,4 @@ def _function(name: str) -> Callable[..., Any]:
         ) from None
     if not callable(function):
         raise ConfigError(f"{name} is no function", fix="name a function")
-    return function  # type: ignore[no-any-return]
+    return function

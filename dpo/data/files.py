@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 from dpo.config.places import BUILTIN_PREFIX, builtin, builtins
 from dpo.config.schema import SourceConfig
+from dpo.data.parquet import PATTERN
 from dpo.data.readers import READABLE, container_of
 from dpo.errors import DataError
 from dpo.storage.allowed import check_allowed
@@ -30,7 +31,6 @@ _METADATA = {
     *("state.json", MANIFEST),
 }
 
-_PAIRS = "pairs-*.parquet"
 _NO_ROWS = frozenset(
     {".ipynb_checkpoints", ".cache", ".git", "_delta_log", "_metadata", "_common_metadata"}
 )
@@ -118,7 +118,7 @@ def source_files(name: str, source: SourceConfig) -> list[Path]:
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"the path cannot be followed: {reason}", where=where) from None
     if not files:
-        missing = not path.exists() and not set(str(path)) & set("*?[")
+        missing = not path.exists() and not _GLOB.search(str(path))
         hidden = hidden_places(filter(is_hidden_data, names_in(source)))
         raise DataError(
             "there is no such file or folder" if missing else "there are no data files here",
@@ -143,8 +143,8 @@ def names_in(source: SourceConfig) -> list[str]:
 
 def hidden_places(names: Iterable[str]) -> str:
     """What to do where data lies in such places alone; empty where there is none."""
-    places = [name[: _HIDDEN_PART.search(name).end()] for name in names]  # type: ignore[union-attr]
-    found = [f"{count:,} below {place}" for place, count in sorted(Counter(places).items())]
+    places = Counter(match[0] for name in names if (match := _HIDDEN_PART.search(name)))
+    found = [f"{count:,} below {place}" for place, count in sorted(places.items())]
     if not found:
         return ""
     what = "what lies below names that begin with _ or . is not read"
@@ -215,7 +215,7 @@ def data_names(names: Iterable[str]) -> list[str]:
 def names_beside_pairs(names: Iterable[str]) -> list[str]:
     """What lies beside the pairs in outputs of ingest: its report, and rows that it refused."""
     paths = list(map(PurePath, names))
-    pairs = {path for path in paths if path.match(_PAIRS)}
+    pairs = {path for path in paths if path.match(PATTERN)}
     outputs = {path.parent for path in pairs}
     outputs &= {path.parent for path in paths if path.name == MANIFEST}
     beside = (path for path in paths if path.parent in outputs and path not in pairs)

@@ -66,8 +66,10 @@ class Rejected:
     ) -> Rejected:
         """A row with the error that its parser raised, or the check of what was made of it."""
         name, file, split = place
-        is_answer = isinstance(checked, Rating) and error.field == checked.field
-        text = getattr(checked, "answer" if is_answer else error.field or "_", None) or ""
+        values = checked._asdict() if checked else {}
+        if isinstance(checked, Rating):
+            values[checked.field] = checked.answer
+        text = values.get(error.field) or ""
         return cls(name, file, line, error.reason, error.field, error.advice, row, split, str(text))
 
     def shortened(self) -> Rejected:

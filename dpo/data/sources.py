@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -91,7 +91,7 @@ def _content_fingerprint(name: str, source: SourceConfig) -> str:
         return f"hub:{source.hub}@{_hub_info(name, source).sha}"
     digest = hashlib.sha256()
     if is_store_url(source.path):
-        for key, state in _objects(name, source.path)[2].items():
+        for key, state in _objects(name, source.path).by_key.items():
             digest.update(f"{key}\0{state.size}\0{state.etag}\n".encode())
         return f"etag:{digest.hexdigest()}"
     for path in source_files(name, source):
@@ -211,11 +211,20 @@ def with_splits_of_others(
     }
 
 
-def _objects(name: str, url: str) -> tuple[Store, str, dict[str, ObjectStat]]:
-    """The data objects of a URL, which names one object, a folder of them or a whole bucket.
+class _Objects(NamedTuple):
+    """The data objects of a URL."""
 
-    Returns:
-        The store, what the keys of a folder begin with, and the objects by key, sorted.
+    store: Store
+    prefix: str
+    """What the keys of a folder begin with."""
+    by_key: dict[str, ObjectStat]
+    """Sorted."""
+    names: list[str]
+    """Of all objects of the folder, without the prefix; none where the URL names one object."""
+
+
+def _objects(name: str, url: str) -> _Objects:
+    """What a URL names: one object, a folder of them or a whole bucket.
 
     Raises:
         DataError: there are none.
@@ -228,7 +237,7 @@ def _objects(name: str, url: str) -> tuple[Store, str, dict[str, ObjectStat]]:
     store = open_store(base)
     alone = store.stat(last) if last else None
     if alone is not None:
-        return store, "", {last: alone}
+        return _Objects(store, "", {last: alone}, [])
     prefix = f"{last}/" if last else ""
     found = {}
     inside = sorted(key.removeprefix(prefix) for key in store.list(prefix))
@@ -244,14 +253,13 @@ def _objects(name: str, url: str) -> tuple[Store, str, dict[str, ObjectStat]]:
             or "give the URL of an object or of a folder of them; names end in "
             f"{', '.join(READABLE)} (.gz or .zst may follow)",
         )
-    return store, prefix, found
+    return _Objects(store, prefix, found, inside)
 
 
 def _from_store(name: str, url: str, folder: Path, shard: Shard) -> list[SourceFile]:
-    store, prefix, objects = _objects(name, url)
-    alone = url.rstrip("/").endswith(f"/{next(iter(objects))}")
-    if shard.owns(0) and not alone:
-        _tell_unread((key.removeprefix(prefix) for key in store.list(prefix)), url)
+    store, prefix, objects, names = _objects(name, url)
+    if shard.owns(0):
+        _tell_unread(names, url)
     files = []
     for number, key in enumerate(objects):
         inside = PurePath(key.removeprefix(prefix))
@@ -264,7 +272,7 @@ def _from_store(name: str, url: str, folder: Path, shard: Shard) -> list[SourceF
         if fetched and not blocks:
             store.download(key, file.path)
         files.append(replace(file, fetched=fetched, spans=blocks, whole=not blocks))
-    if _objects(name, url)[2] != objects:
+    if _objects(name, url).by_key != objects:
         raise DataError(
             "the objects changed while they were fetched",
             where=f"sources.{name}.path={url}",

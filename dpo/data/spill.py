@@ -184,7 +184,9 @@ def _with_targets(batch: pa.RecordBatch) -> pa.RecordBatch:
 def pack_rating(rating: Rating) -> list[Any]:
     """A rating as JSON values."""
     messages = rating.messages and [list(message) for message in rating.messages]
-    return list(rating._replace(messages=messages))  # type: ignore[arg-type]
+    values: list[Any] = list(rating)
+    values[rating._fields.index("messages")] = messages
+    return values
 
 
 def unpack_rating(values: list[Any]) -> Rating:

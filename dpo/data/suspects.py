@@ -31,15 +31,15 @@ def other_fields(table: pa.Table, texts: tuple[str, ...]) -> Mask:
     read = _READ_TOO.union(texts)
     found = np.zeros(table.num_rows, dtype=bool)
     for name in table.column_names:
-        if name not in texts and plain_name(name) in read:
+        plain = plain_name(name)
+        if name not in texts and plain in read:
             column = table[name]
             holds = pc.is_valid(column)
             if pa.types.is_string(column.type):
                 holds = pc.and_kleene(holds, pc.greater(pc.binary_length(column), 0))
             found |= holds.fill_null(False).to_numpy()
-        elif plain_name(name) == "answer" and pa.types.is_string(table[name].type):
-            words = pa.array(UNACCEPTED)
-            found |= pc.is_in(table[name], words).to_numpy()
+        elif plain == "answer" and pa.types.is_string(table[name].type):
+            found |= pc.is_in(table[name], pa.array(UNACCEPTED)).to_numpy()
     return found
 
 

@@ -155,6 +155,7 @@ def _is_causal(model: Any, row: list[int]) -> bool:
     half = len(row) // 2
     n_vocabulary = model.get_input_embeddings().weight.shape[0]
     changed = [*row[:half], *((token + 1) % n_vocabulary for token in row[half:])]
+    # also for a row of one token: where a model is in shards, each process takes as many passes
     with torch.autocast(model.device.type, enabled=False):
         found_LV, again_LV, alone_LV = (
             _logits(model, ids)[:half].double() for ids in (changed, row, row)

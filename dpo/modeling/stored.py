@@ -50,23 +50,18 @@ def check_names(model: Any, found: dict[str, Any], folder: Path) -> None:
     missing = sorted(set(found.get("missing_keys", ())) - tied)
     missing += sorted(str(item[0]) for item in found.get("mismatched_keys", ()))
     if missing:
-        raise ModelError(
-            f"the files of weights lack {missing[0]} in the shape that config.json describes"
-            + (f", and {len(missing) - 1} more" if len(missing) > 1 else ""),
-            where=str(folder),
-            fix="config.json and weights belong to different models: fetch the model again",
+        raise _other_weights(
+            f"lack {missing[0]} in the shape that config.json describes{_more(missing)}", folder
         )
     names = found.get("unexpected_keys", ())
     shapes = _shapes(folder) if names else {}
     unused = sorted(name for name in names if not is_computed(name, shapes.get(name)))
     modules = dict(model.named_modules())
     if body := [name for name in unused if _is_of_the_body(modules, name, model)]:
-        raise ModelError(
-            f"the files of weights hold {body[0]}"
-            + (f", and {len(body) - 1} more" if len(body) > 1 else "")
-            + ", for which the model that config.json describes has no place",
-            where=str(folder),
-            fix="config.json and weights belong to different models: fetch the model again",
+        raise _other_weights(
+            f"hold {body[0]}{_more(body)}, for which the model that config.json describes has no "
+            "place",
+            folder,
         )
     if unused:
         more = f" and {len(unused) - _NAMED} more" if len(unused) > _NAMED else ""
@@ -74,6 +69,18 @@ def check_names(model: Any, found: dict[str, Any], folder: Path) -> None:
             "%s: left out, as the language model has no such part: %s%s",
             *(folder, ", ".join(unused[:_NAMED]), more),
         )
+
+
+def _other_weights(problem: str, folder: Path) -> ModelError:
+    return ModelError(
+        f"the files of weights {problem}",
+        where=str(folder),
+        fix="config.json and weights belong to different models: fetch the model again",
+    )
+
+
+def _more(names: Sequence[str]) -> str:
+    return f", and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def _shapes(folder: Path) -> dict[str, list[int]]:
