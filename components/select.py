@@ -9,8 +9,8 @@ from components.images import DATA_IMAGE
 
 @dsl.component(base_image=DATA_IMAGE, install_kfp_package=False)
 def select(
-    policies: dsl.Input[List[dsl.Model]],  # noqa: UP006
-    evaluations: dsl.Input[List[dsl.Artifact]],  # noqa: UP006
+    policies: dsl.Input[List[dsl.Model]],  # noqa: UP006  # as kfp reads it
+    evaluations: dsl.Input[List[dsl.Artifact]],  # noqa: UP006  # as kfp reads it
     policy: dsl.Output[dsl.Model],
     summary: dsl.Output[dsl.Markdown],
     metrics: dsl.Output[dsl.Metrics],

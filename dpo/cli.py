@@ -95,7 +95,7 @@ def _options(name: str) -> Arguments:
     command = COMMANDS[name]
     lines = [f"example:\n  {command.example}"]
     if command.paths:
-        what = {**PATHS, **({"output": "file to write"} if name == "export" else {})}
+        what = {**PATHS, **command.own_paths}
         shown = [
             f"  {path}=  {what[path]}{'' if path in command.required else ' (optional)'}"
             for path in command.paths

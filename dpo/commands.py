@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 ABOUT_PUBLISHED = ("verify", "pull", "list", "retain", "lineage", "forget")
@@ -53,6 +53,8 @@ class Command:
     """Beside --config-dir."""
     takes: str = "[key=value ...] [--config-dir DIR]"
     """What follows its name."""
+    own_paths: Mapping[str, str] = field(default_factory=dict)
+    """What path keys mean to it where that is not what ``PATHS`` says."""
 
 
 COMMANDS = {
@@ -147,6 +149,7 @@ COMMANDS = {
         ("checkpoint", "output"),
         "",
         "dpo export checkpoint=out/policy output=policy.pt",
+        own_paths={"output": "file to write"},
     ),
     "plan": Command(
         "Say what a run will need: memory, FLOPs, time. Exit code 2 when it does not fit.",

@@ -334,7 +334,7 @@ def typed(name: str, value: Value, default: Value) -> Value:
         good = isinstance(value, bool)
     elif isinstance(default, int):
         good = isinstance(value, int) and not isinstance(value, bool)
-        if good and abs(value) > _LARGEST_INTEGER:  # type: ignore[arg-type]
+        if good and abs(value) > _LARGEST_INTEGER:  # type: ignore[arg-type]  # an int where good
             raise ConfigError(
                 f"{name}={value}: Kubeflow passes numbers on as floating-point ones, which hold no "
                 f"integer above {_LARGEST_INTEGER}",
@@ -342,7 +342,7 @@ def typed(name: str, value: Value, default: Value) -> Value:
             )
     elif isinstance(default, float):
         good = isinstance(value, int | float) and not isinstance(value, bool)
-        value = float(value) if good else value  # type: ignore[arg-type]
+        value = float(value) if good else value  # type: ignore[arg-type]  # a number where good
     elif isinstance(default, list):
         value = value if isinstance(value, list) else [str(value)]
         good = True
