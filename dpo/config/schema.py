@@ -433,9 +433,10 @@ class RunConfig(Recorded):
     # Checkpoints, logs, places
     checkpoint_every: int = Field(0, ge=0)
     """Write a checkpoint each time so many examples were trained on; 0 goes by time alone."""
-    checkpoint_seconds: Literal["auto"] | Annotated[int, Field(ge=0)] = 300
+    checkpoint_seconds: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     """Write a checkpoint each time so many seconds have passed; 0 goes by examples alone. ``auto``
-    measures how long a checkpoint stops the training, and lets that be 1 % of the time."""
+    writes the first after 10 seconds and measures it: later ones stop the training for 1 % of the
+    time, are being written for 20 % of it at most, and come within an hour."""
     checkpoint_uri: str | None = None
     """Folder or store (``s3://bucket/prefix``) for checkpoints, each run in a place of its own
     below it, named by its settings, data and code. Beside the run, or in DPO_CHECKPOINTS, when left

@@ -58,9 +58,10 @@ _TENSORS = "tensors"
 _SHOWN_DIFFERENCES = 5
 _FULL_BYTES = 1 << 20
 """A disk with less than this left counts as full."""
-_AUTO_SHARE = 0.01
-"""Share of the time that ``checkpoint_seconds=auto`` lets checkpoints take."""
-_AUTO_FIRST_SECONDS, _AUTO_SECONDS = 60.0, (30.0, 3600.0)
+_AUTO_SHARE, _AUTO_WRITING_SHARE = 0.01, 0.2
+"""Shares of the time that ``checkpoint_seconds=auto`` lets checkpoints take: training stands still,
+and they are written beside it."""
+_AUTO_FIRST_SECONDS, _AUTO_SECONDS = 10.0, (10.0, 3600.0)
 
 Resume = Literal["auto", "force", "never"]
 
@@ -83,6 +84,8 @@ class Checkpoints:
         self.keep, self.resume = keep, resume
         self.save_seconds: list[float] = []
         """For how long training stood still, for each checkpoint."""
+        self.write_seconds = 0.0
+        """How long the last one took until it was complete."""
         self._mirror = Mirror(place.store) if place.store else None
         self._saving: threading.Thread | None = None
         self._problem: DpoError | None = None
@@ -218,7 +221,8 @@ class Checkpoints:
         if not self.save_seconds:
             return _AUTO_FIRST_SECONDS
         shortest, longest = _AUTO_SECONDS
-        return min(max(self.save_seconds[-1] / _AUTO_SHARE, shortest), longest)
+        dear = max(self.save_seconds[-1] / _AUTO_SHARE, self.write_seconds / _AUTO_WRITING_SHARE)
+        return min(max(dear, shortest), longest)
 
     def discard(self) -> None:
         """Remove them: the run's artifact is complete."""
@@ -229,6 +233,7 @@ class Checkpoints:
 
     def _complete(self, pending: Any, partial: Path, texts: Mapping[str, str]) -> None:
         """In a thread: wait for the tensors, add what belongs to them, make it visible."""
+        began = time.monotonic()
         target = self.folder / partial.name.removeprefix(".").partition(".")[0]
         parts = [lambda: self._write(pending, partial, texts)]
         if self._mirror:
@@ -237,6 +242,7 @@ class Checkpoints:
         # another process is gone: the training finds out by itself, and says who
         with suppress(RuntimeError):
             any(self._failed(part, partial) for part in parts)
+        self.write_seconds = time.monotonic() - began
 
     def _failed(self, work: Any, partial: Path) -> bool:
         """Whether ``work`` failed in any process; then it is reported once and cleaned up."""

@@ -71,12 +71,14 @@ class Trainer:
         """
         order = self.examples.order
         before, started = self.position.trained, time.monotonic()
-        self._saved_at = self._counted_at = started
+        self._counted_at = started
         steps = track(self.stage, "steps", order.total_steps, self.position.steps)
         with self._polite_end(), steps as bar:
             bar.shortest_seconds = self.config.minimum_log_interval_secs
             if self.config.do_first_eval and not self.position.steps:
                 self._evaluate()
+            # what a checkpoint saves begins here
+            self._saved_at = time.monotonic()
             for indices, loader in order.batches(self.position.loader):
                 figures = self.train_step([self.examples.train[index] for index in indices])
                 self.position.loader = loader
