@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from dpo.storage.proxies import proxy_for
+
 ANSWER_SECONDS = 20.0
 _CHANGE_SECONDS = 60.0
 _UPLOAD_SECONDS = 300.0
@@ -31,6 +33,9 @@ def bounded_client(**arguments: Any) -> Any:
         def _load_config(self, *given: Any) -> Any:
             config = super()._load_config(*given)
             config.retries = Retry(total=None, connect=0, read=0, redirect=3, status=0, other=0)
+            # the API's client reads none from the environment
+            if proxy := proxy_for(config.host):
+                config.proxy, config.proxy_headers = proxy
             return config
 
         def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:  # noqa: ARG002

@@ -17,7 +17,12 @@ from dpo.storage import progress
 from dpo.storage.processes import END_WITH
 
 RUN_LABEL = "dpo.run"
-_PASSED_ON = ("AWS_", "MINIO_", "S3_", "HF_", "OMP_NUM_THREADS", "DPO_", "HTTPS_PROXY", "NO_PROXY")
+_PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY")
+_PASSED_ON = (
+    *("AWS_", "MINIO_", "S3_", "HF_", "OMP_NUM_THREADS", "DPO_"),
+    *_PROXIES,
+    *map(str.lower, _PROXIES),
+)
 _NOT_PASSED_ON = {END_WITH, "DPO_RUNS_DIR", "HF_HOME"}
 _SHARED_MEMORY = "1g"
 

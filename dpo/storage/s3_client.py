@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ from dpo.errors import (
     StoreUnavailable,
     WriteConflict,
 )
+from dpo.storage.proxies import Proxy, proxy_for
 from dpo.storage.s3_connection import Connection
 
 T = TypeVar("T")
@@ -113,7 +115,12 @@ class Body:
 
 def make_client(to: Connection) -> Any:
     """A client that asks once; ``Caller`` asks again."""
-    pool = urllib3.PoolManager(
+    proxy = _proxy(to)
+    pool = (
+        partial(urllib3.ProxyManager, proxy.address, proxy_headers=proxy.headers)
+        if proxy
+        else urllib3.PoolManager
+    )(
         timeout=urllib3.Timeout(connect=_CONNECT_SECONDS, read=_READ_SECONDS),
         maxsize=_POOL_CONNECTIONS,
         retries=False,
@@ -129,6 +136,10 @@ def make_client(to: Connection) -> Any:
         secure=to.secure,
         http_client=pool,
     )
+
+
+def _proxy(to: Connection) -> Proxy | None:
+    return proxy_for(f"{'https' if to.secure else 'http'}://{to.endpoint}")
 
 
 def _certificates() -> str | None:
@@ -223,10 +234,13 @@ class Caller:
                 where=self._where(url),
                 fix="set AWS_CA_BUNDLE to the file with the certificate of its authority (PEM)",
             )
+        proxy = _proxy(self._to)
+        through = f" through the proxy {proxy.address}" if proxy else ""
         return StoreUnavailable(
-            f"the store does not answer: {_reason(error)}",
+            f"the store does not answer{through}: {_reason(error)}",
             where=self._where(url),
-            fix="check that it runs, and AWS_ENDPOINT_URL or S3_ENDPOINT",
+            fix="check that it runs, and AWS_ENDPOINT_URL or S3_ENDPOINT"
+            + (", or name its host in NO_PROXY" if proxy else ""),
         )
 
     def _full(self, url: str) -> StoreFull:

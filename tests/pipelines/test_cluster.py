@@ -699,3 +699,13 @@ def test_the_candidates_of_a_sweep_are_one_step_each_with_the_worst_state(backen
     _, outcome, _ = command("--wait")
     assert outcome["steps"]["preference"] == "failed"
     assert outcome["message"] == "step preference failed"
+
+
+def test_an_endpoint_that_only_the_proxy_knows(backend, command, monkeypatch):
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", "http://kubeflow.invalid")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", backend.url)
+    code, outcome, _ = command()
+    assert (code, outcome["state"]) == (0, "submitted")
+    assert outcome["run_id"] in backend.runs
