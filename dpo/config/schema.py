@@ -8,135 +8,28 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
-    WithJsonSchema,
     field_validator,
     model_validator,
 )
 
 from dpo.config.base import Recorded, Section
 from dpo.config.losses import AnyLoss, DPOLoss
+from dpo.config.models import LoraConfig, ModelConfig, TrainerConfig
 from dpo.config.places import chat_templates
+from dpo.config.sources import SourceConfig
 
-Dtype = Literal["float32", "bfloat16", "float16"]
 CheckpointingMode = Literal["none", "selective", "full"]
 
 
 def _checkpointing_mode(value: object) -> object:
     """The reference code's boolean: true means full."""
     return {True: "full", False: "none"}.get(value, value) if isinstance(value, bool) else value
-
-
-class ModelConfig(Section):
-    """The base model, and the weights to start from."""
-
-    name_or_path: str = "builtin:tiny"
-    """Hub id, folder, or ``builtin:NAME`` for a model that travels with this package."""
-    tokenizer_name_or_path: str | None = None
-    """Tokenizer to use when it is not the model's own."""
-    revision: str | None = None
-    """Commit or tag on the hub; the pipeline pins the commit it resolved."""
-    archive: str | None = None
-    """Weights to start from: a ``policy.pt``, a checkpoint folder of ours, or its ``LATEST``."""
-    block_name: str | None = None
-    """Class name of a transformer block (FSDP unit); found from the model when left out."""
-    policy_dtype: Dtype = "float32"
-    """Type of the master weights of the policy."""
-    reference_dtype: Dtype = "float32"
-    """Type of the reference's weights; differs from ``policy_dtype`` only by explicit choice."""
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of matrix products; ``auto`` takes bfloat16 where the processor has it in hardware."""
-    kernels: Literal["auto", "plain", "liger"] = "auto"
-    """``auto`` runs norms, gated layers and attention in our own few passes over memory where they
-    fit the model; ``plain`` as transformers has them; ``liger`` with the package liger-kernel (on a
-    GPU)."""
-    output_layer: Literal["tiled", "torch"] = "tiled"
-    """Log-probabilities from hidden states: by tiles of the vocabulary, or by torch's chunked
-    linear_cross_entropy. Neither keeps the logits of a row."""
-    compile: bool = False
-    """Compile each transformer block for rows of fixed lengths (torch.compile; needs a C++ compiler
-    on a CPU, and takes a minute at the start)."""
-    fsdp_policy_mp: Dtype | None = None
-    """Mixed precision of the FSDP trainer (overrides ``compute_dtype`` there)."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model; only for a source you trust."""
-
-
-class LoraConfig(Section):
-    """LoRA: train small matrices beside those of the model, which stays as it is."""
-
-    enabled: bool = False
-    """Train an adapter instead of all weights; the base is then its own reference."""
-    rank: int = Field(16, ge=1, le=4096)
-    """Rank of each change."""
-    alpha: float = Field(32.0, gt=0)
-    """A change counts alpha / rank times."""
-    modules: Literal["all"] | list[str] = "all"
-    """Linear layers of the blocks to change, by the last part of their names (``q_proj``)."""
-    save: Literal["merged", "adapter"] = "merged"
-    """Write the whole model with the adapter added, or the adapter alone with its base recorded."""
-
-
-class TrainerConfig(Section):
-    """How the work is spread over processes and devices."""
-
-    name: Literal["BasicTrainer", "FSDPTrainer", "TensorParallelTrainer"] = "BasicTrainer"
-    """One process, sharded data parallel, or tensor parallel."""
-    replicas: int = Field(1, ge=1)
-    """FSDPTrainer: so many groups of processes hold the whole model each (hybrid sharding). With
-    one group a host, weights stay within hosts and only gradients cross them."""
-    tensor_parallel: int | None = Field(None, ge=2)
-    """TensorParallelTrainer: how many processes share each layer; the rest is sharded data parallel
-    (FSDP) around them. All processes when left out."""
-
-    @model_validator(mode="after")
-    def _nothing_ignored(self) -> TrainerConfig:
-        if self.replicas > 1 and self.name != "FSDPTrainer":
-            raise ValueError(f"trainer.replicas belongs to FSDPTrainer, not to {self.name}")
-        if self.tensor_parallel and self.name != "TensorParallelTrainer":
-            raise ValueError(
-                f"trainer.tensor_parallel belongs to TensorParallelTrainer, not to {self.name}"
-            )
-        return self
-
-
-Format = Literal[
-    "auto",
-    "pairs",
-    "messages",
-    "hh",
-    "shp",
-    "se",
-    "novalto",
-    "openai",
-    "ranked",
-    "rated",
-    "compared",
-    "argilla",
-    "labelstudio",
-    "summaries",
-]
-_FUNCTION = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
-CustomFunction = Annotated[str, Field(pattern=_FUNCTION)]
-
-
-def _known_format(value: str) -> str:
-    if value not in get_args(Format) and not re.fullmatch(_FUNCTION, value):
-        known = ", ".join(get_args(Format))
-        raise ValueError(f"sources.NAME.format={value}: choose one of {known}, or module:function")
-    return value
-
-
-AnyFormat = Annotated[
-    str,
-    AfterValidator(_known_format),
-    WithJsonSchema({"anyOf": [{"enum": list(get_args(Format))}, {"pattern": _FUNCTION}]}),
-]
 
 
 def is_template_file(value: str) -> bool:
@@ -156,46 +49,6 @@ def _template_text(value: str) -> str:
         raise ValueError(
             f"chat_template={value}: choose one of {known}, or a file that can be read"
         ) from None
-
-
-class SourceConfig(Section):
-    """One source of preference pairs."""
-
-    format: AnyFormat = "auto"
-    """How a row is read; ``auto`` decides by the row's keys, ``module:function`` names a function
-    of yours. See config/dataset/README.md."""
-    loader: CustomFunction | None = None
-    """``module:function`` that returns the whole data set in the reference code's form; instead of
-    ``path`` and ``hub``."""
-    path: str | None = None
-    """File, folder, glob or URL (``s3://``, ``minio://``, ``file://``, ``hf://owner/name/folder``);
-    ``builtin:NAME`` for data that travels with this package."""
-    hub: str | None = None
-    """Data set id on the hub, used when ``path`` is not set."""
-    hub_subset: str | None = None
-    """Folder or configuration inside the hub data set."""
-    community: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
-    """Name of a stored community data set: below the URL or folder in DPO_COMMUNITY_DATA, or in
-    toy-data/."""
-    split: Literal["auto", "hash", "train", "test", "reference"] = "auto"
-    """``auto`` keeps the source's own split and divides the rest by hash of the prompt; ``hash``
-    divides all rows so; ``train`` and ``test`` put all rows there; ``reference`` holds out the 1 %
-    of rows that the reference code holds out of StackExchange."""
-    test_fraction: float | None = Field(None, ge=0, le=1)
-    """Share of this source's prompts held out by hash, where it differs from the others'."""
-    max_pairs: int | None = Field(None, gt=0)
-    """Take at most so many pairs of this source (a seeded choice)."""
-    seed: int | None = Field(None, ge=0)
-    """Seed of that choice, where it differs from the run's."""
-    max_pairs_per_prompt: int | None = Field(None, gt=0)
-    """Take at most so many pairs with one prompt, the first ones."""
-    max_prompt_tokens: int | None = Field(None, gt=0)
-    """Reject rows whose prompt is longer, instead of cutting it to ``max_prompt_length``."""
-    min_score_ratio: float = Field(2.0, ge=1)
-    """shp: take a pair when the better score is at least so many times the other."""
-    weight: float = Field(1.0, gt=0, le=100)
-    """How often each training pair of this source comes in an epoch: 2 takes each twice, 0.5 a
-    seeded half of them."""
 
 
 class WandbConfig(Section):

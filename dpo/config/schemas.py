@@ -13,8 +13,10 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from dpo.config.losses import AnyLoss
+from dpo.config.models import ModelConfig, TrainerConfig
 from dpo.config.places import config_dir
-from dpo.config.schema import ModelConfig, RunConfig, SourceConfig, TrainerConfig
+from dpo.config.schema import RunConfig
+from dpo.config.sources import SourceConfig
 
 _TYPES: dict[str, Any] = {
     "run": RunConfig,

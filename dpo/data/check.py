@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dpo.config.schema import SourceConfig
+from dpo.config.sources import SourceConfig
 from dpo.data.columns import Columns, Sound
 from dpo.data.division import Shard, file_spans
 from dpo.data.formats import Candidate, Parser, Rating, RowError

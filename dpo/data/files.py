@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from urllib.parse import unquote, urlsplit
 
 from dpo.config.places import BUILTIN_PREFIX, builtin, builtins
-from dpo.config.schema import SourceConfig
+from dpo.config.sources import SourceConfig
 from dpo.data.parquet import PATTERN
 from dpo.data.readers import READABLE, container_of
 from dpo.errors import DataError

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from dpo.config.schema import SourceConfig
+from dpo.config.sources import SourceConfig
 from dpo.data import annotated, compared, custom, formats, shapes, trees
 from dpo.data.fields import named_texts, opened, plain_name
 from dpo.data.formats import ASSISTANT, Candidate, Parser, Rating, RowError, split_field

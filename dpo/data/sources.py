@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from dpo.config.schema import RunConfig, SourceConfig
+from dpo.config.schema import RunConfig
+from dpo.config.sources import SourceConfig
 from dpo.data import custom
 from dpo.data.division import Shard, Span, is_one_block, spans
 from dpo.data.files import (

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from dpo.config.schema import ModelConfig
+from dpo.config.models import ModelConfig
 from dpo.data.tokenize import load_tokenizer
 from dpo.errors import ArtifactError, ModelError, writing
 from dpo.modeling.archive import checkpoint_folder, load_policy_file

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dpo.config.schema import LoraConfig
+from dpo.config.models import LoraConfig
 from dpo.errors import ConfigError, ModelError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -14,8 +14,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from dpo.config.models import ModelConfig
 from dpo.config.places import packaged_model_lock
-from dpo.config.schema import ModelConfig
 from dpo.errors import ModelError
 from dpo.modeling.quiet import quiet
 from dpo.storage.base_model import PACKAGED_ID, local_model, packaged_folder

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from dpo.config.schema import ModelConfig
+from dpo.config.models import ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from dpo.config.schema import ModelConfig
+from dpo.config.models import ModelConfig
 from dpo.data.packing import PackedBatch
 from dpo.data.tokenize import TokenizedExample
 from dpo.distributed.together import agree, barrier, each_a_share, gather, is_first

@@ -11,8 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dpo.config.models import ModelConfig
 from dpo.config.places import BUILTIN_PREFIX, builtin
-from dpo.config.schema import ModelConfig
 from dpo.errors import ModelError
 from dpo.plan.shape import Architecture
 from dpo.plan.sizes import from_config

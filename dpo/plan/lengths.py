@@ -146,7 +146,7 @@ def _from_sources(config: RunConfig) -> Lengths | None:
     from io import StringIO
     from tempfile import TemporaryDirectory
 
-    from dpo.config.schema import ModelConfig
+    from dpo.config.models import ModelConfig
     from dpo.config.stages import restrict
     from dpo.data.stage import run_ingest
     from dpo.storage.base_model import is_here

@@ -12,8 +12,8 @@ import json
 import os
 from pathlib import Path
 
+from dpo.config.models import ModelConfig
 from dpo.config.places import BUILTIN_PREFIX, builtin, builtins, cache_dir
-from dpo.config.schema import ModelConfig
 from dpo.errors import ModelError
 from dpo.storage.allowed import MODELS, check_allowed
 from dpo.storage.fingerprint import path_fingerprint

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from dpo.config.schema import RunConfig, TrainerConfig
+from dpo.config.models import TrainerConfig
+from dpo.config.schema import RunConfig
 from dpo.distributed.heartbeat import arrived
 from dpo.distributed.together import gather, waits_as_long
 from dpo.errors import ConfigError

@@ -26,8 +26,10 @@ import pyarrow as pa
 import pyarrow.json as pj
 import pyarrow.parquet as pq
 
+from dpo.config.models import ModelConfig
 from dpo.config.places import builtin
-from dpo.config.schema import ModelConfig, RunConfig, SourceConfig
+from dpo.config.schema import RunConfig
+from dpo.config.sources import SourceConfig
 from dpo.data.stage import run_ingest
 
 _LOOK_SECONDS = 0.5

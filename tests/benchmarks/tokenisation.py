@@ -21,7 +21,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from dpo.config.schema import ModelConfig, RunConfig, SourceConfig
+from dpo.config.models import ModelConfig
+from dpo.config.schema import RunConfig
+from dpo.config.sources import SourceConfig
 from tests.benchmarks.ingest import make_rows
 
 _ROW_BYTES = 1450

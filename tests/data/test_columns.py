@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo.config.places import builtin
-from dpo.config.schema import SourceConfig
+from dpo.config.sources import SourceConfig
 from dpo.data import check
 from dpo.data.check import Block, Rules, check_block
 from dpo.data.columns import Columns

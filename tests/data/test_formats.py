@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo.config.schema import Format, SourceConfig
+from dpo.config.sources import Format, SourceConfig
 from dpo.data import registry
 from dpo.data.formats import Candidate, Message, Rating, RowError
 from dpo.data.registry import parser_of

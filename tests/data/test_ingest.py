@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from dpo.config.schema import ModelConfig, RunConfig, SourceConfig
+from dpo.config.models import ModelConfig
+from dpo.config.schema import RunConfig
+from dpo.config.sources import SourceConfig
 from dpo.data import check
 from dpo.data.formats import Candidate, RowError
 from dpo.data.repeats import near_hash, near_hashes

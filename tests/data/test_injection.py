@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from dpo.config.schema import ModelConfig, RunConfig
+from dpo.config.models import ModelConfig
+from dpo.config.schema import RunConfig
 from dpo.data.chat import marks_of, to_chat
 from dpo.data.formats import Candidate, RowError
 from dpo.data.rules import rules_of

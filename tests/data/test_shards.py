@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from dpo.cli import main
-from dpo.config.schema import ModelConfig, RunConfig, SourceConfig
+from dpo.config.models import ModelConfig
+from dpo.config.schema import RunConfig
+from dpo.config.sources import SourceConfig
 from dpo.data import division
 from dpo.data.division import Shard
 from dpo.data.shards import parse_shard, run_shard

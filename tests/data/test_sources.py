@@ -12,7 +12,7 @@ from minio.credentials import StaticProvider
 
 from dpo.cli import main
 from dpo.config.compose import compose
-from dpo.config.schema import SourceConfig
+from dpo.config.sources import SourceConfig
 from dpo.data.sources import data_fingerprint, opened, source_fingerprint
 from dpo.errors import ConfigError, DataError, StoreError
 from dpo.storage.manifest import sha256_file

@@ -10,7 +10,7 @@ import huggingface_hub
 import pyarrow as pa
 import pytest
 
-from dpo.config.schema import SourceConfig
+from dpo.config.sources import SourceConfig
 from dpo.data import sources
 from dpo.data.sources import opened, source_fingerprint
 from dpo.data.splits import own_split

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dpo.config.models import ModelConfig
 from dpo.config.places import builtin
-from dpo.config.schema import ModelConfig, RunConfig
+from dpo.config.schema import RunConfig
 from dpo.data.rules import tokenizer_fingerprint
 from dpo.data.text_tokenizer import load_text_tokenizer
 from dpo.data.tokenize import Limits, load_tokenizer, tokenize_pair

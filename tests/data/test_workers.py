@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from dpo.config.schema import ModelConfig, RunConfig, SourceConfig
+from dpo.config.models import ModelConfig
+from dpo.config.schema import RunConfig
+from dpo.config.sources import SourceConfig
 from dpo.data import division
 from dpo.data.stage import run_ingest
 from tests.data.conftest import Outcome, good_row
@@ -62,7 +64,9 @@ def test_workers_and_blocks_change_no_byte(tmp_path: Path, monkeypatch: pytest.M
 
 SCRIPT = """
 from pathlib import Path
-from dpo.config.schema import ModelConfig, RunConfig, SourceConfig
+from dpo.config.models import ModelConfig
+from dpo.config.schema import RunConfig
+from dpo.config.sources import SourceConfig
 from dpo.data.stage import run_ingest
 
 print("the script begins")

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from dpo.config.schema import TrainerConfig
+from dpo.config.models import TrainerConfig
 from dpo.distributed import together
 from dpo.distributed.weights import outline, take_from_first
 from dpo.modeling.load import load_model

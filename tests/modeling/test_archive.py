@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
+from dpo.config.models import ModelConfig
 from dpo.config.places import builtin
-from dpo.config.schema import ModelConfig
 from dpo.errors import ModelError
 from dpo.modeling.load import load_for_training, load_model, save_model
 

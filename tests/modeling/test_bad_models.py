@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dpo.config.models import ModelConfig
 from dpo.config.places import builtin
-from dpo.config.schema import ModelConfig
 from dpo.errors import DpoError, ModelError
 from dpo.modeling.load import check_length, check_tokenizer, load_for_training, load_model
 from tests.modeling.architectures import random_model

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dpo.cli import main
+from dpo.config.models import ModelConfig
 from dpo.config.places import builtin
-from dpo.config.schema import ModelConfig
 from dpo.modeling.load import load_for_training, load_model, save_model
 
 TINY = builtin("builtin:tiny")

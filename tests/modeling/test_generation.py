@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from dpo.config.schema import ModelConfig
+from dpo.config.models import ModelConfig
 from dpo.errors import ModelError
 from dpo.evaluate.answers import repetition
 from dpo.modeling.generation import Answer, Sampler, answer, decode, generate

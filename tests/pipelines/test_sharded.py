@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from kfp import dsl
 
-from dpo.config.schema import ModelConfig, RunConfig, SourceConfig
+from dpo.config.models import ModelConfig
+from dpo.config.schema import RunConfig
+from dpo.config.sources import SourceConfig
 from dpo.config.stages import stage_json
 from dpo.data.stage import run_ingest
 from dpo.errors import ConfigError

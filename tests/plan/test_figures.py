@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dpo.config.compose import compose
-from dpo.config.schema import ModelConfig
+from dpo.config.models import ModelConfig
 from dpo.errors import ConfigError, ModelError
 from dpo.modeling.attention import ARCHITECTURES
 from dpo.plan.adapters import lora_parameters
@@ -146,8 +146,8 @@ def test_casts_and_gathered_weights_are_gone_when_the_optimiser_works():
 
 
 def test_adapter_parameters_are_those_of_peft():
+    from dpo.config.models import LoraConfig
     from dpo.config.places import builtin
-    from dpo.config.schema import LoraConfig
     from dpo.modeling.load import load_model
     from dpo.modeling.lora import add_adapter, trained_parameters
 

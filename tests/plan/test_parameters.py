@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dpo.config.compose import compose
-from dpo.config.schema import LoraConfig
+from dpo.config.models import LoraConfig
 from dpo.errors import ConfigError, ModelError
 from dpo.modeling.lora import add_adapter, trained_parameters
 from dpo.plan.adapters import lora_parameters

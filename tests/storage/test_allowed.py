@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from dpo.config.schema import ModelConfig, SourceConfig
+from dpo.config.models import ModelConfig
+from dpo.config.sources import SourceConfig
 from dpo.data.files import located, source_files
 from dpo.errors import ConfigError
 from dpo.storage.adopt import artifact_store

@@ -11,8 +11,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from dpo.config.compose import compose
+from dpo.config.models import LoraConfig, ModelConfig
 from dpo.config.places import builtin
-from dpo.config.schema import LoraConfig, ModelConfig
 from dpo.config.stages import restrict
 from dpo.errors import ConfigError, ModelError
 from dpo.modeling.load import load_for_training, load_model
