@@ -62,6 +62,8 @@ _AUTO_SHARE, _AUTO_WRITING_SHARE = 0.01, 0.2
 """Shares of the time that ``checkpoint_seconds=auto`` lets checkpoints take: training stands still,
 and they are written beside it."""
 _AUTO_FIRST_SECONDS, _AUTO_SECONDS = 10.0, (10.0, 3600.0)
+_AFTER_FAILURE_SECONDS = 300.0
+"""A full disk or a dead store is not tried again sooner."""
 
 Resume = Literal["auto", "force", "never"]
 
@@ -86,6 +88,7 @@ class Checkpoints:
         """For how long training stood still, for each checkpoint."""
         self.write_seconds = 0.0
         """How long the last one took until it was complete."""
+        self._went_wrong = False
         self._mirror = Mirror(place.store) if place.store else None
         self._saving: threading.Thread | None = None
         self._problem: DpoError | None = None
@@ -221,6 +224,8 @@ class Checkpoints:
         if not self.save_seconds:
             return _AUTO_FIRST_SECONDS
         shortest, longest = _AUTO_SECONDS
+        if self._went_wrong:
+            shortest = _AFTER_FAILURE_SECONDS
         dear = max(self.save_seconds[-1] / _AUTO_SHARE, self.write_seconds / _AUTO_WRITING_SHARE)
         return min(max(dear, shortest), longest)
 
@@ -241,7 +246,7 @@ class Checkpoints:
         parts += [lambda: self._declare(partial, target), lambda: self._check_shared(target)]
         # another process is gone: the training finds out by itself, and says who
         with suppress(RuntimeError):
-            any(self._failed(part, partial) for part in parts)
+            self._went_wrong = any(self._failed(part, partial) for part in parts)
         self.write_seconds = time.monotonic() - began
 
     def _failed(self, work: Any, partial: Path) -> bool:
@@ -375,12 +380,20 @@ def _explain(error: BaseException, folder: Path) -> DpoError:
     causes = [one[0] for one in getattr(error, "failures", {}).values()] or [error]
     reason = " ".join(str(causes[0]).split())
     # torch's writer does not say why it failed
-    full = "No space left" in reason or shutil.disk_usage(folder).free < _FULL_BYTES
+    full = "No space left" in reason or _is_full(folder)
     return ArtifactError(
         f"a checkpoint could not be written: {'the disk is full' if full else reason[-300:]}",
         where=str(folder),
         fix="free space" if full else "see the reason; keep_checkpoints=1 needs least space",
     )
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < _FULL_BYTES
+    except OSError:
+        # the folder is gone, or none
+        return False
 
 
 def _leave_out_unsaved(states: dict[str, Any], tensors: Path) -> None:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from dpo.config.compose import compose
@@ -18,6 +19,7 @@ from dpo.errors import ArtifactError, ConfigError
 from dpo.storage.store import open_store
 from dpo.train.checkpoint import Checkpoints
 from dpo.train.place import Place
+from dpo.train.position import Position
 from dpo.train.stage import run_train
 from tests.train.conftest import SETTINGS
 
@@ -392,6 +394,17 @@ def test_the_period_follows_the_measured_cost(tmp_path):
     assert keeper.period_seconds("auto") == 150, "20 % of the time"
     keeper.save_seconds.append(1000.0)
     assert keeper.period_seconds("auto") == 3600
+
+
+def test_a_checkpoint_that_failed_is_not_tried_again_at_once(tmp_path, capsys):
+    (tmp_path / "file").write_text("no folder")
+    keeper = Checkpoints(Place(tmp_path / "file" / "kept"), {}, keep=1)
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    keeper.save(model, optimizer, Position(), {})
+    keeper.finish(strict=False)
+    assert keeper.period_seconds("auto") == 300
+    assert "training goes on" in capsys.readouterr().err
 
 
 def test_the_share_of_useful_time_is_reported(prepared, tmp_path, capsys):
