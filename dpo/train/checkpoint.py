@@ -45,6 +45,7 @@ from dpo.errors import ArtifactError, ConfigError, DpoError, StoreError
 from dpo.storage.manifest import read_manifest, write_atomically, write_manifest
 from dpo.storage.mirror import Mirror
 from dpo.storage.progress import message
+from dpo.train.period import Period
 from dpo.train.place import Place
 from dpo.train.position import Position
 
@@ -58,12 +59,6 @@ _TENSORS = "tensors"
 _SHOWN_DIFFERENCES = 5
 _FULL_BYTES = 1 << 20
 """A disk with less than this left counts as full."""
-_AUTO_SHARE, _AUTO_WRITING_SHARE = 0.01, 0.2
-"""Shares of the time that ``checkpoint_seconds=auto`` lets checkpoints take: training stands still,
-and they are written beside it."""
-_AUTO_FIRST_SECONDS, _AUTO_SECONDS = 10.0, (10.0, 3600.0)
-_AFTER_FAILURE_SECONDS = 300.0
-"""A full disk or a dead store is not tried again sooner."""
 
 Resume = Literal["auto", "force", "never"]
 
@@ -84,11 +79,7 @@ class Checkpoints:
         self.folder = place.folder
         self.identity = {**identity, _FORMAT_KEY: FORMAT}
         self.keep, self.resume = keep, resume
-        self.save_seconds: list[float] = []
-        """For how long training stood still, for each checkpoint."""
-        self.write_seconds = 0.0
-        """How long the last one took until it was complete."""
-        self._went_wrong = False
+        self.period = Period()
         self._mirror = Mirror(place.store) if place.store else None
         self._saving: threading.Thread | None = None
         self._problem: DpoError | None = None
@@ -197,7 +188,7 @@ class Checkpoints:
             daemon=True,
         )
         self._saving.start()
-        self.save_seconds.append(time.monotonic() - began)
+        self.period.stopped_seconds = time.monotonic() - began
 
     def finish(self, *, strict: bool = True) -> None:
         """Wait until the checkpoint that is being written is complete.
@@ -217,18 +208,6 @@ class Checkpoints:
         if not dist.is_initialized():
             self.finish(strict=False)
 
-    def period_seconds(self, setting: int | Literal["auto"]) -> float:
-        """How long to train between two checkpoints; 0 leaves time out of it."""
-        if setting != "auto":
-            return float(setting)
-        if not self.save_seconds:
-            return _AUTO_FIRST_SECONDS
-        shortest, longest = _AUTO_SECONDS
-        if self._went_wrong:
-            shortest = _AFTER_FAILURE_SECONDS
-        dear = max(self.save_seconds[-1] / _AUTO_SHARE, self.write_seconds / _AUTO_WRITING_SHARE)
-        return min(max(dear, shortest), longest)
-
     def discard(self) -> None:
         """Remove them: the run's artifact is complete."""
         if is_first_of_host():
@@ -246,8 +225,8 @@ class Checkpoints:
         parts += [lambda: self._declare(partial, target), lambda: self._check_shared(target)]
         # another process is gone: the training finds out by itself, and says who
         with suppress(RuntimeError):
-            self._went_wrong = any(self._failed(part, partial) for part in parts)
-        self.write_seconds = time.monotonic() - began
+            self.period.failed = any(self._failed(part, partial) for part in parts)
+        self.period.writing_seconds = time.monotonic() - began
 
     def _failed(self, work: Any, partial: Path) -> bool:
         """Whether ``work`` failed in any process; then it is reported once and cleaned up."""

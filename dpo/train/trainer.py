@@ -124,7 +124,7 @@ class Trainer:
         stop = ranks.any(self._asked_to_stop)
         done = self.position.trained >= self.examples.order.total_examples
         seconds = (
-            self.checkpoints.period_seconds(self.config.checkpoint_seconds)
+            self.checkpoints.period.seconds(self.config.checkpoint_seconds)
             if self.checkpoints
             else 0.0
         )

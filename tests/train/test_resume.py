@@ -18,6 +18,7 @@ from dpo.config.stages import restrict
 from dpo.errors import ArtifactError, ConfigError
 from dpo.storage.store import open_store
 from dpo.train.checkpoint import Checkpoints
+from dpo.train.period import Period
 from dpo.train.place import Place
 from dpo.train.position import Position
 from dpo.train.stage import run_train
@@ -382,18 +383,18 @@ def test_a_full_disk_leaves_the_checkpoint_out_and_the_training_goes_on(
     assert_same(tmp_path / "model", tmp_path / "expected")
 
 
-def test_the_period_follows_the_measured_cost(tmp_path):
-    keeper = Checkpoints(Place(tmp_path), {}, keep=1)
-    assert keeper.period_seconds(120) == 120
-    assert keeper.period_seconds("auto") == 10
-    keeper.save_seconds.append(2.0)
-    assert keeper.period_seconds("auto") == 200, "1 % of the time"
-    keeper.save_seconds.append(0.001)
-    assert keeper.period_seconds("auto") == 10
-    keeper.write_seconds = 30.0
-    assert keeper.period_seconds("auto") == 150, "20 % of the time"
-    keeper.save_seconds.append(1000.0)
-    assert keeper.period_seconds("auto") == 3600
+def test_the_period_follows_the_measured_cost():
+    period = Period()
+    assert period.seconds(120) == 120
+    assert period.seconds("auto") == 10
+    period.stopped_seconds = 2.0
+    assert period.seconds("auto") == 200, "1 % of the time"
+    period.stopped_seconds = 0.001
+    assert period.seconds("auto") == 10
+    period.writing_seconds = 30.0
+    assert period.seconds("auto") == 150, "20 % of the time"
+    period.stopped_seconds = 1000.0
+    assert period.seconds("auto") == 3600
 
 
 def test_a_checkpoint_that_failed_is_not_tried_again_at_once(tmp_path, capsys):
@@ -403,7 +404,7 @@ def test_a_checkpoint_that_failed_is_not_tried_again_at_once(tmp_path, capsys):
     optimizer = torch.optim.AdamW(model.parameters())
     keeper.save(model, optimizer, Position(), {})
     keeper.finish(strict=False)
-    assert keeper.period_seconds("auto") == 300
+    assert keeper.period.seconds("auto") == 300
     assert "training goes on" in capsys.readouterr().err
 
 
