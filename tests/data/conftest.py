@@ -30,9 +30,16 @@ class Outcome:
         return [line["reason"] for line in self.quarantine]
 
 
+Ingest = Callable[..., Outcome]
+
+
 def good_row(number: int, split: str | None = None) -> dict[str, Any]:
     row = {"prompt": f"Question {number}?", "chosen": f"yes {number}", "rejected": f"no {number}"}
     return row | ({"split": split} if split else {})
+
+
+def row(prompt: str, chosen: str, rejected: str, **more: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
 
 
 GOOD = [good_row(-1, "train"), good_row(-2, "test")]

@@ -2,16 +2,14 @@
 
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dpo.data import division
-from tests.data.conftest import GOOD, Outcome, good_row
+from tests.data.conftest import GOOD, Ingest, Outcome, good_row
 
-Ingest = Callable[..., Outcome]
 BIG = [good_row(number) for number in range(40)]
 SMALL = [good_row(number) for number in range(10, 20)]
 

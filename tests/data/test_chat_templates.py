@@ -1,6 +1,5 @@
 """Chat templates by name, from a file, and what is wrong with one before any row is read."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,8 @@ from dpo.config.places import chat_templates
 from dpo.config.stages import load_stage, stage_json
 from dpo.data.parquet import read_pairs
 from dpo.errors import ConfigError
-from tests.data.conftest import Outcome, good_row
+from tests.data.conftest import Ingest, good_row
 
-Ingest = Callable[..., Outcome]
 TURNS = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "One?"},

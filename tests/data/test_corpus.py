@@ -15,7 +15,6 @@ import sys
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,7 @@ import zstandard
 
 from dpo.data import check, unpack
 from dpo.errors import DataError
-from tests.data.conftest import GOOD, Outcome, good_row
-
-Ingest = Callable[..., Outcome]
+from tests.data.conftest import GOOD, Ingest, good_row
 
 ROW = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
 LINE = json.dumps(ROW).encode() + b"\n"

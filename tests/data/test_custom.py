@@ -1,16 +1,12 @@
 """Functions of the user's own: for a row, and the reference code's form of a whole set."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dpo.data.quarantine import NOT_FAULTY
 from dpo.errors import ConfigError, DataError
-from tests.data.conftest import Outcome
-
-Ingest = Callable[..., Outcome]
-
+from tests.data.conftest import Ingest
 
 CUSTOM = """
 def mine(row):

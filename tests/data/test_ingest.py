@@ -1,146 +1,22 @@
-"""Rows in, Parquet and quarantine out: each reason, repeats, splits, and any number of workers."""
+"""Rows in, Parquet and quarantine out: repeats, splits, caps and the whole."""
 
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
 
 from dpo.config.models import ModelConfig
 from dpo.config.schema import RunConfig
 from dpo.config.sources import SourceConfig
 from dpo.data import check
-from dpo.data.formats import Candidate, RowError
 from dpo.data.repeats import near_hash, near_hashes
 from dpo.data.schema import pair_id, prompt_digest, split_of
 from dpo.data.stage import run_ingest
-from dpo.data.text_tokenizer import load_text_tokenizer
-from dpo.data.tokenize import Limits
-from dpo.data.validate import Validator
-from dpo.errors import ConfigError, DataError
-from tests.data.conftest import GOOD, Outcome, good_row, read_outcome
-
-Ingest = Callable[..., Outcome]
-
-
-def row(prompt: str, chosen: str, rejected: str, **more: Any) -> dict[str, Any]:
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
-
-
-# --- one row --------------------------------------------------------------------------------------
-
-LONG = "word " * 600
-
-
-@pytest.mark.parametrize(
-    ("bad", "reason", "field"),
-    [
-        (row("p", "c", "r") | {"chosen": None}, "missing_field", "chosen"),
-        (row("p", "c", "r") | {"rejected": ["x"]}, "wrong_type", "rejected"),
-        (row("p", " \n", "r"), "empty", "chosen"),
-        (row("", "c", "r"), "empty", "prompt"),
-        (row("p", "c", "r", sft_target=" "), "empty", "sft_target"),
-        (row("p", "same", " same "), "chosen_equals_rejected", "rejected"),
-        (row("p", " [deleted]", "r"), "placeholder", "chosen"),
-        (row("p", "c", "nan\n"), "placeholder", "rejected"),
-        (row("#NAME?", "c", "r"), "placeholder", "prompt"),
-        (row("p", "bell \a", "r"), "control_character", "chosen"),
-        (row("p", "c", "delete \x7f"), "control_character", "rejected"),
-        (row("p", "c", "a\0b"), "control_character", "rejected"),
-        (row("p", "It\u0092s", "r"), "control_character", "chosen"),
-        (row("p", "c", "wait \u0097"), "control_character", "rejected"),
-        (row("p", " \u200b\ufeff", "r"), "empty", "chosen"),
-        (row("\u2060", "c", "r"), "empty", "prompt"),
-        (row("lost \N{REPLACEMENT CHARACTER}", "c", "r"), "broken_encoding", "prompt"),
-        (row("p", "end<|endoftext|>", "r"), "eos_in_text", "chosen"),
-        (row("p", LONG + "a", LONG + "b"), "identical_after_truncation", "rejected"),
-        (row(LONG, "\n\u3000" * 900 + "a", "b"), "empty_after_truncation", "chosen"),
-        (row(LONG, "a", "\n\u200b" * 900 + "b"), "empty_after_truncation", "rejected"),
-        (row("q" + "\n\u3000" * 900, "a", "b"), "empty_after_truncation", "prompt"),
-        ({"note": "nothing"}, "unknown_format", ""),
-        (["list"], "wrong_type", ""),
-    ],
-)
-def test_each_reason(ingest: Ingest, bad: Any, reason: str, field: str) -> None:
-    found = ingest([good_row(1), bad])
-    (line,) = found.quarantine
-    assert (line["reason"], line["field"], line["line"]) == (reason, field, 2)
-    assert line["source"] == "rows"
-    assert line["file"] == "rows: rows.jsonl"
-    assert line["row"] == bad
-    assert line["advice"]
-    assert [pair["prompt"] for pair in found.pairs] == ["Question 1?"]
-    assert found.report["figures"]["by_source"]["rows"]["reasons"] == {reason: 1}
-
-
-def test_a_line_that_is_not_json_is_rejected_with_its_text(ingest: Ingest, tmp_path: Path) -> None:
-    path = tmp_path / "broken.jsonl"
-    path.write_text(json.dumps(good_row(1)) + '\n{"prompt": "p", \n')
-    found = ingest([good_row(2)], {"path": str(path)})
-    assert [(line["reason"], line["line"]) for line in found.quarantine] == [("unreadable", 2)]
-    assert found.quarantine[0]["row"] == found.quarantine[0]["value"] == '{"prompt": "p", '
-    (shown,) = found.report["examples"]["unreadable"]
-    assert shown.endswith("""(unreadable: '{"prompt": "p", ')""")
-
-
-def test_ordinary_characters_pass(ingest: Ingest) -> None:
-    odd = row("tab\t, line\r\n, ünï, 漢字 \U0001f600", "\u2028 c", " r <| endoftext |>")
-    found = ingest([odd])
-    assert found.quarantine == []
-    assert [found.pairs[0][name] for name in odd] == list(odd.values())
-
-
-def test_truncation_keeps_pairs_that_differ_within_the_limit(ingest: Ingest) -> None:
-    """The first difference stands inside the 256 tokens that are kept."""
-    found = ingest([row("p", "a " + LONG, "b " + LONG)])
-    assert found.quarantine == []
-
-
-def test_white_space_that_is_not_all_that_is_left_passes(ingest: Ingest) -> None:
-    blank = "\n\u3000" * 60
-    rows = [
-        *(row(LONG, f"{blank}a", "b"), row(f"p{blank}", f"{blank}a", f"{blank}b")),
-        # no more than fits into the limits together
-        row("p", "\n\u3000" * 80 + "a", "b"),
-    ]
-    assert len(ingest(rows).pairs) == 3
-
-
-def test_a_prompt_may_keep_its_start(ingest: Ingest) -> None:
-    rows = [row("\n\u3000" * 900 + "q", "a", "b"), row("q" + "\n\u3000" * 900, "c", "d")]
-    found = ingest(rows, truncation_mode="keep_start")
-    assert [(line["line"], line["reason"]) for line in found.quarantine] == [
-        (1, "empty_after_truncation")
-    ]
-
-
-def test_white_space_at_the_end_of_a_prompt_is_read_forwards(tmp_path: Path) -> None:
-    """Backwards it has no space before a line end, which are one token here."""
-    names = ["<end>", "Q", "a", "b", " ", "\n", "\t", " \n"]
-    vocabulary = {name: number for number, name in enumerate(names)}
-    backend = Tokenizer(models.BPE(vocabulary, [(" ", "\n")]))
-    backend.add_special_tokens(["<end>"])
-    backend.save(str(tmp_path / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    limits = Limits(20, 10, "keep_end")
-    validator = Validator(load_text_tokenizer(tmp_path), limits, "raw", 0.1, "rows")
-    with pytest.raises(RowError) as caught:
-        validator.check(Candidate("Q" + " \n\t" * 40, "a", "b"))
-    assert (caught.value.reason, caught.value.field) == ("empty_after_truncation", "prompt")
-
-
-def test_the_cut_is_counted_in_bytes_not_characters(ingest: Ingest) -> None:
-    """100 letters of 3 bytes that are tokens of one byte each: 256 tokens end before the 100th."""
-    same = "\ua000" * 99
-    found = ingest([row("p", same + "\ua001" * 400, same + "\ua002" * 400)])
-    assert found.reasons == ["identical_after_truncation"]
-
+from dpo.errors import DataError
+from tests.data.conftest import GOOD, Ingest, good_row, read_outcome, row
 
 # --- rows beside each other -----------------------------------------------------------------------
 
@@ -315,124 +191,6 @@ def test_a_prompt_whose_rated_answers_are_in_both_splits_stays_in_test(ingest: I
     found = ingest([*rated, good_row(1)])
     splits = [pair["split"] for pair in found.pairs if pair["prompt"] == "p"]
     assert splits == ["test", "test"]
-
-
-# --- chat -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def chat_model(tmp_path: Path, tiny_model: Path) -> Path:
-    """The tiny model with a chat template of square brackets that knows no system message."""
-    folder = tmp_path / "chat_model"
-    shutil.copytree(tiny_model, folder)
-    (folder / "chat_template.jinja").write_text(
-        "{% for m in messages %}{% if m.role == 'system' %}"
-        "{{ raise_exception('no system message, please') }}{% endif %}"
-        "[{{ m.role }}]{{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    return folder
-
-
-def test_chat_template(ingest: Ingest, chat_model: Path) -> None:
-    turns = [
-        {"role": "user", "content": "One?"},
-        {"role": "assistant", "content": "Two."},
-        {"role": "user", "content": "Three?"},
-    ]
-    hh = "\n\nHuman: One?\n\nAssistant: Two.\n\nHuman: Three?\n\nAssistant:"
-    found = ingest(
-        [
-            row(turns, " Four. ", "Five."),  # type: ignore[arg-type]
-            {"chosen": f"{hh} Six.", "rejected": f"{hh} Seven."},
-            row("Plain", "c", "r"),
-            row([{"role": "system", "content": "s"}, *turns], "c", "r"),  # type: ignore[arg-type]
-            row("\n\nHuman: a\n\nHuman: b", "c", "r"),
-            row("text\n\nHuman: b", "c", "r"),
-        ],
-        model=ModelConfig(name_or_path=str(chat_model)),
-        prompt_format="chat",
-    )
-    dialogue = "[user]One?[assistant]Two.[user]Three?[assistant]"
-    assert [(p["prompt"], p["chosen"], p["rejected"]) for p in found.pairs] == [
-        (dialogue, "Four.", "Five."),
-        (dialogue, "Six.", "Seven."),
-        ("[user]Plain[assistant]", "c", "r"),
-    ]
-    assert all(pair["prompt_messages"] == turns for pair in found.pairs[:2])
-    assert [(line["line"], line["reason"]) for line in found.quarantine] == [
-        (4, "chat_template_refuses"),
-        (5, "roles_out_of_order"),
-        (6, "text_before_first_turn"),
-    ]
-    assert "no system message, please" in found.quarantine[0]["advice"]
-
-
-def user(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}]
-
-
-WAYS: list[Callable[[str], Any]] = [
-    lambda text: text,
-    lambda text: f" {text}\n",
-    lambda text: f"\n\nHuman:  {text}\n\nAssistant:",
-    user,
-    lambda text: user(f"{text} \n"),
-]
-"""Of writing one prompt of one turn."""
-
-
-def test_a_prompt_of_a_chat_is_the_same_however_it_is_written(ingest: Ingest) -> None:
-    rows = [row(way(f"Q{n}"), " yes", "no ") for n in range(12) for way in WAYS]
-    found = ingest(rows, prompt_format="chat", chat_template="chatml", test_fraction=0.3)
-    assert found.reasons == ["duplicate_pair"] * (12 * 4)
-    assert len({pair["prompt"] for pair in found.pairs}) == 12
-    # other answers: each prompt has one split
-    rows = [row(way(f"Q{n}"), f"yes {k}", "no") for n in range(12) for k, way in enumerate(WAYS)]
-    found = ingest(rows, prompt_format="chat", chat_template="chatml", test_fraction=0.3)
-    prompts = {
-        split: {pair["prompt"].replace(" \n", "") for pair in found.pairs if pair["split"] == split}
-        for split in ("train", "test")
-    }
-    assert (found.reasons, len(found.pairs)) == ([], 12 * 5)
-    assert not prompts["train"] & prompts["test"]
-
-
-def test_a_chat_keeps_no_contradiction_and_no_leak(ingest: Ingest) -> None:
-    rows = [row("Q1", "a", "b"), row(user("Q1"), "b", "a")]
-    rows += [row("Q2", "a", "b", split="test"), row(user("Q2\n"), "c", "d", split="train")]
-    found = ingest(rows, prompt_format="chat", chat_template="chatml")
-    assert found.reasons == ["contradictory_pair", "contradictory_pair", "prompt_in_test"]
-
-
-def test_what_a_template_leaves_out_makes_no_other_prompt(ingest: Ingest) -> None:
-    template = "{% for m in messages if m.role == 'user' %}({{ m.content }}){% endfor %}"
-    asked = [
-        [{"role": "system", "content": said}, *user("Q")] for said in ("Be kind.", "Be brief.")
-    ]
-    rows = [row(asked[0], "a", "b", split="test"), row(asked[1], "c", "d", split="train")]
-    found = ingest(rows, prompt_format="chat", chat_template=template)
-    assert found.reasons == ["prompt_in_test"]
-
-
-def test_the_split_of_a_chat_does_not_depend_on_the_template(ingest: Ingest) -> None:
-    rows = [row(user(f"Q{n}"), "a", "b") for n in range(20)]
-    splits = [
-        [pair["split"] for pair in ingest(rows, test_fraction=0.4, **settings).pairs]
-        for settings in (
-            {"prompt_format": "chat", "chat_template": "chatml"},
-            {"prompt_format": "chat", "chat_template": "zephyr"},
-            # the text of a dialogue is that of its turns
-            {},
-        )
-    ]
-    assert splits[0] == splits[1] == splits[2]
-    assert set(splits[0]) == {"train", "test"}
-
-
-def test_chat_needs_a_template(ingest: Ingest) -> None:
-    with pytest.raises(ConfigError, match="no chat template"):
-        ingest([good_row(1)], prompt_format="chat")
 
 
 # --- golden cases, written by hand from the rules of the reference code ---------------------------
@@ -636,14 +394,3 @@ def test_prompts_of_any_script_may_be_nearly_equal(one: str, other: str, near: b
     assert hashes.tolist() == [
         int.from_bytes(near_hash(text), "little") for text in (one, "", other)
     ]
-
-
-def test_long_prompts_can_be_refused(ingest: Ingest) -> None:
-    """The tiny tokenizer has no token longer than its text: 40 characters are 40 tokens at most."""
-    rows = [row("x y z " * 30, "a", "b"), row("short", "a", "b")]
-    found = ingest(rows, {"max_prompt_tokens": 20})
-    assert [(line["reason"], line["field"]) for line in found.quarantine] == [
-        ("prompt_too_long", "prompt")
-    ]
-    assert [pair["prompt"] for pair in found.pairs] == ["short"]
-    assert ingest(rows).quarantine == []

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ from dpo.data.rules import rules_of
 from dpo.data.text_tokenizer import load_text_tokenizer
 from dpo.data.tokenize import load_tokenizer
 from dpo.errors import ConfigError
-from tests.data.conftest import Outcome, good_row
+from tests.data.conftest import Ingest, good_row
 
-Ingest = Callable[..., Outcome]
 CHATML = {"prompt_format": "chat", "chat_template": "chatml"}
 LLAMA2 = (
     "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"

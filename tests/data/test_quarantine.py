@@ -1,14 +1,12 @@
 """A quarantine file is a source like any other: what is mended in it is read again."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.data.conftest import Outcome, good_row
+from tests.data.conftest import Ingest, good_row
 
-Ingest = Callable[..., Outcome]
 ASKED = {"role": "user", "content": "p"}
 DELETED = {"role": "assistant", "content": "[deleted]"}
 

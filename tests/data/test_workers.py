@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,7 @@ from dpo.config.schema import RunConfig
 from dpo.config.sources import SourceConfig
 from dpo.data import division
 from dpo.data.stage import run_ingest
-from tests.data.conftest import Outcome, good_row
-
-Ingest = Callable[..., Outcome]
+from tests.data.conftest import Ingest, good_row
 
 
 def many_rows(tmp_path: Path) -> Path:
