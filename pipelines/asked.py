@@ -83,8 +83,9 @@ def _first(options: argparse.Namespace, names: Iterable[str]) -> str:
     return ""
 
 
-def next_command(options: argparse.Namespace, state: str) -> str:
-    """The same run on more data; where there is no more, or the gate refused, another beta.
+def next_command(options: argparse.Namespace, state: str, beta: float | None) -> str:
+    """The same run on more data; where there is no more, or the gate refused, another beta than
+    the run had.
 
     Nothing after a sweep, steps run again, a reading in shards or images: it would be another run.
     """
@@ -105,9 +106,8 @@ def next_command(options: argparse.Namespace, state: str) -> str:
     words = [word for option, value in kept.items() if value for word in (option, value)]
     assignments = [*options.assignments]
     if again:
-        betas = [text.partition("=")[2] for text in assignments if text.startswith(_BETA)]
         assignments = [text for text in assignments if not text.startswith(_BETA)]
-        assignments.append("loss.beta=0.4" if betas[-1:] == ["0.2"] else "loss.beta=0.2")
+        assignments.append("loss.beta=0.4" if beta == 0.2 else "loss.beta=0.2")
     words += [word for text in assignments for word in ("--set", text)]
     if again:
         words.append("--dry-run")

@@ -377,7 +377,8 @@ def _finish(options: argparse.Namespace, outcome: Outcome) -> None:
         print(outcome.as_json())
         return
     console = Console(stderr=outcome.state in ("failed", "timed out", "unknown"))
-    show(outcome, console, next_command=asked.next_command(options, outcome.state))
+    beta = (outcome.evaluation.get("loss") or {}).get("beta")
+    show(outcome, console, next_command=asked.next_command(options, outcome.state, beta))
 
 
 if __name__ == "__main__":

@@ -193,50 +193,64 @@ def test_a_mistake_in_an_option_is_json_for_ci():
 
 
 @pytest.mark.parametrize(
-    ("given", "state", "told"),
+    ("given", "state", "beta", "told"),
     [
-        (["--preset", "toy"], "succeeded", "make run"),
-        (["--preset", "quick"], "succeeded", "make run PRESET=full"),
-        ([], "succeeded", "make run PRESET=full"),
+        (["--preset", "toy"], "succeeded", 0.1, "make run"),
+        (["--preset", "quick"], "succeeded", 0.1, "make run PRESET=full"),
+        ([], "succeeded", 0.1, "make run PRESET=full"),
         (
             ["--preset", "full"],
             "succeeded",
+            0.1,
             "PROGRAM --local --preset full --set loss.beta=0.2 --dry-run",
         ),
         (
             ["--preset", "quick", "--set", "model=a b", "--runs-dir", "r", "--store", "file:///s"],
             "succeeded",
+            0.1,
             "PROGRAM --local --preset full --store file:///s --runs-dir r --set 'model=a b'",
         ),
         (
             ["--preset", "toy", "--set", "seed=1"],
             "refused",
+            0.1,
             "PROGRAM --local --preset toy --set seed=1 --set loss.beta=0.2 --dry-run",
         ),
         (
             ["--from", "ID"],
             "succeeded",
+            0.1,
             "PROGRAM --local --from ID --set loss.beta=0.2 --dry-run",
         ),
         (
             ["--preset", "full", "--set", "preference_beta=0.2", "--set", "seed=1"],
             "succeeded",
+            0.2,
             "PROGRAM --local --preset full --set seed=1 --set loss.beta=0.4 --dry-run",
+        ),
+        (
+            ["--from", "ID"],
+            "succeeded",
+            0.2,
+            "PROGRAM --local --from ID --set loss.beta=0.4 --dry-run",
         ),
         (
             ["--preset", "full", "--set", "loss.beta=0.4"],
             "refused",
+            0.4,
             "PROGRAM --local --preset full --set loss.beta=0.2 --dry-run",
         ),
         # of these the same run is more than one line
-        (["--preset", "quick", "--sweep", "loss.beta=0.1,0.2"], "succeeded", ""),
-        (["--preset", "quick", "--ingest-shards", "4"], "succeeded", ""),
-        (["--preset", "quick", "--rerun", "sft"], "succeeded", ""),
-        (["--preset", "quick", "--images", "images.json"], "succeeded", ""),
-        (["--preset", "toy"], "failed", ""),
+        (["--preset", "quick", "--sweep", "loss.beta=0.1,0.2"], "succeeded", 0.1, ""),
+        (["--preset", "quick", "--ingest-shards", "4"], "succeeded", 0.1, ""),
+        (["--preset", "quick", "--rerun", "sft"], "succeeded", 0.1, ""),
+        (["--preset", "quick", "--images", "images.json"], "succeeded", 0.1, ""),
+        (["--preset", "toy"], "failed", 0.1, ""),
     ],
 )
-def test_the_next_command_is_the_same_run_and_works_as_written(given, state, told, monkeypatch):
+def test_the_next_command_is_the_same_run_and_works_as_written(
+    given, state, beta, told, monkeypatch
+):
     from pipelines import asked, submit
 
     monkeypatch.chdir(Path(__file__).parents[1])
@@ -244,7 +258,7 @@ def test_the_next_command_is_the_same_run_and_works_as_written(given, state, tol
     shown = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
     options = submit.parser().parse_args(["--local", *given])
     expected = told.replace("PROGRAM", f"{shown} pipelines/submit.py")
-    assert asked.next_command(options, state) == expected
+    assert asked.next_command(options, state, beta) == expected
 
 
 def test_without_the_packages_of_the_project_the_way_to_them_is_named():
