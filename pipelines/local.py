@@ -40,7 +40,9 @@ from pipelines.display import Display, RunView
 from pipelines.package import save_package, steps_of
 
 _POLL_SECONDS = 0.2
-_STOP_SECONDS = 15.0
+_STOP_SECONDS = 40.0
+"""For a training step to end its optimiser step and to write a checkpoint."""
+_TOLD_AFTER_SECONDS = 2.0
 _LEAST_FREE_BYTES = 1 << 16
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")
 
@@ -98,7 +100,7 @@ def run_local(job: Job, console: Console, *, timeout_seconds: float | None = Non
         try:
             _watch(worker, events, Display(view, console), timeout_seconds)
         finally:
-            _stop(worker)
+            _stop(worker, console)
             if job.runner == "docker":
                 containers.stop_containers(run_id)
         succeeded = worker.returncode == 0
@@ -187,20 +189,23 @@ def _watch(
             time.sleep(_POLL_SECONDS)
 
 
-def _stop(worker: subprocess.Popen[bytes]) -> None:
-    """End the worker and its steps: politely, then not."""
+def _stop(worker: subprocess.Popen[bytes], console: Console) -> None:
+    """End the worker and its steps: politely, then not. Ctrl-C meanwhile ends the patience."""
     if worker.poll() is not None:
         return
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(worker.pid, how)
+    with suppress(ProcessLookupError):
+        os.killpg(worker.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            with suppress(subprocess.TimeoutExpired):
+                worker.wait(_TOLD_AFTER_SECONDS)
+                return
+            console.print(
+                "Ending: a training step writes a checkpoint first (Ctrl-C again does not wait) ..."
+            )
             worker.wait(_STOP_SECONDS)
-        except ProcessLookupError:
             return
-        except subprocess.TimeoutExpired:
-            continue
-        else:
-            return
+        os.killpg(worker.pid, signal.SIGKILL)
+        worker.wait()
 
 
 def _outcome(

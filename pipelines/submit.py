@@ -36,6 +36,7 @@ from rich.table import Table
 from dpo.config.arguments import Arguments
 from dpo.errors import DpoError, PipelineError, print_any_text, system_problem
 from dpo.plan.booked import check_booked
+from dpo.storage.processes import told_to_end
 from pipelines import asked, explain, history, package, start
 from pipelines.deployment import image_assignments
 from pipelines.deployment import names as deployments
@@ -209,7 +210,9 @@ def main(arguments: list[str] | None = None) -> int:
             options = explain.parser().parse_args(given[1:])
             with nothing_started():
                 return explain.main(options, runs_folder(options.runs_dir))
-        return _run(parser().parse_args(given))
+        # CI and `timeout` end a command with SIGTERM
+        with told_to_end():
+            return _run(parser().parse_args(given))
     except (DpoError, OSError) as problem:
         error = system_problem(problem) if isinstance(problem, OSError) else problem
         print(error, file=sys.stderr)

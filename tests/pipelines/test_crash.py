@@ -1,4 +1,5 @@
-"""What is published after a crash and a resume: the bytes of a run that nothing disturbed."""
+"""What a run leaves that is ended, and what is published after a crash and a resume: the bytes of
+a run that nothing disturbed."""
 
 import json
 import os
@@ -40,6 +41,26 @@ def test_a_run_killed_in_both_trainings_publishes_the_bytes_of_an_undisturbed_on
     assert outcome["published"]["content_hash"] == undisturbed["published"]["content_hash"]
     (ours, theirs) = (verify(each["published"]["url"]) for each in (outcome, undisturbed))
     assert ours["files"] == theirs["files"]
+
+
+@pytest.mark.long
+def test_a_training_that_is_told_to_end_writes_a_checkpoint_first(tmp_path):
+    checkout = Checkout.make(tmp_path / "ended")
+    longer = [f"sft.{setting}" for setting in ("n_examples=8000", "batch_size=4", "n_epochs=9")]
+    run = checkout.start(*(word for setting in longer for word in ("--set", setting)))
+
+    def trains():
+        events = (checkout.folder / "runs/history").glob("*/progress.jsonl")
+        return any('"unit": "steps"' in file.read_text("utf-8") for file in events)
+
+    wait_until(trains, 120, lambda: "no training began")
+    os.kill(run.pid, signal.SIGTERM)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "the same command goes on from there" in errors
+    assert "Traceback" not in errors
+    assert _newest_step(checkout, "sft") > 0
+    assert checkout.processes() == []
 
 
 def _kill_in(checkout: Checkout, stage: str) -> None:

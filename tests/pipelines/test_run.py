@@ -342,6 +342,7 @@ def _wait_for(checkout, step):
     ("how", "code"),
     [
         pytest.param(signal.SIGINT, 130, id="ctrl-c", marks=pytest.mark.long),
+        pytest.param(signal.SIGTERM, 130, id="sigterm", marks=pytest.mark.long),
         pytest.param(signal.SIGKILL, -signal.SIGKILL, id="kill", marks=pytest.mark.long),
     ],
 )
