@@ -22,6 +22,8 @@ from pipelines.sweep import compiled
 
 _LAUNCHING_CPU, _LAUNCHING_MEMORY = "500m", "2Gi"
 """What a step asks for that only starts a job and follows it."""
+_NOTIFYING = ("gate", "publish", "finish")
+"""Steps that tell how a run ended: ``finish``, and the two before it for a run that was retried."""
 _QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 _PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 
@@ -67,7 +69,7 @@ def _deploy_step(task: Any, step: str, deployment: Deployment) -> None:
     _set_pod(task, deployment, resources)
     for name, value in _own_variables(step, deployment).items():
         task.set_env_variable(name, value)
-    if step == "finish" and (told := deployment.notification) and told.secret:
+    if step in _NOTIFYING and (told := deployment.notification) and told.secret:
         kubernetes.use_secret_as_env(task, told.secret, {told.secret_key: "DPO_NOTIFY_SECRET"})
     if step == "publish" and (key := deployment.signing):
         kubernetes.use_secret_as_env(task, key.secret, {key.secret_key: "DPO_SIGNING_KEY"})
@@ -107,7 +109,8 @@ def _nodes(deployment: Deployment, resources: Resources) -> NodesConfig:
 def _own_variables(step: str, deployment: Deployment) -> dict[str, str]:
     """Variables of one step.
 
-    Those of ``fingerprint`` and ``finish`` are free to change, for these steps are never cached.
+    Those of ``fingerprint``, ``gate``, ``publish`` and ``finish`` are free to change, for these
+    steps are never cached.
     """
     if step == "fingerprint":
         machine = {
@@ -125,7 +128,7 @@ def _own_variables(step: str, deployment: Deployment) -> dict[str, str]:
             "DPO_EXPECTED_SOURCE": source_fingerprint(),
             "DPO_MACHINE": json.dumps(machine, sort_keys=True),
         }
-    if step == "finish" and deployment.notification:
+    if step in _NOTIFYING and deployment.notification:
         return {"DPO_NOTIFY_URL": deployment.notification.url}
     if step in CHECKPOINTED_STEPS and deployment.checkpoint_root:
         return {CHECKPOINTS_VARIABLE: deployment.checkpoint_root}

@@ -1,6 +1,6 @@
 """The end of a run: its manifest says how it went, and a notification URL is called.
 
-Whom to call is set by the administrator in the environment of this one step (``DPO_NOTIFY_URL``,
+Whom to call is set by the administrator in the environment of the last steps (``DPO_NOTIFY_URL``,
 ``DPO_NOTIFY_SECRET``): no text of a user becomes an address. Redirects are not followed.
 """
 
@@ -67,6 +67,29 @@ def run_finish(store_url: str, run_id: str, state: str, reason: str = "") -> dic
         message("finish", str(error))
     message("finish", f"the run ended: {ended['state']}; notification: {ended['notification']}")
     return text
+
+
+def tell_of_retry(store: Store, run_id: str, step: str) -> None:
+    """Tell how a run ended that was told to have failed, and that went on.
+
+    Kubeflow runs no ``finish`` after a retry, for it carries the first one over as done (tried with
+    Argo's controller 4.0.5). What ``finish`` alone writes shows that there was one.
+
+    Args:
+        store: Where the run's manifest lies, with its end.
+        run_id: Names the run's folder in the store.
+        step: Who says so.
+    """
+    try:
+        known = stored_run_manifest(store, run_id)
+        if "notification" not in known or not os.environ.get(URL_VARIABLE):
+            return
+        sent = _notify(_message(store, run_id, known, known))
+        message(step, f"the run went on and ended: {known['state']}; notification: {sent}")
+        write_run_manifest(store, run_id, notification=sent)
+    except DpoError as error:
+        # the run is what it is whoever hears of it
+        message(step, str(error))
 
 
 def _known(store: Store | None, run_id: str) -> dict[str, Any]:

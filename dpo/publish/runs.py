@@ -12,6 +12,7 @@ from typing import Any
 
 from dpo.config.schema import PublishConfig
 from dpo.errors import ConfigError, DpoError, masked, printable
+from dpo.publish.finish import tell_of_retry
 from dpo.storage.lineage import read_sources
 from dpo.storage.manifest import read_manifest, sha256_file
 from dpo.storage.runs import (
@@ -146,3 +147,5 @@ def record_verdict(publish: PublishConfig, run_id: str, *, evaluation: Path, ver
         settings={"evaluate": judged.settings, "gate": decided.settings},
         sources=read_sources(evaluation),
     )
+    if not decision["approved"]:
+        tell_of_retry(store, run_id, "gate")

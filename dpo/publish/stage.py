@@ -15,6 +15,7 @@ from typing import Any
 from dpo.config.schema import RunConfig
 from dpo.config.stages import stage_settings
 from dpo.errors import ArtifactError
+from dpo.publish.finish import tell_of_retry
 from dpo.publish.folder import gathered
 from dpo.publish.registry import register
 from dpo.publish.runs import configured_store, failure_recorded, run_state
@@ -103,6 +104,7 @@ def _publish(
         register(settings.registry, published.name, published.content_hash, published.url, facts)
     if run_id:
         write_run_manifest(store, run_id, **run_state("succeeded"))
+        tell_of_retry(store, run_id, "publish")
     return published
 
 

@@ -30,7 +30,7 @@ class Pipeline:
     def __init__(self, folder, root):
         self.folder, self.root = folder, root
 
-    def run(self, run_id, data, *, store=None, weight=0, base=""):
+    def run(self, run_id, data, *, store=None, weight=0, base="", approved=True):
         """One run; ``base`` is the fingerprint of the model that SFT starts from."""
         place, store = self.folder / run_id, store or self.root
         settings = {"datasets": ["novalto"], "sources": {"novalto": data}}
@@ -56,13 +56,15 @@ class Pipeline:
         output(
             place / "verdict",
             "gate",
-            {"verdict.json": {"approved": True}},
+            {"verdict.json": {"approved": approved}},
             inputs={"evaluation": judged.content_hash},
-            details={"approved": True},
+            details={"approved": approved},
         )
         config = compose([f"publish.store='{store}'", "model=tiny"]).config
         paths = {"evaluation": place / "evaluation", "verdict": place / "verdict"}
         record_verdict(restrict(config, "gate").publish, run_id, **paths)
+        if not approved:
+            return None
         run_publish(
             restrict(config, "publish"),
             place / "out",

@@ -153,3 +153,37 @@ def test_a_retried_run_is_not_said_to_have_failed(pipeline):
     manifest = read_run_manifest(pipeline.root, "r1")
     assert (manifest["state"], manifest["reason"]) == ("succeeded", None)
     assert manifest["ended"]
+
+
+@pytest.mark.parametrize("approved", [True, False])
+def test_a_retried_run_tells_again_how_it_ended(pipeline, receiver, monkeypatch, approved):
+    """By gate or publish, for Kubeflow runs no second ``finish``: what was told must not stay."""
+    address, got, _ = receiver
+    monkeypatch.setenv("DPO_NOTIFY_URL", address)
+    write_run_manifest(open_store(pipeline.root), "r1", state="running")
+    run_finish(pipeline.root, "r1", "FAILED", "the pod was deleted")
+    pipeline.run("r1", source("pairs.jsonl"), approved=approved)
+    ended = [json.loads(body) for _, _, body in got]
+    assert [text["state"] for text in ended] == ["failed", "succeeded" if approved else "refused"]
+    assert ended[1]["approved"] is approved
+    assert bool(ended[1]["content_hash"]) is approved
+    assert ended[1]["ended"] >= ended[0]["ended"]
+    assert read_run_manifest(pipeline.root, "r1")["notification"] == "sent, answered with 204"
+
+
+def test_a_run_that_was_not_retried_is_told_of_by_finish_alone(pipeline, receiver, monkeypatch):
+    address, got, _ = receiver
+    monkeypatch.setenv("DPO_NOTIFY_URL", address)
+    pipeline.run("r1", source("pairs.jsonl"))
+    assert not got
+    run_finish(pipeline.root, "r1", "SUCCEEDED")
+    assert len(got) == 1
+
+
+def test_a_retried_run_that_nobody_hears_of_is_published(pipeline, monkeypatch):
+    monkeypatch.setenv("DPO_NOTIFY_URL", "http://127.0.0.1:9/")
+    run_finish(pipeline.root, "r1", "FAILED")
+    pipeline.run("r1", source("pairs.jsonl"))
+    manifest = read_run_manifest(pipeline.root, "r1")
+    assert manifest["state"] == "succeeded"
+    assert manifest["notification"] == "failed: ConnectionRefusedError"
