@@ -126,7 +126,8 @@ class Resources(Section):
     timeout_seconds: int = Field(0, ge=0)
     """The pod is ended when it takes longer; 0 sets no limit."""
     retries: int = Field(0, ge=0, le=50)
-    """Further attempts after a failure. A deleted or evicted pod is not tried again by Kubeflow."""
+    """Further attempts after a failure, also of a pod that its node evicted. A deleted pod is tried
+    again only where Kubernetes told of its end before it was gone."""
     retry_wait_seconds: int = Field(60, ge=0)
     """Wait before the second attempt; doubles with each attempt."""
     retry_until_seconds: int = Field(_WEEK_SECONDS, ge=1)
