@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,13 @@ from dpo.config.reuse import differing, shown
 from dpo.config.stages import stage_settings
 from dpo.errors import ConfigError, holds_password
 from pipelines.sweep import assignments_of
+
+_VARIABLE = re.compile(
+    r"\{\{(?:[=$]|\s*(?:item|steps|inputs|outputs|pod|workflow|tasks)\.|\s*(?:steps|tasks|inputs)\s*\})"
+    r"[^}]*\}+"
+)
+"""What Argo 4.0.5, which runs Kubeflow's steps, was seen to put another text in the place of, or to
+end or wait for ever at; and Kubeflow's own (``$``)."""
 
 
 def presets() -> list[str]:
@@ -81,6 +89,28 @@ def parameters(
     }
     stage_configs(values)
     return values
+
+
+def check_texts(values: Mapping[str, Any]) -> None:
+    """Refuse what would reach the steps as another text, or stop the run in Argo.
+
+    Other braces are left as they are, so that chat templates may have theirs.
+
+    Args:
+        values: Parameters of a run on a cluster.
+
+    Raises:
+        ConfigError: a text has a variable of Argo's or Kubeflow's in it.
+    """
+    for name, value in values.items():
+        for text in value if isinstance(value, list) else [value]:
+            if found := _VARIABLE.search(str(text)):
+                raise ConfigError(
+                    f"{found[0]} is a variable of the cluster's own: the steps would not get it as "
+                    "it is written",
+                    where=name,
+                    fix="write it otherwise: of a template's item, item['text'] and not item.text",
+                )
 
 
 def check_candidates(values: Mapping[str, Any], candidates: Iterable[str]) -> None:

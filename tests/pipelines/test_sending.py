@@ -1,5 +1,6 @@
 """What is sent to an endpoint: once, where it was registered, and not what cannot work there."""
 
+import contextlib
 import re
 import time
 
@@ -7,8 +8,9 @@ import pytest
 import yaml
 from urllib3.exceptions import HTTPError
 
-from dpo.errors import PipelineError
+from dpo.errors import ConfigError, PipelineError
 from pipelines import cluster, connection, on_cluster, package, sending, submit
+from pipelines.request import check_texts
 from tests.support.kfp_backend import Fault, Scenario
 
 
@@ -79,6 +81,41 @@ def test_a_template_longer_than_a_files_name_is_no_file(backend, command):
     asked = ("--store", "s3://bucket", "--set", f"sft.chat_template='{template}'")
     code, _, said = command(*asked)
     assert (code, len(backend.runs)) == (0, 1), said
+
+
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [
+        # what Argo 4.0.5 did with each in a workflow of this pipeline's: another text
+        ("{{workflow.name}}", True),
+        ("{{= 1+1 }}", True),
+        # an end ("failed to resolve") or a wait without one
+        ("{{ item.content }}", True),
+        ("{{ tasks }}", True),
+        ("{{ steps.a }}", True),
+        # Kubeflow's launcher puts all of a step's inputs there
+        ("{{$}}", True),
+        # left as they are
+        ("{{ item['content'] }}", False),
+        ("{{ messages }}", False),
+        ("{{- message.content }}", False),
+        ("{{ tasks_of_the_day }}", False),
+    ],
+)
+def test_a_text_that_would_reach_the_steps_as_another_is_refused(text, refused):
+    template = f"chat_template={{% for item in messages %}}{text}{{% endfor %}}"
+    for values in ({"model": text}, {"sft_overrides": ["lr=1e-5", template]}):
+        with pytest.raises(ConfigError) if refused else contextlib.nullcontext():
+            check_texts(values)
+
+
+def test_such_a_text_is_not_sent(backend, command):
+    template = "{% for item in messages %}{{ item.content }}{% endfor %}"
+    asked = ("--store", "s3://bucket", "--set", f'sft.chat_template="{template}"')
+    code, _, said = command(*asked)
+    assert (code, len(backend.runs)) == (2, 0), said
+    assert "{{ item.content }} is a variable of the cluster's own" in said
+    assert "where: sft_overrides" in said
 
 
 @pytest.mark.parametrize("asked", ["GET", "POST"])
