@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,10 +14,12 @@ from dpo.config.describe import suggestion
 from dpo.config.parameters import OVERRIDES, check_names, route, stage_configs, typed
 from dpo.config.places import config_dir
 from dpo.config.reuse import differing, shown
-from dpo.config.stages import stage_settings
+from dpo.config.stages import stage_json, stage_settings
 from dpo.errors import ConfigError, holds_password
 from pipelines.sweep import assignments_of
 
+_SETTINGS_BYTES = 100_000
+"""Of the 128 KiB that an argument may have (MAX_ARG_STRLEN); the rest is for fingerprints."""
 _VARIABLE = re.compile(
     r"\{\{(?:[=$]|\s*(?:item|steps|inputs|outputs|pod|workflow|tasks)\.|\s*(?:steps|tasks|inputs)\s*\})"
     r"[^}]*\}+"
@@ -91,16 +94,25 @@ def parameters(
     return values
 
 
-def check_texts(values: Mapping[str, Any]) -> None:
-    """Refuse what would reach the steps as another text, or stop the run in Argo.
-
-    Other braces are left as they are, so that chat templates may have theirs.
+def check_values(values: Mapping[str, Any]) -> None:
+    """Refuse what would reach the steps as another text or not at all, or stop the run in Argo.
 
     Args:
         values: Parameters of a run on a cluster.
 
     Raises:
-        ConfigError: a text has a variable of Argo's or Kubeflow's in it.
+        ConfigError: a text has a variable of Argo's or Kubeflow's in it, or a step's settings are
+            longer than Linux lets an argument be.
+    """
+    check_texts(values)
+    check_lengths(values)
+
+
+def check_texts(values: Mapping[str, Any]) -> None:
+    """Refuse variables of the cluster's own; other braces stay, as chat templates have them.
+
+    Raises:
+        ConfigError: a text has one in it.
     """
     for name, value in values.items():
         for text in value if isinstance(value, list) else [value]:
@@ -111,6 +123,24 @@ def check_texts(values: Mapping[str, Any]) -> None:
                     where=name,
                     fix="write it otherwise: of a template's item, item['text'] and not item.text",
                 )
+
+
+def check_lengths(values: Mapping[str, Any]) -> None:
+    """Refuse settings that no process could be given.
+
+    Raises:
+        ConfigError: a step's are longer than Linux lets an argument be.
+    """
+    for stage, config in stage_configs(values).items():
+        # they are a text in the JSON that is one argument of the step's process
+        n_bytes = len(json.dumps(stage_json(config, stage, key_only=False)))
+        if n_bytes > _SETTINGS_BYTES:
+            raise ConfigError(
+                f"the settings of step {stage} take {n_bytes:,} bytes, and a process is given at "
+                f"most {_SETTINGS_BYTES:,} of them",
+                where="datasets" if stage == "ingest" else f"settings of {stage}",
+                fix="name folders or globs (s3://bucket/pairs/*.jsonl) in place of single files",
+            )
 
 
 def check_candidates(values: Mapping[str, Any], candidates: Iterable[str]) -> None:

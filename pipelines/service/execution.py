@@ -257,10 +257,10 @@ def _submit(
 ) -> str:
     from pipelines import sending
     from pipelines.deployment import load_deployment
-    from pipelines.request import check_texts
+    from pipelines.request import check_values
     from pipelines.shared_places import check_places
 
-    check_texts(parameters)
+    check_values(parameters)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "package.yaml")
         deployment = load_deployment(settings.deployment)

@@ -10,7 +10,7 @@ from urllib3.exceptions import HTTPError
 
 from dpo.errors import ConfigError, PipelineError
 from pipelines import cluster, connection, on_cluster, package, sending, submit
-from pipelines.request import check_texts
+from pipelines.request import check_lengths, check_texts
 from tests.support.kfp_backend import Fault, Scenario
 
 
@@ -107,6 +107,15 @@ def test_a_text_that_would_reach_the_steps_as_another_is_refused(text, refused):
     for values in ({"model": text}, {"sft_overrides": ["lr=1e-5", template]}):
         with pytest.raises(ConfigError) if refused else contextlib.nullcontext():
             check_texts(values)
+
+
+def test_settings_that_are_longer_than_an_argument_may_be_are_refused():
+    """Linux gives a process no argument of 128 KiB: the step would not even begin."""
+    files = [f"s3://bucket/some/prefix/part-{number:05d}.jsonl" for number in range(400)]
+    check_lengths({"datasets": files[:200]})
+    with pytest.raises(ConfigError, match="settings of step ingest") as refused:
+        check_lengths({"datasets": files})
+    assert "globs" in refused.value.fix
 
 
 def test_such_a_text_is_not_sent(backend, command):
