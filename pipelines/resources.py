@@ -131,7 +131,8 @@ class Resources(Section):
     retry_wait_seconds: int = Field(60, ge=0)
     """Wait before the second attempt; doubles with each attempt."""
     retry_until_seconds: int = Field(_WEEK_SECONDS, ge=1)
-    """No attempt begins later than this after the first began; must exceed the training time."""
+    """No attempt begins later than this after the first began, and a further attempt that runs then
+    is ended: must exceed the training time with all waits."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Resources:
