@@ -22,10 +22,11 @@ _SETTINGS_BYTES = 100_000
 """Of the 128 KiB that an argument may have (MAX_ARG_STRLEN); the rest is for fingerprints."""
 _VARIABLE = re.compile(
     r"\{\{(?:[=$]|\s*(?:item|steps|inputs|outputs|pod|workflow|tasks)\.|\s*(?:steps|tasks|inputs)\s*\})"
-    r"[^}]*\}+"
+    r"[^}]*\}+|\$\$|\$\([A-Z_][A-Z0-9_]*\)"
 )
 """What Argo 4.0.5, which runs Kubeflow's steps, was seen to put another text in the place of, or to
-end or wait for ever at; and Kubeflow's own (``$``)."""
+end or wait for ever at; Kubeflow's own (``{{$``); and what Kubernetes makes of an argument: ``$``
+of ``$$``, and a variable's value of ``$(HOME)``."""
 
 
 def presets() -> list[str]:
@@ -118,10 +119,11 @@ def check_texts(values: Mapping[str, Any]) -> None:
         for text in value if isinstance(value, list) else [value]:
             if found := _VARIABLE.search(str(text)):
                 raise ConfigError(
-                    f"{found[0]} is a variable of the cluster's own: the steps would not get it as "
-                    "it is written",
+                    f"{found[0]} means something to the cluster: the steps would not get it as it "
+                    "is written",
                     where=name,
-                    fix="write it otherwise: of a template's item, item['text'] and not item.text",
+                    fix="write it otherwise (of a template's item, item['text'] and not "
+                    "item.text), or name a file that the image has",
                 )
 
 

@@ -95,9 +95,13 @@ def test_a_template_longer_than_a_files_name_is_no_file(backend, command):
         ("{{ steps.a }}", True),
         # Kubeflow's launcher puts all of a step's inputs there
         ("{{$}}", True),
+        # Kubernetes 1.34's Expand makes "$x$" and "/root" of them
+        ("$$x$$", True),
+        ("$(HOME)", True),
         # left as they are
         ("{{ item['content'] }}", False),
         ("{{ messages }}", False),
+        ("^[^$]+$|$5|$(pwd)", False),
         ("{{- message.content }}", False),
         ("{{ tasks_of_the_day }}", False),
     ],
@@ -123,7 +127,7 @@ def test_such_a_text_is_not_sent(backend, command):
     asked = ("--store", "s3://bucket", "--set", f'sft.chat_template="{template}"')
     code, _, said = command(*asked)
     assert (code, len(backend.runs)) == (2, 0), said
-    assert "{{ item.content }} is a variable of the cluster's own" in said
+    assert "{{ item.content }} means something to the cluster" in said
     assert "where: sft_overrides" in said
 
 
