@@ -25,6 +25,7 @@ from pipelines.cluster import (
 _LOOKS_SECONDS = (0.0, 1.0, 3.0)
 """Pauses before each look whether something was started: the endpoint may be busy starting it."""
 _PAGE = 100
+_CONFLICT = 409
 _CRON_FIELDS = 6
 _Found = TypeVar("_Found")
 
@@ -53,18 +54,13 @@ def upload(client: Any, target: Endpoint, package: Path, name: str, version: str
         RequestError: the endpoint refused it, or did not answer; nothing was started.
     """
     try:
-        with quiet():
-            pipeline_id = _pipeline_id(client, target, name)
-            if pipeline_id is None:
-                pipeline_id = client.upload_pipeline(
-                    str(package), pipeline_name=name, namespace=target.namespace
-                ).pipeline_id
-            for known in _versions(client, pipeline_id):
-                if known.display_name == version:
-                    return Registered(pipeline_id, known.pipeline_version_id, new=False)
-            made = client.upload_pipeline_version(
-                str(package), pipeline_version_name=version, pipeline_id=pipeline_id
-            )
+        try:
+            return _registered(client, target, package, name, version)
+        except Exception as error:
+            if getattr(error, "status", None) != _CONFLICT:
+                raise
+            # somebody registered it since it was looked for: it is found now
+            return _registered(client, target, package, name, version)
     except Exception as error:
         if is_refusal(error):
             raise problem(
@@ -76,6 +72,23 @@ def upload(client: Any, target: Endpoint, package: Path, name: str, version: str
             where=lost.where,
             fix="send it again: what it has of it already is not registered twice",
         ) from None
+
+
+def _registered(
+    client: Any, target: Endpoint, package: Path, name: str, version: str
+) -> Registered:
+    with quiet():
+        pipeline_id = _pipeline_id(client, target, name)
+        if pipeline_id is None:
+            pipeline_id = client.upload_pipeline(
+                str(package), pipeline_name=name, namespace=target.namespace
+            ).pipeline_id
+        for known in _versions(client, pipeline_id):
+            if known.display_name == version:
+                return Registered(pipeline_id, known.pipeline_version_id, new=False)
+        made = client.upload_pipeline_version(
+            str(package), pipeline_version_name=version, pipeline_id=pipeline_id
+        )
     return Registered(pipeline_id, str(made.pipeline_version_id), new=True)
 
 

@@ -264,6 +264,21 @@ def test_uploading_twice_registers_once(backend, command):
     assert len(backend.versions[pipeline["pipeline_id"]]) == versions + 1
 
 
+@pytest.mark.parametrize("looked_for", ["list_pipelines", "list_versions"])
+def test_what_another_registers_meanwhile_is_used(backend, command, monkeypatch, looked_for):
+    """Two CI jobs of one commit: each looks before the other has sent it."""
+    _, theirs, _ = command("--upload")
+    found = getattr(backend, looked_for)
+    answers = iter([{"total_size": 0}])
+    monkeypatch.setattr(backend, looked_for, lambda *asked: next(answers, None) or found(*asked))
+    # the first look finds nothing
+    code, ours, said = command("--upload")
+    assert code == 0, said
+    assert ours["where"] == theirs["where"]
+    assert "was registered before" in said
+    assert len(backend.pipelines) == 1
+
+
 def test_a_run_of_an_uploaded_package_is_linked_to_its_version(backend, command):
     _, outcome, _ = command("--upload", "--run")
     reference = backend.runs[outcome["run_id"]]["pipeline_version_reference"]
