@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from dpo.errors import PipelineError
+from dpo.errors import ConfigError, PipelineError
 from dpo.storage.processes import told_to_end
 from pipelines import cluster, package, sending
 from pipelines.asked import not_empty
@@ -22,6 +22,8 @@ from pipelines.outcome import Outcome
 from pipelines.request import check_values
 from pipelines.shared_places import check_inputs, check_places
 from pipelines.watch import wait
+
+_LONGEST_NAME = 255
 
 
 def add_options(this: argparse.ArgumentParser) -> None:
@@ -80,7 +82,7 @@ def run_on_cluster(
         sent = cluster.parameters_of(cluster.get_run(client, target, options.retry))
         sending.retry(client, target, options.retry)
         return _follow(options, client, target, options.retry, {**values, **sent})
-    name = options.run_name or new_name(values)
+    name = name_of(options.run_name, values)
     with tempfile.TemporaryDirectory() as folder, _being_sent(name, target):
         path = Path(folder, "package.yaml")
         package.save_package(documents, path)
@@ -98,9 +100,21 @@ def run_on_cluster(
     return _follow(options, client, target, run_id, values)
 
 
-def new_name(values: Mapping[str, Any]) -> str:
-    """A name for a run that nobody named, and that no other run has."""
-    return f"{values['publish_name']} {datetime.now(UTC):%Y-%m-%d %H:%M:%S} {uuid4().hex[:6]}"
+def name_of(given: str | None, values: Mapping[str, Any]) -> str:
+    """The name of a run; one that no other run has where nobody named it.
+
+    Raises:
+        ConfigError: it is longer than Kubeflow's database takes.
+    """
+    if given and len(given) > _LONGEST_NAME:
+        raise ConfigError(
+            f"the name of the run has {len(given)} characters; Kubeflow keeps {_LONGEST_NAME}",
+            where="--run-name",
+            fix="write a shorter one",
+        )
+    return (
+        given or f"{values['publish_name']} {datetime.now(UTC):%Y-%m-%d %H:%M:%S} {uuid4().hex[:6]}"
+    )
 
 
 def _shown(outcome: Outcome) -> Outcome:

@@ -328,7 +328,7 @@ def _run_on_cluster(
     timeout_seconds: float | None,
 ) -> Outcome:
     from pipelines import cluster, sending
-    from pipelines.on_cluster import new_name
+    from pipelines.on_cluster import name_of
     from pipelines.request import check_values
     from pipelines.shared_places import check_inputs, check_places
     from pipelines.watch import wait as wait_for
@@ -338,7 +338,7 @@ def _run_on_cluster(
     check_inputs(documents, values)
     place = cluster.endpoint(*target)
     client = cluster.connect(place)
-    name = run_name or new_name(values)
+    name = name_of(run_name, values)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "package.yaml")
         package.save_package(documents, path)

@@ -157,6 +157,8 @@ def test_own_models_from_any_folder(tmp_path, monkeypatch):
         ("publish.name=publishing", ["publish.name=publishing", "choose another name"]),
         (f"publish.name={'a' * 64}", ["choose another name"]),
         ("lr", ["key=value"]),
+        # 2^53 + 1 is no floating-point number, and Kubeflow's parameters are
+        ("seed=9007199254740993", ["seed=9007199254740993: input should be less than "]),
         # one of several types
         ("checkpoint_seconds=soon", ["checkpoint_seconds='soon': input should be 'auto' or "]),
         ("lora.modules=q_proj", ["lora.modules='q_proj': input should be 'all' or "]),

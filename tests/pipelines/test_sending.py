@@ -415,3 +415,10 @@ def test_another_version_of_the_pipeline_that_is_there_stays_and_ours_is_added(b
     assert len(after) == len(before) + 1
     run = backend.runs[outcome["run_id"]]
     assert run["pipeline_version_reference"]["pipeline_version_id"] == after[-1]
+
+
+def test_a_name_that_the_database_would_not_take_is_refused(backend, command):
+    code, _, said = command("--run-name", "n" * 256)
+    assert (code, len(backend.runs)) == (2, 0)
+    assert "has 256 characters; Kubeflow keeps 255" in said
+    assert command("--run-name", "n" * 255)[0] == 0
