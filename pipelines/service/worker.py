@@ -147,7 +147,9 @@ def main() -> int:
         settings = Settings.from_environment(os.environ)
         # two workers would carry out the same runs
         with locked(settings.data_dir.absolute() / "worker"):
-            obtain_model(settings.run_parameters("file:///data.jsonl", "community"))
+            if not os.environ.get("KF_PIPELINES_ENDPOINT"):
+                # on Kubeflow the steps fetch it themselves; a service's pod may reach no hub
+                obtain_model(settings.run_parameters("file:///data.jsonl", "community"))
             worker = Worker(settings)
 
             def stop(_: int, __: FrameType | None) -> None:

@@ -51,6 +51,25 @@ def test_ready_names_the_endpoint_that_does_not_answer(tmp_path, no_endpoint_ans
     assert "does not answer" in found["pipeline"] or "refused" in found["pipeline"]
 
 
+def test_a_worker_for_an_endpoint_needs_no_base_model(tmp_path, backend):
+    deployment = tmp_path / "deployment.yaml"
+    deployment.write_text(DEPLOYMENT)
+    service = ServiceProcess(
+        tmp_path / "data",
+        KF_PIPELINES_ENDPOINT=backend.url,
+        DPO_SERVICE_DEPLOYMENT=str(deployment),
+        DPO_SERVICE_SETTINGS='{"model": "no-one/no-such-model"}',
+        # as in a cluster without a way out
+        HF_ENDPOINT=NOBODY,
+        DPO_CACHE_DIR=str(tmp_path / "cache"),
+    )
+    client = service.start()
+    try:
+        wait_until(lambda: client.get("/ready").status == 200, 60, service.said)
+    finally:
+        service.end(signal.SIGKILL)
+
+
 class Killed(BaseException):
     """The process ended here; no ``except Exception`` sees it."""
 
