@@ -53,27 +53,40 @@ def remove(output_url: str) -> None:
     open_store(place).delete(key)
 
 
-def watch(output_url: str, seconds: float, expired: Callable[[], None]) -> threading.Event:
-    """Call ``expired`` once when the lease was not renewed for ``seconds``.
+class Watch:
+    """Looks for signs of the launcher; ``expired`` is called once when there was none for long.
 
-    Returns an event that ends the watch. A store that does not answer counts as no sign: a pod that
-    cannot reach the store cannot save its work either.
+    A store that does not answer counts as no sign: a pod that cannot reach the store cannot save
+    its work either.
     """
-    place, key = lease_url(output_url)
-    ended = threading.Event()
 
-    def look() -> None:
-        store, seen, since = open_store(place), b"", time.monotonic()
-        while not ended.wait(seconds / _RENEWALS):
-            try:
-                found = store.read(key)
-            except (ObjectMissing, StoreError):
-                found = seen
-            if found != seen:
-                seen, since = found, time.monotonic()
-            elif time.monotonic() - since > seconds:
-                expired()
+    def __init__(self, output_url: str, seconds: float, expired: Callable[[], None]) -> None:
+        self._seconds, self._expired = seconds, expired
+        self._place, self._key = lease_url(output_url)
+        self._seen, self._since = b"", time.monotonic()
+        self._ended = threading.Event()
+        threading.Thread(target=self._look, name="lease watch", daemon=True).start()
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether so many signs in a row are missing that nobody is likely to send another.
+
+        Nodes stop together when the first of them saw the lease expire: the others saw it nearly.
+        """
+        return time.monotonic() - self._since > self._seconds / 2
+
+    def end(self) -> None:
+        """Look no more."""
+        self._ended.set()
+
+    def _look(self) -> None:
+        store = open_store(self._place)
+        while not self._ended.wait(self._seconds / _RENEWALS):
+            found = self._seen
+            with suppress(ObjectMissing, StoreError):
+                found = store.read(self._key)
+            if found != self._seen:
+                self._seen, self._since = found, time.monotonic()
+            elif time.monotonic() - self._since > self._seconds:
+                self._expired()
                 return
-
-    threading.Thread(target=look, name="lease watch", daemon=True).start()
-    return ended

@@ -17,9 +17,10 @@ from dpo.nodes.cluster import Cluster
 from dpo.nodes.diagnosis import Finding, diagnose
 from dpo.nodes.job import build
 from dpo.nodes.request import Request
-from dpo.storage.manifest import Manifest
+from dpo.storage.manifest import MANIFEST, Manifest
 from dpo.storage.progress import message
 from dpo.storage.remote import read_remote_manifest
+from dpo.storage.store import open_store
 
 _POLL_SECONDS = 3.0
 _LAST_LINES = 40
@@ -51,7 +52,19 @@ def train_on_nodes(
         _create_or_adopt(cluster, config, request)
         _Follower(cluster, config, request, poll_seconds).follow()
     lease.remove(request.output)
+    if not _written(request):
+        raise TrainingStopped(
+            f"the nodes ended without a result: they saw no sign of this step for "
+            f"{request.lease_seconds} s",
+            where=request.output,
+            fix="see that the nodes reach the store; run again: it goes on from its checkpoint",
+        )
     return read_remote_manifest(request.output, stage=request.stage)
+
+
+def _written(request: Request) -> bool:
+    """Whether the result is in the store; nodes that nobody followed end well without one."""
+    return open_store(request.output).stat(MANIFEST) is not None
 
 
 def _create_or_adopt(cluster: Cluster, config: NodesConfig, request: Request) -> None:
@@ -68,6 +81,9 @@ def _create_or_adopt(cluster: Cluster, config: NodesConfig, request: Request) ->
             _wait_until(deadline, f"{shown} of an earlier attempt is not removed")
         elif outcome_of(found) == "Failed":
             message(request.stage, f"removing {shown}, which failed in an earlier attempt")
+            cluster.delete(name)
+        elif outcome_of(found) and not _written(request):
+            message(request.stage, f"removing {shown}, which ended when nobody followed it")
             cluster.delete(name)
         else:
             message(request.stage, f"going on with {shown}, which an earlier attempt started")

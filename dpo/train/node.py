@@ -26,6 +26,9 @@ from dpo.train.place import ROOT_VARIABLE
 
 _GRACE_SECONDS = 60
 """A node without a launcher has this long to write a checkpoint."""
+_NOBODY_WAITS = 0
+"""Exit code of a node without a launcher. Runtimes restart containers that end otherwise: Kubeflow
+Trainer's own does six times, each time for the whole time of a lease."""
 
 
 def main() -> int:
@@ -43,7 +46,7 @@ def main() -> int:
         time.sleep(min(_GRACE_SECONDS, request.lease_seconds))
         # still waiting for other nodes, where nothing answers to the signal
         print(f"{request.stage}: {stopped[0]}; this node ended", file=sys.stderr, flush=True)
-        os._exit(TrainingStopped.exit_code)
+        os._exit(_NOBODY_WAITS)
 
     def asked_to_end(*_: object) -> None:
         raise TrainingStopped(
@@ -54,14 +57,17 @@ def main() -> int:
 
     # torchrun's agent takes the signal over while it runs
     signal.signal(signal.SIGTERM, asked_to_end)
-    watch = lease.watch(request.output, request.lease_seconds, end)
+    watch = lease.Watch(request.output, request.lease_seconds, end)
     try:
         with reported(request.stage), tempfile.TemporaryDirectory() as folder:
             train(request, Path(folder))
     except SystemExit as error:
-        return error.code if isinstance(error.code, int) else 1
+        code = error.code if isinstance(error.code, int) else 1
+        if code == TrainingStopped.exit_code and (stopped or watch.abandoned):
+            return _NOBODY_WAITS
+        return code
     finally:
-        watch.set()
+        watch.end()
     return 0
 
 

@@ -163,6 +163,29 @@ def test_a_retry_after_a_failure_makes_a_new_job(plane, cluster, training, tmp_p
     assert again.result() == expected
 
 
+def test_a_job_whose_pods_ended_because_nobody_followed_is_made_anew(
+    plane, cluster, training, tmp_path
+):
+    """They end well, for containers that fail are restarted; only their result is missing."""
+    launched = Launched(cluster, config(), training)
+    bound(plane, training)
+    before = cluster.get(training.job_name)["metadata"]["uid"]
+    finish(plane, training)
+    error = launched.result()
+    assert isinstance(error, TrainingStopped)
+    assert "saw no sign of this step" in str(error)
+    again = Launched(cluster, config(), training)
+    eventually(
+        lambda: (
+            (cluster.get(training.job_name) or {}).get("metadata", {}).get("uid")
+            not in (None, before)
+        )
+    )
+    expected = written(tmp_path, training)
+    finish(plane, training)
+    assert again.result() == expected
+
+
 def test_the_job_belongs_to_the_workflow(plane, cluster, training, monkeypatch):
     """The launching pod's owner is the job's owner, so deleting the run deletes the job."""
     core = k.CoreV1Api(plane.client())

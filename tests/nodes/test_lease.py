@@ -11,16 +11,17 @@ def test_a_lease_that_is_renewed_does_not_expire_and_one_that_is_not_does(tmp_pa
     output = (tmp_path / "output").as_uri()
     expired = threading.Event()
     with lease.held(output, 3.0):
-        ended = lease.watch(output, 3.0, expired.set)
+        watch = lease.Watch(output, 3.0, expired.set)
         time.sleep(5)
-        assert not expired.is_set()
+        assert (expired.is_set(), watch.abandoned) == (False, False)
     assert expired.wait(30)
-    ended.set()
+    assert watch.abandoned
+    watch.end()
 
 
 def test_a_watch_without_any_lease_expires(tmp_path):
     expired = threading.Event()
-    lease.watch((tmp_path / "output").as_uri(), 0.5, expired.set)
+    lease.Watch((tmp_path / "output").as_uri(), 0.5, expired.set)
     assert expired.wait(10)
 
 
