@@ -39,9 +39,10 @@ def main() -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     stopped: list[str] = []
+    unheard = f"the step that started this job gave no sign for {request.lease_seconds} s"
 
     def end() -> None:
-        stopped.append(f"the step that started this job gave no sign for {request.lease_seconds} s")
+        stopped.append(unheard)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(min(_GRACE_SECONDS, request.lease_seconds))
         # still waiting for other nodes, where nothing answers to the signal
@@ -64,6 +65,8 @@ def main() -> int:
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
         if code == TrainingStopped.exit_code and (stopped or watch.abandoned):
+            # the process that trained does not know why it was asked to stop
+            print(f"{request.stage}: {unheard}; this node ended", file=sys.stderr, flush=True)
             return _NOBODY_WAITS
         return code
     finally:
