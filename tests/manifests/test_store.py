@@ -109,3 +109,17 @@ def test_no_bucket_can_be_made_and_nobody_reads_without_credentials(limited):
         ).get_bucket_policy("setup-test")
     )
     assert {item["Effect"] for item in policy["Statement"]} == {"Deny"}
+
+
+def test_a_server_that_is_not_up_yet_is_told_in_a_line():
+    """As on a new cluster, where the server's image is pulled beside the job's pod."""
+    done = subprocess.run(
+        [sys.executable, str(SETUP), "http://127.0.0.1:9", "setup-test", "preference"],
+        env={"MINIO_ROOT_USER": "root", "MINIO_ROOT_PASSWORD": "root-password", "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("http://127.0.0.1:9 does not answer yet")
+    assert "Traceback" not in done.stderr

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from minio import Minio, MinioAdmin
 from minio.credentials import StaticProvider
+from urllib3.exceptions import HTTPError
 
 _OBJECTS = (
     *("s3:GetObject", "s3:PutObject", "s3:DeleteObject"),
@@ -93,4 +94,8 @@ def main(endpoint: str, bucket: str, prefix: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except HTTPError as error:
+        # its image may be pulled for minutes beside this pod's; the Job tries again
+        sys.exit(f"{sys.argv[1]} does not answer yet: {error}")
