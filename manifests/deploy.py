@@ -145,6 +145,19 @@ def missing_secrets(kubectl: str, overlay: str) -> list[str]:
     ]
 
 
+def without_store(name: str) -> str:
+    """What keeps the runs of a deployment from the store, if anything."""
+    chosen = load_deployment(name)
+    if chosen.store_secret or any(key.startswith("AWS_ROLE") for key in chosen.environment):
+        return ""
+    return (
+        f"the deployment {name or 'of the service'} names no store_secret: the runs that the "
+        "service starts have the store's credentials only where their service account brings them. "
+        "Name the Secret, and S3_ENDPOINT under environment, in a deployment of yours "
+        "(config/deployment/standalone.yaml shows both)"
+    )
+
+
 def remove(kubectl: str, overlay: str) -> None:
     """Remove what an overlay applied, its namespace and volumes too.
 
@@ -178,6 +191,8 @@ def main(arguments: list[str] | None = None) -> int:
                 f"the Secret {name} is missing in the namespace {_NAMESPACE}: pods wait for it. "
                 "Fill in secrets.example.yaml (manifests/README.md) and apply it"
             )
+        if options.deployment and (hint := without_store(options.deployment)):
+            print(hint)
     except DpoError as error:
         print(error, file=sys.stderr)
         return error.exit_code

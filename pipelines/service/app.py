@@ -16,7 +16,14 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match, Route
 
 from dpo import __version__
-from dpo.errors import DpoError, ObjectMissing
+from dpo.errors import (
+    DpoError,
+    ModelError,
+    ObjectMissing,
+    PipelineError,
+    StoreError,
+    StoreUnavailable,
+)
 from dpo.storage.store import open_store
 from pipelines.service import views
 from pipelines.service.auth import Caller
@@ -29,6 +36,13 @@ from pipelines.service.settings import Settings
 from pipelines.service.shared import CallerOf, Service
 
 _WORKER_SILENT_SECONDS = 30.0
+_PARTS: dict[type[DpoError], str] = {
+    StoreUnavailable: "the store does not answer",
+    StoreError: "the store cannot be used",
+    ModelError: "the base model's tokenizer cannot be had",
+    PipelineError: "the pipeline endpoint does not answer",
+}
+"""What failed where it is not the caller's doing, by its error; where and why, the log says."""
 _REPORT_POLICY = (
     "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
 )
@@ -124,7 +138,13 @@ def _answer_problems(app: FastAPI) -> None:
     async def unavailable(_: Request, error: DpoError) -> JSONResponse:
         # where and what belongs to the operator, not to the caller
         log("a dependency failed", error=str(error))
-        return Problem(503, "a part that this needs does not answer").response(request_id.get())
+        return Problem(503, what_failed(error)).response(request_id.get())
+
+
+def what_failed(error: DpoError) -> str:
+    """Which part of the service's surroundings, as the caller is told."""
+    parts = (text for kind, text in _PARTS.items() if isinstance(error, kind))
+    return f"{next(parts, 'a part that this needs failed')}; the service's log says more"
 
 
 def _allowed(app: FastAPI, request: Request) -> str:

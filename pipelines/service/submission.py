@@ -109,8 +109,8 @@ class Checker:
             raise Unacceptable(503, "the check of the data set ended; try again") from None
         if isinstance(found, Unacceptable):
             raise found
-        if isinstance(found, str):
-            raise DpoError(found)
+        if isinstance(found, _Failure):
+            raise found.kind(found.text)
         return found
 
     async def warm_up(self) -> None:
@@ -132,18 +132,26 @@ def _load() -> None:
     import dpo.data.stage  # noqa: F401
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """An error as a value: an exception with its context does not travel well."""
+
+    kind: type[DpoError]
+    text: str
+
+
 def _try_check(
     path: Path, communities: frozenset[str] | None, settings: Settings
-) -> Checked | Unacceptable | str:
-    """``check`` with its errors as values: an exception with its context does not travel well."""
+) -> Checked | Unacceptable | _Failure:
+    """``check`` with its errors as values."""
     try:
         return check(path, communities, settings)
     except Unacceptable as error:
         return error
     except DpoError as error:
-        return str(error)
+        return _Failure(type(error), str(error))
     except OSError as error:
-        return f"the data set could not be written: {error.strerror}"
+        return _Failure(DpoError, f"the data set could not be written: {error.strerror}")
 
 
 def check(path: Path, communities: frozenset[str] | None, settings: Settings) -> Checked:

@@ -59,6 +59,11 @@ def test_another_overlay_is_named_with_the_choices(name, tmp_path):
         deploy.write_overlay(name, "", tmp_path / "none.json")
 
 
+@pytest.mark.parametrize(("name", "hint"), [("cpu", True), ("standalone", False)])
+def test_runs_without_credentials_of_the_store_are_told(name, hint):
+    assert ("store_secret" in deploy.without_store(name)) is hint
+
+
 def test_without_kubectl_there_is_a_message(capsys):
     assert deploy.main(["dev", "--kubectl", "no-such-kubectl"]) != 0
     assert "no-such-kubectl was not found" in capsys.readouterr().err

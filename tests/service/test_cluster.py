@@ -70,6 +70,17 @@ def test_a_worker_for_an_endpoint_needs_no_base_model(tmp_path, backend):
         service.end(signal.SIGKILL)
 
 
+def test_a_tokenizer_that_cannot_be_had_is_named(tmp_path):
+    # an empty folder where the tokenizer should be, which needs no hub to be missed
+    (tmp_path / "model").mkdir()
+    preset = {"settings": {"model": str(tmp_path / "model")}}
+    with served(tmp_path / "data", **preset) as client:
+        answer = client.post(body())
+    assert answer.status == 503
+    assert answer.json["detail"].startswith("the base model's tokenizer cannot be had")
+    assert str(tmp_path) not in answer.json["detail"]
+
+
 class Killed(BaseException):
     """The process ended here; no ``except Exception`` sees it."""
 
