@@ -16,6 +16,7 @@ from dpo import handlers
 from dpo.commands import ABOUT_PUBLISHED, COMMANDS, PATHS
 from dpo.config.arguments import Arguments
 from dpo.errors import ConfigError, DpoError, print_any_text, system_problem
+from dpo.storage.processes import told_to_end
 
 INTERRUPTED = 130
 
@@ -25,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     print_any_text()
     try:
-        return _main(given)
+        with told_to_end():
+            return _main(given)
     except DpoError as error:
         print(f"dpo: {error}", file=sys.stderr)
         return error.exit_code

@@ -50,14 +50,13 @@ def _ingest(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int
             where="shards",
             fix="give shard=I/N to N commands, and shards= to one more after them",
         )
-    with told_to_end():
-        if "shard" in paths:
-            from dpo.data.shards import parse_shard, run_shard
+    if "shard" in paths:
+        from dpo.data.shards import parse_shard, run_shard
 
-            run_shard(config, paths["output"], parse_shard(str(paths["shard"])))
-            print(f"shard: {paths['output']}")
-            return 0
-        run_ingest(config, paths["output"], shards=_folders(paths.get("shards")))
+        run_shard(config, paths["output"], parse_shard(str(paths["shard"])))
+        print(f"shard: {paths['output']}")
+        return 0
+    run_ingest(config, paths["output"], shards=_folders(paths.get("shards")))
     print(f"pairs and report: {paths['output']}")
     return 0
 
@@ -79,8 +78,7 @@ def check(options: argparse.Namespace, settings: list[str]) -> int:
     from dpo.data.check_file import check_file
 
     as_json = options.output == "json"
-    with told_to_end():
-        return check_file(options.check, settings, options.config_dir, as_json=as_json)
+    return check_file(options.check, settings, options.config_dir, as_json=as_json)
 
 
 def _tokenize(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:

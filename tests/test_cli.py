@@ -2,13 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from dpo.cli import COMMANDS
+from dpo import handlers
+from dpo.cli import COMMANDS, main
 
 
 def dpo(*arguments, cwd=None, environment=None):
@@ -24,8 +26,6 @@ def dpo(*arguments, cwd=None, environment=None):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_explains_with_an_example(name, capsys):
-    from dpo.cli import main
-
     with pytest.raises(SystemExit) as caught:
         main([name, "--help"])
     assert caught.value.code == 0
@@ -42,6 +42,21 @@ def test_help_loads_nothing_heavy(arguments):
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", ["reference", "evaluate", "tokenize", "export", "fetch"])
+def test_a_command_that_is_told_to_end_says_so(name, number, monkeypatch, capsys):
+    """SIGTERM is as Ctrl-C: it ended commands other than ingest and train without a word."""
+
+    def work(*_):
+        os.kill(os.getpid(), number)
+        return 0
+
+    monkeypatch.setitem(handlers.RUNNERS, name, work)
+    paths = [f"{path}=x" for path in COMMANDS[name].required]
+    assert main([name, *paths]) == 130
+    assert capsys.readouterr().err.strip() == "dpo: stopped; nothing half-written was kept"
 
 
 def test_torchrun_does_not_start_it_several_times(tmp_path):

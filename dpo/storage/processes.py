@@ -71,26 +71,37 @@ def repeated(act: Callable[[], bool | None], seconds: float, name: str) -> Itera
 def told_to_end(error: DpoError | None = None) -> Iterator[None]:
     """SIGTERM, with which CI, `timeout` and a cluster end a job, is as Ctrl-C in here.
 
-    For the main thread of a command: what is half-written is removed as after Ctrl-C.
+    For the main thread of a command: what is half-written is removed as after Ctrl-C. Whatever else
+    is raised after either is its work: numpy, interrupted while it is imported, ends in a
+    RecursionError. In another thread, which no signal reaches, it changes nothing.
 
     Args:
         error: What is raised in the end where it was SIGTERM; without it a KeyboardInterrupt.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     asked: list[int] = []
 
     def end(number: int, _: object) -> None:
         asked.append(number)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, end)
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, end)}
+    # a job that a shell put into the background ignores it
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, end)
     try:
         yield
-    except KeyboardInterrupt:
-        if asked and error:
+    except (KeyboardInterrupt, Exception) as problem:
+        if signal.SIGTERM in asked and error:
             raise error from None
+        if asked and not isinstance(problem, KeyboardInterrupt | DpoError):
+            raise KeyboardInterrupt from problem
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def die_with_parent(parent: int) -> None:

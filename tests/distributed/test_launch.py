@@ -4,9 +4,11 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
-from dpo.distributed import launch, worker
+from dpo.distributed import launch, work, worker
 
 
 def test_a_process_that_begins_after_sigterm_ends(tmp_path, monkeypatch):
@@ -34,11 +36,26 @@ def test_ctrl_c_ends_a_process_without_a_traceback(tmp_path, monkeypatch):
     file.write_text(json.dumps({"launcher": 1, "timeout_seconds": 5}))
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(worker, "die_with_parent", lambda _: None)
-    monkeypatch.setattr(worker.Heartbeat, "start", lambda _: None)
-    monkeypatch.setattr(worker, "_connect", interrupted)
-    assert worker.main(file) == 130
+    monkeypatch.setattr(work, "die_with_parent", lambda _: None)
+    monkeypatch.setattr(work.Heartbeat, "start", lambda _: None)
+    monkeypatch.setattr(work, "_connect", interrupted)
+    monkeypatch.setattr(sys, "argv", ["worker", str(file)])
+    assert worker.main() == 130
     assert not list(tmp_path.glob("error-*"))
+
+
+def test_ctrl_c_while_a_process_imports_ends_it_without_a_traceback():
+    """torch takes seconds; each process printed where its import was interrupted."""
+    code = (
+        "import os, signal, sys; from dpo.distributed import worker\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupted()); worker.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == ""
 
 
 def test_sigterm_is_passed_on_where_the_disk_is_full(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
-"""A step ends with the run that started it, though a shell stands between them."""
+"""A step ends with the run that started it, though a shell stands between, and as it is told."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from dpo.storage.processes import told_to_end
 
 STEP = (
     "import os, sys, time; from dpo.storage.processes import end_with; "
@@ -68,3 +71,24 @@ def test_a_program_ends_whose_parent_ended_while_it_imported(program, tmp_path):
     gone.wait()
     command = [sys.executable, "-m", program, str(tmp_path), str(gone.pid)]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_an_interrupt_makes_of_an_import_is_the_interrupt(number):
+    """A package whose import was interrupted fails when it is used: numpy with a RecursionError."""
+    before = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
+
+    def work():
+        try:
+            os.kill(os.getpid(), number)
+        except KeyboardInterrupt:
+            raise RecursionError from None
+
+    with pytest.raises(KeyboardInterrupt), told_to_end():
+        work()
+    assert [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)] == before
+
+
+def test_other_errors_are_no_interrupt():
+    with pytest.raises(RecursionError), told_to_end():
+        raise RecursionError
