@@ -1,5 +1,6 @@
 """What the thread does that completes a checkpoint."""
 
+import shutil
 import threading
 
 import pytest
@@ -39,6 +40,26 @@ def test_another_process_that_is_gone_leaves_no_traceback(tmp_path, monkeypatch)
     saved(tmp_path)
     assert seen == []
     assert not (tmp_path / "LATEST").exists()
+
+
+def test_a_folder_that_is_removed_while_it_is_written_to_is_one_message(
+    tmp_path, monkeypatch, capsys
+):
+    """By a person, or by a second run of the same output that ended first. The thread ended in a
+    traceback, for which other processes would have waited."""
+    place = tmp_path / "kept"
+
+    def removed(*_):
+        shutil.rmtree(place)
+        raise FileNotFoundError(2, "No such file or directory", str(place))
+
+    monkeypatch.setattr(checkpoint, "write_manifest", removed)
+    seen = []
+    monkeypatch.setattr(threading, "excepthook", seen.append)
+    with pytest.raises(ArtifactError, match=r"could not be written: .* No such file"):
+        saved(place)
+    assert seen == []
+    assert "training goes on" in capsys.readouterr().err
 
 
 class _HalfUsed(torch.nn.Module):
