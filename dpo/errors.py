@@ -215,7 +215,8 @@ class MissingDependency(DpoError):
 def writing(folder: Path) -> Iterator[None]:
     """Name ``folder`` in the errors of what is written there: the system names no file then.
 
-    Libraries in Rust (safetensors, tokenizers) report such an error in words of their own.
+    Libraries in Rust (safetensors, tokenizers) report such an error in words of their own; torch
+    fails once more, over the file that it could not write.
     """
     try:
         yield
@@ -226,11 +227,18 @@ def writing(folder: Path) -> Iterator[None]:
     except DpoError:
         raise
     except Exception as error:
-        found = _IN_RUST.search(str(error))
-        if found is None or int(found[1]) not in _OF_WRITING:
+        number = _hidden_number(error)
+        if number not in _OF_WRITING:
             raise
-        number = int(found[1])
         raise OSError(number, os.strerror(number), str(folder)) from None
+
+
+def _hidden_number(error: Exception) -> int:
+    """The system's number for what a library reports in words of its own; 0 where there is none."""
+    if found := _IN_RUST.search(str(error)):
+        return int(found[1])
+    before = error.__context__
+    return (before.errno or 0) if isinstance(before, OSError) else 0
 
 
 def system_problem(error: OSError) -> DpoError:

@@ -9,7 +9,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from dpo.errors import ConfigError, stopped_outside_of_steps
+from dpo.errors import ArtifactError, ConfigError, stopped_outside_of_steps, system_problem
 from dpo.storage.host_memory import prepare
 from dpo.storage.processes import told_to_end
 
@@ -82,6 +82,7 @@ def check(options: argparse.Namespace, settings: list[str]) -> int:
 
 
 def _tokenize(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
+    from dpo.config.places import tokens_dir
     from dpo.data.tokenize import load_tokenizer
     from dpo.data.tokens import fill_cache
     from dpo.storage.base_model import local_tokenizer
@@ -89,13 +90,19 @@ def _tokenize(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> i
 
     read_manifest(paths["data"], stage="ingest")
     place = local_tokenizer(composed.config.model)
-    folder = fill_cache(paths["data"], load_tokenizer(place))
+    try:
+        folder = fill_cache(paths["data"], load_tokenizer(place))
+    except OSError as error:
+        raise ArtifactError(
+            f"the cache cannot be written: {system_problem(error).found}",
+            where=str(tokens_dir()),
+            fix="make room, or set DPO_TOKENS_DIR to another folder; the other steps work without",
+        ) from None
     if folder is None:
         raise ConfigError(
-            "there is nothing to keep: this tokenizer has no fast form, or the cache folder cannot "
-            "be written",
+            "there is nothing to keep: this tokenizer has no fast form",
             where=str(place),
-            fix="set DPO_CACHE_DIR to a folder that can be written; the other steps work without",
+            fix="leave this command out: the other steps work without",
         )
     details = read_manifest(folder, verify=False).details
     print(f"{details['pairs']:,} pairs, {details['tokens']:,} tokens: {folder}")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +106,9 @@ def _known_ids(
     if encode is None:
         return None
     if len(indices) >= _CACHED_SHARE * len(pairs.rows):
-        folder = _cached(pairs.folder, tokenizer, encode)
-        if folder is not None:
-            return _read(folder, pairs, indices, names)
+        # a read-only home, or no room: the examples are made without it
+        with suppress(OSError):
+            return _read(_cached(pairs.folder, tokenizer, encode), pairs, indices, names)
     rows = [pairs.rows[index] for index in indices]
     return {name: list(encode([getattr(row, name) for row in rows])) for name in names}
 
@@ -158,28 +158,25 @@ def fill_cache(folder: Path, tokenizer: Any) -> Path | None:
         tokenizer: A transformers tokenizer.
 
     Returns:
-        The entry; None where the tokenizer has no fast form or the cache cannot be written.
+        The entry; None where the tokenizer has no fast form.
 
     Raises:
         ArtifactError: the output is incomplete or changed.
+        OSError: the cache cannot be written.
     """
     encode = _encoder(tokenizer, ["One text.", " Another"])
     return None if encode is None else _cached(folder, tokenizer, encode)
 
 
-def _cached(folder: Path, tokenizer: Any, encode: Encoder) -> Path | None:
+def _cached(folder: Path, tokenizer: Any, encode: Encoder) -> Path:
     content_hash = read_manifest(folder, stage="ingest", verify=False).content_hash
     root = tokens_dir()
     target = root / tokens_key(content_hash, tokenizer)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        # processes of one run ask at the same time: one makes it, the others wait
-        with _locked(root / f"{target.name}.lock"):
-            if not _is_whole(target):
-                _write(folder, target, content_hash, encode)
-    except OSError:
-        # a read-only home, or no room: the examples are made without it
-        return None
+    root.mkdir(parents=True, exist_ok=True)
+    # processes of one run ask at the same time: one makes it, the others wait
+    with _locked(root / f"{target.name}.lock"):
+        if not _is_whole(target):
+            _write(folder, target, content_hash, encode)
     return target
 
 

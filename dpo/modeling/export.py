@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dpo.errors import ArtifactError
+from dpo.errors import ArtifactError, writing
 from dpo.modeling.load import load_model
 
 
@@ -41,7 +41,9 @@ def export_policy(checkpoint: Path, output: Path) -> Path:
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")
     try:
-        torch.save(policy, partial)
+        # into a file of Python's: torch's own does not say that a disk is full
+        with writing(output), partial.open("wb") as file:
+            torch.save(policy, file)
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)

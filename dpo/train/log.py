@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from dpo.config.schema import RunConfig
-from dpo.errors import MissingDependency, TrainingError
+from dpo.errors import MissingDependency, TrainingError, system_problem
+from dpo.storage.progress import message
 
 FILE = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -99,7 +102,8 @@ def open_sinks(config: RunConfig, stage: str, folder: Path, settings: dict[str, 
 class TensorBoardLog:
     """Every figure as a scalar, by number of examples, in a folder of the run and its stage.
 
-    A run that goes on appends to what is there and hides the steps that are done again.
+    A run that goes on appends to what is there and hides the steps that are done again. Where the
+    folder can no longer be written to, training goes on without it.
 
     Raises:
         MissingDependency: tensorboard is asked for and not installed.
@@ -114,23 +118,46 @@ class TensorBoardLog:
                 where="tensorboard",
                 fix="pip install tensorboard, or leave the setting out",
             ) from None
-        self._folder = root / name / stage
+        self._folder, self._stage = root / name / stage, stage
         self._make = SummaryWriter
         self._writer: Any = None
+        self._failed = False
 
     def write(self, values: Mapping[str, Any]) -> None:
         """One point of each figure."""
+        if self._failed:
+            return
         examples = values.get("counters/examples", 0)
         if self._writer is None:
             self._writer = self._make(str(self._folder), purge_step=examples)
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._writer.add_scalar(name, value, examples)
+            self._hook, threading.excepthook = threading.excepthook, self._of_a_thread
+        with self._going_on():
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._writer.add_scalar(name, value, examples)
 
     def close(self) -> None:
         """Write what is left."""
         if self._writer is not None:
-            self._writer.close()
+            with self._going_on():
+                self._writer.close()
+            threading.excepthook = self._hook
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._failed:
+                reason = system_problem(error).found
+                where = f"TensorBoard's folder {self._folder}"
+                message(self._stage, f"{where} gets no more figures ({reason}); training goes on")
+            self._failed = True
+
+    def _of_a_thread(self, problem: threading.ExceptHookArgs) -> None:
+        """What TensorBoard's thread ends with is raised again by the next write."""
+        if type(problem.thread).__module__.partition(".")[0] != "tensorboard":
+            self._hook(problem)
 
 
 class WandbLog:

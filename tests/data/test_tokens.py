@@ -1,5 +1,6 @@
 """The token cache gives what the tokenizer gives, is shared by all limits, and is made once."""
 
+import errno
 import json
 import os
 import stat
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpo.cli import main
 from dpo.data import tokens
 from dpo.data.parquet import read_pairs
 from dpo.data.tokenize import Limits, load_tokenizer, tokenize_pair
@@ -183,3 +185,22 @@ def test_many_texts_at_once_have_the_ids_of_each(tokenizer: Any, texts: list[str
     assert encode is not None
     each = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     assert [one.tolist() for one in encode(texts)] == each
+
+
+def test_the_command_says_why_the_cache_cannot_be_written(
+    ingest: Callable[..., Outcome],
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It said that the tokenizer has no fast form, or that the folder cannot be written."""
+    folder = ingest(ROWS).folder
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tokens, "_write", full)
+    assert main(["tokenize", "model=tiny", f"data={folder}"]) == 1
+    shown = capsys.readouterr().err
+    assert "the cache cannot be written: the disk is full" in shown
+    assert str(cache) in shown

@@ -1,6 +1,7 @@
 """``dpo export``: a checkpoint as policy.pt, read back here and as the reference code reads it."""
 
 import json
+import resource
 
 import pytest
 import torch
@@ -66,3 +67,18 @@ def test_mistakes_are_named(checkpoint, tmp_path, capsys, words, message):
     shown = capsys.readouterr().err
     assert message in shown
     assert "Traceback" not in shown
+
+
+def test_a_disk_without_room_is_one_message(checkpoint, tmp_path, capsys):
+    """torch's own writer says "unexpected pos" of it; here the system allows no larger file."""
+    folder, _ = checkpoint
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        assert main(["export", f"checkpoint={folder}", f"output={tmp_path}/out/policy.pt"]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    shown = capsys.readouterr().err
+    assert shown.startswith("dpo: File too large")
+    assert str(tmp_path / "out/policy.pt") in shown
+    assert list((tmp_path / "out").iterdir()) == []

@@ -1,7 +1,9 @@
 """Where metrics go: JSON Lines, TensorBoard, wandb, the terminal; and what is called out."""
 
+import errno
 import json
 import sys
+import threading
 
 import pytest
 
@@ -11,7 +13,7 @@ from dpo.data.loader import Order
 from dpo.errors import MissingDependency, TrainingError
 from dpo.train import stage
 from dpo.train.data import Examples
-from dpo.train.log import MetricLog, WandbLog, open_sinks
+from dpo.train.log import MetricLog, TensorBoardLog, WandbLog, open_sinks
 from dpo.train.position import Position
 from dpo.train.stage import run_train
 from dpo.train.trainer import Trainer
@@ -53,6 +55,29 @@ def test_tensorboard_has_every_figure(prepared, tmp_path):
     assert "loss/eval" in events.Tags()["scalars"]
     # the model's folder holds no event file: its content hash would change with the time
     assert not list((tmp_path / "out").rglob("*tfevents*"))
+
+
+def test_a_full_disk_under_tensorboard_ends_its_figures_and_not_the_training(
+    tmp_path, monkeypatch, capsys
+):
+    """Its thread fails, with a traceback of its own, and every later write of ours."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    before = threading.excepthook
+    log = TensorBoardLog(tmp_path, "run", "sft")
+    log.write({"counters/examples": 8, "loss/train": 2.0})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    for step in range(2, 100):
+        log.write({"counters/examples": 8 * step, "loss/train": 1.0})
+    log.close()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1, said
+    assert f"{tmp_path}/run/sft gets no more figures (the disk is full)" in said
+    assert threading.excepthook is before
 
 
 def test_tensorboard_that_is_missing_is_a_clear_error_only_when_asked_for(monkeypatch, tmp_path):
