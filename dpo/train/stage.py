@@ -21,7 +21,7 @@ from dpo.config.stages import OUT_OF_BAND, Stage, stage_settings
 from dpo.data.log_probs import PairLogProbs, read_log_probs, select_log_probs
 from dpo.data.tokenize import TokenizedExample
 from dpo.distributed.together import barrier, is_first
-from dpo.errors import ConfigError
+from dpo.errors import ConfigError, StoreError
 from dpo.modeling.lanes import lanes_for
 from dpo.modeling.load import check_length, load_for_training, save_model
 from dpo.modeling.lora import (
@@ -114,8 +114,16 @@ def run_train(
                 keeper.close()
         manifest = _write(trainer, folder, config, stage, inputs, code)
     if keeper and not given:
-        keeper.discard()
+        _discard(keeper, stage)
     return manifest
+
+
+def _discard(keeper: Checkpoints, stage: Stage) -> None:
+    """Remove checkpoints that nobody needs any more; that they stay is no reason to fail."""
+    try:
+        keeper.discard()
+    except StoreError as error:
+        message(stage, f"training is complete, but its checkpoints could not be removed: {error}")
 
 
 def _identity(config: RunConfig, stage: Stage, inputs: dict[str, str], code: str) -> dict[str, Any]:

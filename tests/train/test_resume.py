@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from dpo.config.compose import compose
 from dpo.config.stages import restrict
-from dpo.errors import ArtifactError, ConfigError
+from dpo.errors import ArtifactError, ConfigError, StoreUnavailable
 from dpo.storage.store import open_store
 from dpo.train.checkpoint import Checkpoints
 from dpo.train.period import Period
@@ -413,6 +413,22 @@ def test_the_share_of_useful_time_is_reported(prepared, tmp_path, capsys):
     share = json.loads((tmp_path / "model/run.json").read_text())["useful_time_share"]
     assert 0 < share <= 1
     assert "of the time went into optimiser steps" in capsys.readouterr().err
+
+
+def test_a_store_that_is_away_at_the_end_does_not_fail_a_complete_training(
+    prepared, tmp_path, monkeypatch, capsys
+):
+    """Its checkpoints are to be removed then; the step failed, and with its pod the model went."""
+
+    def away(_):
+        raise StoreUnavailable("the store does not answer", where="127.0.0.1:9000")
+
+    monkeypatch.setattr(Checkpoints, "discard", away)
+    config = config_of("sft", "n_examples=16", f"checkpoint_uri={tmp_path / 'kept'}")
+    run_train(config, tmp_path / "model", **prepared.paths(sft=True))
+    said = capsys.readouterr().err
+    assert "its checkpoints could not be removed: the store does not answer" in said
+    assert (tmp_path / "model/manifest.json").is_file()
 
 
 @pytest.mark.minio
