@@ -24,7 +24,7 @@ from dpo.plan.kinds import KNOWN_MARGIN, UNKNOWN_MARGIN
 from dpo.plan.lengths import DEFAULT, Lengths
 from dpo.plan.memory import COMPARED, Job, Memory, Mode, predict, reserve
 from dpo.plan.shape import Architecture
-from dpo.plan.split import check_spread
+from dpo.plan.split import check_spread, is_taken, next_batch
 
 GIB = float(2**30)
 _MOST_GPUS = 1024
@@ -382,15 +382,17 @@ def _more_gpus(config: RunConfig, machine: Machine) -> Iterator[_Change]:
     shape = architecture_of(config.model)
     while more <= _MOST_GPUS:
         bigger = replace(machine, gpus=more)
-        job = job_of(spread, shape, bigger, DEFAULT)
-        if predict(job).total <= machine.memory_gib * GIB:
-            yield _Change(f"{words}gpus={more}", spread, bigger)
+        fitted = _with(spread, batch_size=next_batch(spread, more))
+        job = job_of(fitted, shape, bigger, DEFAULT)
+        if predict(job).total <= machine.memory_gib * GIB and is_taken(fitted, shape, more):
+            batch = f" batch_size={fitted.batch_size}" if fitted != spread else ""
+            yield _Change(f"{words}gpus={more}{batch}", fitted, bigger)
             return
         more *= 2
 
 
 def _adapters(config: RunConfig, machine: Machine) -> Iterator[_Change]:
-    if not config.lora.enabled:
+    if not config.lora.enabled and config.trainer.name != "TensorParallelTrainer":
         chosen = config.lora.model_copy(update={"enabled": True})
         yield _Change("lora.enabled=true", _with(config, lora=chosen), machine)
 

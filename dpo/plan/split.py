@@ -74,12 +74,14 @@ def check_spread(config: RunConfig, shape: Architecture, processes: int) -> None
         processes: All that train together.
 
     Raises:
-        ConfigError: groups, a model's counts or a batch that do not come out.
+        ConfigError: groups, a model's counts or a batch that do not come out, or LoRA with tensor
+            parallelism.
     """
-    trainer, shares = config.trainer, processes
+    trainer = config.trainer
     if trainer.name == "BasicTrainer":
         return
     if trainer.name == "TensorParallelTrainer":
+        check_lora(config)
         size = trainer.tensor_parallel or processes
         check_divides(size, processes, "trainer.tensor_parallel")
         counts = {
@@ -89,9 +91,44 @@ def check_spread(config: RunConfig, shape: Architecture, processes: int) -> None
             "tokens in the vocabulary": shape.vocabulary,
         }
         check_split(shape.model_type, counts, size)
-        shares //= size
     check_divides(trainer.replicas, processes, "trainer.replicas")
-    check_batch(config.batch_size, config.gradient_accumulation_steps, shares)
+    check_batch(config.batch_size, config.gradient_accumulation_steps, shares(config, processes))
+
+
+def is_taken(config: RunConfig, shape: Architecture, processes: int) -> bool:
+    """Whether ``check_spread`` refuses nothing."""
+    try:
+        check_spread(config, shape, processes)
+    except ConfigError:
+        return False
+    return True
+
+
+def next_batch(config: RunConfig, processes: int) -> int:
+    """The smallest batch, of at least the configured size, that ``processes`` can share."""
+    parts = config.gradient_accumulation_steps * max(1, shares(config, processes))
+    return -(-config.batch_size // parts) * parts
+
+
+def shares(config: RunConfig, processes: int) -> int:
+    """Of how many processes each takes other examples: those that share layers count as one."""
+    if config.trainer.name != "TensorParallelTrainer":
+        return processes
+    return processes // (config.trainer.tensor_parallel or processes)
+
+
+def check_lora(config: RunConfig) -> None:
+    """Refuse an adapter where layers are split.
+
+    Raises:
+        ConfigError: ``lora.enabled`` with tensor parallelism.
+    """
+    if config.lora.enabled and config.trainer.name == "TensorParallelTrainer":
+        raise ConfigError(
+            "LoRA and tensor parallelism cannot be used together",
+            where="lora.enabled",
+            fix="use trainer=FSDPTrainer or BasicTrainer",
+        )
 
 
 def check_batch(batch_size: int, accumulation: int, shares: int) -> None:

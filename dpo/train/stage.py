@@ -36,6 +36,7 @@ from dpo.modeling.memory import enough_memory
 from dpo.modeling.precision import DTYPES, best_device, compute_dtype
 from dpo.modeling.scoring import score
 from dpo.modeling.sharded import Scorer, find_blocks, load_once, release, shard
+from dpo.plan.split import check_lora
 from dpo.storage.manifest import MANIFEST, Manifest, read_manifest, staged, write_manifest
 from dpo.storage.progress import message, track
 from dpo.train.checkpoint import Checkpoints
@@ -166,7 +167,7 @@ def _trainer(
     model, tokenizer = load_once(load) if layout else _load(config, base, device)
     check_length(model, config.max_length)
     if config.lora.enabled:
-        _refuse_lora_with(config)
+        check_lora(config)
         add_adapter(model, config.lora, _base_of_adapter(config, base))
     checkpoint_activations(model, config.activation_checkpointing)
     examples = load_examples(
@@ -256,15 +257,6 @@ def _base_of_adapter(config: RunConfig, base: Path | None) -> str:
             fix="use lora.save=merged, or train from a checkpoint folder",
         )
     return str(Path(name).absolute()) if Path(name).is_dir() else name
-
-
-def _refuse_lora_with(config: RunConfig) -> None:
-    if config.trainer.name == "TensorParallelTrainer":
-        raise ConfigError(
-            "LoRA and tensor parallelism cannot be used together",
-            where="lora.enabled",
-            fix="use trainer=FSDPTrainer or BasicTrainer",
-        )
 
 
 def _write(

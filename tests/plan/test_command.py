@@ -44,7 +44,7 @@ def test_what_does_not_fit_ends_with_2(capsys):
     shown = capsys.readouterr().out
     assert code == 2
     assert "DOES NOT FIT" in shown
-    assert "trainer=FSDPTrainer model.fsdp_policy_mp=bfloat16 gpus=8: " in shown
+    assert "trainer=FSDPTrainer model.fsdp_policy_mp=bfloat16 gpus=8 batch_size=8: " in shown
 
 
 def test_lengths_of_ingested_pairs(tmp_path, capsys):

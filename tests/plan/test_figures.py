@@ -17,6 +17,7 @@ from dpo.plan.lengths import DEFAULT, HH_PAIRS, Lengths
 from dpo.plan.memory import PACKED_TYPES, predict
 from dpo.plan.preflight import check_fit, preflight
 from dpo.plan.sizes import from_config
+from dpo.plan.split import check_spread
 
 PUBLISHED = {
     "EleutherAI/pythia-2.8b": 2_775_208_960,
@@ -209,6 +210,35 @@ def test_what_does_not_fit_says_what_would():
         check_fit(settings, small)
     assert "gpus=2" in str(error.value)
     assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "gpus", "gib"),
+    [
+        (["trainer=TensorParallelTrainer", "loss=orpo"], 8, 24),
+        (["trainer=TensorParallelTrainer", "trainer.tensor_parallel=4", "loss=orpo"], 8, 16),
+        (["trainer=FSDPTrainer", "batch_size=1", "model.policy_dtype=bfloat16"], 1, 16),
+        (["trainer=FSDPTrainer", "batch_size=6", "gradient_accumulation_steps=3"], 2, 24),
+    ],
+)
+def test_no_advice_is_what_the_trainers_refuse(words, gpus, gib):
+    """LoRA with tensor parallelism, 64 processes for 32 heads, a batch that does not come out."""
+    shape = architecture_of(config("model=pythia69").model)
+    plan = plan_stage(config("model=pythia69", *words), Machine(gpus=gpus, gpu_memory_gib=gib))
+    assert plan.advice
+    for line in plan.advice:
+        changed = [word for word in line.partition(":")[0].split() if "=" in word]
+        more = next((int(word[5:]) for word in changed if word.startswith("gpus=")), gpus)
+        keys = {word.partition("=")[0] for word in changed}
+        kept = [word for word in words if word.partition("=")[0] not in keys]
+        settings = [word for word in changed if not word.startswith("gpus=")]
+        check_spread(config("model=pythia69", *kept, *settings), shape, more)
+
+
+def test_lora_with_tensor_parallelism_is_refused_as_the_trainer_does():
+    settings = config("model=pythia28", "trainer=TensorParallelTrainer", "lora.enabled=true")
+    with pytest.raises(ConfigError, match="LoRA and tensor parallelism cannot be used together"):
+        plan_stage(settings, Machine(gpus=4, gpu_memory_gib=80))
 
 
 def test_gathering_in_bfloat16_is_advised_where_casts_of_float32_weights_do_not_fit():
