@@ -23,7 +23,7 @@ from dpo.plan.compute import (
 from dpo.plan.kinds import KNOWN_MARGIN, UNKNOWN_MARGIN
 from dpo.plan.lengths import DEFAULT, Lengths
 from dpo.plan.memory import COMPARED, Job, Memory, Mode, predict, reserve
-from dpo.plan.shape import Architecture
+from dpo.plan.shape import Architecture, check_length
 from dpo.plan.split import check_spread, is_taken, next_batch
 
 GIB = float(2**30)
@@ -149,6 +149,7 @@ def plan_stage(
     shape = architecture_of(config.model)
     stage = "sft" if isinstance(config.loss, SFTLoss) else "preference"
     found = (lengths or DEFAULT).for_sft() if stage == "sft" else lengths or DEFAULT
+    check_length(shape, config.max_length)
     check_spread(config, shape, max(1, machine.gpus))
     memory = predict(job_of(config, shape, machine, found))
     frozen = _lora_rank(config) is not None
@@ -271,8 +272,6 @@ def _time(operations: float, machine: Machine) -> float:
 
 
 def _warnings(config: RunConfig, shape: Architecture, machine: Machine) -> Iterator[str]:
-    if config.max_length > shape.context:
-        yield f"max_length ({config.max_length}) exceeds the model's context ({shape.context})"
     if not shape.known:
         yield (
             f"{shape.model_type or 'such'} models are not known here: their weights are counted "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dpo.errors import ConfigError
+
 Matrices = tuple[tuple[int, int], ...]
 """Rows and columns of matrices, each with how many weights it has: rows x columns."""
 
@@ -50,7 +52,7 @@ class Architecture:
     vocabulary: int
     """Rows of the embeddings."""
     context: int
-    """Longest sequence, in tokens."""
+    """Longest sequence, in tokens; 0 where the configuration states none."""
     attention: Matrices
     mlp: Matrices
     """Of a block without experts."""
@@ -116,3 +118,17 @@ class Architecture:
         if self.experts is None:
             return 0
         return self.block_matrices + self.vectors + self.experts.count * self.experts.biases
+
+
+def check_length(shape: Architecture, max_length: int) -> None:
+    """Refuse examples longer than the model's context, as training does.
+
+    Raises:
+        ConfigError: ``max_length`` exceeds it.
+    """
+    if 0 < shape.context < max_length:
+        raise ConfigError(
+            f"max_length is {max_length}, the model's context {shape.context} tokens",
+            where="max_length",
+            fix=f"set max_length to at most {shape.context} (and max_prompt_length below it)",
+        )

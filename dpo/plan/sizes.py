@@ -83,7 +83,7 @@ def from_config(values: Mapping[str, Any]) -> Architecture:
         mlp_width=passed,
         gated=kind.gated,
         vocabulary=size("vocab_size"),
-        context=size("max_position_embeddings", 2048),
+        context=_context(values),
         attention=attention,
         mlp=_mlp(kind, width, mlp_width),
         vectors=_vectors(size, kind, (n_heads, n_kv_heads, head_size), mlp_width),
@@ -91,6 +91,12 @@ def from_config(values: Mapping[str, Any]) -> Architecture:
         experts=experts,
         known=known,
     )
+
+
+def _context(values: Mapping[str, Any]) -> int:
+    # as training takes it: Bloom's seq_length is no limit
+    found = (values.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    return next((value for value in found if isinstance(value, int)), 0)
 
 
 def _kv_heads(size: _Sizes, n_heads: int) -> int:

@@ -235,6 +235,15 @@ def test_no_advice_is_what_the_trainers_refuse(words, gpus, gib):
         check_spread(config("model=pythia69", *kept, *settings), shape, more)
 
 
+def test_examples_longer_than_the_context_are_refused_as_training_does():
+    """Pythia's is 2,048 tokens; Bloom, whose seq_length says as much, takes any length."""
+    plan_stage(config("model=pythia28", "max_length=2048"), Machine(gpus=1))
+    with pytest.raises(ConfigError, match="max_length is 2049, the model's context 2048 tokens"):
+        plan_stage(config("model=pythia28", "max_length=2049"), Machine(gpus=1))
+    sizes = {"hidden_size": 64, "n_head": 4, "n_layer": 2, "vocab_size": 512, "seq_length": 2048}
+    assert from_config({"model_type": "bloom", **sizes}).context == 0
+
+
 def test_lora_with_tensor_parallelism_is_refused_as_the_trainer_does():
     settings = config("model=pythia28", "trainer=TensorParallelTrainer", "lora.enabled=true")
     with pytest.raises(ConfigError, match="LoRA and tensor parallelism cannot be used together"):
