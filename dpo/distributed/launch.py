@@ -25,7 +25,7 @@ import torch.distributed as dist
 import dpo.errors
 from dpo.config.schema import RunConfig
 from dpo.config.stages import Stage, stage_json
-from dpo.errors import DpoError, TrainingError, stopped_outside_of_steps
+from dpo.errors import DpoError, TrainingError, TrainingStopped, stopped_outside_of_steps
 from dpo.storage.host_memory import prepare
 from dpo.storage.progress import FILE_VARIABLE
 
@@ -130,7 +130,7 @@ def launch(
             try:
                 elastic_launch(agent, sys.executable)("-m", "dpo.distributed.worker", str(file))
             except ChildFailedError as error:
-                raise _first_error(folder, error, bool(asked)) from None
+                raise _first_error(folder, error, stage if asked else None) from None
             except (RendezvousError, DistError) as error:
                 raise _no_rendezvous(agent, error, timeout_seconds) from None
             except SignalException as error:
@@ -197,15 +197,26 @@ def _pass_on_sigterm(folder: Path) -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _first_error(folder: Path, error: Any, asked_to_stop: bool) -> DpoError:
-    """The message of the process that failed first, as it wrote it; else how it ended."""
+def _first_error(folder: Path, error: Any, stopped: Stage | None) -> DpoError:
+    """The message of the process that failed first, as it wrote it; else how it ended.
+
+    Args:
+        folder: With what the processes wrote.
+        error: What torch says of them.
+        stopped: The stage, where it was asked to stop.
+    """
     found = sorted(folder.glob("error-*.json"), key=lambda path: path.stat().st_mtime_ns)
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in found]
     own = [report for report in reports if not report.pop(LOST)]
     if own:
         return _restored(own[0])
-    if asked_to_stop:
+    if stopped in ("sft", "preference"):
         return stopped_outside_of_steps()
+    if stopped:
+        return TrainingStopped(
+            f"{stopped} was asked to stop; nothing half-written was kept",
+            fix="run the same command again",
+        )
     rank, failure = error.get_first_failure()
     if failure.exitcode < 0 or not reports:
         with suppress(ValueError):

@@ -70,3 +70,11 @@ def test_sigterm_is_passed_on_where_the_disk_is_full(tmp_path, monkeypatch):
         monkeypatch.setattr(os, "kill", lambda pid, number: told.append((pid, number)))
         end(os.getpid(), signal.SIGTERM)
     assert told == [(4711, signal.SIGTERM)]
+
+
+def test_what_keeps_no_checkpoints_speaks_of_none_when_it_is_stopped(tmp_path):
+    """SIGTERM during a reference step over several processes."""
+    told = launch._first_error(tmp_path, None, "reference")
+    assert (told.exit_code, "checkpoint" in str(told)) == (75, False)
+    assert told.found.startswith("reference was asked to stop")
+    assert "last checkpoint" in str(launch._first_error(tmp_path, None, "sft"))
