@@ -33,7 +33,13 @@ from dpo.evaluate.report import write_reports
 from dpo.modeling.lora import base_of, is_adapter
 from dpo.modeling.memory import enough_memory
 from dpo.storage.lineage import SFT_CHECKPOINT
-from dpo.storage.manifest import Manifest, read_manifest, staged, write_manifest
+from dpo.storage.manifest import (
+    Manifest,
+    check_place,
+    read_manifest,
+    staged,
+    write_manifest,
+)
 from dpo.storage.progress import message, track
 from dpo.storage.provenance import made_by
 
@@ -90,6 +96,8 @@ def run_evaluate(
         # before hours of measuring
         check_service(config.evaluation.judge)
     published_base = _base_of_published(published, sft)
+    if is_first():
+        check_place(output)
     if is_shared(config):
         paths = {"output": output, "pairs": pairs, "sft": sft, "policy": policy}
         paths["reference"] = reference

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -239,6 +240,18 @@ def _verify(folder: Path, manifest: Manifest) -> None:
             where=str(folder),
             fix="run that step again, or restore the file",
         )
+
+
+def check_place(output: Path) -> None:
+    """Before long work: that a folder can be made where its ``output`` is to be.
+
+    Raises:
+        OSError: it cannot (a read-only file system, no permission).
+    """
+    output = output.absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}."):
+        pass
 
 
 @contextmanager

@@ -21,7 +21,13 @@ from dpo.modeling.memory import enough_memory
 from dpo.modeling.precision import best_device, compute_dtype
 from dpo.modeling.scoring import NDArray
 from dpo.modeling.sharded import load_once, on_devices, score_shared
-from dpo.storage.manifest import Manifest, read_manifest, staged, write_manifest
+from dpo.storage.manifest import (
+    Manifest,
+    check_place,
+    read_manifest,
+    staged,
+    write_manifest,
+)
 from dpo.storage.progress import track
 from dpo.train.data import load_examples
 
@@ -47,6 +53,8 @@ def run_reference(
     Raises:
         DpoError: an input that is incomplete or does not fit.
     """
+    if is_first():
+        check_place(output)
     if is_shared(config):
         paths = {"output": output, "pairs": pairs, "model": model}
         wait = config.process_timeout_seconds

@@ -83,3 +83,14 @@ def test_weights_of_nan_are_named_before_anything_is_kept(stage, prepared, tmp_p
     with pytest.raises(NonFiniteError, match=expected[stage]):
         run(config, tmp_path / "out", pairs=prepared.data)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_made_is_told_before_the_pairs_are_scored(
+    prepared, tmp_path, monkeypatch
+):
+    """It was told after it, and hours of scoring were lost; here a file is where a folder goes."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(reference, "score_shared", lambda *_, **__: 1 / 0)
+    config = restrict(compose(SETTINGS).config, "reference")
+    with pytest.raises(OSError, match="file"):
+        run_reference(config, tmp_path / "file/out", pairs=prepared.data, model=prepared.sft)
