@@ -166,8 +166,8 @@ class Checkpoints:
             position: How far the run has come.
             texts: Further files, by name: what was logged so far.
         """
-        began = time.monotonic()
         self.finish(strict=False)
+        began = time.monotonic()
         partial = self.folder / f".step-{position.steps}.{self._attempt}.partial"
         model_state, optimizer_state = get_state_dict(model, optimizer)
         state = {"model": model_state, "optimizer": optimizer_state, "rng": torch.get_rng_state()}
@@ -187,6 +187,7 @@ class Checkpoints:
             name="checkpoint",
             daemon=True,
         )
+        self.period.being_written = True
         self._saving.start()
         self.period.stopped_seconds = time.monotonic() - began
 
@@ -227,6 +228,7 @@ class Checkpoints:
         with suppress(RuntimeError):
             self.period.failed = any(self._failed(part, partial) for part in parts)
         self.period.writing_seconds = time.monotonic() - began
+        self.period.being_written = False
 
     def _failed(self, work: Any, partial: Path) -> bool:
         """Whether ``work`` failed in any process; then it is reported once and cleaned up."""

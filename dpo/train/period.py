@@ -18,7 +18,9 @@ class Period:
     """Of one run; what the last checkpoint cost is noted here."""
 
     stopped_seconds: float | None = None
-    """For how long training stood still; None before the first one."""
+    """For how long training stood still for it; None before the first one."""
+    being_written: bool = False
+    """Whether it is not complete yet: the next would have to wait for it."""
     writing_seconds: float = 0.0
     """How long it took until it was complete."""
     failed: bool = False
@@ -34,6 +36,8 @@ class Period:
             return float(setting)
         if self.stopped_seconds is None:
             return _FIRST_SECONDS
+        if self.being_written:
+            return _LONGEST_SECONDS
         shortest = _AFTER_FAILURE_SECONDS if self.failed else _FIRST_SECONDS
         dear = max(self.stopped_seconds / _SHARE, self.writing_seconds / _WRITING_SHARE)
         return min(max(dear, shortest), _LONGEST_SECONDS)

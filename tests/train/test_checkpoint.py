@@ -13,12 +13,16 @@ from dpo.train.place import Place
 from dpo.train.position import Position
 
 
-def saved(folder):
+def begun(folder):
     keeper = Checkpoints(Place(folder), {}, keep=1)
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     keeper.save(model, optimizer, Position(steps=3), {"metrics.jsonl": "{}\n"})
-    keeper.finish()
+    return keeper, model, optimizer
+
+
+def saved(folder):
+    begun(folder)[0].finish()
 
 
 def test_it_is_whole_when_it_is_named(tmp_path):
@@ -26,6 +30,29 @@ def test_it_is_whole_when_it_is_named(tmp_path):
     assert (tmp_path / "LATEST").read_text() == "step-3\n"
     assert (tmp_path / "step-3/metrics.jsonl").read_text() == "{}\n"
     assert [path.name for path in tmp_path.glob(".step-*")] == []
+
+
+def test_a_checkpoint_that_is_being_written_is_neither_waited_for_nor_counted_as_a_stop(
+    tmp_path, monkeypatch
+):
+    """The second was due ten seconds after the first. Where that took a minute to write, training
+    stood still for the rest of it, and for that the third came an hour later."""
+    allowed, write = threading.Event(), checkpoint.write_manifest
+
+    def slowly(*given):
+        assert allowed.wait(60)
+        write(*given)
+
+    monkeypatch.setattr(checkpoint, "write_manifest", slowly)
+    keeper, model, optimizer = begun(tmp_path)
+    assert keeper.period.seconds("auto") == 3600
+    threading.Timer(2, allowed.set).start()
+    # asked for by SIGTERM or checkpoint_every
+    keeper.save(model, optimizer, Position(steps=4), {})
+    keeper.finish()
+    assert keeper.period.stopped_seconds < 1
+    assert keeper.period.seconds("auto") < 200
+    assert (tmp_path / "LATEST").read_text() == "step-4\n"
 
 
 def test_another_process_that_is_gone_leaves_no_traceback(tmp_path, monkeypatch):
