@@ -74,7 +74,7 @@ def connect(target: Endpoint) -> Any:
     """A KFP client; inside a cluster with the pod's own service account token.
 
     Raises:
-        ConfigError: ``SSL_CERT_FILE`` names no file.
+        ConfigError: ``SSL_CERT_FILE`` names no file, or the environment a proxy of another kind.
         RequestError: the endpoint does not answer; nothing was started.
     """
     import kfp
@@ -103,6 +103,8 @@ def connect(target: Endpoint) -> Any:
                 **credentials,
             )
         client.get_kfp_healthz()
+    except ConfigError:
+        raise
     except Exception as error:
         raise problem("the endpoint does not answer", target, error, RequestError) from None
     return client

@@ -709,3 +709,13 @@ def test_an_endpoint_that_only_the_proxy_knows(backend, command, monkeypatch):
     code, outcome, _ = command()
     assert (code, outcome["state"]) == (0, "submitted")
     assert outcome["run_id"] in backend.runs
+
+
+def test_a_proxy_of_another_kind_is_named(command, monkeypatch, backend):
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", "http://kubeflow.invalid")
+    monkeypatch.setenv("ALL_PROXY", "socks5://gate:1080")
+    code, _, said = command()
+    assert code == 2
+    assert "ALL_PROXY in the environment" in said
+    assert "add kubeflow.invalid to NO_PROXY" in said
+    assert "does not answer" not in said

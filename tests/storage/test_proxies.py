@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpo.errors import StoreUnavailable
+from dpo.errors import ConfigError, StoreUnavailable
 from dpo.storage.proxies import proxy_for
 from dpo.storage.store import open_store
 from tests.support.programs import free_port
@@ -42,6 +42,40 @@ def test_what_no_proxy_names_is_reached_directly(no_proxy, monkeypatch):
     assert proxy_for("https://store.internal:9000")
     monkeypatch.setenv("NO_PROXY", no_proxy)
     assert proxy_for("https://store.internal:9000") is None
+
+
+@pytest.mark.parametrize("no_proxy", ["10.0.0.0/8", "other, 10.1.0.0/16", "10.1.2.3", "fd00::/8"])
+def test_networks_of_no_proxy_are_reached_directly(no_proxy, monkeypatch):
+    """As requests and curl read them; clusters name their pods and services so."""
+    url = "https://[fd00::7]:9000" if ":" in no_proxy else "https://10.1.2.3:9000"
+    monkeypatch.setenv("HTTPS_PROXY", "http://gate:3128")
+    monkeypatch.setenv("NO_PROXY", no_proxy)
+    assert proxy_for(url) is None
+    assert proxy_for("https://11.1.2.3:9000")
+    assert proxy_for("https://[fe00::7]:9000")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "found"),
+    [
+        ("ALL_PROXY", "socks5://gate:1080", "a proxy with socks5:// is not supported"),
+        ("HTTPS_PROXY", "http://me:secret@gate:port", "this is no address of a proxy"),
+        ("https_proxy", "http://me:sec/ret@gate:3128", "this is no address of a proxy"),
+        ("HTTPS_PROXY", "http://", "this is no address of a proxy"),
+    ],
+)
+def test_what_is_no_proxy_is_refused_without_its_password(variable, value, found, monkeypatch):
+    """It ended in urllib3's traceback."""
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://store.internal")
+    with pytest.raises(ConfigError) as caught:
+        open_store("s3://bucket/folder")
+    assert caught.value.found == found
+    assert caught.value.where == f"{variable.upper()} in the environment"
+    assert "add store.internal to NO_PROXY" in caught.value.fix
+    assert "sec" not in str(caught.value)
+    monkeypatch.setenv("NO_PROXY", "store.internal")
+    open_store("s3://bucket/folder")
 
 
 def test_credentials_of_a_proxy_are_no_part_of_its_address(monkeypatch):
