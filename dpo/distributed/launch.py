@@ -38,6 +38,8 @@ _STOP = "stop"
 """File beside the job: whoever begins after it was made ends."""
 _PORT = 29500
 """Of the first host, where none is named; torchrun's own."""
+_TORCHS_SIGNALS = ("SIGINT", "SIGHUP", "SIGQUIT")
+"""Torchrun's agent takes them. SIGTERM goes to the processes, which write a checkpoint first."""
 _SHUTDOWN_SECONDS = 10
 """What a process gets between the request to end and SIGKILL; torch 2.13 takes 30 s where another
 process has failed."""
@@ -166,15 +168,17 @@ def _launch_config(port: int, timeout_seconds: int) -> Any:
         monitor_interval=0.1,
         # a host alone need not find its own name
         local_addr=os.environ.get("PET_LOCAL_ADDR") or (None if hosts > 1 else "127.0.0.1"),
-        # SIGTERM goes to the processes, which write a checkpoint first
-        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
+        signals_to_handle=",".join(_TORCHS_SIGNALS),
         shutdown_timeout=_SHUTDOWN_SECONDS,
     )
 
 
 @contextmanager
 def _pass_on_sigterm(folder: Path) -> Iterator[list[int]]:
-    """Hand SIGTERM to the processes on this host; what is yielded is not empty once it came."""
+    """Hand SIGTERM to the processes on this host; what is yielded is not empty once it came.
+
+    Afterwards all signals do what they did before; torch's agent keeps those that it takes.
+    """
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield asked
@@ -190,11 +194,14 @@ def _pass_on_sigterm(folder: Path) -> Iterator[list[int]]:
             with suppress(ProcessLookupError, ValueError):
                 os.kill(int(file.read_text(encoding="utf-8")), signal.SIGTERM)
 
-    before = signal.signal(signal.SIGTERM, pass_on)
+    numbers = [signal.SIGTERM, *(signal.Signals[name] for name in _TORCHS_SIGNALS)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    signal.signal(signal.SIGTERM, pass_on)
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _first_error(folder: Path, error: Any, stopped: Stage | None) -> DpoError:

@@ -72,6 +72,24 @@ def test_sigterm_is_passed_on_where_the_disk_is_full(tmp_path, monkeypatch):
     assert told == [(4711, signal.SIGTERM)]
 
 
+def test_ctrl_c_after_several_processes_is_ctrl_c():
+    """torch's agent kept it: `dpo train` ended in its traceback between two stages."""
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from torch.distributed.launcher.api import elastic_launch\n"
+        "from dpo.distributed import launch\n"
+        "with launch._pass_on_sigterm(Path()):\n"
+        "    elastic_launch(launch._launch_config(0, 60), sys.executable)('-c', 'pass')\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('Ctrl-C')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "Ctrl-C\n", done.stderr
+
+
 def test_what_keeps_no_checkpoints_speaks_of_none_when_it_is_stopped(tmp_path):
     """SIGTERM during a reference step over several processes."""
     told = launch._first_error(tmp_path, None, "reference")
