@@ -29,7 +29,7 @@ def lease_url(output_url: str) -> tuple[str, str]:
 
 @contextmanager
 def held(output_url: str, seconds: float) -> Iterator[None]:
-    """Renew the lease of a job while the block runs; it is removed when the block ends.
+    """Renew the lease of a job while the block runs.
 
     Raises:
         StoreError: the first sign could not be written.

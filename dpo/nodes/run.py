@@ -45,6 +45,7 @@ def train_on_nodes(
         ConfigError: a place that other nodes cannot reach, or no cluster.
         PipelineError: Kubernetes refuses the job, or its pods never ran.
         TrainingError: a pod ended before its work was done.
+        TrainingStopped: the pods saw no sign of this step, and ended.
     """
     request.check()
     cluster = cluster or Cluster.here(config.options.kind)

@@ -64,7 +64,8 @@ def main() -> int:
             train(request, Path(folder))
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
-        if code == TrainingStopped.exit_code and (stopped or watch.abandoned):
+        # without its launcher a node may fail as well: the store is away, or another node is gone
+        if stopped or (code == TrainingStopped.exit_code and watch.abandoned):
             # the process that trained does not know why it was asked to stop
             print(f"{request.stage}: {unheard}; this node ended", file=sys.stderr, flush=True)
             return _NOBODY_WAITS

@@ -147,6 +147,29 @@ def test_a_node_ends_when_nobody_asks_for_its_work(settings, data, tmp_path):
     assert "Traceback" not in text, text
 
 
+def test_a_node_without_its_launcher_ends_well_whatever_else_fails(settings, tmp_path):
+    """The store that has no sign for it takes no checkpoint either: with 1 the container was
+    started again, for the time of another lease."""
+    request = request_for(settings, (tmp_path / "store").as_uri(), seconds=1)
+    code = (
+        "import sys, time\n"
+        "from dpo.errors import StoreUnavailable, TrainingStopped\n"
+        "from dpo.train import node\n"
+        "def train(*_):\n"
+        "    try:\n"
+        "        time.sleep(60)\n"
+        "    except TrainingStopped:\n"
+        "        raise StoreUnavailable('no checkpoint was written')\n"
+        "node.train = train\n"
+        "sys.exit(node.main())\n"
+    )
+    command, variables = [sys.executable, "-c", code], {**os.environ, VARIABLE: request.to_json()}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "no checkpoint was written" in done.stderr
+    assert "gave no sign for 1 s; this node ended" in done.stderr
+
+
 def test_a_node_with_other_code_says_so(settings, data, tmp_path):
     store, log = (tmp_path / "store").as_uri(), tmp_path / "log"
     send_output(data, f"{store}/pairs")
