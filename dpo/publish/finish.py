@@ -139,6 +139,9 @@ def _notify(text: dict[str, Any]) -> str:
         return f"sent, answered with {_post(url, json.dumps(text, sort_keys=True).encode())}"
     except (OSError, http.client.HTTPException) as error:
         return f"failed: {type(error).__name__}"
+    except ValueError:
+        # a port that is no number, a name that is none
+        return f"failed: {URL_VARIABLE} is not a URL that can be called"
     except DpoError as error:
         return f"failed: {error.found}"
 

@@ -187,3 +187,14 @@ def test_a_retried_run_that_nobody_hears_of_is_published(pipeline, monkeypatch):
     manifest = read_run_manifest(pipeline.root, "r1")
     assert manifest["state"] == "succeeded"
     assert manifest["notification"] == "failed: ConnectionRefusedError"
+
+
+@pytest.mark.parametrize("address", ["http://host:port/", "http://[host/", "http://a..b/"])
+def test_an_address_that_cannot_be_called_fails_no_publication(pipeline, monkeypatch, address):
+    """It was a traceback, after the model was published."""
+    monkeypatch.setenv("DPO_NOTIFY_URL", address)
+    run_finish(pipeline.root, "r1", "FAILED")
+    pipeline.run("r1", source("pairs.jsonl"))
+    manifest = read_run_manifest(pipeline.root, "r1")
+    assert manifest["state"] == "succeeded"
+    assert manifest["notification"] == "failed: DPO_NOTIFY_URL is not a URL that can be called"
