@@ -144,10 +144,12 @@ class Trainer:
                 self.checkpoints.finish()
                 # the others are ended as soon as the first process has
                 barrier()
-            kept = "a checkpoint was written" if self.checkpoints else "nothing was kept"
+            kept, then = "a checkpoint was written", "goes on from there"
+            if not self.checkpoints:
+                kept, then = "nothing was kept", "begins anew; checkpoint_uri lets it go on"
             raise TrainingStopped(
                 f"training was asked to stop after step {self.position.steps}; {kept}",
-                fix="run the same command again: it goes on from there",
+                fix=f"run the same command again: it {then}",
             )
 
     @contextmanager

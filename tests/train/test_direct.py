@@ -10,11 +10,13 @@ import torch
 
 from dpo.cli import main
 from dpo.config.compose import compose
+from dpo.config.stages import restrict
 from dpo.errors import ConfigError, TrainingError, TrainingStopped
 from dpo.storage.manifest import read_manifest
 from dpo.train import direct
 from dpo.train.direct import train_directly
 from dpo.train.position import Position
+from dpo.train.stage import run_train
 from dpo.train.trainer import Trainer, _other_rounding
 from tests.train.conftest import SETTINGS
 
@@ -79,6 +81,17 @@ def test_checkpoints_of_a_run_that_was_ended_are_not_taken_for_another(
     assert "resume=never" in caught.value.fix
     train(prepared, tmp_path, "lr=1e-4", "resume=never")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_run_without_a_place_for_checkpoints_does_not_say_that_it_goes_on(
+    prepared, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("DPO_CHECKPOINTS", raising=False)
+    stop_after(monkeypatch, 1)
+    config = restrict(compose(RUN).config, "sft")
+    with pytest.raises(TrainingStopped, match="nothing was kept") as caught:
+        run_train(config, tmp_path / "model", pairs=prepared.data)
+    assert "begins anew" in caught.value.fix
 
 
 def test_checkpoints_of_an_environment_go_to_its_place(prepared, tmp_path, monkeypatch):
