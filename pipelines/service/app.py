@@ -160,6 +160,8 @@ def _allowed(app: FastAPI, request: Request) -> str:
 
 
 def _add_probes(app: FastAPI, service: Service) -> None:
+    check = _Checks()
+
     @app.get("/health", summary="Whether the service is alive")
     async def health() -> views.Health:
         return views.Health()
@@ -167,9 +169,9 @@ def _add_probes(app: FastAPI, service: Service) -> None:
     @app.get("/ready", summary="Whether runs can be accepted", responses=described(503))
     def ready() -> views.Ready:
         checks = {
-            "store": _check(lambda: open_store(service.settings.store_url).check()),
-            "pipeline": _check(_check_endpoint),
-            "worker": _check(lambda: _check_worker(service)),
+            "store": check("store", lambda: open_store(service.settings.store_url).check()),
+            "pipeline": check("pipeline", _check_endpoint),
+            "worker": check("worker", lambda: _check_worker(service)),
         }
         if bad := [name for name, found in checks.items() if found != "ok"]:
             errors = [
@@ -185,13 +187,24 @@ def _add_probes(app: FastAPI, service: Service) -> None:
         return Response(generate_latest(service.figures.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def _check(probe: Callable[[], None]) -> str:
-    try:
-        probe()
-    except DpoError as error:
-        log("not ready", error=str(error))
-        return error.found
-    return "ok"
+class _Checks:
+    """What probes find; they come every few seconds, so a change alone is logged."""
+
+    def __init__(self) -> None:
+        self._failed: dict[str, type[DpoError]] = {}
+
+    def __call__(self, part: str, probe: Callable[[], None]) -> str:
+        """``ok``, or what was found to be wrong with a part."""
+        try:
+            probe()
+        except DpoError as error:
+            if self._failed.get(part) is not type(error):
+                log("not ready", part=part, error=str(error))
+            self._failed[part] = type(error)
+            return error.found
+        if self._failed.pop(part, None):
+            log("ready again", part=part)
+        return "ok"
 
 
 def _check_endpoint() -> None:

@@ -4,10 +4,11 @@ import signal
 
 import pytest
 
+from dpo.errors import StoreUnavailable
 from dpo.storage.runs import write_run_manifest
 from dpo.storage.store import open_store
 from pipelines import cluster, sending, watch
-from pipelines.service import execution
+from pipelines.service import app, execution
 from pipelines.service.database import Database, NewRun
 from pipelines.service.settings import Settings
 from tests.service.support import TINY, ServiceProcess, body, served
@@ -49,6 +50,25 @@ def test_ready_names_the_endpoint_that_does_not_answer(tmp_path, no_endpoint_ans
     found = {error["field"]: error["message"] for error in errors}
     assert set(found) == {"pipeline", "worker"}
     assert "does not answer" in found["pipeline"] or "refused" in found["pipeline"]
+
+
+def test_what_is_not_ready_is_logged_when_it_begins_and_when_it_ends(monkeypatch):
+    said, broken = [], [True, True, False, True]
+    monkeypatch.setattr(app, "log", lambda event, **values: said.append((event, values["part"])))
+    check = app._Checks()
+
+    def probe():
+        if broken.pop(0):
+            raise StoreUnavailable("the store does not answer")
+
+    found = [check("store", probe) for _ in range(4)]
+    assert found == [
+        "the store does not answer",
+        "the store does not answer",
+        "ok",
+        "the store does not answer",
+    ]
+    assert said == [("not ready", "store"), ("ready again", "store"), ("not ready", "store")]
 
 
 def test_a_worker_for_an_endpoint_needs_no_base_model(tmp_path, backend):
