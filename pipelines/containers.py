@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dpo.config.places import cache_dir
 from dpo.errors import RequestError
 from dpo.storage import progress
 from dpo.storage.processes import END_WITH
+from pipelines.deployment import CHECKPOINTS_VARIABLE
 
 RUN_LABEL = "dpo.run"
 _PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY")
@@ -51,6 +53,8 @@ def container_settings(
         "environment": {
             **environment,
             "DPO_CACHE_DIR": str(cache),
+            CHECKPOINTS_VARIABLE: environment.get(CHECKPOINTS_VARIABLE)
+            or str(runs / "checkpoints"),
             progress.FILE_VARIABLE: str(events),
         },
         # stores on this machine are reached as from outside
@@ -128,19 +132,28 @@ def check_images(documents: list[dict[str, Any]]) -> None:
         client.close()
 
 
-def stop_containers(run_id: str) -> None:
+def stop_containers(run_id: str, how: str = "SIGKILL") -> None:
     """End the containers of a run: they are no children of ours and would go on.
 
     Where the engine has gone, a message says so: how the run ended is told by others.
+
+    Args:
+        run_id: Their label.
+        how: The signal; with SIGTERM a training step writes a checkpoint first.
     """
+    from docker.errors import APIError
+
     try:
         client = connect()
     except RequestError as error:
         print(f"{error.found}: containers of this run may go on", file=sys.stderr, flush=True)
         return
     try:
-        for container in client.containers.list(filters={"label": f"{RUN_LABEL}={run_id}"}):
-            container.kill()
+        ours = {"label": f"{RUN_LABEL}={run_id}"}
+        # each may end meanwhile
+        for container in client.containers.list(filters=ours, ignore_removed=True):
+            with suppress(APIError):
+                container.kill(how)
     finally:
         client.close()
 

@@ -36,6 +36,7 @@ from dpo.storage import host_memory, progress
 from dpo.storage.manifest import write_atomically
 from pipelines import containers
 from pipelines.artifacts import Artifacts, drop_broken_cache_entries
+from pipelines.deployment import CHECKPOINTS_VARIABLE
 from pipelines.display import Display, RunView
 from pipelines.package import save_package, steps_of
 
@@ -100,7 +101,7 @@ def run_local(job: Job, console: Console, *, timeout_seconds: float | None = Non
         try:
             _watch(worker, events, Display(view, console), timeout_seconds)
         finally:
-            _stop(worker, console)
+            _stop(worker, console, run_id if job.runner == "docker" else None)
             if job.runner == "docker":
                 containers.stop_containers(run_id)
         succeeded = worker.returncode == 0
@@ -132,7 +133,7 @@ def _start_worker(job: Job, folder: Path, events: Path, lock: int) -> subprocess
         **os.environ,
         progress.FILE_VARIABLE: str(events),
         # dpo.train.place reads it; steps go on from here when a run was ended
-        "DPO_CHECKPOINTS": os.environ.get("DPO_CHECKPOINTS") or str(job.runs / "checkpoints"),
+        CHECKPOINTS_VARIABLE: os.environ.get(CHECKPOINTS_VARIABLE) or str(job.runs / "checkpoints"),
         "PYTHONUNBUFFERED": "1",
         **own_code(),
         **_out_of_band(job),
@@ -189,13 +190,23 @@ def _watch(
             time.sleep(_POLL_SECONDS)
 
 
-def _stop(worker: subprocess.Popen[bytes], console: Console) -> None:
-    """End the worker and its steps: politely, then not. Ctrl-C meanwhile ends the patience."""
+def _stop(
+    worker: subprocess.Popen[bytes], console: Console, in_containers: str | None = None
+) -> None:
+    """End the worker and its steps: politely, then not. Ctrl-C meanwhile ends the patience.
+
+    Args:
+        worker: Of the run.
+        console: Is told when it takes a while.
+        in_containers: The run's id where its steps are containers, which no signal to us reaches.
+    """
     if worker.poll() is not None:
         return
     with suppress(ProcessLookupError):
         os.killpg(worker.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            if in_containers:
+                containers.stop_containers(in_containers, "SIGTERM")
             with suppress(subprocess.TimeoutExpired):
                 worker.wait(_TOLD_AFTER_SECONDS)
                 return

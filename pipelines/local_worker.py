@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ def main(job_file: str, parent: int) -> int:
     """Run the job described in ``job_file`` for a process; 0 when the pipeline succeeded."""
     die_with_parent(parent)
     os.environ[END_WITH] = str(os.getpid())
-    # the signal goes to the whole group: let a training step write its checkpoint and end first
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    steps = _Steps()
+    signal.signal(signal.SIGTERM, steps.tell)
     job: dict[str, Any] = json.loads(Path(job_file).read_text(encoding="utf-8"))
     from kfp import components, local
 
     local.init(
-        runner=_runner(local, job),
+        runner=_runner(local, job, steps),
         pipeline_root=job["pipeline_root"],
         # kfp deletes this folder after the run
         workspace_root=tempfile.mkdtemp(prefix="kfp-workspace-"),
@@ -43,6 +44,37 @@ def main(job_file: str, parent: int) -> int:
         print(error, file=sys.stderr)
         return 1
     return 0
+
+
+class _Steps:
+    """What SIGTERM does to the run: it goes to the whole group, so to the step that runs, too.
+
+    A training step writes its checkpoint first, and the run ends with it. Between two steps nothing
+    else would end the run: the next one has not been told.
+    """
+
+    def __init__(self) -> None:
+        self._told = False
+        self._running: list[None] = []
+
+    def tell(self, *_: object) -> None:
+        """The handler of the signal."""
+        self._told = True
+        if not self._running:
+            raise SystemExit(1)
+
+    def watched(self, run: Callable[..., int]) -> Callable[..., int]:
+        """``run``, which carries out a step and returns its exit code; not 0 after the signal."""
+
+        def run_one(*given: Any, **settings: Any) -> int:
+            self._running.append(None)
+            try:
+                code = run(*given, **settings)
+            finally:
+                self._running.pop()
+            return code or int(self._told)
+
+        return run_one
 
 
 def _keep_outputs_in_loops() -> None:
@@ -80,14 +112,16 @@ def _name_run(run_id: str) -> None:
     enhanced_dag_orchestrator.run_enhanced_dag = named(enhanced_dag_orchestrator.run_enhanced_dag)
 
 
-def _runner(local: Any, job: dict[str, Any]) -> Any:
-    if job["runner"] == "processes":
-        return local.SubprocessRunner(use_venv=False)
-    from kfp.local import docker_task_handler
+def _runner(local: Any, job: dict[str, Any], steps: _Steps) -> Any:
+    from kfp.local import docker_task_handler, subprocess_task_handler
 
+    if job["runner"] == "processes":
+        run_process = subprocess_task_handler.run_local_subprocess
+        subprocess_task_handler.run_local_subprocess = steps.watched(run_process)
+        return local.SubprocessRunner(use_venv=False)
     from pipelines.containers import run_container
 
-    docker_task_handler.run_docker_container = run_container
+    docker_task_handler.run_docker_container = steps.watched(run_container)
     return local.DockerRunner(**job["docker"])
 
 

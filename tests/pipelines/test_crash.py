@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +62,30 @@ def test_a_training_that_is_told_to_end_writes_a_checkpoint_first(tmp_path):
     assert "Traceback" not in errors
     assert _newest_step(checkout, "sft") > 0
     assert checkout.processes() == []
+
+
+@pytest.mark.long
+def test_a_run_told_to_end_before_its_first_step_does_not_go_on(tmp_path):
+    checkout = Checkout.make(tmp_path / "early")
+    run = checkout.start()
+    wait_until(lambda: any(map(_handles_sigterm, checkout.processes())), 60, lambda: "no worker")
+    os.kill(run.pid, signal.SIGTERM)
+    # a step that nobody told would be waited for 40 seconds
+    _, errors = run.communicate(timeout=30)
+    assert run.returncode == 130
+    assert "Ending" not in errors
+    assert checkout.processes() == []
+
+
+def _handles_sigterm(process: int) -> bool:
+    """Whether it is the run's worker, and has come so far."""
+    try:
+        command = Path(f"/proc/{process}/cmdline").read_text()
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
+    caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+    return "pipelines.local_worker" in command and bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
 def _kill_in(checkout: Checkout, stage: str) -> None:
