@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -43,11 +44,14 @@ _MOST_MESSAGE_CHARS = 4000
 _BACKEND_WORDS = {"pending": "waiting"}
 _AWAY_SECONDS = 6 * 3600.0
 """An endpoint may be upgraded while its run goes on; one that is gone must not keep its place."""
+_GLOBALS = threading.Lock()
+"""Hydra and kfp's compiler keep what they are at in globals, and runs are sent by threads."""
 
 
 def carry_out(run: Run, settings: Settings, database: Database) -> None:
     """Run the pipeline for ``run`` and settle its record, whatever happens but a crash."""
-    parameters = settings.run_parameters(run.data_url, run.community)
+    with _GLOBALS:
+        parameters = settings.run_parameters(run.data_url, run.community)
     try:
         if os.environ.get("KF_PIPELINES_ENDPOINT"):
             _on_cluster(run, parameters, settings, database)
@@ -260,11 +264,12 @@ def _submit(
     from pipelines.request import check_values
     from pipelines.shared_places import check_places
 
-    check_values(parameters)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "package.yaml")
         deployment = load_deployment(settings.deployment)
-        documents = package.deployed_package(deployment)
+        with _GLOBALS:
+            check_values(parameters)
+            documents = package.deployed_package(deployment)
         package.keep_checkpoints(documents, parameters["publish_store"])
         check_places(documents, parameters)
         package.save_package(documents, path)

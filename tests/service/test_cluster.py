@@ -1,6 +1,7 @@
 """With an endpoint of Kubeflow Pipelines in the environment, runs go there."""
 
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -153,6 +154,21 @@ def test_a_run_is_followed_to_its_report_and_model(accepted, backend):
     assert {step["name"]: step["state"] for step in ended.steps} == dict.fromkeys(STEPS, "done")
     assert ended.model_url == "s3://bucket/policy/ab"
     assert ended.report_key == f"runs/{submitted['run_id']}/report.html"
+
+
+def test_runs_that_begin_at_once_are_all_sent(accepted, backend, tmp_path):
+    """As with ``max_runs=3``, or when a worker takes up what another left."""
+    database, _, _ = accepted
+    settings = Settings(**TINY, data_dir=tmp_path, deployment=str(tmp_path / "deployment.yaml"))
+    runs = [
+        database.accept(NewRun("acme", f"c{number}", "b", "s3://bucket/x.jsonl", {}, "r"))[0]
+        for number in range(3)
+    ]
+    with ThreadPoolExecutor(len(runs)) as threads:
+        begun = [database.begin(run.id) for run in runs]
+        list(threads.map(lambda run: execution.carry_out(run, settings, database), begun))
+    assert {database.get(run.id, None).state for run in runs} == {"succeeded"}
+    assert {run["display_name"] for run in backend.runs.values()} == {run.id for run in runs}
 
 
 def test_a_worker_killed_before_it_noted_the_backends_run_submits_once(
