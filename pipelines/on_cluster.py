@@ -19,7 +19,7 @@ from dpo.storage.processes import told_to_end
 from pipelines import cluster, package, sending
 from pipelines.asked import not_empty
 from pipelines.outcome import Outcome
-from pipelines.request import check_values
+from pipelines.request import check_texts
 from pipelines.shared_places import check_inputs, check_places
 from pipelines.watch import wait
 
@@ -70,7 +70,7 @@ def run_on_cluster(
     """
     target = cluster.endpoint(options.endpoint, options.namespace, options.experiment)
     if not (options.cancel or options.retry):
-        check_values(values)
+        check_texts(values)
         check_places(documents, values)
         check_inputs(documents, values)
     client = cluster.connect(target)

@@ -63,7 +63,8 @@ def parameters(
         store: Where to publish, when no assignment says.
 
     Raises:
-        ConfigError: an unknown key, a value of another type, settings that cannot work.
+        ConfigError: an unknown key, a value of another type, settings that cannot work or that are
+            too long for a step.
     """
     values = {**defaults, **(preset(preset_name) if preset_name else {})}
     check_names(values)
@@ -91,26 +92,13 @@ def parameters(
         name: typed(written.get(name, name), value, defaults[name])
         for name, value in values.items()
     }
-    stage_configs(values)
+    check_lengths(values)
     return values
 
 
-def check_values(values: Mapping[str, Any]) -> None:
-    """Refuse what would reach the steps as another text or not at all, or stop the run in Argo.
-
-    Args:
-        values: Parameters of a run on a cluster.
-
-    Raises:
-        ConfigError: a text has a variable of Argo's or Kubeflow's in it, or a step's settings are
-            longer than Linux lets an argument be.
-    """
-    check_texts(values)
-    check_lengths(values)
-
-
 def check_texts(values: Mapping[str, Any]) -> None:
-    """Refuse variables of the cluster's own; other braces stay, as chat templates have them.
+    """Refuse what would reach the steps of a cluster as another text, or stop the run in Argo:
+    variables of the cluster's own. Other braces stay, as chat templates have them.
 
     Raises:
         ConfigError: a text has one in it.
@@ -128,10 +116,10 @@ def check_texts(values: Mapping[str, Any]) -> None:
 
 
 def check_lengths(values: Mapping[str, Any]) -> None:
-    """Refuse settings that no process could be given.
+    """Refuse settings that no process could be given, here or on a cluster.
 
     Raises:
-        ConfigError: a step's are longer than Linux lets an argument be.
+        ConfigError: a setting cannot work, or a step's are longer than Linux lets an argument be.
     """
     for stage, config in stage_configs(values).items():
         # they are a text in the JSON that is one argument of the step's process

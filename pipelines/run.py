@@ -329,11 +329,11 @@ def _run_on_cluster(
 ) -> Outcome:
     from pipelines import cluster, sending
     from pipelines.on_cluster import name_of
-    from pipelines.request import check_values
+    from pipelines.request import check_texts
     from pipelines.shared_places import check_inputs, check_places
     from pipelines.watch import wait as wait_for
 
-    check_values(values)
+    check_texts(values)
     check_places(documents, values)
     check_inputs(documents, values)
     place = cluster.endpoint(*target)

@@ -261,14 +261,14 @@ def _submit(
 ) -> str:
     from pipelines import sending
     from pipelines.deployment import load_deployment
-    from pipelines.request import check_values
+    from pipelines.request import check_texts
     from pipelines.shared_places import check_places
 
+    check_texts(parameters)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "package.yaml")
         deployment = load_deployment(settings.deployment)
         with _GLOBALS:
-            check_values(parameters)
             documents = package.deployed_package(deployment)
         package.keep_checkpoints(documents, parameters["publish_store"])
         check_places(documents, parameters)

@@ -122,6 +122,16 @@ def test_settings_that_are_longer_than_an_argument_may_be_are_refused():
     assert "globs" in refused.value.fix
 
 
+@pytest.mark.parametrize("where", ["--local", "--dry-run"])
+def test_neither_does_a_local_run_begin_with_them(tmp_path, capsys, where):
+    files = ",".join(f"/data/some/folder/part-{number:05d}.jsonl" for number in range(400))
+    given = [where, "--runs-dir", str(tmp_path), "--set", f"datasets=[{files}]"]
+    assert submit.main(given) == 2
+    said = capsys.readouterr().err
+    assert "settings of step ingest" in said
+    assert "where: datasets" in said
+
+
 def test_such_a_text_is_not_sent(backend, command):
     template = "{% for item in messages %}{{ item.content }}{% endfor %}"
     asked = ("--store", "s3://bucket", "--set", f'sft.chat_template="{template}"')
