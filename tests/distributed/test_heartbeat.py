@@ -11,7 +11,7 @@ from torch.distributed import TCPStore
 from dpo.config.losses import SFTLoss
 from dpo.data.packing import pack
 from dpo.data.tokenize import TokenizedExample
-from dpo.distributed import heartbeat, worker
+from dpo.distributed import heartbeat, work
 from dpo.distributed.heartbeat import Heartbeat
 from dpo.train.step import Objective
 from tests.distributed.test_weights import SMALL
@@ -65,7 +65,7 @@ def test_an_operation_that_ends_its_wait_first_names_who_is_silent(quiet, monkey
     told = []
     error = RuntimeError("Timed out waiting 20000ms for recv operation to complete")
     try:
-        worker._other(error, heart, lambda found, lost: told.append(str(found)), 20.0)
+        work._other(error, heart, lambda found, lost: told.append(str(found)), 20.0)
     finally:
         signal.signal(signal.SIGTERM, before)
     said = (
