@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,13 +179,6 @@ def experiment_id(client: Any, target: Endpoint) -> str:
     """Id of the experiment, which is made where it is missing."""
     found = client.create_experiment(target.experiment, namespace=target.namespace)
     return str(found.experiment_id)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep kfp's own lines off stdout, which ``--output json`` promises to JSON."""
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
-        yield
 
 
 _FIXES = {

@@ -25,7 +25,12 @@ def bounded_client(**arguments: Any) -> Any:
         arguments: Of ``kfp.Client``.
     """
     import kfp
+    from kfp.client import client as module
     from urllib3.util import Retry
+
+    # its own lines would stand among the JSON that `--output json` promises; taken from its module
+    # alone, for threads of the service share one standard output
+    module.print = _say_nothing
 
     class Client(kfp.Client):  # type: ignore[misc]
         """Without kfp's own five tries and five logged tracebacks when the endpoint refuses."""
@@ -47,6 +52,10 @@ def bounded_client(**arguments: Any) -> Any:
     rest = client._run_api.api_client.rest_client
     rest.request = _bounded(rest.request)
     return client
+
+
+def _say_nothing(*_: object, **__: object) -> None:
+    """In place of ``print``."""
 
 
 def pair(seconds: float) -> tuple[float, float]:

@@ -19,7 +19,6 @@ from pipelines.cluster import (
     is_refusal,
     link,
     problem,
-    quiet,
 )
 
 _LOOKS_SECONDS = (0.0, 1.0, 3.0)
@@ -77,18 +76,17 @@ def upload(client: Any, target: Endpoint, package: Path, name: str, version: str
 def _registered(
     client: Any, target: Endpoint, package: Path, name: str, version: str
 ) -> Registered:
-    with quiet():
-        pipeline_id = _pipeline_id(client, target, name)
-        if pipeline_id is None:
-            pipeline_id = client.upload_pipeline(
-                str(package), pipeline_name=name, namespace=target.namespace
-            ).pipeline_id
-        for known in _versions(client, pipeline_id):
-            if known.display_name == version:
-                return Registered(pipeline_id, known.pipeline_version_id, new=False)
-        made = client.upload_pipeline_version(
-            str(package), pipeline_version_name=version, pipeline_id=pipeline_id
-        )
+    pipeline_id = _pipeline_id(client, target, name)
+    if pipeline_id is None:
+        pipeline_id = client.upload_pipeline(
+            str(package), pipeline_name=name, namespace=target.namespace
+        ).pipeline_id
+    for known in _versions(client, pipeline_id):
+        if known.display_name == version:
+            return Registered(pipeline_id, known.pipeline_version_id, new=False)
+    made = client.upload_pipeline_version(
+        str(package), pipeline_version_name=version, pipeline_id=pipeline_id
+    )
     return Registered(pipeline_id, str(made.pipeline_version_id), new=True)
 
 
@@ -138,9 +136,8 @@ def submit(
         PipelineError: the endpoint gave no answer; the run may have started.
     """
     try:
-        with quiet():
-            asked = _asked(client, target, package, parameters, run_name, registered)
-            run = client.run_pipeline(**asked)
+        asked = _asked(client, target, package, parameters, run_name, registered)
+        run = client.run_pipeline(**asked)
     except Exception as error:
         if is_refusal(error):
             raise problem("the endpoint refused the run", target, error, RequestError) from None
@@ -267,8 +264,7 @@ def _find_schedules(client: Any, target: Endpoint, name: str) -> list[str]:
 @contextmanager
 def _asked_for_list(what: str, target: Endpoint) -> Iterator[None]:
     try:
-        with quiet():
-            yield
+        yield
     except Exception as error:
         found = f"the endpoint does not list its {what}"
         raise problem(found, target, error, RequestError) from None
@@ -339,12 +335,11 @@ def schedule(
         )
     known = _find_schedules(client, target, run_name)
     try:
-        with quiet():
-            asked = _asked(client, target, package, parameters, run_name, registered)
-            # a run that outlasts the interval is not joined by a second one
-            made = client.create_recurring_run(
-                **asked, cron_expression=cron, max_concurrency=1, no_catchup=True
-            )
+        asked = _asked(client, target, package, parameters, run_name, registered)
+        # a run that outlasts the interval is not joined by a second one
+        made = client.create_recurring_run(
+            **asked, cron_expression=cron, max_concurrency=1, no_catchup=True
+        )
     except Exception as error:
         if is_refusal(error):
             raise problem(

@@ -167,7 +167,8 @@ def test_runs_that_begin_at_once_are_all_sent(accepted, backend, tmp_path):
     with ThreadPoolExecutor(len(runs)) as threads:
         begun = [database.begin(run.id) for run in runs]
         list(threads.map(lambda run: execution.carry_out(run, settings, database), begun))
-    assert {database.get(run.id, None).state for run in runs} == {"succeeded"}
+    ended = [database.get(run.id, None) for run in runs]
+    assert {run.state for run in ended} == {"succeeded"}, [run.message for run in ended]
     assert {run["display_name"] for run in backend.runs.values()} == {run.id for run in runs}
 
 
