@@ -113,12 +113,15 @@ def _name_run(run_id: str) -> None:
 
 
 def _runner(local: Any, job: dict[str, Any], steps: _Steps) -> Any:
-    from kfp.local import docker_task_handler, subprocess_task_handler
-
     if job["runner"] == "processes":
+        from kfp.local import subprocess_task_handler
+
         run_process = subprocess_task_handler.run_local_subprocess
         subprocess_task_handler.run_local_subprocess = steps.watched(run_process)
         return local.SubprocessRunner(use_venv=False)
+    # needs the package docker, which the images do not have
+    from kfp.local import docker_task_handler
+
     from pipelines.containers import run_container
 
     docker_task_handler.run_docker_container = steps.watched(run_container)
