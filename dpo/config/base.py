@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from dpo.errors import holds_password
 
+LARGEST_INTEGER = 2**53
+"""Kubeflow's parameters are floating-point numbers: a larger integer may become another."""
+
 
 class Section(BaseModel):
     """A group of settings. Immutable; unknown keys are errors; attribute docstrings describe."""

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dpo.config.base import LARGEST_INTEGER
 from dpo.config.compose import compose
 from dpo.config.describe import suggestion
 from dpo.config.overrides import model_overrides, override_value, parsed_value, unquoted
@@ -86,8 +87,6 @@ STARTS: Mapping[str, Stage] = {
 
 DEFAULT_MODEL = "smollm2"
 """What ``model`` is where nobody chose one (a test compares it with the form)."""
-
-_LARGEST_INTEGER = 2**53
 
 _SHARED_SECTIONS = {"model", "datasets", "sources", "trainer", "wandb", "lora"}
 _SHARED_KEYS = {parameter.key for parameter in PARAMETERS.values() if len(parameter.sides) == 2} | {
@@ -334,10 +333,10 @@ def typed(name: str, value: Value, default: Value) -> Value:
         good = isinstance(value, bool)
     elif isinstance(default, int):
         good = isinstance(value, int) and not isinstance(value, bool)
-        if good and abs(value) > _LARGEST_INTEGER:  # type: ignore[arg-type]  # an int where good
+        if good and abs(value) > LARGEST_INTEGER:  # type: ignore[arg-type]  # an int where good
             raise ConfigError(
                 f"{name}={value}: Kubeflow passes numbers on as floating-point ones, which hold no "
-                f"integer above {_LARGEST_INTEGER}",
+                f"integer above {LARGEST_INTEGER}",
                 fix="choose a smaller one",
             )
     elif isinstance(default, float):

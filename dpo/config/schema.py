@@ -18,11 +18,11 @@ from pydantic import (
     model_validator,
 )
 
-from dpo.config.base import Recorded, Section
+from dpo.config.base import LARGEST_INTEGER, Recorded, Section
 from dpo.config.losses import AnyLoss, DPOLoss
 from dpo.config.models import LoraConfig, ModelConfig, TrainerConfig
 from dpo.config.places import chat_templates
-from dpo.config.sources import LARGEST_SEED, SourceConfig
+from dpo.config.sources import SourceConfig
 
 CheckpointingMode = Literal["none", "selective", "full"]
 
@@ -263,7 +263,7 @@ class RunConfig(Recorded):
         "none"
     )
     """Recompute activations in the backward pass; true means full."""
-    seed: int = Field(0, ge=0, le=LARGEST_SEED)
+    seed: int = Field(0, ge=0, le=LARGEST_INTEGER)
     """Order of the examples, choice of subsets, sampling."""
 
     score_training_pairs: bool = True

@@ -7,10 +7,8 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, Field, WithJsonSchema
 
-from dpo.config.base import Section
+from dpo.config.base import LARGEST_INTEGER, Section
 
-LARGEST_SEED = 1 << 53
-"""Kubeflow's parameters are floating-point numbers: a larger one may become another."""
 Format = Literal[
     "auto",
     "pairs",
@@ -72,7 +70,7 @@ class SourceConfig(Section):
     """Share of this source's prompts held out by hash, where it differs from the others'."""
     max_pairs: int | None = Field(None, gt=0)
     """Take at most so many pairs of this source (a seeded choice)."""
-    seed: int | None = Field(None, ge=0, le=LARGEST_SEED)
+    seed: int | None = Field(None, ge=0, le=LARGEST_INTEGER)
     """Seed of that choice, where it differs from the run's."""
     max_pairs_per_prompt: int | None = Field(None, gt=0)
     """Take at most so many pairs with one prompt, the first ones."""
