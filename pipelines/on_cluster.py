@@ -15,7 +15,6 @@ from typing import Any
 from uuid import uuid4
 
 from dpo.errors import ConfigError, PipelineError
-from dpo.storage.processes import told_to_end
 from pipelines import cluster, package, sending
 from pipelines.asked import not_empty
 from pipelines.outcome import Outcome
@@ -147,15 +146,14 @@ def _follow(
     if not options.wait:
         return Outcome("submitted", run_id, where=link)
     try:
-        with told_to_end():
-            return wait(
-                client,
-                target,
-                run_id,
-                store=str(values["publish_store"]),
-                timeout_seconds=options.timeout_seconds,
-                say=lambda text: print(text, file=sys.stderr, flush=True),
-            )
+        return wait(
+            client,
+            target,
+            run_id,
+            store=str(values["publish_store"]),
+            timeout_seconds=options.timeout_seconds,
+            say=lambda text: print(text, file=sys.stderr, flush=True),
+        )
     except KeyboardInterrupt:
         if not options.cancel_on_interrupt:
             raise KeyboardInterrupt(

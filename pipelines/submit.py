@@ -210,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
             options = explain.parser().parse_args(given[1:])
             with nothing_started():
                 return explain.main(options, runs_folder(options.runs_dir))
-        # CI and `timeout` end a command with SIGTERM
+        # CI and `timeout` end a command with SIGTERM: as Ctrl-C, wherever it is
         with told_to_end():
             return _run(parser().parse_args(given))
     except (DpoError, OSError) as problem:
