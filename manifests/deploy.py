@@ -151,7 +151,7 @@ def without_store(name: str) -> str:
     if chosen.store_secret or any(key.startswith("AWS_ROLE") for key in chosen.environment):
         return ""
     return (
-        f"the deployment {name or 'of the service'} names no store_secret: the runs that the "
+        f"the deployment {name} names no store_secret: the runs that the "
         "service starts have the store's credentials only where their service account brings them. "
         "Name the Secret, and S3_ENDPOINT under environment, in a deployment of yours "
         "(config/deployment/standalone.yaml shows both)"

@@ -168,11 +168,12 @@ def _add_probes(app: FastAPI, service: Service) -> None:
 
     @app.get("/ready", summary="Whether runs can be accepted", responses=described(503))
     def ready() -> views.Ready:
-        checks = {
-            "store": check("store", lambda: open_store(service.settings.store_url).check()),
-            "pipeline": check("pipeline", _check_endpoint),
-            "worker": check("worker", lambda: _check_worker(service)),
+        probes: dict[str, Callable[[], None]] = {
+            "store": lambda: open_store(service.settings.store_url).check(),
+            "pipeline": _check_endpoint,
+            "worker": lambda: _check_worker(service),
         }
+        checks = {part: check(part, probe) for part, probe in probes.items()}
         if bad := [name for name, found in checks.items() if found != "ok"]:
             errors = [
                 FieldError(field=name, reason="unavailable", message=checks[name]) for name in bad
