@@ -28,6 +28,7 @@ from pipelines.history import INPUTS, changes, steps_of, with_candidates
 from pipelines.start import known_run
 from pipelines.steps import SELECT, SWEPT, TASKS
 from pipelines.watch import candidate_states, step_states
+from pipelines.workflow import Linker
 
 _ENDED_EARLY = {"failed": "it failed", "skipped": "a step before it failed"}
 _DATA_IMAGE_STEPS = {"ingest", "gate", "publish"}
@@ -175,7 +176,8 @@ def _remote(options: argparse.Namespace) -> tuple[Told, Told | None]:
     if options.endpoint or cluster.is_configured():
         target = cluster.endpoint(options.endpoint, options.namespace)
         try:
-            run = cluster.get_run(cluster.connect(target), target, options.run_id)
+            client = cluster.connect(target)
+            run = Linker(client).linked(cluster.get_run(client, target, options.run_id))
         except RequestError as error:
             if not url:
                 raise

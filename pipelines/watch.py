@@ -20,6 +20,7 @@ from pipelines.connection import ANSWER_SECONDS, pair
 from pipelines.events import Watcher, advice
 from pipelines.outcome import Outcome
 from pipelines.steps import SWEPT, TASKS, step_of
+from pipelines.workflow import EXECUTOR, OMITTED, Linker, plain_name
 
 _FIRST_POLL_SECONDS = 0.2
 _POLL_SECONDS = 5.0
@@ -35,9 +36,7 @@ _OF_KUBEFLOW = re.compile(
 """Lines with which its launcher and Argo surround what a step says, half a dozen at the end."""
 _ITERATION = re.compile(r"\((\d+):[^)]*\)$")
 _NODE_NUMBER = re.compile(r"-(\d{4,})$")
-_OMITTED = "RUNTIME_STATE_UNSPECIFIED"
-"""What the API says of a step that is not begun because one before it failed (Argo's Omitted)."""
-_WORDS = {"SUCCEEDED": "done", "SKIPPED": "skipped", _OMITTED: "skipped"}
+_WORDS = {"SUCCEEDED": "done", "SKIPPED": "skipped", OMITTED: "skipped"}
 
 
 def wait(
@@ -71,6 +70,7 @@ def wait(
     trouble = _Trouble(target, away if deadline is None else math.inf)
     pause = _FIRST_POLL_SECONDS
     watcher = Watcher(run_id, target.namespace)
+    linker = Linker(client)
     while (left := _left(deadline)) > 0:
         try:
             run = _ask(client, run_id, min(ANSWER_SECONDS, left))
@@ -79,7 +79,7 @@ def wait(
                 return trouble.ended(outcome)
         else:
             trouble.over()
-            _report_steps(run, outcome, say)
+            _report_steps(linker.linked(run), outcome, say)
             if run.state in ENDED:
                 return _ended(client, run, outcome, store, watcher)
             for text in watcher.news():
@@ -170,7 +170,7 @@ def step_states(run: Any) -> dict[str, str]:
 
 def _has_state(run: Any, task: Any) -> bool:
     """A task of a run that goes on may just not have its state yet."""
-    return bool(task.state) and (task.state != _OMITTED or run.state in ENDED)
+    return bool(task.state) and (task.state != OMITTED or run.state in ENDED)
 
 
 def _word(run: Any, task: Any) -> str:
@@ -192,7 +192,7 @@ def candidate_states(run: Any) -> dict[int, dict[str, str]]:
             before.setdefault(_name(child), []).append(task)
     found: dict[int, dict[str, list[str]]] = {}
     for task in details:
-        name = _plain_name(task)
+        name = plain_name(task)
         if name not in SWEPT or not _has_state(run, task):
             continue
         if (place := _iteration(task, before)) is not None:
@@ -237,14 +237,9 @@ def _steps(run: Any) -> Iterable[tuple[str, Any]]:
     """Our steps among the run's tasks, which also hold drivers, executors and conditions."""
     details = getattr(run.run_details, "task_details", None) or []
     for task in details:
-        name = step_of(_plain_name(task))
+        name = step_of(plain_name(task))
         if name in TASKS:
             yield name, task
-
-
-def _plain_name(task: Any) -> str:
-    """Without the number of an attempt."""
-    return re.sub(r"\(\d+\)$", "", task.display_name or "")
 
 
 def _children(run: Any, task: Any) -> list[Any]:
@@ -327,7 +322,7 @@ def _failure(client: Any, run: Any, watcher: Watcher) -> str:
 def _failed_drivers(run: Any) -> Iterable[tuple[str, Any]]:
     """Steps that Kubeflow's own part did not start, each with the task of its driver."""
     for task in getattr(run.run_details, "task_details", None) or []:
-        name, driver, _ = _plain_name(task).partition("-driver")
+        name, driver, _ = plain_name(task).partition("-driver")
         if driver and task.state == "FAILED" and step_of(name) in TASKS:
             yield step_of(name), task
 
@@ -342,7 +337,7 @@ def _attempts(run: Any, task: Any) -> list[Any]:
             for one in near
             for child in _children(run, one)
             # an executor also links to what comes after the step
-            if _plain_name(child) == "executor" and child not in found
+            if plain_name(child) == EXECUTOR and child not in found
         ]
         found += sorted(near, key=_attempt)
     return found

@@ -10,7 +10,8 @@ import pytest
 from tests.manifests.test_ci import script
 from tests.pipelines.conftest import backend  # noqa: F401  # the stand-in of the API
 from tests.support.checkout import ROOT
-from tests.support.kfp_backend import STEPS, Scenario, task
+from tests.support.kfp_backend import STEPS, Scenario
+from tests.support.workflow import task
 
 # as their documentation says that they start a script
 SHELLS = {"github.yaml": ["bash", "-e"], "gitlab.yaml": ["bash", "-eo", "pipefail"]}

@@ -15,8 +15,9 @@ from dpo.storage.runs import write_run_manifest
 from dpo.storage.store import open_store
 from pipelines import cluster, on_cluster, package, sending, submit, watch
 from tests.support.certificates import self_signed
-from tests.support.kfp_backend import STEPS, Fault, Scenario, running_backend, task
+from tests.support.kfp_backend import STEPS, Fault, Scenario, running_backend
 from tests.support.submitted import IMAGES, all_done, verdict
+from tests.support.workflow import DAG, node, pod, task
 
 
 def test_an_approved_run_exits_0_and_tells_each_step(backend, store, command):
@@ -74,36 +75,60 @@ def test_a_refused_model_exits_3(backend, store, command):
 
 def test_cached_steps_are_told_from_executed_ones(backend, store, command):
     rows = [
-        {"display_name": "sft", "state": "SUCCEEDED", "child_tasks": [{"pod_name": "r-20001"}]},
-        {"display_name": "executor", "state": "SKIPPED", "pod_name": "r-container-impl-20001"},
-        {
-            "display_name": "preference(0)",
-            "state": "SUCCEEDED",
-            "child_tasks": [{"pod_name": "p2"}],
-        },
-        {"display_name": "executor", "state": "SUCCEEDED", "pod_name": "p2"},
+        *task("sft", "SKIPPED"),
+        *task("preference(0)", "SUCCEEDED"),
         # a backend may tell the name shown instead of the task's
-        {"display_name": "Ingest and validate", "state": "SUCCEEDED"},
+        node(f"{DAG}.Ingest and validate", "SUCCEEDED"),
     ]
-    backend.scenario = Scenario(tasks=[rows], on_end=verdict(store, True))
-    _, outcome, _ = command("--wait")
+    backend.scenario = Scenario(tasks=[[], rows], on_end=verdict(store, True))
+    _, outcome, said = command("--wait")
     assert outcome["steps"] == {"sft": "cached", "preference": "done", "ingest": "done"}
+    assert "sft: done" not in said
+    # the workflow is large: asked for once a change
+    asked = [path for _, path in backend.requests if path.startswith("/apis/v1beta1/runs/")]
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("status", [404, 500])
+def test_cached_steps_are_told_without_the_workflow_too(backend, store, command, status):
+    """A step's executor then is the one that began and ended with it."""
+    rows = [
+        *task("ingest", "SKIPPED", seconds=(10, 10)),
+        *task("sft", "SUCCEEDED", seconds=(20, 90)),
+        *task("reference", "SKIPPED", seconds=(100, 101)),
+        *task("preference", "RUNNING", seconds=(110, None)),
+    ]
+    backend.scenario = Scenario(
+        states=["RUNNING", "SUCCEEDED"], tasks=[rows], on_end=verdict(store, True)
+    )
+    backend.faults = [Fault("/apis/v1beta1/", status=status, times=99)]
+    _, outcome, _ = command("--wait")
+    assert outcome["steps"] == {
+        "ingest": "cached",
+        "sft": "done",
+        "reference": "cached",
+        "preference": "running",
+    }
+    assert backend.faults[0].times == (98 if status == 404 else 97), "what is not offered"
 
 
 def test_a_failed_run_exits_1_with_the_steps_own_message(backend, command):
-    backend.scenario = Scenario(
-        states=["RUNNING", "FAILED"], tasks=[task("sft", "FAILED", pod_name="p")]
-    )
-    backend.logs["p"] = "loading\nsft: the loss is NaN\n  fix:   lower sft_lr\n"
+    failed = task("sft", "FAILED", message="OOMKilled (exit code 137)")
+    backend.scenario = Scenario(states=["RUNNING", "FAILED"], tasks=[failed])
+    backend.logs[pod("sft.executor")] = "loading\nsft: the loss is NaN\n  fix:   lower sft_lr\n"
     code, outcome, said = command("--wait")
     assert (code, outcome["state"]) == (1, "failed")
-    assert outcome["message"].splitlines() == [
-        "step sft failed",
+    assert outcome["message"].splitlines()[:4] == [
+        "step sft failed OOMKilled (exit code 137)",
         "  | loading",
         "  | sft: the loss is NaN",
         "  |   fix:   lower sft_lr",
     ]
     assert "Traceback" not in said
+    # without the workflow the pod's name is what Kubeflow makes of the step's
+    backend.faults = [Fault("/apis/v1beta1/", status=501, times=99)]
+    backend.scenario = Scenario(states=["FAILED"], tasks=[failed])
+    assert command("--wait")[1]["message"].splitlines()[:2] == ["step sft failed", "  | loading"]
 
 
 def test_what_a_step_says_is_not_lost_in_what_kubeflow_says_around_it(backend, command):
@@ -117,9 +142,9 @@ def test_what_a_step_says_is_not_lost_in_what_kubeflow_says_around_it(backend, c
         '{"time":"2026-07-12T06:48:44.957Z","level":"INFO","msg":"sub-process exited"}\n',
         "Error: exit status 1\n",
     )
-    failed = [task("sft", "FAILED", pod_name="p")]
+    failed, own_pod = [task("sft", "FAILED")], pod("sft.executor")
     backend.scenario = Scenario(states=["FAILED"], tasks=failed)
-    backend.logs["p"] = around[0] + "sft: the loss is NaN\n" + "".join(around[1:] * 2)
+    backend.logs[own_pod] = around[0] + "sft: the loss is NaN\n" + "".join(around[1:] * 2)
     assert command("--wait")[1]["message"].splitlines()[1:] == ["  | sft: the loss is NaN"]
     # the step's own, as torch and trainers write them
     own = [
@@ -129,40 +154,38 @@ def test_what_a_step_says_is_not_lost_in_what_kubeflow_says_around_it(backend, c
         '{"time": 3.2, "loss": NaN}',
     ]
     backend.scenario = Scenario(states=["FAILED"], tasks=failed)
-    backend.logs["p"] = "\n".join([*own, *around])
+    backend.logs[own_pod] = "\n".join([*own, *around])
     shown = command("--wait")[1]["message"].splitlines()[1:]
     assert shown == [f"  | {line}" for line in own]
     # a launcher that never came to the step
     backend.scenario = Scenario(states=["FAILED"], tasks=failed)
-    backend.logs["p"] = around[3]
+    backend.logs[own_pod] = around[3]
     assert "failed to execute component" in command("--wait")[1]["message"]
 
 
-def test_the_last_attempt_of_a_step_with_retries_says_why(backend, command):
+@pytest.mark.parametrize("has_workflow", [True, False])
+def test_the_last_attempt_of_a_step_with_retries_says_why(backend, command, has_workflow):
     """Each attempt is a task behind the executor, which has no pod and no log of its own."""
-
-    def row(name, state, pod, *children, **more):
-        linked = [{"pod_name": child} for child in children]
-        return {
-            "display_name": name,
-            "state": state,
-            "pod_name": pod,
-            "child_tasks": linked,
-            **more,
-        }
-
+    path, template = f"{DAG}.sft", "retry-system-container-impl"
+    attempts = [f"{path}.executor({number})" for number in (0, 1)]
+    after = f"{DAG}.reference-driver"
     rows = [
-        row("sft", "FAILED", "group", "retries"),
-        row("executor", "FAILED", "retries", "first", "second"),
-        row("executor(1)", "FAILED", "second", "next", error={"message": "OOMKilled (137)"}),
-        row("executor(0)", "FAILED", "first", "next"),
-        row("reference-driver", "SKIPPED", "next"),
+        node(path, "FAILED", children=[f"{path}.executor"]),
+        node(f"{path}.executor", "FAILED", template, attempts, kind="Retry", message="No more"),
+        node(attempts[1], "FAILED", template, [after], kind="Pod", message="OOMKilled (137)"),
+        node(attempts[0], "FAILED", template, [after], kind="Pod"),
+        node(after, "SKIPPED", "system-container-driver"),
     ]
     backend.scenario = Scenario(states=["FAILED"], tasks=[rows])
-    backend.logs |= {"first": "one\n", "second": "two\n", "next": "of another step\n"}
+    names = [pod(f"sft.executor({number})", template) for number in (0, 1)]
+    backend.logs |= {names[0]: "one\n", names[1]: "two\n"}
+    backend.logs[pod("reference-driver", "system-container-driver")] = "of another step\n"
+    if not has_workflow:
+        backend.faults = [Fault("/apis/v1beta1/", status=404, times=99)]
     _, outcome, _ = command("--wait")
-    assert outcome["message"].splitlines()[:2] == ["step sft failed OOMKilled (137)", "  | two"]
-    assert "steps.sft.memory" in outcome["message"]
+    why = " OOMKilled (137)" if has_workflow else ""
+    assert outcome["message"].splitlines()[:2] == [f"step sft failed{why}", "  | two"]
+    assert ("steps.sft.memory" in outcome["message"]) == has_workflow
 
 
 def test_steps_behind_a_failed_one_are_skipped(backend, command):
@@ -179,11 +202,16 @@ def test_steps_behind_a_failed_one_are_skipped(backend, command):
 
 
 def test_a_step_that_kubeflow_could_not_start_is_named(backend, command):
-    problem = {"message": "parent DAG does not have input parameter x"}
-    rows = [{"display_name": "sft-driver(0)", "state": "FAILED", "pod_name": "d", "error": problem}]
+    template = "system-container-driver"
+    said = "Error (exit code 1)"
+    rows = [node(f"{DAG}.sft-driver(0)", "FAILED", template, kind="Pod", message=said)]
     backend.scenario = Scenario(states=["FAILED"], tasks=[rows])
+    backend.logs[pod("sft-driver(0)", template)] = "parent DAG does not have input parameter x\n"
     _, outcome, _ = command("--wait")
-    assert outcome["message"] == f"step sft could not be started: {problem['message']}"
+    assert outcome["message"].splitlines() == [
+        f"step sft could not be started: {said}",
+        "  | parent DAG does not have input parameter x",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -198,8 +226,7 @@ def test_a_step_that_kubeflow_could_not_start_is_named(backend, command):
     ],
 )
 def test_the_words_of_kubernetes_come_with_what_to_do(backend, command, words, advice):
-    error = {"code": 13, "message": words}
-    backend.scenario = Scenario(states=["FAILED"], tasks=[task("sft", "FAILED", error=error)])
+    backend.scenario = Scenario(states=["FAILED"], tasks=[task("sft", "FAILED", message=words)])
     _, outcome, _ = command("--wait")
     assert words in outcome["message"]
     assert advice in outcome["message"]
@@ -570,25 +597,26 @@ def test_explain_names_the_input_that_changed(
 
 
 def loop(*candidates):
-    """Tasks of a sweep's loop, linked as a workflow's nodes are; of each candidate two states."""
+    """Nodes of a sweep's loop; of each candidate two states."""
     rows = []
     for place, states in enumerate(candidates):
-        names = [f"iteration-iterations({place}:{place})", "iteration-item-driver"]
-        names += ["iteration-item"]
-        for step, state in zip(("preference", "evaluate"), states, strict=True):
-            names += [f"{step}-driver", step, f"executor {state}"]
-        for number, name in enumerate(names):
-            name, _, state = name.partition(" ")
-            node = 10_000 + 100 * place + number
-            rows.append(
-                {
-                    "display_name": name,
-                    "state": state or "SUCCEEDED",
-                    # a backend names a task by its template too, and its children without
-                    "pod_name": f"run-x1-system-dag-{node}",
-                    "child_tasks": [{"pod_name": f"run-x1-{node + 1}"}],
-                }
-            )
+        group = f"{DAG}.for-loop-1.iteration-iterations({place}:{place})"
+        inside = f"{group}.iteration-item"
+        first, last = (f"{inside}.{step}" for step in ("preference", "evaluate"))
+        both = [
+            task(step, state, within=inside)
+            for step, state in zip(("preference", "evaluate"), states, strict=True)
+        ]
+        # what comes next is behind the executor of the step before
+        both[0][2]["children"] = node(last, "PENDING", children=[f"{last}-driver"])["children"]
+        both[0][1]["children"] = node(last, "PENDING", children=[first])["children"]
+        both[1][1]["children"] = node(last, "PENDING", children=[last])["children"]
+        rows += [
+            node(group, "SUCCEEDED", children=[f"{group}.iteration-item-driver"]),
+            node(f"{group}.iteration-item-driver", "SUCCEEDED", children=[inside], kind="Pod"),
+            node(inside, "SUCCEEDED", children=[f"{first}-driver"]),
+            *(row for rows_of_step in both for row in rows_of_step),
+        ]
     return rows
 
 
@@ -682,9 +710,9 @@ def test_explain_without_an_endpoint_says_what_is_missing(capsys, tmp_path, monk
 def test_the_candidates_of_a_sweep_are_one_step_each_with_the_worst_state(backend, store, command):
     def two(first, second):
         return [
-            {"display_name": "preference", "state": first},
-            {"display_name": "preference", "state": second},
-            {"display_name": "evaluate-2", "state": "SUCCEEDED"},
+            node(f"{DAG}.one.preference", first),
+            node(f"{DAG}.two.preference", second),
+            node(f"{DAG}.evaluate-2", "SUCCEEDED"),
         ]
 
     backend.scenario = Scenario(

@@ -15,7 +15,8 @@ from dpo.storage.runs import write_run_manifest
 from dpo.storage.store import open_store
 from pipelines import cluster, package, submit, watch
 from tests.support.checkout import FAST
-from tests.support.kfp_backend import STEPS, Scenario, running_backend, task
+from tests.support.kfp_backend import STEPS, Scenario, running_backend
+from tests.support.workflow import task
 
 CACHEABLE = {"ingest", "sft", "reference", "preference", "evaluate"}
 NEEDED = ("KF_PIPELINES_ENDPOINT", "DPO_TEST_DATA_IMAGE", "DPO_TEST_TRAIN_IMAGE", "DPO_TEST_STORE")

@@ -13,8 +13,9 @@ from pipelines.service import app, execution
 from pipelines.service.database import Database, NewRun
 from pipelines.service.settings import Settings
 from tests.service.support import TINY, ServiceProcess, body, served
-from tests.support.kfp_backend import STEPS, Fault, Scenario, running_backend, task
+from tests.support.kfp_backend import STEPS, Fault, Scenario, running_backend
 from tests.support.waiting import wait_until
+from tests.support.workflow import task
 
 DEPLOYMENT = """
 images:

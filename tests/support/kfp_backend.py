@@ -27,18 +27,12 @@ import yaml
 from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
 
+from tests.support.workflow import tasks_of, workflow_of
+
 STEPS = (
     *("fingerprint", "ingest", "sft", "reference", "preference", "evaluate", "gate", "publish"),
     "finish",
 )
-
-
-def task(name: str, state: str, **more: Any) -> list[dict[str, Any]]:
-    """What the API lists for one step: itself, its driver and its executor."""
-    rows = [{"display_name": name, "state": "SUCCEEDED" if state == "SKIPPED" else state, **more}]
-    rows.append({"display_name": f"{name}-driver", "state": "SUCCEEDED"})
-    rows.append({"display_name": "executor", "state": state, "pod_name": f"{name}-pod"})
-    return rows
 
 
 @dataclass
@@ -47,6 +41,7 @@ class Scenario:
 
     states: list[str] = field(default_factory=lambda: ["PENDING", "RUNNING", "SUCCEEDED"])
     tasks: list[list[dict[str, Any]]] = field(default_factory=list)
+    """Nodes of the run's workflow."""
     on_end: Callable[[str], None] | None = None
     """Called with the run's id when its last state is told: writes what the steps would write."""
 
@@ -93,6 +88,7 @@ class Backend:
         self.runs: dict[str, dict[str, Any]] = {}
         self.schedules: dict[str, dict[str, Any]] = {}
         self.logs: dict[str, str] = {}
+        self.workflows: dict[str, dict[str, Any]] = {}
         self.url = ""
         self._told: dict[str, int] = {}
 
@@ -131,9 +127,19 @@ class Backend:
             self._enter(run, states[min(told, len(states) - 1)])
             if self.scenario.tasks:
                 details = self.scenario.tasks[min(told, len(self.scenario.tasks) - 1)]
-                run["run_details"] = {"task_details": details}
+                run["run_details"] = {"task_details": tasks_of(run_id, details)}
+                self.workflows[run_id] = workflow_of(details)
             self._told[run_id] = told + 1
         return run
+
+    def get_first_version(self, run_id: str) -> dict[str, Any]:
+        """``toApiRunDetailV1``: with the workflow as the persistence agent last reported it."""
+        run = self._run(run_id)
+        runtime = {"workflow_manifest": json.dumps(self.workflows.get(run_id, workflow_of([])))}
+        return {
+            "run": {"id": run_id, "name": run["display_name"]},
+            "pipeline_runtime": runtime,
+        }
 
     def _enter(self, run: dict[str, Any], state: str) -> None:
         if run["state"] == "CANCELING":
@@ -402,6 +408,9 @@ class _Handler(BaseHTTPRequestHandler):
             if log[2] not in self.backend.logs:
                 raise Refused(404, "no log", 5)
             return self.backend.logs[log[2]]
+        first = re.fullmatch(r"/apis/v1beta1/runs/([^/]+)", path)
+        if first and self.command == "GET":
+            return self.backend.get_first_version(first[1])
         for method, pattern, model, function in _ROUTES:
             found = re.fullmatch("/apis/v2beta1" + pattern, path)
             if found and method == self.command:

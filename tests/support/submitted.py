@@ -7,7 +7,8 @@ from typing import Any
 
 from dpo.storage.runs import write_run_manifest
 from dpo.storage.store import open_store
-from tests.support.kfp_backend import STEPS, task
+from tests.support.kfp_backend import STEPS
+from tests.support.workflow import task
 
 IMAGES = [
     *("--deploy", "images.data=registry.test/data:1"),

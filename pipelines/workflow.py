@@ -1,0 +1,166 @@
+"""The tasks of a run, linked: with names of their own, pods and what went wrong.
+
+Kubeflow's API lists a run's tasks with names to show, states and times, and tells of each which
+ones come behind it, by the names of the workflow's nodes. But it tells none of these names of the
+tasks themselves, and no pod or message. The workflow, which its first version (``v1beta1``) hands
+out of the same database, has all of it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import quote
+
+from pipelines.connection import ANSWER_SECONDS, pair
+from pipelines.steps import TASKS, step_of
+
+EXECUTOR = "executor"
+"""What Kubeflow calls the task behind a step that runs the step's container."""
+OMITTED = "RUNTIME_STATE_UNSPECIFIED"
+"""What the API says of a step that is not begun because one before it failed (Argo's Omitted)."""
+_STATES = {
+    "Pending": "PENDING",
+    "Running": "RUNNING",
+    "Succeeded": "SUCCEEDED",
+    "Skipped": "SKIPPED",
+    "Failed": "FAILED",
+    "Error": "FAILED",
+}
+_NOT_OFFERED = (404, 405, 501)
+_POD_NAMES = "workflows.argoproj.io/pod-name-format"
+_TEMPLATE = "system-container-impl"
+"""Of the pod of a step that has neither retries nor labels."""
+
+
+def plain_name(task: Any) -> str:
+    """Without the number of an attempt."""
+    return re.sub(r"\(\d+\)$", "", task.display_name or "")
+
+
+class Linker:
+    """Links a run's tasks each time that it is asked for.
+
+    Args:
+        client: From ``pipelines.cluster.connect``.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._offered = True
+        self._told: list[tuple[str, str]] | None = None
+        self._tasks: list[Any] = []
+
+    def linked(self, run: Any) -> Any:
+        """The run with its tasks linked as well as the backend lets us."""
+        details = getattr(run.run_details, "task_details", None) or []
+        if not details or any(task.pod_name for task in details):
+            return run
+        told = sorted((task.display_name or "", task.state or "") for task in details)
+        if told != self._told and (tasks := self._asked(run.run_id)):
+            # a workflow is large: it is asked for again when a task has changed
+            self._told, self._tasks = told, tasks
+        if told == self._told:
+            run.run_details.task_details = self._tasks
+        else:
+            _link_by_times(details)
+        return run
+
+    def _asked(self, run_id: str) -> list[Any]:
+        if not self._offered:
+            return []
+        try:
+            found = self._client._run_api.api_client.call_api(
+                f"/apis/v1beta1/runs/{quote(run_id)}",
+                "GET",
+                response_type="object",
+                auth_settings=["Bearer"],
+                _return_http_data_only=True,
+                _request_timeout=pair(ANSWER_SECONDS),
+            )
+            return tasks_of(json.loads(found["pipeline_runtime"]["workflow_manifest"]))
+        except Exception as error:
+            # what is missing is told less well; the run itself is watched all the same
+            self._offered = getattr(error, "status", None) not in _NOT_OFFERED
+            return []
+
+
+def tasks_of(workflow: Mapping[str, Any]) -> list[Any]:
+    """The nodes of an Argo workflow, each as the API tells of a task."""
+    from kfp_server_api import (
+        GoogleRpcStatus,
+        PipelineTaskDetailChildTask,
+        V2beta1PipelineTaskDetail,
+    )
+
+    nodes = workflow["status"].get("nodes") or {}
+    return [
+        V2beta1PipelineTaskDetail(
+            task_id=node["id"],
+            pod_name=_pod_name(workflow["metadata"], node),
+            display_name=node.get("displayName", ""),
+            state=_STATES.get(node.get("phase", ""), OMITTED),
+            # others say "child failed", or count attempts
+            error=GoogleRpcStatus(message=node.get("message")) if _is_pod(node) else None,
+            child_tasks=[
+                PipelineTaskDetailChildTask(pod_name=name) for name in node.get("children") or []
+            ],
+        )
+        for node in nodes.values()
+    ]
+
+
+def _is_pod(node: Mapping[str, Any]) -> bool:
+    return node.get("type") == "Pod"
+
+
+def _pod_name(metadata: Mapping[str, Any], node: Mapping[str, Any]) -> str:
+    """As Argo names the pod of a node."""
+    name, identity = str(metadata["name"]), str(node["id"])
+    if (metadata.get("annotations") or {}).get(_POD_NAMES) == "v1" or identity == name:
+        return identity
+    inline = ".inline" in node.get("name", "")
+    return _named(identity, "" if inline else node.get("templateName", ""))
+
+
+def _named(node: str, template: str) -> str:
+    workflow, _, number = node.rpartition("-")
+    return "-".join(filter(None, [workflow, template, number]))
+
+
+def _link_by_times(details: Iterable[Any]) -> None:
+    """Without the workflow: a step's executor begins and ends when the step does."""
+    tasks = list(details)
+    executors = [task for task in tasks if plain_name(task) == EXECUTOR]
+    for step in sorted(tasks, key=_times):
+        behind = [child.pod_name for child in step.child_tasks or [] if child.pod_name]
+        if not behind or not executors or step_of(plain_name(step)) not in TASKS:
+            continue
+        # attempts are tasks of the same name: the first to begin is the one that they are behind
+        nearest = min(executors, key=lambda task: (_apart(task, step), task.display_name))
+        executors.remove(nearest)
+        nearest.task_id = behind[0]
+        nearest.pod_name = _pod_by_guess(nearest, behind[0])
+
+
+def _pod_by_guess(executor: Any, node: str) -> str:
+    failed = getattr(executor.executor_detail, "failed_main_jobs", None)
+    return str(failed[-1]) if failed else _named(node, _TEMPLATE)
+
+
+def _times(task: Any) -> tuple[float, float]:
+    return _seconds(task.start_time), _seconds(task.end_time)
+
+
+def _apart(one: Any, other: Any) -> float:
+    return sum(abs(a - b) for a, b in zip(_times(one), _times(other), strict=True))
+
+
+def _seconds(when: datetime | None) -> float:
+    """Since 1970; 0 for what has not been yet, which the backend gives as the year 1."""
+    if when is None or when.year < 1970:
+        return 0.0
+    return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
