@@ -113,8 +113,9 @@ class Signing(Section):
 class ModelCache(Section):
     """A volume that keeps base models between runs."""
 
-    claim: Name
-    """PersistentVolumeClaim; ReadWriteMany where steps of several nodes use it at once."""
+    claim: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)]
+    """PersistentVolumeClaim; ReadWriteMany where steps of several nodes use it at once. No dots:
+    Kubeflow names the pod's volume after it."""
     mount_path: str = Field("/cache", pattern=r"^/[^\s:]+$")
     """Where it is mounted; DPO_CACHE_DIR and HF_HOME point into it."""
 

@@ -269,6 +269,7 @@ def test_retries_reach_steps_inside_conditions_and_outlast_the_training():
         ("environment={1A: x}", "environment.1A"),
         ("store_secret={name: s, keys: {a: B C}}", "store_secret.keys.a='B C'"),
         ("model_cache={claim: c, mount_path: /dev/shm/}", "shared_memory of step sft"),
+        ("model_cache={claim: team.models}", "model_cache.claim='team.models'"),
         ("checkpoint_uri=foo", "where: checkpoint_uri"),
         ("images.data=D:1", "image 'D:1' is no name"),
         ("images.data='a b:1'", "image 'a b:1' is no name"),
