@@ -103,8 +103,7 @@ def tasks_of(workflow: Mapping[str, Any]) -> list[Any]:
             pod_name=_pod_name(workflow["metadata"], node),
             display_name=node.get("displayName", ""),
             state=_STATES.get(node.get("phase", ""), OMITTED),
-            # others say "child failed", or count attempts
-            error=GoogleRpcStatus(message=node.get("message")) if _is_pod(node) else None,
+            error=GoogleRpcStatus(message=node.get("message")) if _works(node) else None,
             child_tasks=[
                 PipelineTaskDetailChildTask(pod_name=name) for name in node.get("children") or []
             ],
@@ -113,8 +112,10 @@ def tasks_of(workflow: Mapping[str, Any]) -> list[Any]:
     ]
 
 
-def _is_pod(node: Mapping[str, Any]) -> bool:
-    return node.get("type") == "Pod"
+def _works(node: Mapping[str, Any]) -> bool:
+    """Whether it does something itself; others say "child failed", or count attempts."""
+    # later backends ask a service instead of a driver in a pod
+    return node.get("type") in ("Pod", "HTTP", "Plugin")
 
 
 def _pod_name(metadata: Mapping[str, Any], node: Mapping[str, Any]) -> str:

@@ -201,10 +201,11 @@ def test_steps_behind_a_failed_one_are_skipped(backend, command):
     assert "reference" not in command("--wait")[1]["steps"]
 
 
-def test_a_step_that_kubeflow_could_not_start_is_named(backend, command):
+@pytest.mark.parametrize("kind", ["Pod", "HTTP"])
+def test_a_step_that_kubeflow_could_not_start_is_named(backend, command, kind):
     template = "system-container-driver"
     said = "Error (exit code 1)"
-    rows = [node(f"{DAG}.sft-driver(0)", "FAILED", template, kind="Pod", message=said)]
+    rows = [node(f"{DAG}.sft-driver(0)", "FAILED", template, kind=kind, message=said)]
     backend.scenario = Scenario(states=["FAILED"], tasks=[rows])
     backend.logs[pod("sft-driver(0)", template)] = "parent DAG does not have input parameter x\n"
     _, outcome, _ = command("--wait")
