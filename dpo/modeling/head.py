@@ -59,13 +59,15 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_hidden_ND = torch.zeros_like(hidden_ND, dtype=wide)
         grad_weight_VD = torch.empty_like(weight_VD)
         grad_bias_V = None if bias_V is None else torch.empty_like(bias_V, dtype=wide)
+        row_N = torch.arange(len(target_N), device=hidden_ND.device)
         for first, last in _tiles(len(target_N), weight_VD):
             logits_Nv = _logits(hidden_ND, weight_VD, bias_V, first, last, wide)
             # d logp / d logit = onehot - softmax
             grad_Nv = logits_Nv.sub_(log_sum_N[:, None]).exp_().mul_(-grad_N[:, None])
+            # not by the rows whose target is here: how many there are a GPU would be waited for
             inside_N = (target_N >= first) & (target_N < last)
-            rows_n = inside_N.nonzero()[:, 0]
-            grad_Nv[rows_n, target_N[rows_n] - first] += grad_N[rows_n]
+            local_N = (target_N - first).clamp_(0, last - first - 1)
+            grad_Nv[row_N, local_N] += torch.where(inside_N, grad_N, 0.0)
             if grad_bias_V is not None:
                 grad_bias_V[first:last] = grad_Nv.sum(0)
             grad_Nv = grad_Nv.to(weight_VD.dtype)

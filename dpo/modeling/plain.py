@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 from dpo.data.packing import PackedBatch
 from dpo.errors import ModelError
 from dpo.modeling.attention import same_rotation_up_to
+from dpo.modeling.rows import sent
 
 _log = logging.getLogger(__name__)
 _warned: set[str] = set()
@@ -46,13 +48,15 @@ def plain_log_probs(model: Any, batch: PackedBatch) -> Tensor:
     if not apart and not hasattr(model, _PADS):
         setattr(model, _PADS, _padding_is_safe(model, rows))
     if not apart and getattr(model, _PADS):
-        logits_SLV = _padded_logits(model, rows)
-        parts = [_log_probs(logits_SLV[n], rows[n], *spans[n]) for n in range(len(rows))]
+        ids_SL, mask_SL = _padded(rows, model.device)
+        logits_SLV = _masked_logits(model, ids_SL, mask_SL)
+        parts = [_log_probs(logits_SLV[n], ids_SL[n], *spans[n]) for n in range(len(rows))]
     else:
-        parts = [
-            _log_probs(_logits(model, row), row, *span)
-            for row, span in zip(rows, spans, strict=True)
-        ]
+        parts = []
+        for row, span in zip(rows, spans, strict=True):
+            ids_SL, mask_SL = _padded([row], model.device)
+            logits_LV = _masked_logits(model, ids_SL, mask_SL)[0]
+            parts.append(_log_probs(logits_LV, ids_SL[0], *span))
     return torch.cat(parts)
 
 
@@ -92,29 +96,28 @@ def _sequences(batch: PackedBatch) -> tuple[list[list[int]], list[tuple[int, int
     return rows, spans
 
 
-def _padded_logits(model: Any, rows: list[list[int]]) -> Tensor:
-    longest = max(map(len, rows))
-    input_ids_SL = torch.zeros(len(rows), longest, dtype=torch.long, device=model.device)
-    mask_SL = torch.zeros_like(input_ids_SL)
+def _padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask of the sequences, sent at once."""
+    ids_SL = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
+    mask_SL = np.zeros_like(ids_SL)
     for number, ids in enumerate(rows):
-        input_ids_SL[number, : len(ids)] = torch.as_tensor(ids)
+        ids_SL[number, : len(ids)] = ids
         mask_SL[number, : len(ids)] = 1
-    logits_SLV: Tensor = model(
-        input_ids=input_ids_SL, attention_mask=mask_SL, use_cache=False
-    ).logits
+    return sent(ids_SL, device), sent(mask_SL, device)
+
+
+def _masked_logits(model: Any, ids_SL: Tensor, mask_SL: Tensor) -> Tensor:
+    logits_SLV: Tensor = model(input_ids=ids_SL, attention_mask=mask_SL, use_cache=False).logits
     return logits_SLV
 
 
 def _logits(model: Any, row: list[int]) -> Tensor:
-    ids_SL = torch.as_tensor([row], device=model.device)
-    mask_SL = torch.ones_like(ids_SL)
-    logits_LV: Tensor = model(input_ids=ids_SL, attention_mask=mask_SL, use_cache=False).logits[0]
-    return logits_LV
+    return _masked_logits(model, *_padded([row], model.device))[0]
 
 
-def _log_probs(logits_LV: Tensor, row: list[int], first: int, last: int) -> Tensor:
+def _log_probs(logits_LV: Tensor, ids_L: Tensor, first: int, last: int) -> Tensor:
     wide = torch.promote_types(logits_LV.dtype, torch.float32)
-    target_L = torch.as_tensor(row[first:last], device=logits_LV.device)
+    target_L = ids_L[first:last].to(logits_LV.device)
     log_probs_LV = logits_LV[first - 1 : last - 1].to(wide).log_softmax(1)
     return log_probs_LV.gather(1, target_L[:, None]).squeeze(1)
 
@@ -135,7 +138,8 @@ def _padding_is_safe(model: Any, rows: list[list[int]]) -> bool:
             where="model.name_or_path",
             fix="use a causal language model (for some, is_decoder=true in their config.json)",
         )
-    alone_LV, padded_SLV = _logits(model, row), _padded_logits(model, rows)
+    alone_LV = _logits(model, row)
+    padded_SLV = _masked_logits(model, *_padded(rows, model.device))
     safe = bool(torch.isfinite(padded_SLV).all()) and _close(
         padded_SLV[shortest, : len(row)], alone_LV
     )
@@ -163,11 +167,11 @@ def _is_causal(model: Any, row: list[int]) -> bool:
     if not half:
         return True
     noise = float((again_LV - alone_LV).abs().max() / (alone_LV.abs().max() + 1e-6))
-    least = _ROUGH if _has_experts(model) else 1e-5
+    least = _ROUGH if has_experts(model) else 1e-5
     return _close(found_LV, alone_LV, max(least, 4 * noise))
 
 
-def _has_experts(model: Any) -> bool:
+def has_experts(model: Any) -> bool:
     """Whether some tokens take other weights than others."""
     return any(
         "expert" in f"{name} {type(module).__name__}".lower()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,15 +42,15 @@ def row_tensors(row: PackedBatch, device: torch.device) -> RowTensors:
     if device not in kept:
         layout = varlen_layout(row.segments)
         kept[device] = RowTensors(
-            input_ids_T=_sent(row.input_ids_T, device),
-            position_ids_T=_sent(row.position_ids_T, device),
-            predictor_N=_sent(row.predictor_N, device),
-            target_N=_sent(row.target_N, device),
-            slot_N=_sent(row.slot_N, device),
+            input_ids_T=sent(row.input_ids_T, device),
+            position_ids_T=sent(row.position_ids_T, device),
+            predictor_N=sent(row.predictor_N, device),
+            target_N=sent(row.target_N, device),
+            slot_N=sent(row.slot_N, device),
             layout=layout,
-            key_index_K=_sent(np.asarray(layout.keys, dtype=np.int64), device),
-            query_ends_S=_sent(np.asarray((0, *layout.query_ends), dtype=np.int32), device),
-            key_ends_S=_sent(np.asarray((0, *layout.key_ends), dtype=np.int32), device),
+            key_index_K=sent(np.asarray(layout.keys, dtype=np.int64), device),
+            query_ends_S=sent(np.asarray((0, *layout.query_ends), dtype=np.int32), device),
+            key_ends_S=sent(np.asarray((0, *layout.key_ends), dtype=np.int32), device),
         )
     return kept[device]
 
@@ -61,7 +62,8 @@ def prefetch(rows: Iterable[PackedBatch], device: torch.device) -> None:
             row_tensors(row, device)
 
 
-def _sent(values: npt.NDArray[np.int64] | npt.NDArray[np.int32], device: torch.device) -> Tensor:
+def sent(values: npt.NDArray[np.number[Any]], device: torch.device) -> Tensor:
+    """``values`` on ``device``, without waiting for what a GPU is working on."""
     tensor = torch.from_numpy(values)
     if device.type != "cuda":
         return tensor.to(device)

@@ -26,7 +26,7 @@ from dpo.modeling.kernels import ROW_MULTIPLE, is_by_torch, is_compiled
 from dpo.modeling.lanes import balanced, lanes_for, replica_of, side_by_side
 from dpo.modeling.plain import plain_log_probs, warn_once
 from dpo.modeling.precision import autocast
-from dpo.modeling.rows import padded, row_tensors
+from dpo.modeling.rows import padded, row_tensors, sent
 from dpo.storage.progress import Bar
 
 NDArray = npt.NDArray[np.float32]
@@ -68,7 +68,7 @@ def response_sums(batch: PackedBatch, log_probs_N: Tensor) -> Tensor:
 def response_lengths(batch: PackedBatch, device: torch.device | None = None) -> Tensor:
     """Number of tokens of each response; shape [E, R]."""
     lengths = [[last - first for first, last in s.response_spans] for s in batch.segments]
-    return torch.tensor(lengths, dtype=torch.float32, device=device)
+    return sent(np.asarray(lengths, dtype=np.float32), device or torch.device("cpu"))
 
 
 def _packed(model: Any, batch: PackedBatch, dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,7 @@ Queries of a row are its tokens in order: prompt with first response as one sequ
 response as one. Keys are gathered so that a further response's begin with its prompt. Both ends of
 a sequence are aligned (bottom-right causal masks), so a response sees all of its prompt.
 
-Not measured on a GPU: ``tests/modeling/test_varlen.py`` compares the layout with dense masks on a
+Not measured on a GPU: ``tests/modeling/test_kernels.py`` compares the layout with dense masks on a
 CPU, and the kernel with it where there is a GPU.
 
 Axes: B = 1 row, H heads, G key/value heads, T tokens of the row, K gathered keys, S sequences, D
@@ -13,6 +13,7 @@ head size.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -25,6 +26,7 @@ from torch import Tensor
 from dpo.data.packing import Segment
 
 Span = tuple[int, int]
+_LARGEST_HEAD = 256
 
 
 @dataclass(frozen=True)
@@ -76,21 +78,36 @@ def varlen_layout(segments: Sequence[Segment]) -> VarlenLayout:
 
 @cache
 def varlen_kernel() -> Any:
-    """``varlen_attn``, or None where this torch has none that takes a window and grouped heads."""
+    """``varlen_attn``, or None where this torch has none that takes a window (before 2.11)."""
     try:
-        import inspect
-
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    wanted = {"window_size", "enable_gqa", "scale"}
-    return varlen_attn if wanted <= set(inspect.signature(varlen_attn).parameters) else None
+    return varlen_attn if {"window_size", "scale"} <= _parameters(varlen_attn) else None
+
+
+def _parameters(function: Any) -> set[str]:
+    return set(inspect.signature(function).parameters)
+
+
+@cache
+def _for_grouped_heads() -> dict[str, bool]:
+    """From 2.12 on the kernel wants to be told of fewer key/value heads; 2.11 takes them as is."""
+    return {"enable_gqa": True} if "enable_gqa" in _parameters(varlen_kernel()) else {}
 
 
 def takes_varlen(query_BHTD: Tensor) -> bool:
-    """Flash attention: a GPU, and a type of 16 bits."""
-    half = query_BHTD.dtype in (torch.bfloat16, torch.float16)
-    return query_BHTD.device.type == "cuda" and half and varlen_kernel() is not None
+    """Flash attention: a GPU of Ampere or newer, a type of 16 bits, and a size of heads it has."""
+    device, head_size = query_BHTD.device, query_BHTD.shape[-1]
+    if device.type != "cuda" or query_BHTD.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    fits = head_size % 8 == 0 and head_size <= _LARGEST_HEAD
+    return fits and varlen_kernel() is not None and _has_flash_attention(device)
+
+
+@cache
+def _has_flash_attention(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def varlen_attention(
@@ -113,7 +130,7 @@ def varlen_attention(
         *layout.longest,
         scale=scale,
         window_size=(-1, 0),  # causal
-        enable_gqa=query_BHTD.shape[1] != key_BGTD.shape[1],
+        **(_for_grouped_heads() if query_BHTD.shape[1] != key_BGTD.shape[1] else {}),
     )
     result: Tensor = out_THD[None]
     return result

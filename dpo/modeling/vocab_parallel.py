@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 _CHUNK_TOKENS = 128
+_GPU_ELEMENTS = 1 << 26
+"""Logits in memory at once on a GPU: small chunks would keep it waiting for launches and NCCL."""
 
 
 class _VocabParallel(torch.autograd.Function):
@@ -29,7 +31,7 @@ class _VocabParallel(torch.autograd.Function):
         size = weight_vD.shape[0]
         out_N = torch.empty(len(target_N), dtype=torch.float32, device=hidden_ND.device)
         norm_N = torch.empty_like(out_N)
-        for chunk in _chunks(len(target_N)):
+        for chunk in _chunks(len(target_N), weight_vD):
             logits_nv = (hidden_ND[chunk] @ weight_vD.t()).float()
             own_n, here_n = _own(target_N[chunk], first, size)
             chosen_n = logits_nv.gather(1, own_n[:, None]).squeeze(1) * here_n
@@ -48,12 +50,12 @@ class _VocabParallel(torch.autograd.Function):
         hidden_ND, weight_vD, target_N, norm_N = ctx.saved_tensors
         grad_hidden_ND = torch.empty_like(hidden_ND, dtype=torch.float32)
         grad_weight_vD = torch.zeros_like(weight_vD, dtype=torch.float32)
-        for chunk in _chunks(len(target_N)):
+        for chunk in _chunks(len(target_N), weight_vD):
             logits_nv = (hidden_ND[chunk] @ weight_vD.t()).float()
             own_n, here_n = _own(target_N[chunk], ctx.first, weight_vD.shape[0])
             # d logp / d logit = onehot - softmax
             grad_nv = (logits_nv - norm_N[chunk, None]).exp_().neg_()
-            grad_nv.scatter_add_(1, own_n[:, None], here_n[:, None])
+            grad_nv[torch.arange(len(own_n), device=own_n.device), own_n] += here_n
             grad_nv = grad_nv.mul_(grad_N[chunk, None]).to(weight_vD.dtype)
             grad_hidden_ND[chunk] = (grad_nv @ weight_vD).float()
             grad_weight_vD += grad_nv.t() @ hidden_ND[chunk]
@@ -68,8 +70,10 @@ def _own(target_n: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
     return torch.where(here_n, target_n - first, 0), here_n.float()
 
 
-def _chunks(n: int) -> list[slice]:
-    return [slice(start, start + _CHUNK_TOKENS) for start in range(0, n, _CHUNK_TOKENS)]
+def _chunks(n: int, weight_vD: Tensor) -> list[slice]:
+    on_gpu = weight_vD.device.type == "cuda"
+    size = max(_CHUNK_TOKENS, _GPU_ELEMENTS // len(weight_vD)) if on_gpu else _CHUNK_TOKENS
+    return [slice(start, start + size) for start in range(0, n, size)]
 
 
 def vocab_parallel_log_probs(

@@ -35,7 +35,11 @@ def spread_layers(model: Any, blocks: Sequence[Any], devices: Sequence[torch.dev
     sizes = [sum(p.nbytes for p in block.parameters()) for block in blocks]
     rest = sum(p.nbytes for p in model.parameters()) - sum(sizes)
     placed = shares(sizes, rest, len(devices))
-    model.to(devices[0])
+    inside = {id(module) for block in blocks for module in block.modules()}
+    for module in model.modules():
+        # not model.to: the first GPU need not have room for all of it
+        if id(module) not in inside:
+            module._apply(lambda tensor: tensor.to(devices[0]), recurse=False)
     for block, number in zip(blocks, placed, strict=True):
         block.to(devices[number])
         block.register_forward_pre_hook(_bring_to(devices[number]), with_kwargs=True)

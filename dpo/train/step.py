@@ -30,7 +30,7 @@ from dpo.modeling.lanes import (
 from dpo.modeling.losses import PairLogps, as_used, preference_loss, sft_loss, starting_loss
 from dpo.modeling.metrics import Split, preference_metrics, sft_metrics
 from dpo.modeling.precision import autocast
-from dpo.modeling.rows import prefetch
+from dpo.modeling.rows import prefetch, sent
 from dpo.modeling.scoring import response_lengths, response_sums
 from dpo.modeling.sharded import Scorer
 from dpo.train.parallel import Ranks
@@ -85,9 +85,7 @@ class Objective:
             reference_N = np.concatenate(
                 [part for row in reference for part in (row.chosen, row.rejected)]
             )
-            reference_ER = response_sums(
-                batch, torch.as_tensor(reference_N, device=log_probs_N.device)
-            )
+            reference_ER = response_sums(batch, sent(reference_N, log_probs_N.device))
         columns = (matrix[:, r] for matrix in (logps_ER, reference_ER, lengths_ER) for r in (0, 1))
         logps = PairLogps(*columns)
         losses_E = preference_loss(self.loss, logps)

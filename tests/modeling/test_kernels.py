@@ -78,6 +78,29 @@ def test_the_layout_for_variable_lengths_is_that_of_dense_masks():
     assert torch.equal(seen, dense_mask(row))
 
 
+def varlen_of_2_11(query, key, value, ends_q, ends_k, max_q, max_k, *, scale=None, window_size=()):
+    """torch 2.11's, which takes grouped heads without being told."""
+    assert window_size == (-1, 0)
+    return torch.zeros_like(query)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_torch_2_11_has_flash_attention_too(name, monkeypatch):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_of_2_11)
+    for cached in (varlen.varlen_kernel, varlen._for_grouped_heads):
+        cached.cache_clear()
+    try:
+        row, config = row_of(), tiny_config(name)
+        sent = row_tensors(row, torch.device("cpu"))
+        n_kv_heads = getattr(config, "num_key_value_heads", 4)
+        heads = (torch.zeros(1, n, row.n_tokens, 8) for n in (4, n_kv_heads, n_kv_heads))
+        layout = (sent.layout, sent.key_index_K, sent.query_ends_S, sent.key_ends_S)
+        assert varlen.varlen_attention(*heads, 1.0, *layout).shape == (1, row.n_tokens, 4, 8)
+    finally:
+        for cached in (varlen.varlen_kernel, varlen._for_grouped_heads):
+            cached.cache_clear()
+
+
 @pytest.mark.parametrize("kind", ["auto", "plain"])
 def test_the_parts_of_a_row_are_made_once_for_all_its_layers(kind, monkeypatch):
     made, parts_of = [], segments.parts_of
