@@ -1,9 +1,9 @@
 """The path of models without a packed one: every response in a sequence of its own.
 
-Sequences are padded on the right and masked. What padding does to a model is not known for all of
-transformers (Gemma 2's attention gives NaN where a window holds padding alone), so the first batch
-is checked: the shortest sequence by itself must give the same values. Where it does not, sequences
-run one by one. The same check finds models that are not causal.
+Sequences are padded on the right. What padding does to a model is not known for all of
+transformers, so the first batch is checked: the shortest sequence by itself must give the same
+values. Where it does not, sequences run one by one. The same check finds models that are not
+causal.
 
 Axes: S sequences, L their length, N response tokens, V vocabulary.
 """
@@ -11,6 +11,7 @@ Axes: S sequences, L their length, N response tokens, V vocabulary.
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,14 @@ from torch import Tensor
 from dpo.data.packing import PackedBatch
 from dpo.errors import ModelError
 from dpo.modeling.attention import same_rotation_up_to
+from dpo.modeling.load import context_of
 from dpo.modeling.rows import sent
 
 _log = logging.getLogger(__name__)
 _warned: set[str] = set()
 _PADS = "_dpo_padding_is_safe"
+_LEAST_PADDING = 8
+"""Tokens that the check pads the shortest sequence by, where the others are not longer still."""
 _ROUGH = 5e-2
 """By how much bfloat16 products differ, as a share of the largest logit."""
 
@@ -48,14 +52,14 @@ def plain_log_probs(model: Any, batch: PackedBatch) -> Tensor:
     if not apart and not hasattr(model, _PADS):
         setattr(model, _PADS, _padding_is_safe(model, rows))
     if not apart and getattr(model, _PADS):
-        ids_SL, mask_SL = _padded(rows, model.device)
-        logits_SLV = _masked_logits(model, ids_SL, mask_SL)
+        ids_SL = _padded(rows, model.device)
+        logits_SLV = _unmasked_logits(model, ids_SL)
         parts = [_log_probs(logits_SLV[n], ids_SL[n], *spans[n]) for n in range(len(rows))]
     else:
         parts = []
         for row, span in zip(rows, spans, strict=True):
-            ids_SL, mask_SL = _padded([row], model.device)
-            logits_LV = _masked_logits(model, ids_SL, mask_SL)[0]
+            ids_SL = _padded([row], model.device)
+            logits_LV = _unmasked_logits(model, ids_SL)[0]
             parts.append(_log_probs(logits_LV, ids_SL[0], *span))
     return torch.cat(parts)
 
@@ -96,23 +100,24 @@ def _sequences(batch: PackedBatch) -> tuple[list[list[int]], list[tuple[int, int
     return rows, spans
 
 
-def _padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and mask of the sequences, sent at once."""
-    ids_SL = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
-    mask_SL = np.zeros_like(ids_SL)
+def _padded(rows: list[list[int]], device: torch.device, at_least: int = 0) -> Tensor:
+    """Token ids of the sequences, sent at once; shape [S, L] with L of ``at_least``."""
+    ids_SL = np.zeros((len(rows), max(at_least, *map(len, rows))), dtype=np.int64)
     for number, ids in enumerate(rows):
         ids_SL[number, : len(ids)] = ids
-        mask_SL[number, : len(ids)] = 1
-    return sent(ids_SL, device), sent(mask_SL, device)
+    return sent(ids_SL, device)
 
 
-def _masked_logits(model: Any, ids_SL: Tensor, mask_SL: Tensor) -> Tensor:
+def _unmasked_logits(model: Any, ids_SL: Tensor) -> Tensor:
+    # no token sees the padding after it, and padding that sees only padding (a window of it) gives
+    # NaN, which reaches every token of its sequence in the next layer
+    mask_SL = torch.ones_like(ids_SL)
     logits_SLV: Tensor = model(input_ids=ids_SL, attention_mask=mask_SL, use_cache=False).logits
     return logits_SLV
 
 
 def _logits(model: Any, row: list[int]) -> Tensor:
-    return _masked_logits(model, *_padded([row], model.device))[0]
+    return _unmasked_logits(model, _padded([row], model.device))[0]
 
 
 def _log_probs(logits_LV: Tensor, ids_L: Tensor, first: int, last: int) -> Tensor:
@@ -139,13 +144,19 @@ def _padding_is_safe(model: Any, rows: list[list[int]]) -> bool:
             fix="use a causal language model (for some, is_decoder=true in their config.json)",
         )
     alone_LV = _logits(model, row)
-    padded_SLV = _masked_logits(model, *_padded(rows, model.device))
+    padded_SLV = _unmasked_logits(model, _padded(rows, model.device, _tried(model, len(row))))
     safe = bool(torch.isfinite(padded_SLV).all()) and _close(
         padded_SLV[shortest, : len(row)], alone_LV
     )
     if not safe:
         _refuse_several_processes(model)
     return safe
+
+
+def _tried(model: Any, shortest: int) -> int:
+    """The length to which the check pads: rows of one length alone would try nothing."""
+    longest = min(context_of(model.config) or math.inf, same_rotation_up_to(model.config))
+    return int(min(shortest + _LEAST_PADDING, max(longest, shortest)))
 
 
 def _is_causal(model: Any, row: list[int]) -> bool:

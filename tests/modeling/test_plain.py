@@ -95,6 +95,26 @@ def test_values_and_gradients_are_those_of_separate_sequences(name, monkeypatch,
         assert (own[key] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, key
 
 
+@pytest.mark.parametrize("name", ["gemma2", "granite_swa"])
+def test_a_first_row_without_padding_says_nothing_of_the_next(name):
+    """Responses of one length first, then padding longer than the window: it sees only padding."""
+    sizes = {**SIZE, **HEADS, "sliding_window": 4}
+    model = build(name, **sizes, **({"head_dim": 8} if name == "gemma2" else {}))
+    (even,) = pack(examples([(6, 4, 4)]), 500)
+    assert torch.isfinite(token_log_probs(model, even)).all()
+    data = examples([(5, 3, 30), (2, 2, 12)])
+    (row,) = pack(data, 500)
+    found, own = loss_and_gradients(
+        model, lambda: response_sums(row, token_log_probs(model, row))[row.examples.index(0)]
+    )
+    expected, gradients = loss_and_gradients(
+        model, lambda: torch.stack([by_itself(model, data[0], r) for r in (0, 1)])
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-5)
+    for key, gradient in gradients.items():
+        assert (own[key] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, key
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_folder_of_it_is_loaded_as_it_was_saved(name, tmp_path):
     model = build(name, **CONFIGS[name]).float()
