@@ -13,6 +13,8 @@ _AMOUNT = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(m|k|[MGTPE]|[KMGTPE]i|[eE]
 _POWERS = {"": 0, **{unit: power for power, unit in enumerate("kMGTPE", 1)}}
 _CPU_OF_KFP = re.compile(r"([0-9]*[.])?[0-9]+m?")
 _MEMORY_OF_KFP = re.compile(r"[0-9]+([MGTPE]|[KMGTPE]i)?")
+_LEAST_BYTES = 1024**2
+"""Less is a unit that was forgotten: no process runs in it."""
 _BINARY = ("Ei", "Pi", "Ti", "Gi", "Mi", "Ki")
 
 
@@ -55,6 +57,8 @@ def _memory(text: str) -> str:
     n_bytes = _whole(text, "memory", "16Gi, 1.5Gi or 512Mi")
     if text.endswith("m"):
         raise ValueError(f"{text!r} counts thousandths of a byte: write for example {text[:-1]}Mi")
+    if n_bytes < _LEAST_BYTES:
+        raise ValueError(f"{text!r} is less than a MiB: write the unit, as in 16Gi or 512Mi")
     if _MEMORY_OF_KFP.fullmatch(text):
         return text
     whole = ceil(n_bytes)
@@ -82,3 +86,9 @@ Memory = Annotated[
     _schema(r"^([0-9]+(\.[0-9]*)?|\.[0-9]+)(k|[MGTPE]|[KMGTPE]i|[eE][0-9]{1,2})?$"),
 ]
 """Bytes: 16Gi, 1.5Gi or 2000000000."""
+
+
+def below(limit: str, request: str) -> bool:
+    """Whether a limit is under the request beside it."""
+    units = "", ""
+    return _whole(limit, *units) < _whole(request, *units)

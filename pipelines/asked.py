@@ -33,6 +33,19 @@ def not_empty(text: str) -> str:
     return text
 
 
+def place(text: str) -> Path:
+    """A file or folder; an empty one would be the folder in which the command is started."""
+    return Path(not_empty(text))
+
+
+def steps(text: str) -> list[str]:
+    """Names of steps between commas; none at all would be a run without what was asked for."""
+    named = [step for word in text.split(",") if (step := word.strip())]
+    if not named:
+        raise argparse.ArgumentTypeError("no step is named; is a variable not set?")
+    return named
+
+
 def seconds(text: str) -> float:
     """A time limit: a positive number."""
     try:

@@ -249,10 +249,14 @@ def _read(name_or_file: str) -> dict[str, Any]:
             fix="give a shipped name or the path of a YAML file",
         )
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        # of two keys alike YAML's usual reader drops the first without a word
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_KeysOnce) or {}  # nosec B506
+    except UnicodeDecodeError:
+        raise ConfigError("not a text in UTF-8", where=str(path), fix="name a YAML file") from None
     except yaml.YAMLError as error:
-        line = str(error).splitlines()[-1].strip()
-        raise ConfigError(f"not YAML: {line}", where=str(path), fix="correct the file") from None
+        where = f"{path}:{mark.line + 1}" if (mark := _mark(error)) else str(path)
+        found = getattr(error, "problem", None) or str(error).splitlines()[-1].strip()
+        raise ConfigError(f"not YAML: {found}", where=where, fix="correct the file") from None
     if not isinstance(values, dict):
         raise ConfigError(
             f"a deployment is a mapping, this is a {type(values).__name__}",
@@ -260,6 +264,26 @@ def _read(name_or_file: str) -> dict[str, Any]:
             fix=f"see {config_dir().name}/deployment for examples",
         )
     return values
+
+
+class _KeysOnce(yaml.SafeLoader):
+    """Refuses a mapping that has a key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As every loader does, after the check."""
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value} stands there twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _mark(error: yaml.YAMLError) -> yaml.Mark | None:
+    """Where in the file, if the reader knows."""
+    return getattr(error, "problem_mark", None)
 
 
 def _assign(values: dict[str, Any], assignment: str) -> None:

@@ -89,6 +89,11 @@ class RunView:
         """All steps waiting."""
         return cls({name: StepView(name) for name in names})
 
+    @property
+    def states(self) -> dict[str, str]:
+        """State of each step."""
+        return {name: step.state for name, step in self.steps.items()}
+
     def apply(self, event: dict[str, Any]) -> None:
         """Take one progress event into account; those of unknown steps are ignored."""
         view = self.steps.get(event["step"])

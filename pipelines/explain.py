@@ -24,13 +24,14 @@ from dpo.errors import RequestError
 from dpo.storage.runs import MANIFEST_NAME
 from dpo.storage.store import Store, open_store
 from pipelines import cluster
-from pipelines.history import INPUTS, changes, steps_of, with_candidates
+from pipelines.asked import not_empty, place
+from pipelines.history import INPUTS, changes, read_record, steps_of, with_candidates
 from pipelines.start import known_run
 from pipelines.steps import SELECT, SWEPT, TASKS
 from pipelines.watch import candidate_states, step_states
 from pipelines.workflow import Linker
 
-_ENDED_EARLY = {"failed": "it failed", "skipped": "a step before it failed"}
+_ENDED_EARLY = {"failed": "it failed or was stopped", "skipped": "a step before it failed"}
 _DATA_IMAGE_STEPS = {"ingest", "gate", "publish"}
 
 
@@ -65,11 +66,14 @@ def parser() -> Arguments:
         description="Say for each step of a run whether it was executed or came from the cache, "
         "and which of its inputs differ from the run before.",
     )
-    this.add_argument("run_id", nargs="?", help="default: the last local run")
-    this.add_argument("--runs-dir", type=Path, help="folder of local runs (default: runs)")
-    this.add_argument("--store", help="store that a run on Kubeflow published to")
-    this.add_argument("--endpoint", help="Kubeflow Pipelines (default: KF_PIPELINES_ENDPOINT)")
-    this.add_argument("--namespace", help="profile namespace")
+    this.add_argument("run_id", nargs="?", type=not_empty, help="default: the last local run")
+    this.add_argument("--runs-dir", type=place, help="folder of local runs (default: runs)")
+    for name, meaning in (
+        ("--store", "store that a run on Kubeflow published to"),
+        ("--endpoint", "Kubeflow Pipelines (default: KF_PIPELINES_ENDPOINT)"),
+        ("--namespace", "profile namespace"),
+    ):
+        this.add_argument(name, type=not_empty, help=meaning)
     this.add_argument("--output", choices=["text", "json"], default="text")
     return this
 
@@ -162,9 +166,8 @@ def _local(history: Path, run_id: str | None) -> tuple[Told, Told | None]:
 
 
 def _read_local(folder: Path) -> Told:
-    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["plan"]
-    record = folder / "run.json"
-    states = json.loads(record.read_text(encoding="utf-8"))["states"] if record.is_file() else {}
+    record = read_record(folder / "plan.json")
+    plan, states = record["plan"], record.get("states") or {}
     names = json.loads(plan.get(f"{SWEPT[0]}_candidates", "[]"))
     return Told(folder.name, plan, states, {}, {name: {} for name in names})
 

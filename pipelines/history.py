@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dpo.errors import RequestError
+from dpo.storage.manifest import write_atomically
 from pipelines.steps import SELECT, STEPS, SWEPT, TASKS
 
 INPUTS: Mapping[str, tuple[str, ...]] = {
@@ -88,11 +90,31 @@ def expectations(
 
 
 def remember(folder: Path, plan: Mapping[str, str], states: Mapping[str, str]) -> None:
-    """Keep a run's plan and the keys of the steps that it finished or found cached."""
+    """Keep a run's plan, its steps' states, and the keys of those that it finished or found cached.
+
+    A run that was stopped is kept, too: what it finished is in the cache.
+    """
     keys = step_keys(plan)
     whole = {step: key for step, key in keys.items() if states.get(step) in ("done", "cached")}
-    text = json.dumps({"plan": dict(plan), "keys": whole}, indent=1, sort_keys=True)
-    (folder / "plan.json").write_text(text, encoding="utf-8")
+    record = {"plan": dict(plan), "keys": whole, "states": dict(states)}
+    write_atomically(folder / "plan.json", json.dumps(record, indent=1, sort_keys=True))
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What this machine kept of a run.
+
+    Raises:
+        RequestError: the file is damaged.
+    """
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise RequestError(
+            f"the record of run {path.parent.name} is damaged",
+            where=str(path),
+            fix="name another run, or run this one again as it was",
+        ) from None
+    return record
 
 
 def _earlier(history: Path) -> list[dict[str, Any]]:

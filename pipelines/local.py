@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -78,8 +78,21 @@ class Job:
     """``processes`` or ``docker``."""
 
 
-def run_local(job: Job, console: Console, *, timeout_seconds: float | None = None) -> LocalRun:
+def run_local(
+    job: Job,
+    console: Console,
+    *,
+    timeout_seconds: float | None = None,
+    at_end: Callable[[Path, Mapping[str, str]], None] = lambda _folder, _states: None,
+) -> LocalRun:
     """Run a package here and wait for its end.
+
+    Args:
+        job: What to run.
+        console: Where to show it.
+        timeout_seconds: None waits as long as it takes.
+        at_end: Is given the run's folder in ``history/`` and the state of each step, also where
+            the run was stopped.
 
     Raises:
         RequestError: another run is using the same folder, or an image is missing.
@@ -104,11 +117,13 @@ def run_local(job: Job, console: Console, *, timeout_seconds: float | None = Non
             _stop(worker, console, run_id if job.runner == "docker" else None)
             if job.runner == "docker":
                 containers.stop_containers(run_id)
+            view.finish()
+            with suppress(OSError):
+                # the run is what it is, also where its record does not fit on the disk
+                at_end(folder, view.states)
         succeeded = worker.returncode == 0
-        view.finish()
         run = _outcome(job, folder, run_id, view, succeeded, started)
         with suppress(OSError):
-            # the run is what it is, also where its record does not fit on the disk
             _record(run, job)
         return run
 
@@ -229,7 +244,7 @@ def _outcome(
         run_id=run_id,
         folder=folder,
         succeeded=succeeded,
-        states={name: step.state for name, step in view.steps.items()},
+        states=view.states,
         seconds={name: round(s.seconds, 1) for name, s in view.steps.items() if s.started},
         artifacts=Artifacts(job.runs / "artifacts").of_run(started) if succeeded else {},
         message=message,

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from dpo.config.base import Section
-from pipelines.amounts import Cpu, Memory
+from pipelines.amounts import Cpu, Memory, below
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
 """Name of a Kubernetes object."""
@@ -141,6 +141,15 @@ class Resources(Section):
                 f"gpu_resource={self.gpu_resource!r} is no resource that nodes could offer GPUs "
                 "under: write it with its domain, as nvidia.com/gpu or amd.com/gpu"
             )
+        for name, limit, request in (
+            ("cpu", self.cpu_limit, self.cpu),
+            ("memory", self.memory_limit, self.memory),
+        ):
+            if limit and below(limit, request):
+                raise ValueError(
+                    f"{name}_limit={limit} is less than the request {name}={request}: no pod is "
+                    "made with these"
+                )
         if self.queue_priority and not self.queue:
             raise ValueError("queue_priority is set without queue: name the Kueue queue as well")
         if self.retries and self.timeout_seconds >= self.retry_until_seconds:

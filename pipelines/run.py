@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -272,12 +271,14 @@ def run_here(job: Job, console: Console, *, timeout_seconds: float | None = None
             planned(job.parameters, key_only=job.runner == "processes"),
             package.candidates_of(job.documents),
         )
+
+    def remember(folder: Path, states: Mapping[str, str]) -> None:
+        history.remember(folder, plan, states)
+
     try:
-        run = run_local(job, console, timeout_seconds=timeout_seconds)
+        run = run_local(job, console, timeout_seconds=timeout_seconds, at_end=remember)
     except TimeoutError:
-        return Outcome("timed out", "", message=f"stopped after {timeout_seconds:g} seconds")
-    with suppress(OSError):
-        history.remember(run.folder, plan, run.states)
+        return Outcome("timed out", "", message=f"stopped after {timeout_seconds} seconds")
     outcome = Outcome(
         "failed",
         run.run_id,

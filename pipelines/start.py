@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from dpo.config.stages import stage_settings
 from dpo.errors import ConfigError, PipelineError, RequestError
 from dpo.storage.runs import read_run_manifest
 from pipelines import cluster
-from pipelines.history import INPUTS
+from pipelines.history import INPUTS, read_record
 
 
 def beginning(
@@ -80,7 +79,7 @@ def earlier_run(
     """
     record = runs / "history" / run_id / "run.json"
     if record.is_file():
-        known = json.loads(record.read_text(encoding="utf-8"))
+        known = read_record(record)
         found = {"parameters": known["parameters"], "sources": known["artifacts"]}
     elif local and not store:
         raise RequestError(

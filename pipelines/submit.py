@@ -91,7 +91,8 @@ def parser() -> Arguments:
     )
     what.add_argument(
         "--rerun",
-        default="",
+        type=asked.steps,
+        default=[],
         metavar="STEP[,STEP]",
         help="run these steps although they are cached, and what follows",
     )
@@ -130,7 +131,7 @@ def parser() -> Arguments:
         choices=["processes", "docker"],
         help="on this machine, in processes or in containers",
     )
-    where.add_argument("--runs-dir", type=Path, help="folder of local runs (default: runs)")
+    where.add_argument("--runs-dir", type=asked.place, help="folder of local runs (default: runs)")
     for name, meaning in (
         ("--endpoint", "Kubeflow Pipelines (default: KF_PIPELINES_ENDPOINT)"),
         (
@@ -143,7 +144,7 @@ def parser() -> Arguments:
         where.add_argument(name, type=asked.not_empty, help=meaning)
     where.add_argument(
         "--deployment",
-        default="",
+        type=asked.not_empty,
         metavar="NAME|FILE",
         help=f"resources, nodes, secrets of the cluster: {', '.join(deployments())} or a YAML file",
     )
@@ -162,7 +163,7 @@ def parser() -> Arguments:
         "may be repeated; reruns no finished step, but for images and model_cache",
     )
     where.add_argument(
-        "--images", type=Path, metavar="FILE", help="JSON that `make images-push` wrote"
+        "--images", type=asked.place, metavar="FILE", help="JSON that `make images-push` wrote"
     )
     where.add_argument(
         "--image",
@@ -175,7 +176,7 @@ def parser() -> Arguments:
     how.add_argument(
         "--dry-run", action="store_true", help="say what would run and why; run nothing"
     )
-    how.add_argument("--package", type=Path, help="with --dry-run: write the package here")
+    how.add_argument("--package", type=asked.place, help="with --dry-run: write the package here")
     how.add_argument(
         "--wait", action="store_true", help="wait for the end (always so with --local)"
     )
@@ -260,13 +261,12 @@ def _prepared(
     _check_package_is_current()
     documents = _for_place(options)
     store = options.store or (local_store(runs) if options.local else None)
-    rerun = _rerun(options)
-    package.set_uncached(documents, rerun)
+    package.set_uncached(documents, options.rerun)
     begin = start.beginning(
         package.defaults(documents),
         runs,
         run_id=options.start_from,
-        rerun=rerun,
+        rerun=options.rerun,
         local=bool(options.local),
         store=options.store,
         endpoint=(options.endpoint, options.namespace),
@@ -290,10 +290,6 @@ def _prepared(
     return documents, values
 
 
-def _rerun(options: argparse.Namespace) -> list[str]:
-    return [step for word in options.rerun.split(",") if (step := word.strip())]
-
-
 def _for_place(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The package for the place it will run in: with images and settings where those matter."""
     nodes = [] if options.nodes is None else [f"nodes.count={options.nodes}"]
@@ -302,7 +298,7 @@ def _for_place(options: argparse.Namespace) -> list[dict[str, Any]]:
     where: Where = options.local or "cluster"
     return package_for(
         "processes" if names_no_package else where,
-        deployment=options.deployment,
+        deployment=options.deployment or "",
         assignments=[*options.deploy, *image_assignments(options.image), *nodes],
         images=options.images,
         store=options.store,
@@ -357,7 +353,7 @@ def _dry_run(
     obtain_model(values)
     plan = planned(values, key_only=options.local != "docker")
     plan = history.with_candidates(plan, package.candidates_of(documents))
-    expected = history.expectations(plan, runs / "history", _rerun(options))
+    expected = history.expectations(plan, runs / "history", options.rerun)
     if options.output == "json":
         steps = {e.step: {"runs": e.runs, "reason": e.reason} for e in expected}
         print(json.dumps({"package": str(target), "parameters": values, "steps": steps}))

@@ -253,6 +253,10 @@ def test_retries_reach_steps_inside_conditions_and_outlast_the_training():
         ("train.memory=8GB", "'8GB' is no amount of memory"),
         ("train.memory=4096m", "counts thousandths of a byte: write for example 4096Mi"),
         ("train.memory=true", "train.memory=True"),
+        ("train.memory=16", "'16' is less than a MiB: write the unit, as in 16Gi"),
+        ("train.shared_memory=0", "less than a MiB"),
+        ("train={memory: 8Gi, memory_limit: 4096M}", "memory_limit=4096M is less than the request"),
+        ("train={cpu: 2, cpu_limit: 1500m}", "cpu_limit=1500m is less than the request cpu=2"),
         ("train.cpu=2Gi", "counts bytes, not CPU cores"),
         ("train.cpu=.inf", "no amount of CPU"),
         ("train.tolerations=[{key: spot, operator: Exists, value: x}]", "write operator Equal"),
@@ -341,12 +345,29 @@ def test_an_unknown_deployment_names_the_choices():
         load_deployment("gpus")
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [", "not YAML"), ("- a\n", "is a list")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"a: [", "not YAML"),
+        (b"- a\n", "is a list"),
+        (b"train:\n\tgpus: 1\n", r"cannot start any token\n.*mine.yaml:2\n"),
+        (b"\xff\xfe\x00", "not a text in UTF-8"),
+        (b"train: {gpus: 1}\ndata: {}\ntrain: {cpu: 2}\n", r"key train .* twice\n.*mine.yaml:3\n"),
+        (b"steps: {sft: {cpu: 1, cpu: 2}}", "key cpu stands there twice"),
+    ],
+)
 def test_a_file_that_is_no_deployment(tmp_path, text, message):
     path = tmp_path / "mine.yaml"
-    path.write_text(text)
+    path.write_bytes(text)
     with pytest.raises(ConfigError, match=message):
         load_deployment(str(path))
+
+
+def test_a_deployment_may_share_parts_of_itself(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("data: &d {cpu: 2, memory: 1Gi}\ntrain: {<<: *d, cpu: 4}\n")
+    train = load_deployment(str(path)).train
+    assert (train.cpu, train.memory) == ("4", "1Gi")
 
 
 def test_assignments_win_over_the_file_and_keep_the_rest():

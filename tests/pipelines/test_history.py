@@ -62,7 +62,7 @@ def test_explain_names_the_candidates_and_what_failed():
     assert lines["preference"] == "configuration: candidates: none → loss.beta=0.3, loss.beta=0.7"
     assert lines["select"] == "reads the new output of preference, evaluate"
     again = {line.step: line.reason for line in explain(failed, failed)}
-    assert again["preference"] == "it failed"
+    assert again["preference"] == "it failed or was stopped"
     assert again["sft"] == "nothing that it reads changed"
 
 
@@ -71,6 +71,17 @@ def test_explain_lists_the_candidates_of_a_local_sweep(tmp_path, capsys):
     assert submit.main(["explain", "--runs-dir", str(tmp_path)]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[-2:] == ["candidate loss.beta=0.3", "candidate loss.beta=0.7"]
+
+
+def test_a_damaged_record_is_named(tmp_path, capsys):
+    runs = remembered(tmp_path / "history", (PLAN, DONE), (PLAN, DONE))
+    (runs / "run-0/plan.json").write_text("{")
+    (runs / "run-0/run.json").write_text("")
+    assert submit.main(["explain", "run-0", "--runs-dir", str(tmp_path)]) == 2
+    assert "run run-0 is damaged\n  where: " in capsys.readouterr().err
+    here = ["--local", "--runs-dir", str(tmp_path), "--dry-run"]
+    assert submit.main([*here, "--from", "run-0"]) == 2
+    assert "run run-0 is damaged\n  where: " in capsys.readouterr().err
 
 
 def test_a_package_tells_its_candidates_also_where_ingest_is_shared():

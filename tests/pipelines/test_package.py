@@ -187,10 +187,31 @@ def test_the_parameters_are_listed_for_a_program_too(capsys):
     }
 
 
-@pytest.mark.parametrize("option", ["store", "endpoint", "namespace", "experiment", "run-name"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("store", "endpoint", "namespace", "experiment", "run-name"),
+        *("runs-dir", "deployment", "images", "package"),
+    ],
+)
 def test_an_empty_value_is_a_variable_that_is_not_set(option, capsys):
     assert submit.main([f"--{option}", "", "--list"]) == 2
     assert f"argument --{option}: the value is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--rerun", ""], "argument --rerun: no step is named"),
+        (["--rerun", ", "], "argument --rerun: no step is named"),
+        (["explain", ""], "argument run_id: the value is empty"),
+        (["explain", "--store", ""], "argument --store: the value is empty"),
+        (["explain", "--runs-dir", ""], "argument --runs-dir: the value is empty"),
+    ],
+)
+def test_nor_is_an_empty_value_another_command(arguments, words, capsys):
+    assert submit.main(arguments) == 2
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "- just\n- a list\n", "a: [unclosed"])

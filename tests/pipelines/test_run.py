@@ -380,6 +380,9 @@ def test_a_time_limit_stops_the_run_with_its_own_exit_code(checkout, first):
     assert done.returncode == 5
     assert "0.5" in done.stderr or "stopped" in done.stderr
     assert checkout.processes() == []
+    newest = max((checkout.folder / "runs/history").iterdir())
+    kept = json.loads((newest / "plan.json").read_text(encoding="utf-8"))
+    assert kept["states"]["publish"] == "skipped", "explain and --dry-run know of it"
 
 
 @pytest.mark.long
