@@ -51,7 +51,7 @@ class Linker:
     def __init__(self, client: Any) -> None:
         self._client = client
         self._offered = True
-        self._told: list[tuple[str, str]] | None = None
+        self._told: tuple[Any, ...] | None = None
         self._tasks: list[Any] = []
 
     def linked(self, run: Any) -> Any:
@@ -59,9 +59,11 @@ class Linker:
         details = getattr(run.run_details, "task_details", None) or []
         if not details or any(task.pod_name for task in details):
             return run
-        told = sorted((task.display_name or "", task.state or "") for task in details)
+        states = sorted((task.display_name or "", task.state or "") for task in details)
+        told = (run.state, states)
         if told != self._told and (tasks := self._asked(run.run_id)):
-            # a workflow is large: it is asked for again when a task has changed
+            # a workflow is large: it is asked for again when something has changed; a run's end is
+            # stored before the last states of its tasks
             self._told, self._tasks = told, tasks
         if told == self._told:
             run.run_details.task_details = self._tasks

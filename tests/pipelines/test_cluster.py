@@ -80,13 +80,14 @@ def test_cached_steps_are_told_from_executed_ones(backend, store, command):
         # a backend may tell the name shown instead of the task's
         node(f"{DAG}.Ingest and validate", "SUCCEEDED"),
     ]
-    backend.scenario = Scenario(tasks=[[], rows], on_end=verdict(store, True))
+    states = ["PENDING", "RUNNING", "RUNNING", "SUCCEEDED"]
+    backend.scenario = Scenario(states, tasks=[[], rows], on_end=verdict(store, True))
     _, outcome, said = command("--wait")
     assert outcome["steps"] == {"sft": "cached", "preference": "done", "ingest": "done"}
     assert "sft: done" not in said
-    # the workflow is large: asked for once a change
+    # the workflow is large: asked for once a change, and at the end
     asked = [path for _, path in backend.requests if path.startswith("/apis/v1beta1/runs/")]
-    assert len(asked) == 1
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize("status", [404, 500])
@@ -199,6 +200,17 @@ def test_steps_behind_a_failed_one_are_skipped(backend, command):
     # one that goes on may just not have begun
     backend.scenario = Scenario(states=["RUNNING", "RUNNING", "SUCCEEDED"], tasks=[rows[3:], []])
     assert "reference" not in command("--wait")[1]["steps"]
+
+
+def test_the_last_states_are_not_those_of_before_the_end(backend, store, command):
+    """``ReportWorkflowResource`` stores a run's end, and its caller the tasks after that."""
+    backend.scenario = Scenario(
+        states=["RUNNING", "SUCCEEDED"],
+        tasks=[task("publish", "RUNNING"), task("publish", "SUCCEEDED")],
+        is_between=True,
+        on_end=verdict(store, True),
+    )
+    assert command("--wait")[1]["steps"] == {"publish": "done"}
 
 
 @pytest.mark.parametrize("kind", ["Pod", "HTTP"])

@@ -42,6 +42,8 @@ class Scenario:
     states: list[str] = field(default_factory=lambda: ["PENDING", "RUNNING", "SUCCEEDED"])
     tasks: list[list[dict[str, Any]]] = field(default_factory=list)
     """Nodes of the run's workflow."""
+    is_between: bool = False
+    """Asked between the two: the run is stored with its workflow, and after it the tasks."""
     on_end: Callable[[str], None] | None = None
     """Called with the run's id when its last state is told: writes what the steps would write."""
 
@@ -126,9 +128,11 @@ class Backend:
         if run["state"] not in ("SUCCEEDED", "FAILED"):
             self._enter(run, states[min(told, len(states) - 1)])
             if self.scenario.tasks:
-                details = self.scenario.tasks[min(told, len(self.scenario.tasks) - 1)]
-                run["run_details"] = {"task_details": tasks_of(run_id, details)}
-                self.workflows[run_id] = workflow_of(details)
+                last = len(self.scenario.tasks) - 1
+                nodes, stored = min(told, last), min(told - self.scenario.is_between, last)
+                details = tasks_of(run_id, self.scenario.tasks[max(0, stored)])
+                run["run_details"] = {"task_details": details}
+                self.workflows[run_id] = workflow_of(self.scenario.tasks[nodes])
             self._told[run_id] = told + 1
         return run
 
