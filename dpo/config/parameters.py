@@ -95,6 +95,7 @@ _SHARED_KEYS = {parameter.key for parameter in PARAMETERS.values() if len(parame
     "debug",
     "eval_batch_size",
     "activation_checkpointing",
+    "deterministic",
     "minimum_log_interval_secs",
     "tensorboard",
 }

@@ -13,7 +13,7 @@ from dpo.config.stages import OUT_OF_BAND, Stage
 
 _HOW = OUT_OF_BAND | {
     *("trainer", "micro_batch_tokens", "eval_batch_size", "activation_checkpointing"),
-    *("eval_every", "do_first_eval", "do_last_eval"),
+    *("deterministic", "eval_every", "do_first_eval", "do_last_eval"),
     *("sample_during_eval", "n_eval_model_samples"),
 }
 """How the work is spread over devices and watched: an output made otherwise is as good."""

@@ -263,6 +263,9 @@ class RunConfig(Recorded):
         "none"
     )
     """Recompute activations in the backward pass; true means full."""
+    deterministic: bool = True
+    """On a GPU: train with operations that give the same bits each time, so that a run that goes on
+    from a checkpoint ends with the same weights. false may be faster."""
     seed: int = Field(0, ge=0, le=LARGEST_INTEGER)
     """Order of the examples, choice of subsets, sampling."""
 

@@ -29,7 +29,8 @@ _TRAIN = (
     | {"model", "loss", "trainer", "batch_size", "eval_batch_size", "gradient_accumulation_steps"}
     | {"micro_batch_tokens", "do_last_eval"}
     | {"lr", "lr_schedule", "warmup_steps", "optimizer", "max_grad_norm"}
-    | {"activation_checkpointing", "eval_every", "do_first_eval", "sample_during_eval"}
+    | {"activation_checkpointing", "deterministic"}
+    | {"eval_every", "do_first_eval", "sample_during_eval"}
     | {"n_eval_model_samples", "debug", "exp_name", "resume"}
     | {"checkpoint_every", "checkpoint_seconds", "keep_checkpoints"}
     | {"checkpoint_uri", "process_timeout_seconds"}

@@ -40,6 +40,13 @@ _PORT = 29500
 """Of the first host, where none is named; torchrun's own."""
 _TORCHS_SIGNALS = ("SIGINT", "SIGHUP", "SIGQUIT")
 """Torchrun's agent takes them. SIGTERM goes to the processes, which write a checkpoint first."""
+_USUAL = {
+    signal.SIGKILL: "; it is usually the system running out of memory",
+    signal.SIGABRT: "; on GPUs it is usually NCCL, which ends a process whose collective operation "
+    "was not finished in process_timeout_seconds: a GPU failed or hangs, or another process is "
+    "behind",
+}
+"""Why a process usually ends by a signal."""
 _SHUTDOWN_SECONDS = 10
 """What a process gets between the request to end and SIGKILL; torch 2.13 takes 30 s where another
 process has failed."""
@@ -231,8 +238,8 @@ def _first_error(folder: Path, error: Any, stopped: Stage | None) -> DpoError:
         return TrainingError(
             f"process {rank} ended with exit code {failure.exitcode}{name}",
             where=f"host {os.uname().nodename}, rank {rank}",
-            fix="look at the log above; -9 is usually the system running out of memory. The same "
-            "command goes on from the last checkpoint",
+            fix=f"look at the log above{_USUAL.get(-failure.exitcode, '')}. The same command goes "
+            "on from the last checkpoint",
         )
     return _restored(reports[0])
 

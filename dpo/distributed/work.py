@@ -20,6 +20,7 @@ from dpo.distributed.heartbeat import Heartbeat
 from dpo.distributed.launch import announce, only_first_reports_progress, report_error
 from dpo.distributed.together import connect
 from dpo.errors import DpoError, TrainingError, system_problem
+from dpo.modeling.precision import best_device
 from dpo.storage.processes import die_with_parent
 
 _BROKEN = ("connection", "timed out", "timeout", "peer", "socket", "gloo", "nccl")
@@ -66,9 +67,27 @@ def main(job_file: Path) -> int:
 
 
 def _connect(timeout_seconds: float) -> None:
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    connect("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout_seconds)
+    on_gpus = best_device() == "cuda"
+    if on_gpus:
+        _take_gpu(int(os.environ["LOCAL_RANK"]))
+    connect("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout_seconds)
+
+
+def _take_gpu(number: int) -> None:
+    """Make the GPU of that number this process's own.
+
+    Raises:
+        TrainingError: there are fewer.
+    """
+    n_gpus = torch.cuda.device_count()
+    if number >= n_gpus:
+        # NCCL refuses two processes on one GPU
+        raise TrainingError(
+            f"{os.environ['LOCAL_WORLD_SIZE']} processes for {n_gpus} GPUs of this host",
+            where=f"host {os.uname().nodename}",
+            fix=f"set DPO_PROCESSES to at most {n_gpus}, or leave it out",
+        )
+    torch.cuda.set_device(number)
 
 
 def _run(job: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from typing import Any
 
 import torch
@@ -14,6 +16,9 @@ from dpo.storage.host_memory import keep_freed_memory
 
 ROW_MULTIPLE = 512
 """Rows of a compiled model are padded to a multiple of so many tokens: few shapes are compiled."""
+
+_MOST_LENGTHS = 64
+"""Lengths of rows that are compiled."""
 
 _COMPILED = "_dpo_compiled"
 _BY_TORCH = "_dpo_output_layer_by_torch"
@@ -50,12 +55,30 @@ def apply_kernels(
             fix="use model.output_layer=tiled, or torch 2.13",
         )
     setattr(model, _BY_TORCH, output_layer == "torch")
+    if device == "cuda" and (compiled or kernels == "liger"):
+        _check_compiler("model.compile=true" if compiled else "model.kernels=liger")
     if kernels == "liger":
         _liger(model, device)
     elif kernels == "auto" and device == "cpu" and not compiled:
         fuse(model)
     if compiled:
         compile_blocks(model)
+
+
+def _check_compiler(setting: str) -> None:
+    """Triton compiles what starts its kernels when they are first used, with a C compiler.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang"))):
+        return
+    raise ConfigError(
+        "Triton, which makes kernels for GPUs, needs a C compiler, and there is none here",
+        where=setting,
+        fix="install gcc (the train image has none: build on one that has), or use "
+        f"{'model.compile=false' if 'compile' in setting else 'model.kernels=auto'}",
+    )
 
 
 def compile_blocks(model: Any, backend: str = "inductor") -> None:
@@ -72,10 +95,20 @@ def compile_blocks(model: Any, backend: str = "inductor") -> None:
             fix="set model.compile=false",
         )
     names = set(getattr(model, "_no_split_modules", None) or ())
+    _allow_lengths(_MOST_LENGTHS)
     for module in model.modules():
         if type(module).__name__ in names:
-            module.compile(backend=backend, dynamic=False)
+            # its function, not the module: what recomputes activations goes around it
+            module.forward = torch.compile(module.forward, backend=backend, dynamic=False)
     setattr(model, _COMPILED, True)
+
+
+def _allow_lengths(n: int) -> None:
+    """torch gives up on a function after 8 shapes, and runs the others as they are: a warning, and
+    the rows of a step are of up to ``micro_batch_tokens / ROW_MULTIPLE`` lengths."""
+    from torch import _dynamo
+
+    _dynamo.config.recompile_limit = max(n, _dynamo.config.recompile_limit)
 
 
 def is_compiled(model: Any) -> bool:

@@ -212,6 +212,11 @@ def _load(config: RunConfig, base: Path | None, device: str) -> tuple[Any, Any]:
     gpus = torch.cuda.device_count() if config.trainer.name == "BasicTrainer" else 0
     if gpus < 2:
         return load_for_training(config.model, base, device=device)
+    message(
+        "train",
+        f"trainer=BasicTrainer: the layers lie on {gpus} GPUs, of which one works at a time; "
+        "trainer=FSDPTrainer lets all work, CUDA_VISIBLE_DEVICES=0 takes one",
+    )
     # kernels for a CPU would stay when the layers leave it
     own = {"kernels": "plain"} if config.model.kernels == "auto" else {}
     model, tokenizer = load_for_training(config.model.model_copy(update=own), base)

@@ -24,6 +24,8 @@ from dpo.errors import TrainingStopped
 from dpo.modeling.attention import NAME as PACKED
 from dpo.modeling.attention import packed_attention
 from dpo.modeling.generation import generate
+from dpo.modeling.plain import has_experts
+from dpo.modeling.repeatable import same_bits
 from dpo.storage.progress import message, track
 from dpo.train.checkpoint import Checkpoints
 from dpo.train.data import Examples
@@ -73,7 +75,7 @@ class Trainer:
         before, started = self.position.trained, time.monotonic()
         self._counted_at = started
         steps = track(self.stage, "steps", order.total_steps, self.position.steps)
-        with self._polite_end(), steps as bar:
+        with self._polite_end(), same_bits(self._repeats()), steps as bar:
             bar.shortest_seconds = self.config.minimum_log_interval_secs
             if self.config.do_first_eval and not self.position.steps:
                 self._evaluate()
@@ -95,6 +97,19 @@ class Trainer:
         self._count_seconds()
         self._call_out_collapse()
         message(self.stage, f"{self.useful_share:.0%} of the time went into optimiser steps")
+
+    def _repeats(self) -> bool:
+        """Whether a GPU is to give the same bits each time; a CPU does."""
+        if not self.config.deterministic or self.objective.device.type != "cuda":
+            return False
+        if not has_experts(self.objective.model):
+            return True
+        message(
+            self.stage,
+            "a GPU counts the tokens of experts in no fixed order: going on from a checkpoint is "
+            "equal within rounding, not to the bit",
+        )
+        return False
 
     @property
     def useful_share(self) -> float:

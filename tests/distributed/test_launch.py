@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from dpo.distributed import launch, work, worker
 
@@ -96,3 +97,11 @@ def test_what_keeps_no_checkpoints_speaks_of_none_when_it_is_stopped(tmp_path):
     assert (told.exit_code, "checkpoint" in str(told)) == (75, False)
     assert told.found.startswith("reference was asked to stop")
     assert "last checkpoint" in str(launch._first_error(tmp_path, None, "sft"))
+
+
+def test_what_nccl_does_to_a_process_that_waits_too_long_is_explained(tmp_path):
+    failed = SimpleNamespace(get_first_failure=lambda: (3, SimpleNamespace(exitcode=-6)))
+    said = str(launch._first_error(tmp_path, failed, None))
+    assert "process 3 ended with exit code -6 (SIGABRT)" in said
+    assert "usually NCCL" in said
+    assert "running out of memory" not in said

@@ -189,6 +189,8 @@ def test_a_whole_step_runs_on_a_gpu(optimizer, dtype, tmp_path):
         objective = Objective(gpu.move(model), config.loss, dtype, BUDGET)
         trainer = Trainer(config, "preference", objective, found, known, log)
         trainer.position.steps = 1
+        # what goes on from a checkpoint is to be the same
+        assert trainer._repeats()
         trainer.train_step(pairs)
         trainer._evaluate()
         assert trainer.position.trained == 5
