@@ -363,6 +363,9 @@ def _takes_cache(model: Any) -> bool:
     takes_any = getattr(model, "_supports_default_dynamic_cache", lambda: True)
     if "past_key_values" not in _parameters(model) or not takes_any():
         return False
+    # RecurrentGemma's layers keep states themselves: no row can leave, and padding is in them
+    if any(hasattr(module, "recurrent_states") for module in model.modules()):
+        return False
     try:
         _new_cache(model).get_seq_length()
     except ValueError:

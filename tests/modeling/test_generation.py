@@ -98,6 +98,16 @@ def test_a_batch_gives_what_each_prompt_gives_alone(name):
     assert len({tuple(item.ids) for item in found}) > 1
 
 
+def test_states_that_layers_keep_themselves_are_those_of_one_prompt():
+    """RecurrentGemma's third layer is of attention: a cache with a length, beside such states."""
+    settings = {**ARCHITECTURES["recurrent_gemma"], "num_hidden_layers": 3, **ENDS}
+    model = random_model("recurrent_gemma", settings)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    found = answer(model, Tokenizer, PROMPTS, max_new_tokens=12, batch_size=6)
+    assert [item.ids for item in found] == [plainly(model, prompt, 12) for prompt in PROMPTS]
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_sampled_answers_depend_neither_on_the_batch_nor_on_the_others(name):
     model = model_of(name)
