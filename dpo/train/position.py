@@ -19,6 +19,8 @@ class Position:
     first: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
     evaluation: dict[str, float] = field(default_factory=dict)
+    evaluation_due: bool = False
+    """It was asked to stop in an evaluation between two steps, which is made anew."""
     processes: int = 1
     """How many wrote it."""
     threads: int = 0

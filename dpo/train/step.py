@@ -42,6 +42,10 @@ _CLIP_EPSILON = 1e-6
 """What torch adds to the norm before it divides by it."""
 
 
+class Interrupted(Exception):
+    """A process was asked to stop, and all of them left an evaluation."""
+
+
 @dataclass
 class Objective:
     """The loss of a model on examples, with what it needs beside the model."""
@@ -121,11 +125,25 @@ class Objective:
         return figures
 
     def evaluate(
-        self, examples: Sequence[TokenizedExample], reference: Sequence[PairLogProbs] | None
+        self,
+        examples: Sequence[TokenizedExample],
+        reference: Sequence[PairLogProbs] | None,
+        asked_to_stop: Callable[[], bool] = lambda: False,
     ) -> dict[str, float]:
-        """Mean of every figure over ``examples``, however few they are."""
+        """Mean of every figure over ``examples``, however few they are.
+
+        Args:
+            examples: What to measure on.
+            reference: As for ``figures``.
+            asked_to_stop: Asked before each row; every process asks as often as the others.
+
+        Raises:
+            Interrupted: a process was asked to stop.
+        """
 
         def forward(objective: Objective, row: _Row) -> dict[str, Tensor]:
+            if self.ranks.any(asked_to_stop()):
+                raise Interrupted
             with torch.no_grad():
                 return objective.figures(row.batch, row.reference, "eval")[1]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from dpo.train.log import MetricLog
 from dpo.train.optimizer import build_optimizer, learning_rate
 from dpo.train.position import Position
 from dpo.train.step import (
+    Interrupted,
     Objective,
     check_finite,
     check_starting_point,
@@ -62,6 +63,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._asked_to_stop = False
+        self._began_with = 0
         self.parameters = [p for p in self.objective.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.parameters, self.config)
 
@@ -77,7 +79,8 @@ class Trainer:
         steps = track(self.stage, "steps", order.total_steps, self.position.steps)
         with self._polite_end(), same_bits(self._repeats()), steps as bar:
             bar.shortest_seconds = self.config.minimum_log_interval_secs
-            if self.config.do_first_eval and not self.position.steps:
+            begins = self.config.do_first_eval and not self.position.steps
+            if begins or self.position.evaluation_due:
                 self._evaluate()
             # what a checkpoint saves begins here
             self._saved_at = time.monotonic()
@@ -125,6 +128,7 @@ class Trainer:
         """Take up a checkpoint: weights, optimiser and position."""
         assert self.checkpoints is not None
         self.position = self.checkpoints.load(path, self.objective.model, self.optimizer)
+        self._began_with = self.position.steps
         other = _other_rounding(self.position, self.objective.ranks.processes)
         message(self.stage, f"goes on after step {self.position.steps}, from {path.name}{other}")
         self.position.processes = self.objective.ranks.processes
@@ -145,31 +149,49 @@ class Trainer:
         )
         late = bool(seconds) and time.monotonic() - self._saved_at > seconds
         due = self._due(self.config.checkpoint_every, just_trained) or ranks.any(late)
-        if self.checkpoints and (stop or (due and not self.config.debug and not done)):
-            check_weights(self.parameters, self.position.steps)
-            self._count_seconds()
-            self.position.processes = ranks.processes
-            self.position.threads = torch.get_num_threads()
-            # whole lines: the checkpoint takes the log along
-            texts = self.log.texts() if is_first() else {}
-            self.checkpoints.save(self.objective.model, self.optimizer, self.position, texts)
-            self._saved_at = time.monotonic()
         if stop:
-            if self.checkpoints:
-                self.checkpoints.finish()
-                # the others are ended as soon as the first process has
-                barrier()
+            self._stop()
+        if self.checkpoints and due and not self.config.debug and not done:
+            self._checkpoint(self.checkpoints)
+
+    def _checkpoint(self, checkpoints: Checkpoints) -> None:
+        check_weights(self.parameters, self.position.steps)
+        self._count_seconds()
+        self.position.processes = self.objective.ranks.processes
+        self.position.threads = torch.get_num_threads()
+        # whole lines: the checkpoint takes the log along
+        texts = self.log.texts() if is_first() else {}
+        checkpoints.save(self.objective.model, self.optimizer, self.position, texts)
+        self._saved_at = time.monotonic()
+
+    def _stop(self) -> NoReturn:
+        """Keep what was trained, and end.
+
+        Raises:
+            TrainingStopped: always.
+        """
+        steps = self.position.steps
+        after, kept, then = f"after step {steps}", "nothing was kept", "begins anew"
+        if not steps:
+            after, kept = "before its first step", "there was nothing to keep"
+        elif self.checkpoints:
+            # the one that it went on from is not put in its own place
+            if steps != self._began_with:
+                self._checkpoint(self.checkpoints)
+            self.checkpoints.finish()
+            # the others are ended as soon as the first process has
+            barrier()
             kept, then = "a checkpoint was written", "goes on from there"
-            if not self.checkpoints:
-                kept, then = "nothing was kept", "begins anew; checkpoint_uri lets it go on"
-            raise TrainingStopped(
-                f"training was asked to stop after step {self.position.steps}; {kept}",
-                fix=f"run the same command again: it {then}",
-            )
+        else:
+            then += "; checkpoint_uri lets it go on"
+        raise TrainingStopped(
+            f"training was asked to stop {after}; {kept}",
+            fix=f"run the same command again: it {then}",
+        )
 
     @contextmanager
     def _polite_end(self) -> Iterator[None]:
-        """SIGTERM ends training after the step that is running."""
+        """SIGTERM ends training after the step, or the row of an evaluation, that is running."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -263,7 +285,15 @@ class Trainer:
         held_out = self.examples.held_out
         if not held_out:
             return
-        figures = self.objective.evaluate(held_out, self._reference_of(held_out))
+        reference = self._reference_of(held_out)
+        try:
+            figures = self.objective.evaluate(held_out, reference, lambda: self._asked_to_stop)
+        except Interrupted:
+            # the last one is made in any case
+            done = self.position.trained >= self.examples.order.total_examples
+            self.position.evaluation_due = not done
+            self._stop()
+        self.position.evaluation_due = False
         if not math.isfinite(figures["loss/eval"]):
             check_weights(self.parameters, self.position.steps)
             message(self.stage, "the loss of the held-out pairs is not finite, the weights are")

@@ -1,0 +1,102 @@
+"""SIGTERM in an evaluation ends it at once; nothing is lost, and nothing logged twice."""
+
+import os
+import signal
+
+import pytest
+
+from dpo.errors import TrainingStopped
+from dpo.train.stage import run_train
+from dpo.train.step import Objective
+from tests.train.test_resume import (
+    FSDP,
+    TWO,
+    assert_gone,
+    assert_same,
+    config_of,
+    kill_after,
+    start,
+    workers_of,
+)
+
+MANY_ROWS = ("micro_batch_tokens=128", "checkpoint_every=0")
+
+
+def train(prepared, folder, name, *more):
+    paths = prepared.paths(sft=False)
+    config = config_of("dpo", *MANY_ROWS, *more)
+    run_train(config, folder / name, checkpoints=folder / "kept", **paths)
+
+
+@pytest.fixture(scope="module")
+def whole(prepared, tmp_path_factory):
+    """The run without interruption: evaluations before, after steps 5 and 10, and at the end."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(prepared, folder, "model")
+    return folder / "model"
+
+
+def stop_in(monkeypatch, number):
+    """SIGTERM comes in evaluation ``number`` of a run; returns the rows that it has done."""
+    evaluate, figures = Objective.evaluate, Objective.figures
+    counts = {"evaluations": 0, "rows": 0}
+
+    def stopping(self, *arguments):
+        counts["evaluations"] += 1
+        counts["rows"] = 0
+        return evaluate(self, *arguments)
+
+    def counting(self, row, reference, split):
+        counts["rows"] += split == "eval"
+        if split == "eval" and counts["evaluations"] == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return figures(self, row, reference, split)
+
+    monkeypatch.setattr(Objective, "evaluate", stopping)
+    monkeypatch.setattr(Objective, "figures", counting)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("number", "where"),
+    [
+        (1, "before its first step; there was nothing to keep"),
+        (2, "after step 5; a checkpoint was written"),
+        (4, "after step 12; a checkpoint was written"),
+    ],
+)
+def test_a_run_stopped_in_an_evaluation_makes_it_anew(
+    number, where, whole, prepared, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        counts = stop_in(patch, number)
+        with pytest.raises(TrainingStopped, match=where):
+            train(prepared, tmp_path, "model")
+        # each of the processor's cores may have had one in work
+        assert counts["rows"] <= 2
+        if number > 1:
+            # and once more in the same place, by a run that has trained nothing
+            counts["evaluations"] = number - 1
+            with pytest.raises(TrainingStopped, match=where):
+                train(prepared, tmp_path, "model")
+    train(prepared, tmp_path, "model")
+    assert_same(tmp_path / "model", whole)
+
+
+@pytest.mark.long
+def test_two_processes_stopped_in_an_evaluation(prepared, tmp_path, monkeypatch):
+    for name, value in TWO.items():
+        monkeypatch.setenv(name, value)
+    more = (FSDP, "micro_batch_tokens=128", "checkpoint_every=0", "n_examples=16", "eval_every=8")
+    run_train(config_of("sft", *more), tmp_path / "whole", **prepared.paths(sft=True))
+    process = start(prepared, "sft", tmp_path, *more)
+    workers = workers_of(process)
+    # the first evaluation and a step are logged: it is in the second one
+    _, errors = kill_after(process, tmp_path, 2, signal.SIGTERM)
+    assert process.returncode == 75, errors
+    assert "after step 1; a checkpoint was written" in errors
+    assert "Traceback" not in errors
+    assert_gone(workers)
+    _, errors = start(prepared, "sft", tmp_path, *more).communicate(timeout=300)
+    assert "goes on after step 1" in errors
+    assert_same(tmp_path / "model", tmp_path / "whole")
