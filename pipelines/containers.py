@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dpo.errors import RequestError
 from dpo.storage import progress
 from dpo.storage.processes import END_WITH
 from pipelines.deployment import CHECKPOINTS_VARIABLE
+from pipelines.shared_places import inputs, local_place
 
 RUN_LABEL = "dpo.run"
 _PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY")
@@ -27,6 +29,8 @@ _PASSED_ON = (
 )
 _NOT_PASSED_ON = {END_WITH, "DPO_RUNS_DIR", "HF_HOME"}
 _SHARED_MEMORY = "1g"
+_HOME_INSIDE = Path("/tmp")  # nosec B108
+"""HOME of the images, which ``~`` means there."""
 
 
 def container_settings(
@@ -42,8 +46,10 @@ def container_settings(
     """
     cache = cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
-    readable = sorted(_named_paths(parameters))
-    writable = [runs, cache, *_file_store(str(parameters["publish_store"]), runs)]
+    writable = {path: path for path in (runs, cache, *_file_store(parameters, runs))}
+    readable = {
+        inside: here for inside, here in _named_places(parameters) if inside not in writable
+    }
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -56,6 +62,8 @@ def container_settings(
             CHECKPOINTS_VARIABLE: environment.get(CHECKPOINTS_VARIABLE)
             or str(runs / "checkpoints"),
             progress.FILE_VARIABLE: str(events),
+            # no file of the folder that is worked in is taken for a module
+            "PYTHONSAFEPATH": "1",
         },
         # stores on this machine are reached as from outside
         "network": "host",
@@ -64,23 +72,57 @@ def container_settings(
         "shm_size": _SHARED_MEMORY,
         "labels": {RUN_LABEL: run_id},
         "mounts": [
-            *(_mount(path, read_only=False) for path in writable),
-            *(_mount(path, read_only=True) for path in readable),
+            *(_mount(path, path, read_only=False) for path in writable),
+            *(_mount(here, inside, read_only=True) for inside, here in sorted(readable.items())),
         ],
+        # relative paths mean this folder there, too; of it nothing is there but what is mounted
+        "working_dir": str(Path.cwd()),
     }
 
 
-def _mount(path: Path, *, read_only: bool) -> dict[str, Any]:
-    where = str(path)
-    return {"Type": "bind", "Source": where, "Target": where, "ReadOnly": read_only}
+def _mount(here: Path, inside: Path, *, read_only: bool) -> dict[str, Any]:
+    return {"Type": "bind", "Source": str(here), "Target": str(inside), "ReadOnly": read_only}
 
 
-def _named_paths(parameters: Mapping[str, Any]) -> set[Path]:
-    named = [parameters.get("model", ""), *parameters.get("datasets", [])]
-    return {Path(name) for name in named if Path(name).is_absolute() and Path(name).exists()}
+def _named_places(parameters: Mapping[str, Any]) -> Iterator[tuple[Path, Path]]:
+    """Where a step looks for what the parameters name, and where that is on this machine."""
+    for _, place in inputs(parameters):
+        if (named := local_place(place)) is None:
+            continue
+        try:
+            here = _without_pattern(Path(os.path.normpath(Path.cwd() / named.expanduser())))
+            if not here.exists():
+                continue
+        except (OSError, RuntimeError, ValueError):
+            # ~ of nobody, or a text that can be no file's name: the step says so
+            continue
+        yield here, here
+        if named.parts[0] == "~":
+            yield _without_pattern(_HOME_INSIDE.joinpath(*named.parts[1:])), here
+        for linked in _linked(here):
+            yield linked, linked
 
 
-def _file_store(url: str, runs: Path) -> Iterable[Path]:
+def _without_pattern(path: Path) -> Path:
+    """The folder in which a glob looks; other paths as they are."""
+    if path.exists():
+        return path
+    for folder in reversed(path.parents):
+        if has_magic(str(path.relative_to(folder).parts[0])):
+            return folder
+    return path
+
+
+def _linked(folder: Path) -> set[Path]:
+    """Folders that hold what the links of a folder lead to, as in the cache of a hub's models."""
+    if not folder.is_dir():
+        return set()
+    files = {path.resolve().parent for path in folder.iterdir() if path.is_symlink()}
+    return {path for path in files if path.is_dir() and not path.is_relative_to(folder.resolve())}
+
+
+def _file_store(parameters: Mapping[str, Any], runs: Path) -> Iterable[Path]:
+    url = str(parameters["publish_store"])
     if not url.startswith("file://"):
         return
     folder = Path(url.removeprefix("file://"))

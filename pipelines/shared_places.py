@@ -56,11 +56,11 @@ def check_inputs(documents: list[dict[str, Any]], values: Mapping[str, Any]) -> 
     """
     # the volume of a deployment is mounted in every step
     shared = _mounted(documents, "fingerprint")
-    for name, place in _inputs(values):
+    for name, place in inputs(values):
         _refuse_file_of_this_machine(place, name, shared)
 
 
-def _inputs(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def inputs(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What the steps read from outside, by the parameter that names it."""
     configs = stage_configs(values)
     for source in configs["ingest"].sources.values():
@@ -82,7 +82,7 @@ def _inputs(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _refuse_file_of_this_machine(place: str, name: str, shared: Iterable[Path]) -> None:
     """One that is not here either may be in the image: the run's first step tells."""
-    if (found := _folder(place)) is None or not _is_here(found, shared):
+    if (found := local_place(place)) is None or not _is_here(found, shared):
         return
     raise ConfigError(
         f"{place} lies on this machine, and nothing says that the run's pods see it",
@@ -106,7 +106,7 @@ def _is_here(found: Path, shared: Iterable[Path]) -> bool:
 
 
 def _refuse_own_folder(place: str, name: str, shared: Iterable[Path]) -> None:
-    folder = _folder(place)
+    folder = local_place(place)
     if folder is None or any(folder.is_relative_to(mount) for mount in shared):
         return
     raise ConfigError(
@@ -117,7 +117,8 @@ def _refuse_own_folder(place: str, name: str, shared: Iterable[Path]) -> None:
     )
 
 
-def _folder(place: str) -> Path | None:
+def local_place(place: str) -> Path | None:
+    """The path of a place on this machine; None where it is the URL of another or nothing."""
     if place.startswith("file:"):
         place = unquote(urlsplit(place).path)
     if not place or "://" in place:

@@ -6,8 +6,11 @@ import pytest
 from docker.errors import APIError
 
 from dpo.errors import RequestError
-from pipelines import containers
+from pipelines import containers, package
 from pipelines.local_worker import _Steps
+from pipelines.request import parameters
+
+PARAMETERS = package.defaults(package.load_package())
 
 
 def test_it_changes_nothing_of_how_the_run_is_said_to_have_ended(monkeypatch, capsys):
@@ -37,9 +40,53 @@ def test_training_in_containers_keeps_its_checkpoints_in_the_runs_folder(tmp_pat
     monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("DPO_CHECKPOINTS", raising=False)
     runs = tmp_path / "runs"
-    values = {"publish_store": "s3://models"}
+    values = {**PARAMETERS, "publish_store": "s3://models"}
     found = containers.container_settings("run", runs, runs / "events", values)
     assert found["environment"]["DPO_CHECKPOINTS"] == str(runs / "checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("setting", "mounted"),
+    [
+        ("datasets=[pairs.jsonl]", {"work/pairs.jsonl"}),
+        ("datasets=[pairs.jsonl,more/*.csv]", {"work/pairs.jsonl", "work/more"}),
+        ("datasets=[../work/pairs.jsonl]", {"work/pairs.jsonl"}),
+        ("datasets=[file://{home}/work/pairs.jsonl]", {"work/pairs.jsonl"}),
+        ("sft.chat_template=mine.jinja", {"work/mine.jinja"}),
+        # the weights of a hub's cache are links into another folder of it
+        ("model={home}/hub/snapshots/ab", {"hub/snapshots/ab", "hub/blobs"}),
+        ("sft_model_uri=file://{home}/hub/snapshots/ab", {"hub/snapshots/ab", "hub/blobs"}),
+        ("datasets=[hh]", set()),
+        ("datasets=[s3://bucket/pairs.jsonl]", set()),
+    ],
+)
+def test_what_a_run_reads_here_is_seen_in_its_containers(setting, mounted, tmp_path, monkeypatch):
+    for name in ("work/pairs.jsonl", "work/more/a.csv", "work/mine.jinja", "hub/blobs/12"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    model = tmp_path / "hub/snapshots/ab"
+    model.mkdir(parents=True)
+    (model / "config.json").symlink_to("../../blobs/12")
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache"))
+    runs = tmp_path / "runs"
+    values = parameters(PARAMETERS, assignments=[setting.format(home=tmp_path)], store="s3://m")
+    found = containers.container_settings("run", runs, runs / "events", values)
+    assert found["working_dir"] == str(tmp_path / "work"), "relative paths are of this folder"
+    read = {(m["Source"], m["Target"]) for m in found["mounts"] if m["ReadOnly"]}
+    assert read == {(str(tmp_path / name), str(tmp_path / name)) for name in mounted}
+
+
+def test_the_home_folder_of_a_container_is_another_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "pairs.jsonl").write_text("x")
+    values = parameters(PARAMETERS, assignments=["datasets=[~/pairs.jsonl]"], store="s3://m")
+    found = containers.container_settings("run", tmp_path / "runs", tmp_path / "events", values)
+    # images/Dockerfile: HOME=/tmp
+    assert ("/tmp/pairs.jsonl", str(tmp_path / "pairs.jsonl")) in {
+        (mount["Target"], mount["Source"]) for mount in found["mounts"]
+    }
 
 
 def test_a_run_told_to_end_finishes_its_step_and_begins_no_other():
