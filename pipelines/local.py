@@ -38,6 +38,7 @@ from pipelines import containers
 from pipelines.artifacts import Artifacts, drop_broken_cache_entries
 from pipelines.deployment import CHECKPOINTS_VARIABLE
 from pipelines.display import Display, RunView
+from pipelines.local_worker import ENDED_WITH
 from pipelines.package import save_package, steps_of
 
 _POLL_SECONDS = 0.2
@@ -45,6 +46,8 @@ _STOP_SECONDS = 40.0
 """For a training step to end its optimiser step and to write a checkpoint."""
 _TOLD_AFTER_SECONDS = 2.0
 _LEAST_FREE_BYTES = 1 << 16
+_ENDED = re.compile(rf"{ENDED_WITH}(-?\d+)$")
+_KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")
 
 
@@ -265,9 +268,27 @@ def _failure(folder: Path, view: RunView) -> tuple[str, int]:
         # the log ends with what kfp says of it, in its own colours; the traceback stands before
         what = f"step {view.error['step']}: {view.error['text']}"
         return str(DpoError(what, where=str(log), fix="see the traceback there; it is a bug")), 1
-    what = f"step {failed[0]} ended without a message" if failed else "the run ended unexpectedly"
+    what, fix = "the run ended unexpectedly", ""
+    if failed:
+        what, fix, lines = _without_message(failed[0], lines)
     tail = "\n".join(f"  | {_COLOURS.sub('', line)}" for line in lines[-5:] if line.strip())
-    return str(DpoError(f"{what}\n{tail}".rstrip(), where=str(log))), 1
+    return str(DpoError(f"{what}\n{tail}".rstrip(), where=str(log), fix=fix)), 1
+
+
+def _without_message(step: str, lines: list[str]) -> tuple[str, str, list[str]]:
+    """What became of a step that could say nothing, what to do, and the log up to its end."""
+    for place, line in enumerate(lines):
+        if found := _ENDED.search(line):
+            code = int(found[1])
+            if code in _KILLED:
+                return (
+                    f"step {step} was killed (exit code {code}), mostly for want of memory",
+                    "give it more memory or less to hold (batch size, max_length), then run the "
+                    "same command again: training goes on from its last checkpoint",
+                    lines[:place],
+                )
+            return f"step {step} ended with exit code {code} and no message", "", lines[:place]
+    return f"step {step} ended without a message", "", lines
 
 
 def _record(run: LocalRun, job: Job) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 
 from dpo.storage.processes import END_WITH, die_with_parent
 
+ENDED_WITH = "the step's process ended with exit code "
+
 
 def main(job_file: str, parent: int) -> int:
     """Run the job described in ``job_file`` for a process; 0 when the pipeline succeeded."""
@@ -72,6 +74,9 @@ class _Steps:
                 code = run(*given, **settings)
             finally:
                 self._running.pop()
+            if code and not self._told:
+                # for whoever reads the log of a step that left no message
+                print(f"{ENDED_WITH}{code}", flush=True)
             return code or int(self._told)
 
         return run_one

@@ -7,6 +7,8 @@ from docker.errors import APIError
 
 from dpo.errors import RequestError
 from pipelines import containers, package
+from pipelines.display import RunView
+from pipelines.local import _failure
 from pipelines.local_worker import _Steps
 from pipelines.request import parameters
 
@@ -43,6 +45,30 @@ def test_training_in_containers_keeps_its_checkpoints_in_the_runs_folder(tmp_pat
     values = {**PARAMETERS, "publish_store": "s3://models"}
     found = containers.container_settings("run", runs, runs / "events", values)
     assert found["environment"]["DPO_CHECKPOINTS"] == str(runs / "checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("code", "told", "advice"),
+    [
+        (137, "step sft was killed (exit code 137), mostly for want of memory", "goes on from its"),
+        (-9, "step sft was killed (exit code -9), mostly for want of memory", "goes on from its"),
+        (139, "step sft ended with exit code 139 and no message", ""),
+    ],
+)
+def test_a_step_that_could_say_nothing_is_told_by_its_exit_code(
+    code, told, advice, tmp_path, capsys
+):
+    assert _Steps().watched(lambda: code)() == code
+    steps = f"loading the model\n    {capsys.readouterr().out}"
+    (tmp_path / "log.txt").write_text(f"{steps}Executing task finish\nTask finish: SUCCESS\n")
+    view = RunView.of(("sft",))
+    view.steps["sft"].state = "failed"
+    message, exit_code = _failure(tmp_path, view)
+    assert exit_code == 1
+    assert message.startswith(told)
+    assert advice in message
+    assert "  | loading the model\n" in message
+    assert "finish" not in message, "what came after it tells nothing of it"
 
 
 @pytest.mark.parametrize(
