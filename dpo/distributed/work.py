@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 
 from dpo.config.stages import load_stage
+from dpo.distributed.device import best_device
 from dpo.distributed.heartbeat import Heartbeat
 from dpo.distributed.launch import announce, only_first_reports_progress, report_error
 from dpo.distributed.together import connect
 from dpo.errors import DpoError, TrainingError, system_problem
-from dpo.modeling.precision import best_device
 from dpo.storage.processes import die_with_parent
 
 _BROKEN = ("connection", "timed out", "timeout", "peer", "socket", "gloo", "nccl")

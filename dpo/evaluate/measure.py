@@ -23,13 +23,14 @@ from dpo.config.schema import RunConfig
 from dpo.data.log_probs import PairLogProbs
 from dpo.data.schema import TEST, Pair
 from dpo.data.tokenize import TokenizedExample, load_tokenizer
+from dpo.distributed.device import best_device
 from dpo.distributed.together import each_a_share
 from dpo.errors import ModelError
 from dpo.evaluate.kl import kl_figures
 from dpo.modeling.generation import Answer, answer, decode, encode
 from dpo.modeling.load import load_model
 from dpo.modeling.losses import uses_means
-from dpo.modeling.precision import DTYPES, best_device, compute_dtype
+from dpo.modeling.precision import DTYPES, compute_dtype
 from dpo.modeling.sharded import Scorer, load_once, on_devices, score_shared
 from dpo.storage.progress import Bar, track
 

@@ -2,65 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from pathlib import Path
 
 import torch
 
 from dpo.config.models import ModelConfig
-from dpo.errors import TrainingError
-from dpo.modeling.repeatable import fix_workspace
-from dpo.storage.progress import message
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def best_device() -> str:
-    """``cuda`` where there is a GPU, else ``cpu``.
-
-    Raises:
-        TrainingError: a pod was given a GPU that torch cannot use.
-    """
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        found = torch.cuda.is_available()
-    if found:
-        fix_workspace()
-        return "cuda"
-    if is_hidden() or not _has_nvidia_device():
-        return "cpu"
-    problem = _unusable([str(one.message) for one in said])
-    if os.environ.get("KUBERNETES_SERVICE_HOST"):
-        # days of work on a CPU, for which a GPU was booked
-        raise problem
-    message("device", f"{problem.found}: working on the CPU")
-    return "cpu"
-
-
-def is_hidden() -> bool:
-    """Whether the user has hidden all GPUs."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return given is not None and given.strip() in ("", "-1")
-
-
-def _has_nvidia_device() -> bool:
-    return any(Path("/dev").glob("nvidia[0-9]*"))
-
-
-def _unusable(said: list[str]) -> TrainingError:
-    reason = " ".join(" ".join(said).split())[:300]
-    if torch.version.cuda is None:
-        reason = "this torch was built without CUDA"
-    return TrainingError(
-        f"there is a GPU, but torch {torch.__version__} cannot use it"
-        + (f" ({reason})" if reason else ""),
-        where=f"host {os.uname().nodename}",
-        fix="update the node's NVIDIA driver, or look at nvidia-smi; CUDA_VISIBLE_DEVICES= (empty) "
-        "works on the CPU",
-    )
 
 
 @cache

@@ -2,26 +2,36 @@
 
 By default the backward pass of flash attention, and sums by index, add in whatever order a GPU's
 threads come to it. torch has other kinds of both; cuBLAS has where its workspace is fixed before it
-is first used. Not run on a GPU.
+is first used (``dpo.distributed.device``). Not run on a GPU.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
 from dpo.errors import ConfigError
+from dpo.storage.progress import message
 
-_WORKSPACE, _FIXED = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
 _REFUSED = "does not have a deterministic implementation"
+NOT_TO_THE_BIT = "going on from a checkpoint is equal within rounding, not to the bit"
+
+T = TypeVar("T")
 
 
-def fix_workspace() -> None:
-    """Before anything is multiplied on a GPU: 32 MiB, as much as cuBLAS takes on Hopper anyway."""
-    os.environ.setdefault(_WORKSPACE, _FIXED)
+@contextmanager
+def in_any_order() -> Iterator[None]:
+    """Operations of any kind while the block runs, also within ``same_bits``: for what changes no
+    weights."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 @contextmanager
@@ -54,3 +64,22 @@ def same_bits(wanted: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+def or_in_any_order(work: Callable[[], T], stage: str, *, alone: bool) -> T:
+    """``work`` within ``same_bits``; anew, and all that follows, in any order where torch refuses.
+
+    Args:
+        work: Begins from the start when it is called again.
+        stage: Whose message it is.
+        alone: Among several processes nothing is done anew: they are in the middle of exchanging
+            weights, and ``same_bits`` ends them with a message.
+    """
+    try:
+        return work()
+    except RuntimeError as error:
+        if not alone or _REFUSED not in str(error):
+            raise
+        message(stage, f"{str(error).split()[0]} adds in no fixed order: {NOT_TO_THE_BIT}")
+    torch.use_deterministic_algorithms(False)
+    return work()

@@ -13,12 +13,13 @@ from dpo.config.stages import stage_settings
 from dpo.data.log_probs import PairLogProbs, write_log_probs
 from dpo.data.schema import TEST, TRAIN
 from dpo.data.tokenize import TokenizedExample
+from dpo.distributed.device import best_device
 from dpo.distributed.launch import is_shared, launch
 from dpo.distributed.together import is_first
 from dpo.errors import NonFiniteError
 from dpo.modeling.load import check_length, load_for_training
 from dpo.modeling.memory import enough_memory
-from dpo.modeling.precision import best_device, compute_dtype
+from dpo.modeling.precision import compute_dtype
 from dpo.modeling.scoring import NDArray
 from dpo.modeling.sharded import load_once, on_devices, score_shared
 from dpo.storage.manifest import (

@@ -30,12 +30,12 @@ from dpo.data.packing import pack
 from dpo.data.tokenize import TokenizedExample
 from dpo.modeling import attention, plain
 from dpo.modeling.precision import DTYPES, autocast
+from dpo.modeling.recompute import checkpoint_activations
 from dpo.modeling.sharded import Scorer, shard
 from dpo.plan.architecture import config_values
 from dpo.train.optimizer import build_optimizer
 from dpo.train.parallel import Layout
 from dpo.train.step import Objective
-from dpo.train.trainer import checkpoint_activations
 
 _reports = logging.getLogger("torch._subclasses.fake_tensor")
 

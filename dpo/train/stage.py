@@ -20,6 +20,7 @@ from dpo.config.schema import RunConfig
 from dpo.config.stages import OUT_OF_BAND, Stage, stage_settings
 from dpo.data.log_probs import PairLogProbs, read_log_probs, select_log_probs
 from dpo.data.tokenize import TokenizedExample
+from dpo.distributed.device import best_device
 from dpo.distributed.together import barrier, is_first
 from dpo.errors import ConfigError, StoreError
 from dpo.modeling.lanes import lanes_for
@@ -33,7 +34,8 @@ from dpo.modeling.lora import (
     whole_state,
 )
 from dpo.modeling.memory import enough_memory
-from dpo.modeling.precision import DTYPES, best_device, compute_dtype
+from dpo.modeling.precision import DTYPES, compute_dtype
+from dpo.modeling.recompute import checkpoint_activations
 from dpo.modeling.scoring import score
 from dpo.modeling.sharded import Scorer, find_blocks, load_once, release, shard
 from dpo.plan.split import check_lora
@@ -48,7 +50,7 @@ from dpo.train.place import Place, place_of
 from dpo.train.spread import spread_layers
 from dpo.train.step import Objective
 from dpo.train.tensor_parallel import parallelize
-from dpo.train.trainer import NLL_PER_TOKEN, Trainer, checkpoint_activations
+from dpo.train.trainer import NLL_PER_TOKEN, Trainer
 
 
 @enough_memory()

@@ -6,11 +6,12 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,11 +22,9 @@ from dpo.data.log_probs import PairLogProbs
 from dpo.data.tokenize import TokenizedExample
 from dpo.distributed.together import barrier, is_first
 from dpo.errors import TrainingStopped
-from dpo.modeling.attention import NAME as PACKED
-from dpo.modeling.attention import packed_attention
 from dpo.modeling.generation import generate
 from dpo.modeling.plain import has_experts
-from dpo.modeling.repeatable import same_bits
+from dpo.modeling.repeatable import NOT_TO_THE_BIT, in_any_order, or_in_any_order, same_bits
 from dpo.storage.progress import message, track
 from dpo.train.checkpoint import Checkpoints
 from dpo.train.data import Examples
@@ -40,6 +39,8 @@ from dpo.train.step import (
     check_weights,
     clip_gradients,
 )
+
+T = TypeVar("T")
 
 NLL_PER_TOKEN = "nll_train/per_token"  # nosec B105
 _COLLAPSE_SHARE = 0.2
@@ -109,8 +110,7 @@ class Trainer:
             return True
         message(
             self.stage,
-            "a GPU counts the tokens of experts in no fixed order: going on from a checkpoint is "
-            "equal within rounding, not to the bit",
+            f"a GPU counts the tokens of experts in no fixed order: {NOT_TO_THE_BIT}",
         )
         return False
 
@@ -252,12 +252,8 @@ class Trainer:
         scaled = self.objective.dtype == torch.float16
         scale = self.position.loss_scale
         while True:
-            figures = self.objective.accumulate(
-                examples,
-                self._reference_of(examples),
-                n_micro_batches or self.config.gradient_accumulation_steps,
-                scale.value if scaled else 1.0,
-            )
+            times = scale.value if scaled else 1.0
+            figures = self._repeated(partial(self._accumulate, examples, n_micro_batches, times))
             if scaled:
                 scale.unscale(self.parameters)
             norm = clip_gradients(self.parameters, self.config.max_grad_norm)
@@ -267,7 +263,20 @@ class Trainer:
                 return figures, norm
             if not scale.overflowed():
                 return figures, norm
-            self.optimizer.zero_grad(set_to_none=True)
+
+    def _accumulate(
+        self, examples: Sequence[TokenizedExample], n_micro_batches: int | None, loss_scale: float
+    ) -> dict[str, Tensor]:
+        self.optimizer.zero_grad(set_to_none=True)
+        return self.objective.accumulate(
+            examples,
+            self._reference_of(examples),
+            n_micro_batches or self.config.gradient_accumulation_steps,
+            loss_scale,
+        )
+
+    def _repeated(self, work: Callable[[], T]) -> T:
+        return or_in_any_order(work, self.stage, alone=self.objective.ranks.processes == 1)
 
     def _reference_of(self, examples: Sequence[TokenizedExample]) -> list[PairLogProbs] | None:
         if self.reference is None:
@@ -285,9 +294,14 @@ class Trainer:
         held_out = self.examples.held_out
         if not held_out:
             return
-        reference = self._reference_of(held_out)
+        evaluate = partial(
+            self.objective.evaluate,
+            held_out,
+            self._reference_of(held_out),
+            lambda: self._asked_to_stop,
+        )
         try:
-            figures = self.objective.evaluate(held_out, reference, lambda: self._asked_to_stop)
+            figures = self._repeated(evaluate)
         except Interrupted:
             # the last one is made in any case
             done = self.position.trained >= self.examples.order.total_examples
@@ -312,14 +326,16 @@ class Trainer:
         """Answers to the first held-out prompts, in ``samples.jsonl`` beside the metric log."""
         examples = self.examples.held_out[: self.config.n_eval_model_samples]
         prompts = [self.tokenizer.decode(example.prompt_T) for example in examples]
-        answers = generate(
-            self.objective.scorer,
-            self.tokenizer,
-            prompts,
-            max_new_tokens=self.config.max_length - self.config.max_prompt_length,
-            max_prompt_length=self.config.max_prompt_length,
-            seed=self.config.seed,
-        )
+        # sums along the vocabulary have no kind that gives the same bits each time
+        with in_any_order():
+            answers = generate(
+                self.objective.scorer,
+                self.tokenizer,
+                prompts,
+                max_new_tokens=self.config.max_length - self.config.max_prompt_length,
+                max_prompt_length=self.config.max_prompt_length,
+                seed=self.config.seed,
+            )
         if not is_first():
             return
         step = self.position.steps
@@ -362,36 +378,3 @@ def _other_rounding(position: Position, processes: int) -> str:
     else:
         return ""
     return f" ({change}: equal within rounding, not to the bit)"
-
-
-def checkpoint_activations(model: Any, mode: str) -> None:
-    """Recompute the activations of every block (``full``) or of every second one in backward."""
-    if mode == "none":
-        return
-    for number, block in enumerate(_blocks(model)):
-        if mode == "full" or number % 2 == 0:
-            block.forward = _recomputed(model, block.forward)
-
-
-def _recomputed(model: Any, forward: Any) -> Any:
-    """``forward`` with its activations made again in backward, through the same attention.
-
-    The backward pass begins after ``packed_attention`` has ended: without this it would recompute
-    with transformers' attention, which knows nothing of shared prompts.
-    """
-    from torch.utils.checkpoint import checkpoint
-
-    def run(*arguments: Any, **named: Any) -> Any:
-        packed = model.config._attn_implementation == PACKED
-
-        def contexts() -> tuple[Any, Any]:
-            return nullcontext(), packed_attention(model) if packed else nullcontext()
-
-        return checkpoint(forward, *arguments, use_reentrant=False, context_fn=contexts, **named)
-
-    return run
-
-
-def _blocks(model: Any) -> list[Any]:
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__ in names]

@@ -1,17 +1,18 @@
 """What GPUs do, of which there is none here: full memory, old drivers, sums in any order."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
 
+from dpo.distributed import device
+from dpo.distributed.device import best_device
 from dpo.distributed.work import _take_gpu
 from dpo.errors import ConfigError, TrainingError
-from dpo.modeling import precision
 from dpo.modeling.kernels import apply_kernels
 from dpo.modeling.memory import enough_memory
-from dpo.modeling.precision import best_device
-from dpo.modeling.repeatable import same_bits
+from dpo.modeling.repeatable import in_any_order, or_in_any_order, same_bits
 from tests.modeling.test_kernels import build
 
 
@@ -26,7 +27,7 @@ def broken_driver(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", unavailable)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(precision, "_has_nvidia_device", lambda: True)
+    monkeypatch.setattr(device, "_has_nvidia_device", lambda: True)
     for name in ("CUDA_VISIBLE_DEVICES", "KUBERNETES_SERVICE_HOST"):
         monkeypatch.delenv(name, raising=False)
 
@@ -124,6 +125,35 @@ def test_a_model_that_cannot_repeat_is_told_the_setting():
     with pytest.raises(ConfigError, match=r"histc_cuda(.|\n)*deterministic=false"), same_bits(True):
         raise RuntimeError(text)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def refused_operation(calls):
+    # torch has no kind of it that gives the same bits each time, on a CPU neither
+    calls.append(torch.are_deterministic_algorithms_enabled())
+    return torch.zeros(3).put_(torch.tensor([1]), torch.tensor([2.0])).tolist()
+
+
+def test_one_process_goes_on_in_any_order_where_torch_refuses(capfd):
+    calls = []
+    work = partial(refused_operation, calls)
+    with same_bits(True):
+        assert or_in_any_order(work, "preference", alone=True) == [0, 2, 0]
+        assert or_in_any_order(work, "preference", alone=True) == [0, 2, 0]
+    assert calls == [True, False, False]
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "put_ adds in no fixed order" in capfd.readouterr().err
+
+
+def test_several_processes_do_nothing_anew():
+    with pytest.raises(ConfigError, match=r"put_(.|\n)*deterministic=false"), same_bits(True):
+        or_in_any_order(partial(refused_operation, []), "preference", alone=False)
+
+
+def test_what_changes_no_weights_may_go_in_any_order():
+    with same_bits(True):
+        with in_any_order():
+            assert refused_operation([]) == [0, 2, 0]
+        assert torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.parametrize("choice", [{"kernels": "liger"}, {"kernels": "auto", "compiled": True}])

@@ -15,9 +15,9 @@ from dpo.modeling import attention, head, kernels, scoring, segments, varlen
 from dpo.modeling.attention import prefix_shared_attention
 from dpo.modeling.head import token_log_probs_from_hidden
 from dpo.modeling.kernels import apply_kernels, compile_blocks
+from dpo.modeling.recompute import checkpoint_activations
 from dpo.modeling.rows import padded, row_tensors
 from dpo.modeling.scoring import response_sums, token_log_probs
-from dpo.train.trainer import checkpoint_activations
 from tests.modeling.test_packing import LENGTHS, examples, loss_and_gradients, tiny_config
 
 # torch.compile looks at .grad of tensors that are no leaves, imports modules with torch.jit, and on

@@ -20,13 +20,14 @@ from dpo.modeling.generation import answer
 from dpo.modeling.head import _TokenLogProbs
 from dpo.modeling.kernels import apply_kernels
 from dpo.modeling.lora import add_adapter
+from dpo.modeling.recompute import checkpoint_activations
 from dpo.modeling.scoring import score
 from dpo.modeling.vocab_parallel import _VocabParallel
 from dpo.train.data import Examples
 from dpo.train.log import MetricLog
 from dpo.train.spread import spread_layers
 from dpo.train.step import Objective
-from dpo.train.trainer import Trainer, checkpoint_activations
+from dpo.train.trainer import Trainer
 from tests.modeling.test_packing import VOCABULARY, examples, tiny_config
 from tests.support.fake_gpu import DEVICE, fake_gpu
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dpo.distributed.device import best_device
 from dpo.modeling.generation import answer
-from dpo.modeling.precision import best_device
 from dpo.modeling.repeatable import same_bits
 from dpo.train.optimizer import build_optimizer
 from dpo.train.step import Objective
