@@ -7,6 +7,7 @@ Hosts are described by the variables that torchrun and Kubeflow's trainers use: 
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import resource
@@ -176,8 +177,14 @@ def _launch_config(port: int, timeout_seconds: int) -> Any:
         # a host alone need not find its own name
         local_addr=os.environ.get("PET_LOCAL_ADDR") or (None if hosts > 1 else "127.0.0.1"),
         signals_to_handle=",".join(_TORCHS_SIGNALS),
-        shutdown_timeout=_SHUTDOWN_SECONDS,
+        **_shutdown(LaunchConfig),
     )
+
+
+def _shutdown(config: type) -> dict[str, int]:
+    """torch 2.11 has no such setting, and waits 30 s."""
+    name = "shutdown_timeout"
+    return {name: _SHUTDOWN_SECONDS} if name in inspect.signature(config).parameters else {}
 
 
 @contextmanager

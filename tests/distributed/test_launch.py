@@ -105,3 +105,12 @@ def test_what_nccl_does_to_a_process_that_waits_too_long_is_explained(tmp_path):
     assert "process 3 ended with exit code -6 (SIGABRT)" in said
     assert "usually NCCL" in said
     assert "running out of memory" not in said
+
+
+def test_torch_2_11_is_not_given_what_it_does_not_have():
+    def old(min_nodes, monitor_interval):
+        """Without ``shutdown_timeout``."""
+
+    assert launch._shutdown(old) == {}
+    config = launch._launch_config(0, 60)
+    assert getattr(config, "shutdown_timeout", 10) == 10

@@ -125,6 +125,9 @@ def fake_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[FakeGpu]:
         "torch.cuda.get_device_capability": lambda *_: capability,
         "torch.cuda.is_bf16_supported": lambda **_: capability >= (8, 0),
         "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
+        "torch.cuda.is_current_stream_capturing": lambda: False,
+        # torch 2.11 makes a real tensor on a GPU first
+        "torch._subclasses.fake_tensor.init_gpu_context": lambda *_: None,
         # memory is pinned by the driver
         "torch.Tensor.pin_memory": lambda tensor: tensor,
         # an array's memory is real, and so would its tensor be
