@@ -131,6 +131,13 @@ class Checkpoints:
             values = json.loads((path / _POSITION).read_text(encoding="utf-8"))
             position = Position.of(values)
         except (Exception, dcp.CheckpointException) as error:
+            if not path.is_dir():
+                raise ArtifactError(
+                    "the checkpoint was there and is gone: another run of the same training writes "
+                    "to its place",
+                    where=str(path),
+                    fix="let one of the two end, then run this command again",
+                ) from None
             reason = " ".join(str(error).split())[:300]
             raise ArtifactError(
                 f"the checkpoint does not fit this run: {reason}",

@@ -133,3 +133,14 @@ def test_a_checkpoint_of_another_model_is_one_message(tmp_path):
     keeper = Checkpoints(Place(tmp_path), {}, keep=1)
     with pytest.raises(ArtifactError, match="does not fit this run"):
         keeper.load(tmp_path / "step-3", model, optimizer)
+
+
+def test_a_checkpoint_that_another_run_removed_meanwhile_says_so(tmp_path):
+    """Two runs of one training at once: the advice to begin again would remove the other's."""
+    keeper, model, optimizer = begun(tmp_path)
+    keeper.finish()
+    found = keeper.find()
+    shutil.rmtree(found)
+    with pytest.raises(ArtifactError, match="another run of the same training") as caught:
+        keeper.load(found, model, optimizer)
+    assert "resume" not in str(caught.value)
