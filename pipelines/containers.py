@@ -151,6 +151,16 @@ def connect() -> Any:
     return client
 
 
+def engine_gone() -> str:
+    """What to say of a run whose engine has gone meanwhile; empty where it answers."""
+    try:
+        connect().close()
+    except RequestError as error:
+        fix = "start it, then run the same command again: finished steps are kept"
+        return str(RequestError("the container engine has gone", where=error.where, fix=fix))
+    return ""
+
+
 def check_images(documents: list[dict[str, Any]]) -> None:
     """Find out before the run that an image is missing.
 

@@ -243,6 +243,9 @@ def _outcome(
     message, exit_code = "", 0
     if not succeeded:
         message, exit_code = _failure(folder, view)
+        if job.runner == "docker" and view.error is None:
+            # of its absence the log has a traceback of the packages that asked it
+            message = containers.engine_gone() or message
     return LocalRun(
         run_id=run_id,
         folder=folder,

@@ -24,6 +24,20 @@ def test_it_changes_nothing_of_how_the_run_is_said_to_have_ended(monkeypatch, ca
     assert "containers of this run may go on" in capsys.readouterr().err
 
 
+def test_an_engine_that_goes_away_is_named(monkeypatch):
+    def gone():
+        raise RequestError("no container engine answers", where="unix:///nowhere/docker.sock")
+
+    monkeypatch.setattr(containers, "connect", gone)
+    assert containers.engine_gone().splitlines() == [
+        "the container engine has gone",
+        "  where: unix:///nowhere/docker.sock",
+        "  fix:   start it, then run the same command again: finished steps are kept",
+    ]
+    monkeypatch.setattr(containers, "connect", lambda: SimpleNamespace(close=lambda: None))
+    assert containers.engine_gone() == ""
+
+
 def test_the_containers_are_told_to_end_though_one_has_ended_meanwhile(monkeypatch):
     told = []
 
