@@ -20,6 +20,16 @@ Kind = Literal["TrainJob", "PyTorchJob"]
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 
+_ANSWERS_WITHIN = (10, 60)
+"""Seconds to connect and to read: a connection that is dead and not closed would be waited for."""
+_CONNECTS_WITHIN = (10, None)
+"""Of a log that is followed: it may say nothing for hours."""
+
+
+class Unreachable(PipelineError):
+    """Kubernetes did not answer, or is not able to; it may be in a moment."""
+
+
 @dataclass(frozen=True)
 class Api:
     """Where a kind of job lives in the API, and how its pods are found."""
@@ -93,9 +103,15 @@ class Cluster:
         name = os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")
         from kubernetes.client import ApiException
 
-        with suppress(ApiException, ValueError):
-            pod = self._core.read_namespaced_pod(name, self.namespace)
-            return next(iter(pod.metadata.owner_references or ()), None)
+        try:
+            with self._reached(), suppress(ValueError):
+                pod = self._core.read_namespaced_pod(
+                    name, self.namespace, _request_timeout=_ANSWERS_WITHIN
+                )
+                return next(iter(pod.metadata.owner_references or ()), None)
+        except ApiException:
+            # no pod of that name here, or not for us to see
+            return None
         return None
 
     def create(self, job: dict[str, Any]) -> bool:
@@ -105,14 +121,18 @@ class Cluster:
             PipelineError: Kubernetes refuses it.
         """
         with self._translated("create"):
-            self._objects.create_namespaced_custom_object(*self._place(), job)
+            self._objects.create_namespaced_custom_object(
+                *self._place(), job, _request_timeout=_ANSWERS_WITHIN
+            )
             return True
         return False
 
     def get(self, name: str) -> dict[str, Any] | None:
         """The job as it is now, or None: it was deleted."""
         with self._translated("get"):
-            found: dict[str, Any] = self._objects.get_namespaced_custom_object(*self._place(), name)
+            found: dict[str, Any] = self._objects.get_namespaced_custom_object(
+                *self._place(), name, _request_timeout=_ANSWERS_WITHIN
+            )
             return found
         return None
 
@@ -124,26 +144,44 @@ class Cluster:
         """
         with self._translated("delete"):
             self._objects.delete_namespaced_custom_object(
-                *self._place(), name, propagation_policy="Background"
+                *self._place(),
+                name,
+                propagation_policy="Background",
+                _request_timeout=_ANSWERS_WITHIN,
             )
 
     def pods(self, name: str) -> list[Any]:
         """The pods of a job, in the order of their nodes."""
         with self._translated("list pods of"):
             found = self._core.list_namespaced_pod(
-                self.namespace, label_selector=f"{self.api.pods}={name}"
+                self.namespace,
+                label_selector=f"{self.api.pods}={name}",
+                _request_timeout=_ANSWERS_WITHIN,
             ).items
             return sorted(found, key=lambda pod: str(pod.metadata.name))
         return []
 
-    def log(self, pod: str, *, follow: bool = False, lines: int | None = None) -> Iterator[str]:
+    def log(
+        self,
+        pod: str,
+        *,
+        follow: bool = False,
+        lines: int | None = None,
+        since_seconds: int | None = None,
+    ) -> Iterator[str]:
         """Lines of a pod's log as they come; ends early where it cannot be read."""
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
 
         with suppress(ApiException, HTTPError):
             answer = self._core.read_namespaced_pod_log(
-                pod, self.namespace, follow=follow, tail_lines=lines, _preload_content=False
+                pod,
+                self.namespace,
+                follow=follow,
+                tail_lines=lines,
+                since_seconds=since_seconds,
+                _preload_content=False,
+                _request_timeout=_CONNECTS_WITHIN,
             )
             for line in answer:
                 yield line.decode(errors="replace").rstrip("\n")
@@ -152,12 +190,14 @@ class Cluster:
         """Warnings about objects whose names begin with the job's; empty without that right."""
         from kubernetes.client import ApiException
 
-        with suppress(ApiException):
-            found = self._core.list_namespaced_event(self.namespace, field_selector="type=Warning")
+        with suppress(ApiException, Unreachable), self._reached():
+            found = self._core.list_namespaced_event(
+                self.namespace, field_selector="type=Warning", _request_timeout=_ANSWERS_WITHIN
+            )
             return [
                 f"{event.reason}: {event.message}"
                 for event in found.items
-                if event.involved_object.name.startswith(name)
+                if (event.involved_object.name or "").startswith(name)
             ]
         return []
 
@@ -168,21 +208,37 @@ class Cluster:
     def _translated(self, verb: str) -> Iterator[None]:
         """Refusals as messages; 409 and, for objects that exist no more, 404 pass in silence."""
         from kubernetes.client import ApiException
-        from urllib3.exceptions import HTTPError
 
         try:
-            yield
+            with self._reached():
+                yield
         except ApiException as error:
             # a job that is about to be made cannot be missing: its kind is
             missing_api = error.status == 404 and verb == "create"
             if error.status == 409 or (error.status == 404 and not missing_api):
                 return
             raise self._refused(verb, error, missing_api=missing_api) from None
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        """No answer, and answers of an API that cannot work just now, as ``Unreachable``."""
+        from kubernetes.client import ApiException
+        from urllib3.exceptions import HTTPError
+
+        why: object
+        try:
+            yield
+            return
+        except ApiException as error:
+            if error.status != 429 and error.status < 500:
+                raise
+            why = _reason(error)
         except HTTPError as error:
-            raise PipelineError(
-                f"the Kubernetes API does not answer: {error}",
-                fix="look whether the cluster is up; the running job is taken up by the next try",
-            ) from None
+            why = error
+        raise Unreachable(
+            f"the Kubernetes API does not answer: {why}",
+            fix="look whether the cluster is up; the running job is taken up by the next try",
+        )
 
     def _refused(self, verb: str, error: Any, *, missing_api: bool) -> PipelineError:
         what = f"Kubernetes refused to {verb} the {self.kind}"

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
+from math import ceil
 from typing import Any
 
 from dpo.config.nodes import NodesConfig
 from dpo.errors import PipelineError, TrainingError, TrainingStopped
 from dpo.nodes import lease
-from dpo.nodes.cluster import Cluster
+from dpo.nodes.cluster import Cluster, Unreachable
 from dpo.nodes.diagnosis import Finding, diagnose
 from dpo.nodes.job import build
 from dpo.nodes.request import Request
@@ -24,6 +26,10 @@ from dpo.storage.store import open_store
 
 _POLL_SECONDS = 3.0
 _LAST_LINES = 40
+_AWAY_SECONDS = 900.0
+"""For which an API that does not answer is asked again: a control plane that is upgraded is away
+for minutes, and the nodes train on."""
+_AWAY_AT_START_SECONDS = 120.0
 
 
 def train_on_nodes(
@@ -69,26 +75,39 @@ def _written(request: Request) -> bool:
 
 
 def _create_or_adopt(cluster: Cluster, config: NodesConfig, request: Request) -> None:
-    name, shown = request.job_name, f"{cluster.kind} {request.job_name}"
-    job = build(config, request, cluster.namespace, cluster.owner())
     deadline = time.monotonic() + config.options.start_timeout_seconds
+    give_up = time.monotonic() + _AWAY_AT_START_SECONDS
     while True:
-        found = cluster.get(name)
-        if found is None and not cluster.pods(name):
-            if cluster.create(job):
-                message(request.stage, f"started {shown} on {config.options.count} nodes")
+        try:
+            if _is_there(cluster, config, request, deadline):
                 return
-        elif found is None or found["metadata"].get("deletionTimestamp"):
-            _wait_until(deadline, f"{shown} of an earlier attempt is not removed")
-        elif outcome_of(found) == "Failed":
-            message(request.stage, f"removing {shown}, which failed in an earlier attempt")
-            cluster.delete(name)
-        elif outcome_of(found) and not _written(request):
-            message(request.stage, f"removing {shown}, which ended when nobody followed it")
-            cluster.delete(name)
-        else:
-            message(request.stage, f"going on with {shown}, which an earlier attempt started")
-            return
+        except Unreachable:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(1)
+
+
+def _is_there(cluster: Cluster, config: NodesConfig, request: Request, deadline: float) -> bool:
+    """Make the job, or find it, or remove what is in its place: then this is to be asked again."""
+    name, shown = request.job_name, f"{cluster.kind} {request.job_name}"
+    found = cluster.get(name)
+    if found is None and not cluster.pods(name):
+        made = cluster.create(build(config, request, cluster.namespace, cluster.owner()))
+        if made:
+            message(request.stage, f"started {shown} on {config.options.count} nodes")
+        return made
+    if found is None or found["metadata"].get("deletionTimestamp"):
+        _wait_until(deadline, f"{shown} of an earlier attempt is not removed")
+    elif outcome_of(found) == "Failed":
+        message(request.stage, f"removing {shown}, which failed in an earlier attempt")
+        cluster.delete(name)
+    elif outcome_of(found) and not _written(request):
+        message(request.stage, f"removing {shown}, which ended when nobody followed it")
+        cluster.delete(name)
+    else:
+        message(request.stage, f"going on with {shown}, which an earlier attempt started")
+        return True
+    return False
 
 
 def _wait_until(deadline: float, found: str) -> None:
@@ -117,12 +136,13 @@ class _Follower:
         self._told = ""
         self._since: dict[str, float] = {}
         self._log: threading.Thread | None = None
+        self._log_ended = 0.0
 
     def follow(self) -> None:
         """Return when the job is complete; raise with the cause when it is not going to be."""
         name = self.request.job_name
         while True:
-            job = self.cluster.get(name)
+            job, pods = self._look(name)
             if job is None or job["metadata"].get("deletionTimestamp"):
                 raise PipelineError(
                     f"the {self.cluster.kind} {name} was deleted while it ran",
@@ -133,13 +153,24 @@ class _Follower:
             if outcome == "Complete":
                 self._finish_log()
                 return
-            pods = self.cluster.pods(name)
             finding = diagnose(pods)
             if outcome == "Failed" or (finding and finding.severity == "failed"):
                 self._fail(job, finding)
             self._watch_start(pods, finding)
             self._stream(pods)
             time.sleep(self.poll_seconds)
+
+    def _look(self, name: str) -> tuple[dict[str, Any] | None, list[Any]]:
+        """The job and its pods; where Kubernetes does not answer it is asked again."""
+        give_up = time.monotonic() + _AWAY_SECONDS
+        while True:
+            try:
+                return self.cluster.get(name), self.cluster.pods(name)
+            except Unreachable:
+                if time.monotonic() > give_up:
+                    raise
+                self._tell("the Kubernetes API does not answer; it is asked again")
+                time.sleep(self.poll_seconds)
 
     def _watch_start(self, pods: list[Any], finding: Finding | None) -> None:
         """Give up a job whose pods do not run in time, and free what it holds."""
@@ -157,7 +188,7 @@ class _Follower:
         if time.monotonic() - since < limit:
             return
         events = self.cluster.events(self.request.job_name)
-        self.cluster.delete(self.request.job_name)
+        self._remove()
         found = finding.found if finding else f"only {len(pods)} of {count} pods were made"
         if events and not finding:
             found += f": {events[-1]}"
@@ -174,7 +205,7 @@ class _Follower:
         if finding and finding.pod:
             for line in self.cluster.log(finding.pod, lines=_LAST_LINES):
                 print(line, flush=True)
-        self.cluster.delete(self.request.job_name)
+        self._remove()
         where = f"{self.cluster.kind} {self.request.job_name}"
         if finding is None:
             raise TrainingError(
@@ -183,20 +214,29 @@ class _Follower:
         error = TrainingStopped if finding.stopped else TrainingError
         raise error(finding.found, where=where, fix=finding.fix)
 
+    def _remove(self) -> None:
+        """What the job failed of is what the user is told, also where it cannot be removed now."""
+        with suppress(Unreachable):
+            self.cluster.delete(self.request.job_name)
+
     def _tell(self, text: str) -> None:
         if text != self._told:
             self._told = text
             message(self.request.stage, text)
 
     def _stream(self, pods: list[Any]) -> None:
-        """Pass on the first node's log from the moment it runs."""
-        if self._log or not pods or pods[0].status.phase not in ("Running", "Succeeded"):
+        """Pass on the first node's log from the moment it runs; again where it broke off."""
+        if not pods or pods[0].status.phase not in ("Running", "Succeeded"):
+            return
+        if self._log and (self._log.is_alive() or pods[0].status.phase == "Succeeded"):
             return
         first = pods[0].metadata.name
+        since = ceil(time.monotonic() - self._log_ended) if self._log else None
 
         def copy() -> None:
-            for line in self.cluster.log(first, follow=True):
+            for line in self.cluster.log(first, follow=True, since_seconds=since):
                 print(line, flush=True)
+            self._log_ended = time.monotonic()
 
         self._log = threading.Thread(target=copy, name="log", daemon=True)
         self._log.start()
