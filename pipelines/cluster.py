@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo.errors import ConfigError, PipelineError, RequestError, holds_password
+from dpo.storage.proxies import proxy_for
 from pipelines.connection import bounded_client
 
 ENDED = frozenset({"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"})
@@ -196,6 +198,8 @@ def problem(
     status = getattr(error, "status", None) or 0
     reason = _reason(error)
     fix = _FIXES.get(status, "check KF_PIPELINES_ENDPOINT and that the service is up")
+    if not status and (proxy := _proxy(target)):
+        fix += f", and the proxy {proxy}, through which it is asked (NO_PROXY names exceptions)"
     if "CERTIFICATE_VERIFY_FAILED" in reason:
         fix = f"set {_CERTIFICATES} to the file with the certificate of its authority (PEM)"
     if status == _BAD_REQUEST:
@@ -204,6 +208,14 @@ def problem(
             fix = "name the profile of the run: --namespace NAME, or KF_PIPELINES_NAMESPACE"
     code = f" (HTTP {status})" if status else ""
     return kind(f"{what}: {reason}{code}", where=target.host, fix=fix)
+
+
+def _proxy(target: Endpoint) -> str:
+    """The address of the proxy on the way to the endpoint, if there is one."""
+    with suppress(ConfigError):
+        if proxy := proxy_for(target.host):
+            return proxy.address
+    return ""
 
 
 def _reason(error: Exception) -> str:

@@ -188,8 +188,9 @@ def read_manifest(folder: Path, *, stage: str | None = None, verify: bool = True
             fix=f"name the output of {f'step {stage}' if stage else 'a step'}",
         )
     if not path.is_file():
+        step = f"step {stage}" if stage else "a step"
         raise ArtifactError(
-            f"no complete output of step {stage or '(any)'}: {MANIFEST} is missing",
+            f"no complete output of {step}: {MANIFEST} is missing",
             where=str(folder),
             fix="run that step again; a folder without a manifest was interrupted while written",
         )

@@ -752,6 +752,17 @@ def test_an_endpoint_that_only_the_proxy_knows(backend, command, monkeypatch):
     assert outcome["run_id"] in backend.runs
 
 
+def test_a_proxy_that_does_not_answer_is_named(backend, command, monkeypatch):
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", "http://kubeflow.invalid")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://user:hidden@127.0.0.1:1")
+    code, _, said = command()
+    assert code == 2
+    assert "and the proxy http://127.0.0.1:1, through which it is asked" in said
+    assert "hidden" not in said
+
+
 def test_a_proxy_of_another_kind_is_named(command, monkeypatch, backend):
     monkeypatch.setenv("KF_PIPELINES_ENDPOINT", "http://kubeflow.invalid")
     monkeypatch.setenv("ALL_PROXY", "socks5://gate:1080")
