@@ -18,8 +18,6 @@ from dpo.errors import ConfigError, PipelineError
 
 Kind = Literal["TrainJob", "PyTorchJob"]
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-
-
 _ANSWERS_WITHIN = (10, 60)
 """Seconds to connect and to read: a connection that is dead and not closed would be waited for."""
 _CONNECTS_WITHIN = (10, None)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from math import ceil
-from typing import Any
+from typing import Any, TypeVar
 
 from dpo.config.nodes import NodesConfig
 from dpo.errors import PipelineError, TrainingError, TrainingStopped
@@ -23,6 +25,8 @@ from dpo.storage.manifest import MANIFEST, Manifest
 from dpo.storage.progress import message
 from dpo.storage.remote import read_remote_manifest
 from dpo.storage.store import open_store
+
+T = TypeVar("T")
 
 _POLL_SECONDS = 3.0
 _LAST_LINES = 40
@@ -76,15 +80,24 @@ def _written(request: Request) -> bool:
 
 def _create_or_adopt(cluster: Cluster, config: NodesConfig, request: Request) -> None:
     deadline = time.monotonic() + config.options.start_timeout_seconds
-    give_up = time.monotonic() + _AWAY_AT_START_SECONDS
+    look = partial(_is_there, cluster, config, request, deadline)
+    while not _patiently(look, _AWAY_AT_START_SECONDS, pause=1):
+        pass
+
+
+def _patiently(
+    ask: Callable[[], T], seconds: float, *, pause: float, away: Callable[[], None] = lambda: None
+) -> T:
+    """What is asked of Kubernetes, again for so many seconds while it does not answer."""
+    give_up = time.monotonic() + seconds
     while True:
         try:
-            if _is_there(cluster, config, request, deadline):
-                return
+            return ask()
         except Unreachable:
             if time.monotonic() > give_up:
                 raise
-            time.sleep(1)
+            away()
+            time.sleep(pause)
 
 
 def _is_there(cluster: Cluster, config: NodesConfig, request: Request, deadline: float) -> bool:
@@ -162,15 +175,12 @@ class _Follower:
 
     def _look(self, name: str) -> tuple[dict[str, Any] | None, list[Any]]:
         """The job and its pods; where Kubernetes does not answer it is asked again."""
-        give_up = time.monotonic() + _AWAY_SECONDS
-        while True:
-            try:
-                return self.cluster.get(name), self.cluster.pods(name)
-            except Unreachable:
-                if time.monotonic() > give_up:
-                    raise
-                self._tell("the Kubernetes API does not answer; it is asked again")
-                time.sleep(self.poll_seconds)
+        return _patiently(
+            lambda: (self.cluster.get(name), self.cluster.pods(name)),
+            _AWAY_SECONDS,
+            pause=self.poll_seconds,
+            away=lambda: self._tell("the Kubernetes API does not answer; it is asked again"),
+        )
 
     def _watch_start(self, pods: list[Any], finding: Finding | None) -> None:
         """Give up a job whose pods do not run in time, and free what it holds."""
