@@ -315,9 +315,7 @@ NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: make 
 
 
 def assert_attends_as_a_dense_mask(device, n_kv_heads, size):
-    """In bfloat16, element by element: a response that does not see its whole prompt, as with the
-    other ends of queries and keys aligned, is off by 1; the sums of a model show next to nothing.
-    """
+    """Element by element: sums of a model's log-probabilities show no other alignment."""
     row = row_of([(40, 30, 50), (64, 10, 20), (1, 1, 1)])
     torch.manual_seed(0)
     inputs = [
