@@ -84,10 +84,18 @@ def _ended(name: str, pod: Any, end: Any) -> Finding:
             "raise train.memory in the deployment, or lower micro_batch_tokens",
             pod.metadata.name,
         )
+    if end.exit_code == TrainingStopped.exit_code:
+        return Finding(
+            "failed",
+            f"{name} was told to end: its pod was deleted, or its machine drained "
+            f"(exit code {end.exit_code})",
+            "run again; its last lines, above, say from where it goes on",
+            pod.metadata.name,
+            stopped=True,
+        )
     return Finding(
         "failed",
         f"{name} ended with exit code {end.exit_code}",
         "its last lines stand above",
         pod.metadata.name,
-        stopped=end.exit_code == TrainingStopped.exit_code,
     )

@@ -52,6 +52,7 @@ UNSCHEDULABLE = k.V1PodCondition(
     [
         (pod(container=ended(137, "OOMKilled")), "failed", "ran out of memory (limit 32Gi)"),
         (pod(container=ended(1)), "failed", "ended with exit code 1"),
+        (pod(container=ended(75)), "failed", "was told to end: its pod was deleted, or its"),
         (pod(container=waiting("ImagePullBackOff", "not found")), "image", "cannot be pulled"),
         (
             pod(container=waiting("CreateContainerConfigError", 'secret "store" not found')),
