@@ -227,6 +227,7 @@ def job_of(config: RunConfig, shape: Architecture, machine: Machine, lengths: Le
         several_micro_batches=micro_batches > 1,
         adapter_parameters=None if rank is None else lora_parameters(shape, rank),
         on_gpu=machine.gpus > 0,
+        split=devices // _shares(config, devices),
     )
 
 
@@ -249,7 +250,7 @@ def _mode(config: RunConfig, machine: Machine, devices: int) -> Mode:
     model = config.model
     if model.policy_dtype != "float32":
         return "half"
-    if devices > 1 and model.fsdp_policy_mp:
+    if _shares(config, devices) > 1 and model.fsdp_policy_mp:
         return "float32" if model.fsdp_policy_mp == "float32" else "half"
     if model.compute_dtype == "auto":
         return "autocast" if machine.gpus else "float32"

@@ -1,6 +1,7 @@
 """Peak memory of one device in training, by an account of what is kept.
 
-Per device, with n devices that share the weights (FSDP; n = 1 else):
+Per device, with n devices that share the weights (n = 1 for one process), of which t split each
+layer (tensor parallelism; t = 1 else) and n / t gather it (FSDP):
 
     weights      P x bytes of policy_dtype / n; with FSDP also two gathered blocks and the gathered
                  embeddings; with autocast the copies in the type of the products
@@ -11,6 +12,9 @@ Per device, with n devices that share the weights (FSDP; n = 1 else):
                  computed again; and what backward works with
     logits       a chunk of response tokens x vocabulary, and the gradient of the output weights;
                  all logits where the architecture takes the padded path
+
+What is gathered, cast or multiplied is a t-th with tensor parallelism, and so are activations of F
+and logits; those of D are taken as whole, though the heads' are not.
 
 The reference's log-probabilities are cached, so there is no second model. ``a`` and ``b`` count the
 tensors that autograd keeps, read from runs under fake tensors; tests/train/test_simulate.py
@@ -76,6 +80,8 @@ class Job:
     adapter_parameters: int | None = None
     """Trained weights of a LoRA adapter; None trains all weights."""
     on_gpu: bool = True
+    split: int = 1
+    """Devices over which each layer is split."""
 
     @property
     def trained(self) -> int:
@@ -150,15 +156,15 @@ def _gathered(job: Job) -> tuple[float, float, float]:
     """Gathered weights, gradients before and while they are reduced, and casts of weights."""
     shape, size = job.shape, BYTES[job.weights_dtype]
     weights = gradients = 0.0
-    if job.devices > 1:
+    if job.devices > job.split:
         gathered = 2 if job.mode == "half" else size
-        block = shape.block_parameters
-        weights = float(gathered * (2 * block + shape.embedding_parameters))
+        block, embedding = shape.block_parameters, shape.embedding_parameters
+        weights = gathered * (2 * block + embedding) / job.split
         if job.adapter_parameters is None:
             # as it comes out of backward, and in float32 to be summed over devices
-            gradients = float((gathered + 4) * max(block, shape.embedding_parameters))
+            gradients = (gathered + 4) * max(block, embedding) / job.split
     # of those that are multiplied in another type, until backward has passed them
-    casts = 2.0 * shape.matrices if job.mode == "autocast" else 0.0
+    casts = 2.0 * shape.matrices / job.split if job.mode == "autocast" else 0.0
     return weights, gradients, casts
 
 
@@ -166,12 +172,13 @@ def _activations(job: Job) -> float:
     shape, tokens = job.shape, _tokens(job)
     kind = _LIKE.get(shape.model_type, shape.model_type)
     a, b, s = _SAVED.get(kind, _SAVED["llama"])[job.mode]
-    each = a * shape.width + b * shape.mlp_width + s * shape.n_heads * job.longest
+    each = a * shape.width + (b * shape.mlp_width + s * shape.n_heads * job.longest) / job.split
     inputs = (2 if job.mode == "half" else 4) * shape.width
     share = {"none": 0.0, "selective": 0.5, "full": 1.0}[job.checkpointing]
     kept = shape.n_layers * ((1 - share) * each + share * inputs) + (each if share else 0.0)
     wide = 2 if job.mode != "float32" else 4
-    working = wide * (2 * shape.mlp_width * (1.5 if shape.gated else 1) + 4 * shape.width)
+    inner = 2 * shape.mlp_width * (1.5 if shape.gated else 1) / job.split
+    working = wide * (inner + 4 * shape.width)
     return tokens * (kept + working)
 
 
@@ -189,8 +196,8 @@ def _logits(job: Job) -> float:
     wide = 4 if job.mode == "float32" else 2
     if job.shape.model_type not in PACKED_TYPES:
         return _tokens(job) * shape.vocabulary * (wide + 8)
-    chunk = 3 * 4 * _CHUNK_TOKENS * shape.vocabulary
-    output = shape.vocabulary * shape.width
+    chunk = 3 * 4 * _CHUNK_TOKENS * shape.vocabulary / job.split
+    output = shape.vocabulary * shape.width / job.split
     copies = output * (2 if job.mode == "autocast" else 0)
     return chunk + copies + (output * 4 if job.adapter_parameters is None else 0)
 

@@ -170,6 +170,29 @@ def test_sharding_divides_and_copies_do_not():
     assert halved.optimizer == pytest.approx(8 * 6_857_302_016 / 4)
 
 
+def test_tensor_parallelism_gathers_nothing_and_casts_its_share():
+    """zephyr's 7,241,732,096 weights over 2 GPUs, in the middle of a step with AdamW.
+
+    A half of weights, gradients and the two moments, in float32; casts to bfloat16 of half of the
+    weights in matrices of the blocks (all but embeddings and output of 32,000 x 4,096 each, and 65
+    norms of 4,096); three chunks of 128 x 16,000 logits in float32, and of the half of the output
+    weights a gradient and a cast, 4 + 2 bytes each.
+    """
+    words = ["model=zephyr", "trainer=TensorParallelTrainer", "batch_size=64", "optimizer=AdamW"]
+    words += ["gradient_accumulation_steps=64"]
+    memory = plan_stage(config(*words), Machine(gpus=2)).memory
+    n_weights, output = 7_241_732_096, 32_000 * 4_096
+    multiplied = n_weights - 2 * output - 65 * 4_096
+    assert memory.weights == (4 * n_weights + 2 * multiplied) / 2
+    assert memory.gradients == 4 * n_weights / 2
+    assert memory.optimizer == 2 * 4 * n_weights / 2
+    assert memory.logits == 3 * 4 * 128 * 16_000 + 6 * output / 2
+    # with FSDP around it a GPU keeps a quarter, and gathers halves
+    four = plan_stage(config(*words, "trainer.tensor_parallel=2"), Machine(gpus=4)).memory
+    assert four.optimizer == memory.optimizer / 2
+    assert four.weights > memory.weights - 4 * n_weights / 4
+
+
 def test_processes_that_share_a_layer_take_the_same_examples():
     """16 examples: 4 each for 4 processes, 8 for each of two pairs, 16 for one group of four."""
 
@@ -215,8 +238,8 @@ def test_what_does_not_fit_says_what_would():
 @pytest.mark.parametrize(
     ("words", "gpus", "gib"),
     [
-        (["trainer=TensorParallelTrainer", "loss=orpo"], 8, 24),
-        (["trainer=TensorParallelTrainer", "trainer.tensor_parallel=4", "loss=orpo"], 8, 16),
+        (["trainer=TensorParallelTrainer", "loss=orpo"], 8, 16),
+        (["trainer=TensorParallelTrainer", "trainer.tensor_parallel=4", "loss=orpo"], 8, 12),
         (["trainer=FSDPTrainer", "batch_size=1", "model.policy_dtype=bfloat16"], 1, 16),
         (["trainer=FSDPTrainer", "batch_size=6", "gradient_accumulation_steps=3"], 2, 24),
     ],
