@@ -179,7 +179,7 @@ def test_tensor_parallelism_gathers_nothing_and_casts_its_share():
     weights a gradient and a cast, 4 + 2 bytes each.
     """
     words = ["model=zephyr", "trainer=TensorParallelTrainer", "batch_size=64", "optimizer=AdamW"]
-    words += ["gradient_accumulation_steps=64"]
+    words += ["gradient_accumulation_steps=32"]
     memory = plan_stage(config(*words), Machine(gpus=2)).memory
     n_weights, output = 7_241_732_096, 32_000 * 4_096
     multiplied = n_weights - 2 * output - 65 * 4_096
@@ -238,8 +238,8 @@ def test_what_does_not_fit_says_what_would():
 @pytest.mark.parametrize(
     ("words", "gpus", "gib"),
     [
-        (["trainer=TensorParallelTrainer", "loss=orpo"], 8, 16),
-        (["trainer=TensorParallelTrainer", "trainer.tensor_parallel=4", "loss=orpo"], 8, 12),
+        (["trainer=TensorParallelTrainer", "loss=orpo"], 8, 8),
+        (["trainer=TensorParallelTrainer", "trainer.tensor_parallel=4", "loss=orpo"], 8, 8),
         (["trainer=FSDPTrainer", "batch_size=1", "model.policy_dtype=bfloat16"], 1, 16),
         (["trainer=FSDPTrainer", "batch_size=6", "gradient_accumulation_steps=3"], 2, 24),
     ],
