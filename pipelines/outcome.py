@@ -159,6 +159,8 @@ def _show_evaluation(outcome: Outcome, console: Console) -> None:
 
 
 def _training_line(details: dict[str, Any]) -> str:
+    if details.get("steps") == 0:
+        return "left out"
     parts = []
     for key, label in (("examples", "examples"), ("steps", "steps")):
         if key in details:

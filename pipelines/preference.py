@@ -74,7 +74,8 @@ def preference_pipeline(
         max_rejected_share: The run stops when a larger share of the rows is unusable.
         seed: Order of the examples and choice of subsets; equal seeds give equal runs.
         sft_n_examples: SFT examples to train on; 0 takes all.
-        sft_n_epochs: Passes over them.
+        sft_n_epochs: Passes over them; 0 leaves SFT out, so that preference training starts from
+            the model as it is.
         sft_batch_size: Examples in an SFT optimiser step.
         sft_optimizer: RMSprop (as in the DPO paper) or AdamW.
         sft_lr: Learning rate of SFT after warm-up.

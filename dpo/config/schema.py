@@ -245,8 +245,8 @@ class RunConfig(Recorded):
     micro_batch_tokens: int = Field(2048, gt=0)
     """Tokens that go through the model at once; a smaller number needs less memory. Micro-batches
     are split further to stay within it, which changes no gradient."""
-    n_epochs: int | None = Field(1, gt=0)
-    """Passes over the training pairs."""
+    n_epochs: int | None = Field(1, ge=0)
+    """Passes over the training pairs. 0 leaves SFT out: the model goes on as it is."""
     n_examples: int | None = Field(None, gt=0)
     """Stop after so many training examples, if that comes before ``n_epochs``."""
     lr: float = Field(5e-7, gt=0)
@@ -355,4 +355,6 @@ class RunConfig(Recorded):
                 )
         if self.n_epochs is None and self.n_examples is None:
             raise ValueError("one of n_epochs and n_examples must be set: training would not end")
+        if self.n_epochs == 0 and self.loss.name != "sft":
+            raise ValueError("n_epochs=0 leaves out SFT alone: preference training needs a pass")
         return self

@@ -62,7 +62,7 @@ class Order:
     @property
     def total_examples(self) -> int:
         """Examples of the whole run."""
-        by_epochs = self.n_pairs * self.n_epochs if self.n_epochs else None
+        by_epochs = None if self.n_epochs is None else self.n_pairs * self.n_epochs
         bounds = [bound for bound in (by_epochs, self.n_examples) if bound is not None]
         return min(bounds)
 

@@ -258,7 +258,8 @@ def _mode(config: RunConfig, machine: Machine, devices: int) -> Mode:
 
 
 def _pairs(config: RunConfig, lengths: Lengths) -> int | None:
-    whole = lengths.pairs * config.n_epochs if lengths.pairs and config.n_epochs else None
+    given = lengths.pairs and config.n_epochs is not None
+    whole = (lengths.pairs or 0) * (config.n_epochs or 0) if given else None
     bounds = [bound for bound in (whole, config.n_examples) if bound is not None]
     return min(bounds) if bounds else None
 

@@ -83,8 +83,7 @@ def model_card(
 
 # {name}
 
-A language model fine-tuned with preference data: supervised fine-tuning on the preferred responses,
-then {_loss_name(loss)}.
+A language model fine-tuned with preference data: {_by_sft(manifest)}{_loss_name(loss)}.
 
 ## Use
 
@@ -121,6 +120,14 @@ Text generation in the form of its training data, after an evaluation for the us
 
 {_LIMITS}
 """
+
+
+def _by_sft(manifest: Manifest) -> str:
+    """What came before preference training, if that was SFT."""
+    record = manifest.lineage.get(manifest.inputs.get("base", ""), {})
+    if record.get("step") != "sft" or record["configuration"].get("n_epochs") == 0:
+        return ""
+    return "supervised fine-tuning on the preferred responses, then\n"
 
 
 def _base_of_adapter(base: str, sft: str) -> str:

@@ -125,7 +125,7 @@ def check_examples(n_examples: int, ranks: Ranks) -> None:
     Raises:
         ConfigError: some would have nothing to do.
     """
-    if n_examples < ranks.world:
+    if 0 < n_examples < ranks.world:
         raise ConfigError(
             f"{ranks.world} processes for {n_examples} training examples",
             where="number of processes",

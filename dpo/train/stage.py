@@ -240,7 +240,10 @@ def _check_types(config: RunConfig) -> None:
 
 def _say_what_is_missing(config: RunConfig, stage: Stage, examples: Examples) -> None:
     order = examples.order
-    if config.n_examples and order.total_examples < config.n_examples and is_first():
+    if config.n_epochs == 0:
+        if is_first():
+            message(stage, "n_epochs=0: nothing is trained, the model goes on as it is")
+    elif config.n_examples and order.total_examples < config.n_examples and is_first():
         message(
             stage,
             f"n_examples is {config.n_examples:,}, but n_epochs={config.n_epochs} over "

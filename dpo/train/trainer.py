@@ -100,7 +100,8 @@ class Trainer:
                 self.checkpoints.finish(strict=False)
         self._count_seconds()
         self._call_out_collapse()
-        message(self.stage, f"{self.useful_share:.0%} of the time went into optimiser steps")
+        if order.total_steps:
+            message(self.stage, f"{self.useful_share:.0%} of the time went into optimiser steps")
 
     def _repeats(self) -> bool:
         """Whether a GPU is to give the same bits each time; a CPU does."""

@@ -151,6 +151,8 @@ def test_own_models_from_any_folder(tmp_path, monkeypatch):
         ("truncation_mode=middle", ["truncation_mode", "keep_start", "keep_end"]),
         ("loss.label_smoothing=0.5", ["loss.label_smoothing", "0.5"]),
         ("n_epochs=null", ["n_epochs", "n_examples"]),
+        # of SFT it means: leave it out
+        ("n_epochs=0", ["n_epochs=0", "leaves out SFT alone"]),
         ("max_prompt_length=512", ["max_prompt_length", "max_length"]),
         ("gradient_accumulation_steps=3", ["batch_size", "gradient_accumulation_steps"]),
         ("publish.name=runs", ["publish.name=runs", "choose another name"]),

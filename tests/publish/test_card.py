@@ -84,6 +84,17 @@ def made_of(folder, base, *, before, fingerprint=None):
     return folder
 
 
+@pytest.mark.parametrize(("n_epochs", "told"), [(1, True), (0, False)])
+def test_the_card_tells_of_sft_only_where_there_was_some(tmp_path, n_epochs, told):
+    settings = {"model": {"name_or_path": "org/base"}, "n_epochs": n_epochs}
+    policy = checkpoint(tmp_path / "policy")
+    (policy / "manifest.json").unlink()
+    lineage = {"a" * 64: {"step": "sft", "configuration": settings, "parents": {}}}
+    write_manifest(policy, "preference", settings={}, inputs={"base": "a" * 64}, lineage=lineage)
+    found = card.model_card(policy, read_manifest(policy), "policy", "org/base", "")
+    assert ("supervised fine-tuning" in found) is told
+
+
 @pytest.mark.parametrize("base", ["org/began-with", "began-with"])
 @pytest.mark.parametrize("before", [["base"], ["base", "policy", "base"]])
 def test_the_card_names_the_base_that_the_weights_began_with(tmp_path, before, base):

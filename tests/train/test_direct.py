@@ -7,9 +7,11 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dpo.cli import main
 from dpo.config.compose import compose
+from dpo.config.places import builtin
 from dpo.config.stages import restrict
 from dpo.errors import ConfigError, TrainingError, TrainingStopped
 from dpo.storage.manifest import read_manifest
@@ -65,6 +67,17 @@ def test_a_complete_output_is_replaced_and_no_checkpoints_are_left(prepared, tmp
     now = read_manifest(tmp_path / "model")
     assert (before.settings["lr"], now.settings["lr"]) == (1e-3, 1e-4)
     assert before.content_hash != now.content_hash
+
+
+def test_sft_of_no_pass_hands_the_model_on_as_it_is(prepared, tmp_path, capsys):
+    train(prepared, tmp_path, "n_epochs=0")
+    manifest = read_manifest(tmp_path / "model")
+    assert "nothing is trained, the model goes on as it is" in capsys.readouterr().err
+    assert (manifest.details["steps"], manifest.details["examples"]) == (0, 0)
+    kept = load_file(tmp_path / "model" / "model.safetensors")
+    base = load_file(builtin("builtin:tiny") / "model.safetensors")
+    assert kept.keys() == base.keys()
+    assert all(torch.equal(kept[name], base[name]) for name in base)
 
 
 def test_checkpoints_of_a_run_that_was_ended_are_not_taken_for_another(
