@@ -23,6 +23,10 @@ _NAME = "default"
 _PREFIX = "base_model.model."
 """Of the weights' names in a file, as peft writes them."""
 
+_FUSED = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+"""Models whose kernels on a GPU read the weights of ``_UNSEEN`` past an adapter: peft refuses."""
+_UNSEEN = frozenset({"conv1d", "out_proj"})
+
 
 def is_adapter(folder: Path) -> bool:
     """Whether ``folder`` holds an adapter and no whole model."""
@@ -44,7 +48,9 @@ def add_adapter(model: Any, settings: LoraConfig, base: str) -> None:
     from peft import inject_adapter_in_model
 
     known = linear_names(model)
-    wanted = known if settings.modules == "all" else list(settings.modules)
+    refused = _UNSEEN if model.config.model_type in _FUSED else frozenset()
+    able = [name for name in known if name not in refused]
+    wanted = able if settings.modules == "all" else list(settings.modules)
     if missing := sorted(set(wanted) - set(known)):
         raise ConfigError(
             f"lora.modules: the model has no linear layer {missing[0]} in its blocks",

@@ -170,6 +170,20 @@ def test_linear_layers_of_a_class_of_its_own_are_found():
     assert trained_parameters(model)
 
 
+def test_layers_that_kernels_read_past_an_adapter_are_no_part_of_all():
+    """`lora.modules=all` ended with peft's refusal of out_proj."""
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    model = random_model("mamba", sizes)
+    assert "out_proj" in linear_names(model)
+    add_adapter(model, LoraConfig(enabled=True, rank=2), "base")
+    adapted = {name.split(".lora_")[0] for name, _ in model.named_parameters() if "lora_" in name}
+    assert {name.rpartition(".")[2] for name in adapted} == {"in_proj", "x_proj", "dt_proj"}
+    settings = LoraConfig(enabled=True, rank=2, modules=["out_proj"])
+    fresh = random_model("mamba", sizes)
+    with pytest.raises(ConfigError, match="out_proj"):
+        add_adapter(fresh, settings, "base")
+
+
 def test_an_adapter_alone_is_not_trained_on_a_file_of_weights(prepared, tmp_path):
     path = tmp_path / "policy.pt"
     torch.save({"state": load_model(TINY, torch.float32).state_dict()}, path)
