@@ -90,6 +90,12 @@ def _with_values(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> A
     except Exception as error:
         if is_quantised(folder):
             raise quantised(folder) from None
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                "the model needs code that comes with it, which does not run unless it is allowed",
+                where=str(folder),
+                fix="set model.trust_remote_code=true if you trust its source",
+            ) from None
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
             f"the model cannot be loaded: {reason}",

@@ -200,6 +200,16 @@ def test_code_of_a_model_under_a_known_name_is_taken_as_it_is(tmp_path):
     assert (known - expected).abs().max() > 0.1
 
 
+def test_code_that_comes_with_a_model_is_allowed_by_a_setting_that_is_named(tmp_path):
+    build("llama", **SIZE, **HEADS).float().save_pretrained(tmp_path)
+    (tmp_path / "own.py").write_text("from transformers import LlamaConfig as OwnConfig\n")
+    values = json.loads((tmp_path / "config.json").read_text())
+    values |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ModelError, match=r"set model\.trust_remote_code=true"):
+        load_model(tmp_path, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_that_hardly_sees_what_comes_is_refused(dtype):
     """BERT as it is made: tokens change those before them by 1e-4 of the largest logit."""
