@@ -258,10 +258,10 @@ def _mode(config: RunConfig, machine: Machine, devices: int) -> Mode:
 
 
 def _pairs(config: RunConfig, lengths: Lengths) -> int | None:
-    given = lengths.pairs and config.n_epochs is not None
-    whole = (lengths.pairs or 0) * (config.n_epochs or 0) if given else None
-    bounds = [bound for bound in (whole, config.n_examples) if bound is not None]
-    return min(bounds) if bounds else None
+    bounds = [] if config.n_examples is None else [config.n_examples]
+    if lengths.pairs and config.n_epochs is not None:
+        bounds.append(lengths.pairs * config.n_epochs)
+    return min(bounds, default=None)
 
 
 def _time(operations: float, machine: Machine) -> float:
