@@ -97,10 +97,21 @@ def _named_places(parameters: Mapping[str, Any]) -> Iterator[tuple[Path, Path]]:
             # ~ of nobody, or a text that can be no file's name: the step says so
             continue
         yield here, here
-        if named.parts[0] == "~":
-            yield _without_pattern(_HOME_INSIDE.joinpath(*named.parts[1:])), here
+        if named.parts[:1] == ("~",):
+            yield from _in_home(here, named.parts[1:])
         for linked in _linked(here):
             yield linked, linked
+
+
+def _in_home(here: Path, names: tuple[str, ...]) -> Iterator[tuple[Path, Path]]:
+    """What lies in the home folder, as ``~`` names it in a container."""
+    home = Path(os.path.normpath(Path.home()))
+    if here != home:
+        yield _HOME_INSIDE / here.relative_to(home), here
+    elif names:
+        # what a pattern finds, one by one: steps write to the folder that is home there
+        for found in home.glob(str(Path(*names))):
+            yield _HOME_INSIDE / found.relative_to(home), found
 
 
 def _without_pattern(path: Path) -> Path:
@@ -115,10 +126,14 @@ def _without_pattern(path: Path) -> Path:
 
 def _linked(folder: Path) -> set[Path]:
     """Folders that hold what the links of a folder lead to, as in the cache of a hub's models."""
-    if not folder.is_dir():
-        return set()
-    files = {path.resolve().parent for path in folder.iterdir() if path.is_symlink()}
-    return {path for path in files if path.is_dir() and not path.is_relative_to(folder.resolve())}
+    found = set()
+    with suppress(OSError):
+        # a folder that cannot be read is the step's to tell
+        for path in folder.iterdir() if folder.is_dir() else ():
+            # nor does a link in a circle lead anywhere
+            with suppress(RuntimeError, OSError):
+                found.add(path.resolve().parent if path.is_symlink() else folder)
+    return {path for path in found if path.is_dir() and not path.is_relative_to(folder.resolve())}
 
 
 def _file_store(parameters: Mapping[str, Any], runs: Path) -> Iterable[Path]:

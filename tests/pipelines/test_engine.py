@@ -91,6 +91,9 @@ def test_a_step_that_could_say_nothing_is_told_by_its_exit_code(
         ("datasets=[pairs.jsonl]", {"work/pairs.jsonl"}),
         ("datasets=[pairs.jsonl,more/*.csv]", {"work/pairs.jsonl", "work/more"}),
         ("datasets=[../work/pairs.jsonl]", {"work/pairs.jsonl"}),
+        ("datasets=[.]", {"work"}),
+        ("model=./", {"work"}),
+        ("model=../round", {"round"}),
         ("datasets=[file://{home}/work/pairs.jsonl]", {"work/pairs.jsonl"}),
         ("sft.chat_template=mine.jinja", {"work/mine.jinja"}),
         # the weights of a hub's cache are links into another folder of it
@@ -107,6 +110,8 @@ def test_what_a_run_reads_here_is_seen_in_its_containers(setting, mounted, tmp_p
     model = tmp_path / "hub/snapshots/ab"
     model.mkdir(parents=True)
     (model / "config.json").symlink_to("../../blobs/12")
+    (tmp_path / "round").mkdir()
+    (tmp_path / "round/link").symlink_to("link")
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache"))
     runs = tmp_path / "runs"
@@ -117,16 +122,32 @@ def test_what_a_run_reads_here_is_seen_in_its_containers(setting, mounted, tmp_p
     assert read == {(str(tmp_path / name), str(tmp_path / name)) for name in mounted}
 
 
-def test_the_home_folder_of_a_container_is_another_one(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
+@pytest.mark.parametrize(
+    ("named", "mounted"),
+    [
+        ("~/pairs.jsonl", {"pairs.jsonl"}),
+        ("~/a [1]/b.jsonl", {"a [1]/b.jsonl"}),
+        ("~/more/*.jsonl", {"more"}),
+        # not the folder itself: it would lie over /tmp, which steps write to
+        ("~/*.jsonl", {"pairs.jsonl"}),
+    ],
+)
+def test_the_home_folder_of_a_container_is_another_one(named, mounted, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache"))
-    (tmp_path / "pairs.jsonl").write_text("x")
-    values = parameters(PARAMETERS, assignments=["datasets=[~/pairs.jsonl]"], store="s3://m")
+    for name in ("pairs.jsonl", "a [1]/b.jsonl", "more/c.jsonl"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text("x")
+    values = parameters(PARAMETERS, assignments=[f"datasets=['{named}']"], store="s3://m")
     found = containers.container_settings("run", tmp_path / "runs", tmp_path / "events", values)
     # images/Dockerfile: HOME=/tmp
-    assert ("/tmp/pairs.jsonl", str(tmp_path / "pairs.jsonl")) in {
-        (mount["Target"], mount["Source"]) for mount in found["mounts"]
+    inside = {
+        (mount["Source"], mount["Target"])
+        for mount in found["mounts"]
+        if mount["ReadOnly"] and mount["Target"] != mount["Source"]
     }
+    assert inside == {(str(home / name), f"/tmp/{name}") for name in mounted}
 
 
 def test_a_run_told_to_end_finishes_its_step_and_begins_no_other():
