@@ -269,8 +269,9 @@ def _read(name_or_file: str) -> dict[str, Any]:
 class _KeysOnce(yaml.SafeLoader):
     """Refuses a mapping that has a key twice."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As every loader does, after the check."""
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """As every loader does, and then the check: later ``<<`` has become the keys it adds."""
+        node = super().compose_mapping_node(anchor)
         seen = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
@@ -278,7 +279,7 @@ class _KeysOnce(yaml.SafeLoader):
                     problem=f"the key {key.value} stands there twice", problem_mark=key.start_mark
                 )
             seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def _mark(error: yaml.YAMLError) -> yaml.Mark | None:

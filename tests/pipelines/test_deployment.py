@@ -340,7 +340,12 @@ def test_a_file_that_is_no_deployment(tmp_path, text, message):
 
 def test_a_deployment_may_share_parts_of_itself(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text("data: &d {cpu: 2, memory: 1Gi}\ntrain: {<<: *d, cpu: 4}\n")
+    path.write_text(
+        "data: &d {cpu: 2, memory: 1Gi}\n"
+        "steps: {sft: &sft {<<: *d, cpu: 4}}\n"
+        # deeper down in the file than here
+        "train: {<<: *sft}\n"
+    )
     train = load_deployment(str(path)).train
     assert (train.cpu, train.memory) == ("4", "1Gi")
 
