@@ -179,7 +179,7 @@ class Cluster:
                 tail_lines=lines,
                 since_seconds=since_seconds,
                 _preload_content=False,
-                _request_timeout=_CONNECTS_WITHIN,
+                _request_timeout=_CONNECTS_WITHIN if follow else _ANSWERS_WITHIN,
             )
             for line in answer:
                 yield line.decode(errors="replace").rstrip("\n")

@@ -149,7 +149,7 @@ class _Follower:
         self._told = ""
         self._since: dict[str, float] = {}
         self._log: threading.Thread | None = None
-        self._log_ended = 0.0
+        self._last_line = time.monotonic()
 
     def follow(self) -> None:
         """Return when the job is complete; raise with the cause when it is not going to be."""
@@ -241,12 +241,13 @@ class _Follower:
         if self._log and (self._log.is_alive() or pods[0].status.phase == "Succeeded"):
             return
         first = pods[0].metadata.name
-        since = ceil(time.monotonic() - self._log_ended) if self._log else None
+        # not from the last try: that one may have got no answer either
+        since = max(1, ceil(time.monotonic() - self._last_line)) if self._log else None
 
         def copy() -> None:
             for line in self.cluster.log(first, follow=True, since_seconds=since):
+                self._last_line = time.monotonic()
                 print(line, flush=True)
-            self._log_ended = time.monotonic()
 
         self._log = threading.Thread(target=copy, name="log", daemon=True)
         self._log.start()

@@ -103,18 +103,38 @@ def test_an_outage_that_does_not_end_is_told_in_the_end(monkeypatch):
         follower(cluster).follow()
 
 
-def test_a_log_that_breaks_off_is_followed_again(capfd):
+def test_a_log_that_breaks_off_is_followed_again(capfd, monkeypatch):
+    """From its last line on: also where it is a while before it can be read again."""
     answers = {
-        ("GET", f"{JOB}/job"): [*[job()] * 20, job(type="Complete")],
+        ("GET", f"{JOB}/job"): [*[job()] * 4, job(type="Complete")],
         ("GET", PODS): [{"items": [POD]}],
-        ("GET", f"{PODS}/job-node-0-0/log"): ["step 1\n", "step 2\n", ""],
+        ("GET", f"{PODS}/job-node-0-0/log"): ["step 1\n", UNAVAILABLE, UNAVAILABLE, "step 2\n"],
     }
+    now = [100.0]
     with serving(answers) as (cluster, asked):
-        follower(cluster).follow()
+        following = follower(cluster)
+
+        def three_seconds(_):
+            following._log.join(10)
+            now[0] += 3
+
+        clock = SimpleNamespace(monotonic=lambda: now[0], sleep=three_seconds)
+        monkeypatch.setattr(run, "time", clock)
+        following.follow()
     logs = [query for _, path, query in asked if path.endswith("/log")]
-    assert "sinceSeconds" not in logs[0]
-    assert logs[1]["sinceSeconds"] == ["1"], "what came meanwhile, and not all of it again"
+    assert [query.get("sinceSeconds") for query in logs] == [None, ["3"], ["6"], ["9"]]
     assert capfd.readouterr().out.splitlines()[:2] == ["step 1", "step 2"]
+
+
+@pytest.mark.parametrize(("follow", "seconds"), [(True, None), (False, 60)])
+def test_only_a_log_that_is_followed_may_be_silent(follow, seconds):
+    given = {}
+    cluster = Cluster("TrainJob", "team", k.ApiClient())
+    cluster._core = SimpleNamespace(
+        read_namespaced_pod_log=lambda *_, **how: given.update(how) or ()
+    )
+    assert list(cluster.log("job-node-0-0", follow=follow)) == []
+    assert given["_request_timeout"][1] == seconds
 
 
 def test_who_owns_the_job_is_asked_again_and_not_left_open(monkeypatch):
