@@ -13,10 +13,26 @@ from dpo.errors import TrainingError
 _FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "'out of memory'")
 """Of what works beside torch's allocator: the driver, cuBLAS, NCCL."""
 _TOO_OLD = "no kernel image is available"
-_BROKEN = (
-    *("uncorrectable ECC error", "uncorrectable NVLink error", "hardware stack error"),
-    *("device(s) is/are busy or unavailable", "unspecified launch failure"),
+_REPORTS = (
+    (
+        ("uncorrectable ECC error", "uncorrectable NVLink error"),
+        "the GPU has failed",
+        "look at `nvidia-smi -q` and at Xid lines in the node's kernel log. The same command, with "
+        "another GPU, goes on from the last checkpoint",
+    ),
+    (
+        ("hardware stack error", "unspecified launch failure"),
+        "a kernel on the GPU has failed",
+        "Xid lines in the node's kernel log tell a broken GPU from a bug in a kernel. The same "
+        "command goes on from the last checkpoint",
+    ),
+    (
+        ("device(s) is/are busy or unavailable",),
+        "the GPU is not free",
+        "nvidia-smi shows who holds it: end that process, or choose another GPU",
+    ),
 )
+"""Words of CUDA, what they mean, and what to do."""
 
 
 @contextmanager
@@ -57,13 +73,9 @@ def _of_gpu(text: str) -> TrainingError | None:
             where=_place(),
             fix="use a newer GPU, or a torch that was built for this one",
         )
-    if any(words in text for words in _BROKEN):
-        return TrainingError(
-            f"the GPU has failed: {text[:200]}",
-            where=_place(),
-            fix="look at `nvidia-smi -q` and at Xid lines in the node's kernel log. The same "
-            "command, with another GPU, goes on from the last checkpoint",
-        )
+    for reports, meaning, fix in _REPORTS:
+        if any(words in text for words in reports):
+            return TrainingError(f"{meaning}: {text[:200]}", where=_place(), fix=fix)
     return None
 
 

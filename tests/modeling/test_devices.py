@@ -85,6 +85,15 @@ def test_cublas_is_given_a_workspace_of_its_own_before_it_is_used(monkeypatch):
             torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"),
             r"the GPU has failed: .*ECC(.|\n)*Xid(.|\n)*last checkpoint",
         ),
+        (
+            # mostly an address that a kernel got wrong
+            torch.AcceleratorError("CUDA error: unspecified launch failure"),
+            r"a kernel on the GPU has failed: (.|\n)*a broken GPU from a bug",
+        ),
+        (
+            torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"),
+            r"the GPU is not free: (.|\n)*who holds it",
+        ),
     ],
 )
 def test_what_a_gpu_reports_is_one_message(error, words):
