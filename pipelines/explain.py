@@ -144,6 +144,8 @@ def _reason(
         return _ENDED_EARLY[state]
     if before is None:
         return "no earlier run to compare with"
+    if state == "done" and before.states.get(step) in _ENDED_EARLY:
+        return "the run before did not finish it"
     if state == "done":
         return "asked for with --rerun, or the earlier result was lost"
     return "nothing that it reads changed"

@@ -106,15 +106,15 @@ def read_record(path: Path) -> dict[str, Any]:
     Raises:
         RequestError: the file is damaged.
     """
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise RequestError(
-            f"the record of run {path.parent.name} is damaged",
-            where=str(path),
-            fix="name another run, or run this one again as it was",
-        ) from None
-    return record
+    with suppress(ValueError):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record, dict):
+            return record
+    raise RequestError(
+        f"the record of run {path.parent.name} is damaged",
+        where=str(path),
+        fix="name another run, or run this one again as it was",
+    )
 
 
 def _earlier(history: Path) -> list[dict[str, Any]]:

@@ -78,9 +78,13 @@ def earlier_run(
         RequestError: neither this machine nor the store knows the run, or it left no artifacts.
     """
     record = runs / "history" / run_id / "run.json"
+    found: dict[str, Any] = {}
     if record.is_file():
         known = read_record(record)
         found = {"parameters": known["parameters"], "sources": known["artifacts"]}
+    elif record.with_name("plan.json").is_file():
+        # it was stopped: what it finished is in the cache, and nowhere else
+        pass
     elif local and not store:
         raise RequestError(
             f"there is no local run {run_id}",

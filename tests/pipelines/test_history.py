@@ -64,6 +64,9 @@ def test_explain_names_the_candidates_and_what_failed():
     again = {line.step: line.reason for line in explain(failed, failed)}
     assert again["preference"] == "it failed or was stopped"
     assert again["sft"] == "nothing that it reads changed"
+    lines = {line.step: line.reason for line in explain(Told("c", failed.plan, DONE, {}), failed)}
+    assert lines["preference"] == "the run before did not finish it"
+    assert lines["sft"] == "asked for with --rerun, or the earlier result was lost"
 
 
 def test_explain_lists_the_candidates_of_a_local_sweep(tmp_path, capsys):
@@ -75,13 +78,22 @@ def test_explain_lists_the_candidates_of_a_local_sweep(tmp_path, capsys):
 
 def test_a_damaged_record_is_named(tmp_path, capsys):
     runs = remembered(tmp_path / "history", (PLAN, DONE), (PLAN, DONE))
-    (runs / "run-0/plan.json").write_text("{")
+    (runs / "run-0/plan.json").write_text("null")
     (runs / "run-0/run.json").write_text("")
     assert submit.main(["explain", "run-0", "--runs-dir", str(tmp_path)]) == 2
     assert "run run-0 is damaged\n  where: " in capsys.readouterr().err
     here = ["--local", "--runs-dir", str(tmp_path), "--dry-run"]
     assert submit.main([*here, "--from", "run-0"]) == 2
     assert "run run-0 is damaged\n  where: " in capsys.readouterr().err
+
+
+def test_a_run_that_was_stopped_is_known_and_left_nothing_to_start_from(tmp_path, capsys):
+    remembered(tmp_path / "history", (PLAN, {"ingest": "done", "sft": "failed"}))
+    here = ["--local", "--runs-dir", str(tmp_path), "--dry-run"]
+    assert submit.main([*here, "--from", "run-0"]) == 2
+    said = capsys.readouterr().err
+    assert "run run-0 left no artifacts to start from" in said
+    assert "finished steps come from the cache" in said
 
 
 def test_a_package_tells_its_candidates_also_where_ingest_is_shared():
