@@ -1,0 +1,179 @@
+"""How an endpoint is reached, and what happens when it is not."""
+
+import time
+
+import pytest
+
+from dpo.errors import StoreUnavailable
+from pipelines import watch
+from tests.support.certificates import self_signed
+from tests.support.kfp_backend import STEPS, Fault, Scenario, running_backend
+from tests.support.submitted import all_done, verdict
+from tests.support.workflow import task
+
+
+def test_an_endpoint_without_a_scheme_is_one_of_https(command, monkeypatch, backend):
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", "127.0.0.1:9/pipeline")
+    code, _, said = command()
+    assert code == 2
+    assert "where: https://127.0.0.1:9/pipeline" in said
+    assert "Warning" not in said
+
+
+def test_a_few_failing_answers_are_lived_with(backend, store, command):
+    backend.scenario = Scenario(tasks=[all_done()], on_end=verdict(store, True))
+    backend.faults = [Fault(r"/runs/[^/]+$", times=3), Fault(r"/runs/[^/]+$", times=2, cut=True)]
+    code, _, _ = command("--wait")
+    assert code == 0
+    assert [fault.times for fault in backend.faults] == [0, 0]
+
+
+def test_an_endpoint_that_comes_back_before_the_deadline_is_waited_for(backend, store, command):
+    backend.scenario = Scenario(tasks=[all_done()], on_end=verdict(store, True))
+    backend.faults = [Fault(r"/runs/[^/]+$", status=503, times=20, message="no healthy upstream")]
+    code, _, said = command("--wait", "--timeout-seconds", "60")
+    assert code == 0
+    assert said.count("no healthy upstream (HTTP 503); asking again") == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(503, "no healthy upstream (HTTP 503)"), (401, "upstream (HTTP 401)")]
+)
+def test_a_run_that_cannot_be_followed_any_more_is_no_failed_run(
+    backend, command, monkeypatch, status, words
+):
+    monkeypatch.setattr(watch, "_AWAY_SECONDS", 0.1)
+    backend.faults = [
+        Fault(r"/runs/[^/]+$", status=status, times=10**6, message="no healthy upstream")
+    ]
+    code, outcome, _ = command("--wait")
+    assert (code, outcome["state"]) == (5, "unknown")
+    assert [outcome["run_id"]] == list(backend.runs)
+    assert outcome["where"].endswith(outcome["run_id"])
+    assert words in outcome["message"]
+
+
+def test_the_deadline_holds_when_the_endpoint_does_not_answer(backend, command):
+    backend.faults = [Fault(r"/runs/[^/]+$", times=9, hold_seconds=30)]
+    began = time.monotonic()
+    code, outcome, _ = command("--wait", "--timeout-seconds", "1")
+    assert (code, outcome["state"]) == (5, "timed out")
+    assert "timed out" in outcome["message"]
+    assert time.monotonic() - began < 25
+
+
+def test_a_renewed_token_is_read_again(backend, store, command, tmp_path, monkeypatch):
+    token = tmp_path / "token"
+    token.write_text("first")
+    monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(token))
+    backend.token = "first"
+    backend.scenario = Scenario(tasks=[all_done()], on_end=verdict(store, True))
+    original = backend.get_run
+
+    def get_run(run_id):
+        backend.token = "second"
+        token.write_text("second")
+        return original(run_id)
+
+    backend.get_run = get_run
+    code, _, _ = command("--wait")
+    assert code == 0
+
+
+def test_an_expired_token_is_named_before_anything_is_sent(backend, command, monkeypatch):
+    backend.token = "wanted"
+    monkeypatch.setenv("KF_PIPELINES_TOKEN", "old")
+    code, _, said = command("--wait")
+    assert code == 2, "nothing was started"
+    assert "token expired (HTTP 401)" in said
+    assert "renew it" in said
+    assert not backend.runs
+
+
+def test_an_endpoint_with_a_certificate_of_its_own(backend, command, tmp_path, monkeypatch):
+    own, tls = self_signed(tmp_path)
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    with running_backend(tls) as secured:
+        monkeypatch.setenv("KF_PIPELINES_ENDPOINT", secured.url)
+        code, _, told = command()
+        assert code == 2
+        assert "set SSL_CERT_FILE to the file with the certificate of its authority" in told
+        monkeypatch.setenv("SSL_CERT_FILE", str(own))
+        assert command()[0] == 0
+        assert len(secured.runs) == 1
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
+        code, _, told = command()
+        assert code == 2
+        assert "SSL_CERT_FILE names no file" in told
+    # without TLS nobody reads it
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", backend.url)
+    assert command()[0] == 0
+
+
+def test_an_endpoint_that_is_down(command, monkeypatch, backend):
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", "http://127.0.0.1:9")
+    code, _, said = command()
+    assert code == 2, "nothing was started"
+    assert "the endpoint does not answer" in said
+    assert "http://127.0.0.1:9" in said
+
+
+def test_no_endpoint_is_a_message(command, monkeypatch, backend):
+    monkeypatch.delenv("KF_PIPELINES_ENDPOINT")
+    code, _, said = command()
+    assert code == 2
+    assert "set KF_PIPELINES_ENDPOINT" in said
+
+
+def test_rerun_reaches_the_endpoint_for_these_steps_alone(backend, command):
+    _, outcome, _ = command("--rerun", "sft,publish")
+    spec = backend.runs[outcome["run_id"]]["pipeline_spec"]["pipeline_spec"]
+    dags = [spec["root"], *spec["components"].values()]
+    tasks = {n: t for dag in dags for n, t in dag.get("dag", {}).get("tasks", {}).items()}
+    cached = {n for n, t in tasks.items() if t.get("cachingOptions", {}).get("enableCache")}
+    assert cached == {"ingest", "reference", "preference", "evaluate"}
+
+
+@pytest.mark.parametrize(("approved", "code"), [(True, 0), (False, 3)])
+def test_a_store_that_this_machine_does_not_reach(backend, command, monkeypatch, approved, code):
+    def unreachable(url, run_id):
+        raise StoreUnavailable("the store does not answer", where=url)
+
+    monkeypatch.setattr(watch, "read_run_manifest", unreachable)
+    rows = [r for s in STEPS if approved or s != "publish" for r in task(s, "SUCCEEDED")]
+    backend.scenario = Scenario(tasks=[rows])
+    found, outcome, _ = command("--wait")
+    assert found == code
+    assert "the verdict is read from the run's steps" in outcome["message"]
+    assert "the store does not answer" in outcome["message"]
+
+
+def test_an_endpoint_that_only_the_proxy_knows(backend, command, monkeypatch):
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", "http://kubeflow.invalid")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", backend.url)
+    code, outcome, _ = command()
+    assert (code, outcome["state"]) == (0, "submitted")
+    assert outcome["run_id"] in backend.runs
+
+
+def test_a_proxy_that_does_not_answer_is_named(backend, command, monkeypatch):
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", "http://kubeflow.invalid")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://user:hidden@127.0.0.1:1")
+    code, _, said = command()
+    assert code == 2
+    assert "and the proxy http://127.0.0.1:1, through which it is asked" in said
+    assert "hidden" not in said
+
+
+def test_a_proxy_of_another_kind_is_named(command, monkeypatch, backend):
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", "http://kubeflow.invalid")
+    monkeypatch.setenv("ALL_PROXY", "socks5://gate:1080")
+    code, _, said = command()
+    assert code == 2
+    assert "ALL_PROXY in the environment" in said
+    assert "add kubeflow.invalid to NO_PROXY" in said
+    assert "does not answer" not in said
