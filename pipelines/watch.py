@@ -24,6 +24,8 @@ from pipelines.workflow import EXECUTOR, OMITTED, Linker, plain_name
 
 _FIRST_POLL_SECONDS = 0.2
 _POLL_SECONDS = 5.0
+_LEAST_SECONDS = 1.0
+"""For the last answer, where the time is nearly over."""
 _AWAY_SECONDS = 600.0
 """How long an endpoint may be away while somebody waits without a limit."""
 _TOKEN_FAILURES = 2
@@ -79,7 +81,8 @@ def wait(
                 return trouble.ended(outcome)
         else:
             trouble.over()
-            _report_steps(linker.linked(run), outcome, say)
+            left = max(_LEAST_SECONDS, _left(deadline))
+            _report_steps(linker.linked(run, min(ANSWER_SECONDS, left)), outcome, say)
             if run.state in ENDED:
                 return _ended(client, run, outcome, store, watcher)
             for text in watcher.news():

@@ -54,14 +54,14 @@ class Linker:
         self._told: tuple[Any, ...] | None = None
         self._tasks: list[Any] = []
 
-    def linked(self, run: Any) -> Any:
-        """The run with its tasks linked as well as the backend lets us."""
+    def linked(self, run: Any, seconds: float = ANSWER_SECONDS) -> Any:
+        """The run with its tasks linked as well as the backend lets us in so many seconds."""
         details = getattr(run.run_details, "task_details", None) or []
         if not details or any(task.pod_name for task in details):
             return run
         states = sorted((task.display_name or "", task.state or "") for task in details)
         told = (run.state, states)
-        if told != self._told and (tasks := self._asked(run.run_id)):
+        if told != self._told and (tasks := self._asked(run.run_id, seconds)):
             # a workflow is large: it is asked for again when something has changed; a run's end is
             # stored before the last states of its tasks
             self._told, self._tasks = told, tasks
@@ -71,7 +71,7 @@ class Linker:
             _link_by_times(details)
         return run
 
-    def _asked(self, run_id: str) -> list[Any]:
+    def _asked(self, run_id: str, seconds: float) -> list[Any]:
         if not self._offered:
             return []
         try:
@@ -81,7 +81,7 @@ class Linker:
                 response_type="object",
                 auth_settings=["Bearer"],
                 _return_http_data_only=True,
-                _request_timeout=pair(ANSWER_SECONDS),
+                _request_timeout=pair(seconds),
             )
             return tasks_of(json.loads(found["pipeline_runtime"]["workflow_manifest"]))
         except Exception as error:

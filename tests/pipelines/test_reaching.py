@@ -62,6 +62,16 @@ def test_the_deadline_holds_when_the_endpoint_does_not_answer(backend, command):
     assert time.monotonic() - began < 25
 
 
+def test_the_deadline_holds_when_the_workflow_is_not_handed_out(backend, command):
+    """An answer has 20 seconds elsewhere."""
+    backend.scenario = Scenario(states=["RUNNING"], tasks=[task("sft", "RUNNING")])
+    backend.faults = [Fault("/apis/v1beta1/", times=9, hold_seconds=30)]
+    began = time.monotonic()
+    code, outcome, _ = command("--wait", "--timeout-seconds", "1")
+    assert (code, outcome["state"]) == (5, "timed out")
+    assert time.monotonic() - began < 18
+
+
 def test_a_renewed_token_is_read_again(backend, store, command, tmp_path, monkeypatch):
     token = tmp_path / "token"
     token.write_text("first")
