@@ -64,9 +64,11 @@ def test_explain_names_the_candidates_and_what_failed():
     again = {line.step: line.reason for line in explain(failed, failed)}
     assert again["preference"] == "it failed or was stopped"
     assert again["sft"] == "nothing that it reads changed"
-    lines = {line.step: line.reason for line in explain(Told("c", failed.plan, DONE, {}), failed)}
-    assert lines["preference"] == "the run before did not finish it"
-    assert lines["sft"] == "asked for with --rerun, or the earlier result was lost"
+    finished = Told("c", failed.plan, {**states, "preference": "done"}, {})
+    after = {line.step: line.reason for line in explain(finished, failed)}
+    assert after["preference"] == "the run before did not finish it"
+    rerun = {line.step: line.reason for line in explain(finished, finished)}
+    assert rerun["preference"] == "asked for with --rerun, or the earlier result was lost"
 
 
 def test_explain_lists_the_candidates_of_a_local_sweep(tmp_path, capsys):
