@@ -10,6 +10,7 @@ from dpo.config.compose import compose
 from dpo.config.stages import restrict
 from dpo.data.loader import LoaderState
 from dpo.errors import NonFiniteError
+from dpo.train.parallel import Ranks
 from dpo.train.position import Position
 from dpo.train.scaling import LossScale
 from dpo.train.stage import run_train
@@ -40,6 +41,7 @@ def gradients(gradient, scale, dtype=torch.float16):
     objective = Scaled(weight, gradient)
     objective.dtype = dtype
     trainer = Trainer.__new__(Trainer)
+    trainer.stage, objective.ranks = "preference", Ranks()
     trainer.objective, trainer.parameters, trainer.reference = objective, [weight], None
     trainer.config = restrict(compose(["max_grad_norm=1e9"]).config, "preference")
     trainer.optimizer = torch.optim.SGD([weight])
