@@ -51,16 +51,16 @@ def plain_log_probs(model: Any, batch: PackedBatch) -> Tensor:
     apart = _rotated_by_the_longest(model, rows)
     if not apart and not hasattr(model, _PADS):
         setattr(model, _PADS, _padding_is_safe(model, rows))
-    if not apart and getattr(model, _PADS):
-        ids_SL = _padded(rows, model.device)
+    numbers = range(len(rows))
+    together = not apart and getattr(model, _PADS)
+    parts = []
+    for group in [list(numbers)] if together else [[number] for number in numbers]:
+        ids_SL = _padded([rows[number] for number in group], model.device)
         logits_SLV = _unmasked_logits(model, ids_SL)
-        parts = [_log_probs(logits_SLV[n], ids_SL[n], *spans[n]) for n in range(len(rows))]
-    else:
-        parts = []
-        for row, span in zip(rows, spans, strict=True):
-            ids_SL = _padded([row], model.device)
-            logits_LV = _unmasked_logits(model, ids_SL)[0]
-            parts.append(_log_probs(logits_LV, ids_SL[0], *span))
+        parts += [
+            _log_probs(logits_LV, ids_L, *spans[number])
+            for number, logits_LV, ids_L in zip(group, logits_SLV, ids_SL, strict=True)
+        ]
     return torch.cat(parts)
 
 
