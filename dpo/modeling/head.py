@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dpo.modeling.vocab_parallel import vocab_parallel_log_probs
+from dpo.modeling.vocab_parallel import GPU_ELEMENTS, vocab_parallel_log_probs
 
-_TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+_TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": GPU_ELEMENTS}
 """Logits in memory at once: on a CPU as many as its caches hold."""
 _SMALLEST_TILE = 512
 

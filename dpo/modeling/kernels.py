@@ -12,6 +12,7 @@ from dpo.errors import ConfigError, MissingDependency
 from dpo.modeling.attention import ARCHITECTURES, is_known
 from dpo.modeling.fused import fuse
 from dpo.modeling.head import has_linear_cross_entropy
+from dpo.modeling.recompute import blocks_of
 from dpo.storage.host_memory import keep_freed_memory
 
 ROW_MULTIPLE = 512
@@ -94,12 +95,10 @@ def compile_blocks(model: Any, backend: str = "inductor") -> None:
             where="model.compile",
             fix="set model.compile=false",
         )
-    names = set(getattr(model, "_no_split_modules", None) or ())
     _allow_lengths(_MOST_LENGTHS)
-    for module in model.modules():
-        if type(module).__name__ in names:
-            # its function, not the module: what recomputes activations goes around it
-            module.forward = torch.compile(module.forward, backend=backend, dynamic=False)
+    for block in blocks_of(model):
+        # its function, not the module: what recomputes activations goes around it
+        block.forward = torch.compile(block.forward, backend=backend, dynamic=False)
     setattr(model, _COMPILED, True)
 
 

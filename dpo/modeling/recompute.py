@@ -16,7 +16,7 @@ def checkpoint_activations(model: Any, mode: str) -> None:
     """Recompute the activations of every block (``full``) or of every second one in backward."""
     if mode == "none":
         return
-    for number, block in enumerate(_blocks(model)):
+    for number, block in enumerate(blocks_of(model)):
         if mode == "full" or number % 2 == 0:
             block.forward = _recomputed(model, block.forward)
 
@@ -40,6 +40,7 @@ def _recomputed(model: Any, forward: Any) -> Any:
     return run
 
 
-def _blocks(model: Any) -> list[Any]:
+def blocks_of(model: Any) -> list[Any]:
+    """The transformer blocks of ``model``, as transformers names their class."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     return [module for module in model.modules() if type(module).__name__ in names]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 _CHUNK_TOKENS = 128
-_GPU_ELEMENTS = 1 << 26
+GPU_ELEMENTS = 1 << 26
 """Logits in memory at once on a GPU: small chunks would keep it waiting for launches and NCCL."""
 
 
@@ -72,7 +72,7 @@ def _own(target_n: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
 
 def _chunks(n: int, weight_vD: Tensor) -> list[slice]:
     on_gpu = weight_vD.device.type == "cuda"
-    size = max(_CHUNK_TOKENS, _GPU_ELEMENTS // len(weight_vD)) if on_gpu else _CHUNK_TOKENS
+    size = max(_CHUNK_TOKENS, GPU_ELEMENTS // len(weight_vD)) if on_gpu else _CHUNK_TOKENS
     return [slice(start, start + size) for start in range(0, n, size)]
 
 
