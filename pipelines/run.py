@@ -278,7 +278,7 @@ def run_here(job: Job, console: Console, *, timeout_seconds: float | None = None
     try:
         run = run_local(job, console, timeout_seconds=timeout_seconds, at_end=remember)
     except TimeoutError:
-        return Outcome("timed out", "", message=f"stopped after {timeout_seconds} seconds")
+        return Outcome("timed out", "", message=f"stopped after {timeout_seconds:g} seconds")
     outcome = Outcome(
         "failed",
         run.run_id,
