@@ -26,7 +26,7 @@ def best_device() -> str:
     if found:
         _fix_workspace()
         return "cuda"
-    if is_hidden() or not _has_nvidia_device():
+    if _is_hidden() or not _has_nvidia_device():
         return "cpu"
     problem = _unusable([str(one.message) for one in said])
     if os.environ.get("KUBERNETES_SERVICE_HOST"):
@@ -36,7 +36,7 @@ def best_device() -> str:
     return "cpu"
 
 
-def is_hidden() -> bool:
+def _is_hidden() -> bool:
     """Whether the user has hidden all GPUs."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     return given is not None and given.strip() in ("", "-1")

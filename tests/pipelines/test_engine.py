@@ -88,14 +88,14 @@ def test_a_step_that_could_say_nothing_is_told_by_its_exit_code(
 @pytest.mark.parametrize(
     ("setting", "mounted"),
     [
-        ("datasets=[pairs.jsonl]", {"work/pairs.jsonl"}),
-        ("datasets=[pairs.jsonl,more/*.csv]", {"work/pairs.jsonl", "work/more"}),
-        ("datasets=[../work/pairs.jsonl]", {"work/pairs.jsonl"}),
-        ("datasets=[.]", {"work"}),
-        ("model=./", {"work"}),
+        ("datasets=[pairs.jsonl]", {"here/pairs.jsonl"}),
+        ("datasets=[pairs.jsonl,more/*.csv]", {"here/pairs.jsonl", "here/more"}),
+        ("datasets=[../here/pairs.jsonl]", {"here/pairs.jsonl"}),
+        ("datasets=[.]", {"here"}),
+        ("model=./", {"here"}),
         ("model=../round", {"round"}),
-        ("datasets=[file://{home}/work/pairs.jsonl]", {"work/pairs.jsonl"}),
-        ("sft.chat_template=mine.jinja", {"work/mine.jinja"}),
+        ("datasets=[file://{home}/here/pairs.jsonl]", {"here/pairs.jsonl"}),
+        ("sft.chat_template=mine.jinja", {"here/mine.jinja"}),
         # the weights of a hub's cache are links into another folder of it
         ("model={home}/hub/snapshots/ab", {"hub/snapshots/ab", "hub/blobs"}),
         ("sft_model_uri=file://{home}/hub/snapshots/ab", {"hub/snapshots/ab", "hub/blobs"}),
@@ -104,7 +104,7 @@ def test_a_step_that_could_say_nothing_is_told_by_its_exit_code(
     ],
 )
 def test_what_a_run_reads_here_is_seen_in_its_containers(setting, mounted, tmp_path, monkeypatch):
-    for name in ("work/pairs.jsonl", "work/more/a.csv", "work/mine.jinja", "hub/blobs/12"):
+    for name in ("here/pairs.jsonl", "here/more/a.csv", "here/mine.jinja", "hub/blobs/12"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     model = tmp_path / "hub/snapshots/ab"
@@ -112,12 +112,12 @@ def test_what_a_run_reads_here_is_seen_in_its_containers(setting, mounted, tmp_p
     (model / "config.json").symlink_to("../../blobs/12")
     (tmp_path / "round").mkdir()
     (tmp_path / "round/link").symlink_to("link")
-    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache"))
     runs = tmp_path / "runs"
     values = parameters(PARAMETERS, assignments=[setting.format(home=tmp_path)], store="s3://m")
     found = containers.container_settings("run", runs, runs / "events", values)
-    assert found["working_dir"] == str(tmp_path / "work"), "relative paths are of this folder"
+    assert found["working_dir"] == str(tmp_path / "here"), "relative paths are of this folder"
     read = {(m["Source"], m["Target"]) for m in found["mounts"] if m["ReadOnly"]}
     assert read == {(str(tmp_path / name), str(tmp_path / name)) for name in mounted}
 
