@@ -14,13 +14,18 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
+from dpo.data.tokenize import TokenizedExample
 from dpo.modeling.kernels import is_compiled
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+_FEW = 12
+"""Items that are dealt out in all ways: 2,048, in less than a millisecond."""
 
 _MOST = 2
 """More lanes hold more gradients, and give little: each needs rows enough to be busy."""
@@ -63,14 +68,38 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_MOST, thread_name_prefix="lane")
 
 
-def balanced(sizes: Sequence[int], n_lanes: int) -> list[list[int]]:
-    """Indices for each lane, ascending: the largest first, to the lane that has least."""
+def work_of(model: Any) -> Callable[[TokenizedExample], int]:
+    """Says how much work an example is: a multiplication for each weight that a token meets.
+
+    Every token goes through the blocks, and only those of responses through the output layer, which
+    in small models is the larger part: counted by tokens alone, the busier of two lanes had 8 %
+    more than its half with a 17 M model.
+    """
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    tables = {id(layer.weight): layer.weight for layer in layers if layer is not None}
+    blocks = sum(p.numel() for p in model.parameters() if id(p) not in tables)
+    output = 0 if layers[1] is None else layers[1].weight.numel()
+    return lambda example: example.n_tokens * blocks + output * sum(map(len, example.responses))
+
+
+def balanced(work: Sequence[int], n_lanes: int) -> list[list[int]]:
+    """Indices for each lane, ascending, so that the busiest has little more than the others.
+
+    Few items are dealt to two lanes in the best of all ways; others the largest first, to the lane
+    that has least.
+    """
+    if n_lanes == 2 and 0 < len(work) <= _FEW:
+        # item 0 is always the first lane's
+        first_WN = np.arange(2 ** (len(work) - 1))[:, None] * 2 + 1 >> np.arange(len(work)) & 1
+        loads_W = first_WN @ np.array(work)
+        best_N = first_WN[np.abs(2 * loads_W - sum(work)).argmin()]
+        return [np.flatnonzero(best_N == in_first).tolist() for in_first in (1, 0)]
     lanes: list[list[int]] = [[] for _ in range(n_lanes)]
     loads = [0] * n_lanes
-    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+    for index in sorted(range(len(work)), key=lambda i: (-work[i], i)):
         lane = loads.index(min(loads))
         lanes[lane].append(index)
-        loads[lane] += sizes[index]
+        loads[lane] += work[index]
     return [sorted(lane) for lane in lanes]
 
 

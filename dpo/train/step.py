@@ -26,6 +26,7 @@ from dpo.modeling.lanes import (
     replica_of,
     side_by_side,
     take_gradients,
+    work_of,
 )
 from dpo.modeling.losses import PairLogps, as_used, preference_loss, sft_loss, starting_loss
 from dpo.modeling.metrics import Split, preference_metrics, sft_metrics
@@ -65,6 +66,7 @@ class Objective:
 
     def __post_init__(self) -> None:
         self.scorer = self.scorer or Scorer(self.model)
+        self._work = work_of(self.model)
         self._others: list[Objective] = []
 
     def figures(
@@ -199,7 +201,7 @@ class Objective:
         size = -(-max(len(own), 1) // n_micro_batches)
         for first in range(0, len(own), size):
             part = own[first : first + size]
-            shares = balanced([examples[i].n_tokens for i in part], self.lanes)
+            shares = balanced([self._work(examples[i]) for i in part], self.lanes)
             for lane, share in zip(rows, shares, strict=True):
                 indices = [part[k] for k in share]
                 for batch in pack([examples[i] for i in indices], budget):

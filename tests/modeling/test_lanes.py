@@ -3,14 +3,16 @@
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from dpo.config.losses import DPOLoss
 from dpo.data.log_probs import PairLogProbs
+from dpo.data.tokenize import TokenizedExample
 from dpo.modeling.kernels import apply_kernels
-from dpo.modeling.lanes import balanced, lanes_for, replica_of, side_by_side
+from dpo.modeling.lanes import balanced, lanes_for, replica_of, side_by_side, work_of
 from dpo.modeling.scoring import score
 from dpo.train.step import Objective
 from tests.modeling.test_packing import LENGTHS, examples, tiny_config
@@ -151,9 +153,29 @@ def test_lanes_share_the_cores(monkeypatch):
 
 
 def test_balanced():
-    """9 | 7, then 4 joins 7 (11 to 9), 3 joins 9 (12 to 11), 1 joins 11 (12 to 12)."""
-    assert balanced([3, 9, 4, 1, 7], 2) == [[0, 1], [2, 3, 4]]
+    """Largest first, 8 | 7, 6 | 5, 4 would be 12 and 18; the best is 15 and 15."""
+    assert balanced([8, 7, 6, 5, 4], 2) == [[0, 1], [2, 3, 4]]
     assert balanced([5], 2) == [[0], []]
+    assert balanced([], 2) == [[], []]
+
+
+def test_balanced_among_many_items():
+    """Thirteen: 9 | 7, 4 joins 7, 3 joins 9 (12 to 11), 1 joins 11; ones in turn."""
+    assert balanced([3, 9, 4, 1, 7, *[1] * 8], 2) == [
+        [0, 1, 5, 7, 9, 11],
+        [2, 3, 4, 6, 8, 10, 12],
+    ]
+    assert balanced([3, 9, 4, 1, 7], 1) == [[0, 1, 2, 3, 4]]
+
+
+def test_work_of_an_example():
+    """Prompt of 3, responses of 2 and 4: 9 tokens meet the blocks, 6 of them the output layer."""
+    model = model_of("gpt_neox")
+    output = model.get_output_embeddings().weight.numel()
+    tables = output + model.get_input_embeddings().weight.numel()
+    blocks = sum(p.numel() for p in model.parameters()) - tables
+    example = TokenizedExample("a", np.arange(3), (np.arange(2), np.arange(4)))
+    assert work_of(model)(example) == 9 * blocks + 6 * output
 
 
 def test_scores_of_two_lanes_are_those_of_one(batch, monkeypatch):
