@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor
 
 from dpo.modeling.vocab_parallel import GPU_ELEMENTS, vocab_parallel_log_probs
 
-_TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": GPU_ELEMENTS}
+TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": GPU_ELEMENTS}
 """Logits in memory at once: on a CPU as many as its caches hold."""
-_SMALLEST_TILE = 512
+SMALLEST_TILE = 512
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -82,8 +82,8 @@ class _TokenLogProbs(torch.autograd.Function):
 
 def _tiles(n_tokens: int, weight_VD: Tensor) -> list[tuple[int, int]]:
     """(first, one past the last) token of the vocabulary, of each tile."""
-    elements = _TILE_ELEMENTS.get(weight_VD.device.type, 1 << 20)
-    size = max(_SMALLEST_TILE, elements // max(1, n_tokens))
+    elements = TILE_ELEMENTS.get(weight_VD.device.type, 1 << 20)
+    size = max(SMALLEST_TILE, elements // max(1, n_tokens))
     n_vocabulary = len(weight_VD)
     return [(first, min(first + size, n_vocabulary)) for first in range(0, n_vocabulary, size)]
 

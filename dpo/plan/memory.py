@@ -10,7 +10,7 @@ layer (tensor parallelism; t = 1 else) and n / t gather it (FSDP):
     activations  tokens of a micro-batch x blocks x (a D + b F) bytes, a and b by architecture and
                  type (``_SAVED``), or one block and the inputs of the others where they are
                  computed again; and what backward works with
-    logits       a chunk of response tokens x vocabulary, and the gradient of the output weights;
+    logits       a tile of response tokens x vocabulary, and the gradient of the output weights;
                  all logits where the architecture takes the padded path
 
 What is gathered, cast or multiplied is a t-th with tensor parallelism, and so are activations of F
@@ -53,7 +53,12 @@ _LIKE = {
 """Blocks of the same make; of these only mistral's was compared with a simulated step."""
 COMPARED = ("gpt_neox", "gpt2", "llama", "mistral")
 """Kinds whose account was compared with a simulated step."""
+LOGITS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Elements of a tile of logits (dpo.modeling.head)."""
+SMALLEST_TILE = 512
+"""Tokens of the vocabulary."""
 _CHUNK_TOKENS = 128
+"""Smallest chunk of response tokens where the vocabulary is split over devices."""
 _GPU_CONTEXT = 0.75 * 2**30
 """What the driver and its libraries keep, and NCCL's buffers; an allowance, not measured."""
 _FRAGMENTATION = 0.04
@@ -196,10 +201,22 @@ def _logits(job: Job) -> float:
     wide = 4 if job.mode == "float32" else 2
     if job.shape.model_type not in PACKED_TYPES:
         return _tokens(job) * shape.vocabulary * (wide + 8)
-    chunk = 3 * 4 * _CHUNK_TOKENS * shape.vocabulary / job.split
+    # a tile and the one before it in float32; beside them the new and the last one's 16-bit values
+    chunk = (8 if job.mode == "float32" and job.split == 1 else 12) * _tile(job)
     output = shape.vocabulary * shape.width / job.split
     copies = output * (2 if job.mode == "autocast" else 0)
     return chunk + copies + (output * 4 if job.adapter_parameters is None else 0)
+
+
+def _tile(job: Job) -> float:
+    """Logits that are in memory at once, in elements; every token may be a response's."""
+    tokens, vocabulary = _tokens(job), job.shape.vocabulary / job.split
+    elements = LOGITS_AT_ONCE["cuda" if job.on_gpu else "cpu"]
+    smallest = SMALLEST_TILE * tokens
+    if job.split > 1:
+        smallest = _CHUNK_TOKENS * vocabulary
+        elements = elements if job.on_gpu else 0
+    return min(max(elements, smallest), tokens * vocabulary)
 
 
 def _update(job: Job) -> float:

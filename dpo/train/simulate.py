@@ -13,7 +13,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from dpo.config.schema import RunConfig
 from dpo.data.log_probs import PairLogProbs
 from dpo.data.packing import pack
 from dpo.data.tokenize import TokenizedExample
-from dpo.modeling import attention, plain
+from dpo.modeling import attention, head, plain
 from dpo.modeling.precision import DTYPES, autocast
 from dpo.modeling.recompute import checkpoint_activations
 from dpo.modeling.sharded import Scorer, shard
@@ -117,7 +117,8 @@ def peak_bytes(
         dtype: Type of the products.
         row: Tokens of prompt, chosen and rejected responses in a row, all examples together.
         n_rows: Rows of a step.
-        on_gpu: The optimiser is to work as on a GPU, with all weights at once.
+        on_gpu: The optimiser is to work as on a GPU, with all weights at once, and the output layer
+            with as many logits.
 
     Raises:
         DpoError: the model is not known, or has no block of the given name.
@@ -126,6 +127,7 @@ def peak_bytes(
     with (
         _processes(gpus),
         _attention_of_a_gpu(),
+        _logits_of_a_gpu() if on_gpu else nullcontext(),
         _no_reports(),
         StorageCount() as count,
         warnings.catch_warnings(),
@@ -217,6 +219,16 @@ def _attention_of_a_gpu() -> Iterator[None]:
         yield
     finally:
         names["LONGEST"] = before
+
+
+@contextmanager
+def _logits_of_a_gpu() -> Iterator[None]:
+    sizes = head.TILE_ELEMENTS
+    before, sizes["cpu"] = sizes["cpu"], sizes["cuda"]
+    try:
+        yield
+    finally:
+        sizes["cpu"] = before
 
 
 @contextmanager

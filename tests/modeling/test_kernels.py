@@ -149,8 +149,8 @@ def test_own_products_are_those_of_a_dense_mask(queries, monkeypatch):
 def test_the_output_layer_in_tiles_is_log_softmax(bias, by_torch, monkeypatch):
     if by_torch and not head.has_linear_cross_entropy():
         pytest.skip("this torch has no F.linear_cross_entropy")
-    monkeypatch.setattr(head, "_SMALLEST_TILE", 16)
-    monkeypatch.setattr(head, "_TILE_ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr(head, "SMALLEST_TILE", 16)
+    monkeypatch.setattr(head, "TILE_ELEMENTS", {"cpu": 1})
     torch.manual_seed(0)
     hidden, weight = torch.randn(11, 6, requires_grad=True), torch.randn(53, 6, requires_grad=True)
     bias_v = torch.randn(53, requires_grad=True) if bias else None
@@ -191,7 +191,7 @@ def test_no_logits_of_a_whole_row_are_made():
         token_log_probs_from_hidden(
             hidden, weight, None, torch.zeros(n_tokens, dtype=torch.long), torch.float32
         ).sum().backward()
-    assert Largest.elements <= 2 * head._TILE_ELEMENTS["cpu"] < n_tokens * n_vocabulary / 20
+    assert Largest.elements <= 2 * head.TILE_ELEMENTS["cpu"] < n_tokens * n_vocabulary / 20
 
 
 def test_torch_computes_the_output_layer_by_setting():

@@ -1,6 +1,7 @@
 """Parameters, FLOPs, time and memory of a plan, against published and independent figures."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,13 +9,14 @@ import torch
 from dpo.config.compose import compose
 from dpo.config.models import ModelConfig
 from dpo.errors import ConfigError, ModelError
+from dpo.modeling import head
 from dpo.modeling.attention import ARCHITECTURES
 from dpo.plan.adapters import lora_parameters
 from dpo.plan.architecture import _shipped, architecture_of, config_values
 from dpo.plan.compute import flops, seconds
 from dpo.plan.estimate import GIB, Machine, job_of, plan_stage
 from dpo.plan.lengths import DEFAULT, HH_PAIRS, Lengths
-from dpo.plan.memory import PACKED_TYPES, predict
+from dpo.plan.memory import LOGITS_AT_ONCE, PACKED_TYPES, SMALLEST_TILE, predict
 from dpo.plan.preflight import check_fit, preflight
 from dpo.plan.sizes import from_config
 from dpo.plan.split import check_spread
@@ -120,6 +122,28 @@ def test_the_published_runs_of_four_a100():
 
 def test_packed_types_are_those_of_the_attention():
     assert set(PACKED_TYPES) == set(ARCHITECTURES)
+
+
+def test_logits_at_once_are_those_of_the_output_layer():
+    assert LOGITS_AT_ONCE == head.TILE_ELEMENTS
+    assert SMALLEST_TILE == head.SMALLEST_TILE
+
+
+def test_logits_that_a_gpu_holds_are_counted():
+    """By hand: tiles of 2^26 elements. In float32 two of them, 2^29 bytes; in bfloat16 both and the
+    two in 16 bits that they come from and go to, 0.75 x 2^30. Beside that the gradient of Gemma's
+    output weights, and with autocast two copies of them."""
+    words = ("trainer=BasicTrainer", "micro_batch_tokens=2048")
+    output = 256_000 * 2048
+    values = {
+        **{"model_type": "gemma", "hidden_size": 2048, "num_hidden_layers": 18, "head_dim": 256},
+        **{"num_attention_heads": 8, "num_key_value_heads": 1, "intermediate_size": 16384},
+        "vocab_size": 256_000,
+    }
+    job = job_of(config(*words), from_config(values), Machine(gpus=1), DEFAULT)
+    job = replace(job, several_micro_batches=True)
+    assert predict(replace(job, mode="float32")).logits == 2**29 + 4 * output
+    assert predict(replace(job, mode="autocast")).logits == 0.75 * 2**30 + 6 * output
 
 
 def test_states_by_hand():

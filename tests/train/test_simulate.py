@@ -110,6 +110,15 @@ def test_a_gpu_s_rmsprop_holds_one_more_value_of_every_weight(settings, on_gpu, 
     assert peak == pytest.approx(4 * copies * parameters, rel=0.08)
 
 
+@pytest.mark.parametrize(("dtype", "bytes_each"), [("float32", 8), ("bfloat16", 12)])
+def test_a_gpu_s_logits_are_in_the_step_as_in_the_account(settings, dtype, bytes_each):
+    """Tiles of 2^26 where a CPU has them of 2^20: the one that is worked on and the last one."""
+    values = {**NEOX, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 1}
+    config = settings({**values, "vocab_size": 400_000}, "optimizer=AdamW")
+    gpu, cpu = (peak_bytes(config, gpus=1, dtype=dtype, row=ROW, on_gpu=on) for on in (True, False))
+    assert gpu - cpu == pytest.approx(bytes_each * (2**26 - 2**20), rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("gpus", "words"),
     [
