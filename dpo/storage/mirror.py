@@ -12,6 +12,8 @@ from pathlib import Path
 from dpo.storage.manifest import MANIFEST, sha256_file
 from dpo.storage.store import Store
 
+_STEP = re.compile(r"step-(\d+)/")
+
 
 class Mirror:
     """Numbered folders (``step-N``) of one run in a store."""
@@ -57,6 +59,17 @@ class Mirror:
         self.store.delete(f"{name}/{MANIFEST}")
         for key in list(self.store.list(f"{name}/")):
             self.store.delete(key)
+
+    def keep_newest(self, n: int) -> None:
+        """Remove all but the ``n`` newest complete folders, and what was begun before the newest.
+
+        The parts of a folder that was never completed are as large as a folder.
+        """
+        kept = self.numbers()[-n:]
+        begun = {int(match[1]) for key in self.store.list("step-") if (match := _STEP.match(key))}
+        for number in sorted(begun):
+            if number < kept[-1] and number not in kept:
+                self.remove(f"step-{number}")
 
     def clear(self) -> None:
         """Remove everything."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 import threading
 import time
@@ -41,10 +40,11 @@ from dpo.distributed.together import (
     saving_group,
     writing_group,
 )
-from dpo.errors import ArtifactError, ConfigError, DpoError, StoreError
+from dpo.errors import ArtifactError, ConfigError, DpoError, StoreError, StoreUnavailable
 from dpo.storage.manifest import read_manifest, write_atomically, write_manifest
 from dpo.storage.mirror import Mirror
 from dpo.storage.progress import message
+from dpo.train.attempt import Attempt
 from dpo.train.period import Period
 from dpo.train.place import Place
 from dpo.train.position import Position
@@ -83,8 +83,7 @@ class Checkpoints:
         self._mirror = Mirror(place.store) if place.store else None
         self._saving: threading.Thread | None = None
         self._problem: DpoError | None = None
-        # no process removes what another one already writes
-        self._attempt = agree(secrets.token_hex(4))
+        self._attempt = Attempt(place.folder)
 
     def find(self) -> Path | None:
         """The newest complete checkpoint of the same run, if there is one.
@@ -94,8 +93,7 @@ class Checkpoints:
             ArtifactError: they have a format that this version does not read.
         """
         if is_first_of_host():
-            for left in self.folder.glob(".step-*"):
-                shutil.rmtree(left, ignore_errors=True)
+            self._attempt.tidy()
         if self.resume == "never":
             self.discard()
             return None
@@ -175,7 +173,7 @@ class Checkpoints:
         """
         self.finish(strict=False)
         began = time.monotonic()
-        partial = self.folder / f".step-{position.steps}.{self._attempt}.partial"
+        partial = self._attempt.begin(position.steps)
         model_state, optimizer_state = get_state_dict(model, optimizer)
         state = {"model": model_state, "optimizer": optimizer_state, "rng": torch.get_rng_state()}
         # said by the thread that writes: that a process is alone is known and meant
@@ -215,6 +213,7 @@ class Checkpoints:
         """Training ended with an error: one process alone still completes what it has begun."""
         if not dist.is_initialized():
             self.finish(strict=False)
+        self._attempt.end()
 
     def discard(self) -> None:
         """Remove them: the run's artifact is complete."""
@@ -226,7 +225,7 @@ class Checkpoints:
     def _complete(self, pending: Any, partial: Path, texts: Mapping[str, str]) -> None:
         """In a thread: wait for the tensors, add what belongs to them, make it visible."""
         began = time.monotonic()
-        target = self.folder / partial.name.removeprefix(".").partition(".")[0]
+        target = self.folder / partial.name.split(".")[1]
         parts = [lambda: self._write(pending, partial, texts)]
         if self._mirror:
             parts.append(lambda: self._send(partial, target.name))
@@ -251,6 +250,10 @@ class Checkpoints:
         if is_first_of_host():
             shutil.rmtree(partial, ignore_errors=True)
         if is_first():
+            if self._mirror and not isinstance(problems[0], StoreUnavailable):
+                # a full store would stay full
+                with suppress(StoreError):
+                    self._mirror.remove(partial.name.split(".")[1])
             message("train", f"{problems[0]}\n  training goes on; earlier checkpoints are kept")
         return True
 
@@ -299,8 +302,7 @@ class Checkpoints:
             store.write(_IDENTITY, _canonical(self.identity).encode())
             self._mirror.complete(partial, name)
             store.write(LATEST, f"{name}\n".encode())
-            for number in self._mirror.numbers()[: -self.keep]:
-                self._mirror.remove(f"step-{number}")
+            self._mirror.keep_newest(self.keep)
         if is_first_of_host():
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -351,8 +353,8 @@ class Checkpoints:
                 text = self._mirror.store.read(_IDENTITY).decode()
             else:
                 text = (self.folder / _IDENTITY).read_text(encoding="utf-8")
-            known: dict[str, Any] = json.loads(text)
-        except (OSError, ValueError, StoreError):
+            known: dict[str, Any] = dict(json.loads(text))
+        except (OSError, ValueError, TypeError, StoreError):
             # cut off or gone: as one of another run, and of no known format
             return {_FORMAT_KEY: "unknown"}
         return known

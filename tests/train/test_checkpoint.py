@@ -6,7 +6,8 @@ import threading
 import pytest
 import torch
 
-from dpo.errors import ArtifactError
+from dpo.errors import ArtifactError, StoreError
+from dpo.storage.store import open_store
 from dpo.train import checkpoint
 from dpo.train.checkpoint import Checkpoints
 from dpo.train.place import Place
@@ -87,6 +88,71 @@ def test_a_folder_that_is_removed_while_it_is_written_to_is_one_message(
         saved(place)
     assert seen == []
     assert "training goes on" in capsys.readouterr().err
+
+
+def test_a_second_run_leaves_what_the_first_one_writes(tmp_path, monkeypatch):
+    """Of the same training, in the same place: it removed that as what a killed run had left."""
+    allowed, write = threading.Event(), checkpoint.write_manifest
+
+    def slowly(*given):
+        assert allowed.wait(60)
+        write(*given)
+
+    monkeypatch.setattr(checkpoint, "write_manifest", slowly)
+    first, *_ = begun(tmp_path)
+    abandoned = tmp_path / ".step-2.0123abcd.partial/tensors"
+    abandoned.mkdir(parents=True)
+    (tmp_path / ".0123abcd.alive").touch()
+    second = Checkpoints(Place(tmp_path), {}, keep=1)
+    assert second.find() is None
+    assert not abandoned.parent.exists()
+    allowed.set()
+    first.finish()
+    first.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "identity.json", "step-3"]
+
+
+def in_store(tmp_path):
+    store = open_store(f"file://{tmp_path}/store")
+    return Checkpoints(Place(tmp_path / "here", store), {}, keep=1), store
+
+
+def test_parts_of_a_checkpoint_that_a_store_has_no_room_for_are_removed(tmp_path, monkeypatch):
+    """They stayed until the end of the training, and a full store stayed full."""
+    keeper, store = in_store(tmp_path)
+    upload = type(store).upload
+
+    def refused(self, path, key, sha256):
+        if path.suffix == ".distcp":
+            raise StoreError("the store has no space left", where=key)
+        upload(self, path, key, sha256)
+
+    monkeypatch.setattr(type(store), "upload", refused)
+    model, optimizer = half_used()
+    keeper.save(model, optimizer, Position(steps=3), {"metrics.jsonl": "{}\n"})
+    with pytest.raises(StoreError, match="no space left"):
+        keeper.finish()
+    assert list(store.list()) == []
+
+
+def test_parts_that_a_killed_run_left_in_a_store_go_with_the_next_checkpoint(tmp_path):
+    """Those of a later step are left: they may be another run's, or are written again."""
+    keeper, store = in_store(tmp_path)
+    for number in (2, 4):
+        store.write(f"step-{number}/tensors/__0_0.distcp", b"half of it")
+    model, optimizer = half_used()
+    keeper.save(model, optimizer, Position(steps=3), {})
+    keeper.finish()
+    folders = {key.partition("/")[0] for key in store.list("step-")}
+    assert folders == {"step-3", "step-4"}
+
+
+@pytest.mark.parametrize("text", ["[]", "[1]", "3", '"a"'])
+def test_an_identity_that_is_none_is_one_message(tmp_path, text):
+    saved(tmp_path)
+    (tmp_path / "identity.json").write_text(text)
+    with pytest.raises(ArtifactError, match="have format"):
+        Checkpoints(Place(tmp_path), {}, keep=1).find()
 
 
 class _HalfUsed(torch.nn.Module):
