@@ -30,8 +30,11 @@ from torch.distributed.tensor import DTensor
 from dpo.distributed.heartbeat import arrived
 from dpo.errors import ModelError
 from dpo.modeling.load import context_of
+from dpo.modeling.sampler import Sampler, stream
 
 DEFAULT_BATCH = 16
+_BETWEEN = 8
+"""Tokens from one call of ``between`` to the next: several processes may exchange words in it."""
 _COMPACT_BELOW = 0.75
 """The batch is made smaller when fewer than this share of its rows still go on."""
 
@@ -61,6 +64,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     batch_size: int = DEFAULT_BATCH,
+    between: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """One answer to each prompt, as text; see ``answer``."""
     encoded = [encode(tokenizer, prompt, max_prompt_length) for prompt in prompts]
@@ -73,6 +77,7 @@ def generate(
         top_p=top_p,
         seed=seed,
         batch_size=batch_size,
+        between=between,
     )
     return [decode(tokenizer, item) for item in found]
 
@@ -111,6 +116,7 @@ def answer(
     batch_size: int = DEFAULT_BATCH,
     advance: Callable[[int], None] | None = None,
     numbers: Sequence[int] | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> list[Answer]:
     """One answer to each prompt, in the order of the prompts.
 
@@ -131,6 +137,7 @@ def answer(
         batch_size: Prompts answered at a time; fewer when a GPU's memory does not hold so many.
         advance: Called with the number of prompts just answered.
         numbers: Which random stream each prompt has; by default its place.
+        between: Called before every few tokens of a batch; what it raises ends the answering.
     """
     root, model = model, model if hasattr(model, "config") else model.model
     forward, together = _forward(model, root), _in_parts(model)
@@ -145,10 +152,10 @@ def answer(
     def run(places: list[int]) -> list[Answer]:
         rows = [prompts[place] for place in places]
         state = _Batch.of(model, rows, tokenizer.eos_token_id, cached=cached)
-        sampler = Sampler(temperature, top_p, [_stream(seed, streams[place]) for place in places])
+        sampler = Sampler(temperature, top_p, [stream(seed, streams[place]) for place in places])
         longest = max(len(prompt) for prompt in state.prompts)
         room = max(1, min(max_new_tokens, context - longest)) if context else max_new_tokens
-        return _answer_batch(state, forward, room, sampler, ends, together=together)
+        return _answer_batch(state, forward, room, sampler, ends, between, together=together)
 
     found: dict[int, Answer] = {}
     # without a cache, padding would change what the model sees
@@ -199,53 +206,13 @@ def _batches(
             yield numbers[first : first + batch_size]
 
 
-def _stream(seed: int, number: int) -> torch.Generator:
-    # drawn on the CPU: the same numbers on every device
-    return torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
-
-
-class Sampler:
-    """Chooses the next token of each row: greedy, or by nucleus sampling from its own stream."""
-
-    def __init__(
-        self, temperature: float, top_p: float, streams: Sequence[torch.Generator]
-    ) -> None:
-        self.temperature, self.top_p, self.streams = temperature, top_p, list(streams)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Only these rows are left."""
-        self.streams = [self.streams[row] for row in rows]
-
-    def choose(self, logits_BV: Tensor) -> list[int]:
-        """The next token of each row."""
-        if self.temperature == 0:
-            greedy: list[int] = logits_BV.argmax(1).tolist()
-            return greedy
-        chances_BV = (logits_BV.double() / self.temperature).softmax(1)
-        token_BV = None
-        if self.top_p < 1:
-            chances_BV, token_BV = chances_BV.sort(dim=1, descending=True, stable=True)
-            # the smallest set of tokens that holds top_p of the probability; the likeliest always
-            outside_BV = chances_BV.cumsum(1) - chances_BV >= self.top_p
-            chances_BV = chances_BV.masked_fill(outside_BV, 0.0)
-        sums_BV = chances_BV.cumsum(1)
-        draws = [torch.rand((), generator=stream, dtype=torch.float64) for stream in self.streams]
-        drawn_B1 = (torch.stack(draws).to(sums_BV.device) * sums_BV[:, -1])[:, None]
-        place_B1 = torch.searchsorted(sums_BV, drawn_B1, right=True)
-        # rounding may leave the draw at the very end: then the last token that may be chosen
-        last_B1 = (sums_BV < sums_BV[:, -1:]).sum(1, keepdim=True)
-        place_B1 = torch.minimum(place_B1, last_B1)
-        chosen_B1 = place_B1 if token_BV is None else token_BV.gather(1, place_B1)
-        chosen: list[int] = chosen_B1.squeeze(1).tolist()
-        return chosen
-
-
 def _answer_batch(
     state: _Batch,
     forward: Forward,
     room: int,
     sampler: Sampler,
     ends: frozenset[int],
+    between: Callable[[], None],
     *,
     together: bool,
 ) -> list[Answer]:
@@ -255,6 +222,8 @@ def _answer_batch(
     """The prompt behind each row that is still in the batch."""
     logits_BV = state.read_prompts(forward)
     for position in range(room):
+        if position % _BETWEEN == 0:
+            between()
         chosen = sampler.choose(logits_BV)
         for row, token in zip(rows, chosen, strict=True):
             # a row that has ended may still be in the batch: it gets no more tokens

@@ -303,6 +303,7 @@ class Trainer:
         )
         try:
             figures = self._repeated(evaluate)
+            samples = self._samples() if self.config.sample_during_eval else []
         except Interrupted:
             # the last one is made in any case
             done = self.position.trained >= self.examples.order.total_examples
@@ -320,11 +321,20 @@ class Trainer:
                 **figures,
             }
         )
-        if self.config.sample_during_eval:
-            self._sample()
+        if samples and is_first():
+            self.log.write_samples(samples)
 
-    def _sample(self) -> None:
-        """Answers to the first held-out prompts, in ``samples.jsonl`` beside the metric log."""
+    def _samples(self) -> list[dict[str, Any]]:
+        """Answers to the first held-out prompts, for ``samples.jsonl`` beside the metric log.
+
+        Raises:
+            Interrupted: a process was asked to stop.
+        """
+
+        def between() -> None:
+            if self.objective.ranks.any(self._asked_to_stop):
+                raise Interrupted
+
         examples = self.examples.held_out[: self.config.n_eval_model_samples]
         prompts = [self.tokenizer.decode(example.prompt_T) for example in examples]
         # sums along the vocabulary have no kind that gives the same bits each time
@@ -336,14 +346,12 @@ class Trainer:
                 max_new_tokens=self.config.max_length - self.config.max_prompt_length,
                 max_prompt_length=self.config.max_prompt_length,
                 seed=self.config.seed,
+                between=between,
             )
-        if not is_first():
-            return
-        step = self.position.steps
-        self.log.write_samples(
-            {"step": step, "prompt": prompt, "answer": answer}
+        return [
+            {"step": self.position.steps, "prompt": prompt, "answer": answer}
             for prompt, answer in zip(prompts, answers, strict=True)
-        )
+        ]
 
     def _shown(self, figures: dict[str, float]) -> dict[str, float]:
         shown = {"loss": figures["loss/train"]}

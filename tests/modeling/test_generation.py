@@ -10,7 +10,8 @@ import torch
 from dpo.config.models import ModelConfig
 from dpo.errors import ModelError
 from dpo.evaluate.answers import repetition
-from dpo.modeling.generation import Answer, Sampler, answer, decode, generate
+from dpo.modeling.generation import Answer, answer, decode, generate
+from dpo.modeling.sampler import Sampler
 from tests.modeling.architectures import HYBRID, random_model
 
 SIZES = {"vocab_size": 100, "max_position_embeddings": 64}

@@ -6,6 +6,7 @@ import signal
 import pytest
 
 from dpo.errors import TrainingStopped
+from dpo.modeling import generation
 from dpo.train.stage import run_train
 from dpo.train.step import Objective
 from tests.train.test_resume import (
@@ -79,6 +80,34 @@ def test_a_run_stopped_in_an_evaluation_makes_it_anew(
             counts["evaluations"] = number - 1
             with pytest.raises(TrainingStopped, match=where):
                 train(prepared, tmp_path, "model")
+    train(prepared, tmp_path, "model")
+    assert_same(tmp_path / "model", whole)
+
+
+def test_a_run_stopped_while_it_samples_makes_the_evaluation_anew(
+    whole, prepared, tmp_path, monkeypatch
+):
+    """All answers were waited for; the metric log and the samples are those of one evaluation."""
+    answer_batch = generation._answer_batch
+    counts = {"batches": 0, "asked": 0}
+
+    def stopping(state, forward, room, sampler, ends, between, **more):
+        counts["batches"] += 1
+
+        def asked():
+            counts["asked"] += 1
+            if counts["batches"] == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            between()
+
+        return answer_batch(state, forward, room, sampler, ends, asked, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "_answer_batch", stopping)
+        with pytest.raises(TrainingStopped, match="after step 5; a checkpoint was written"):
+            train(prepared, tmp_path, "model")
+    # six times for the 48 tokens of the first, once for the second
+    assert counts == {"batches": 2, "asked": 7}
     train(prepared, tmp_path, "model")
     assert_same(tmp_path / "model", whole)
 
