@@ -309,16 +309,20 @@ def check_weights(parameters: Sequence[torch.nn.Parameter], steps: int) -> None:
         )
 
 
-def check_starting_point(figures: dict[str, Tensor], loss: AnyLoss, dtype: torch.dtype) -> None:
+def check_starting_point(figures: dict[str, Tensor], loss: AnyLoss, dtype: torch.dtype) -> float:
     """Before the first update policy and reference are equal: the margin is 0, the loss known.
 
     A mask, a packing or a cache that is wrong shows here.
+
+    Returns:
+        The largest log-ratio, if it is more than the rounding of float32 sums: the reference was
+        scored in other types, or by a model that was split otherwise. Else 0.
 
     Raises:
         InvariantError: they differ by more than the precision in use explains.
     """
     if isinstance(loss, SFTLoss) or not loss.needs_reference:
-        return
+        return 0.0
     largest = max(figures[f"logps_train/{side}"].abs().max() for side in ("chosen", "rejected"))
     tolerance = _TOLERANCE[dtype] * float(largest) + _TOLERANCE[dtype]
     margin = float(figures["rewards_train/margins"].abs().max()) / loss.beta
@@ -329,9 +333,10 @@ def check_starting_point(figures: dict[str, Tensor], loss: AnyLoss, dtype: torch
             where="step 0",
             fix="the reference was computed with other weights, tokens or types: run it again",
         )
+    seen = margin if margin > _TOLERANCE[torch.float32] * (float(largest) + 1) else 0.0
     expected = starting_loss(loss)
     if expected is None:
-        return
+        return seen
     found = float(figures["loss/train"].mean())
     drifted = [starting_loss(loss, drift) for drift in (-tolerance, tolerance)]
     allowed = max(abs(value - expected) for value in drifted if value is not None)
@@ -341,6 +346,7 @@ def check_starting_point(figures: dict[str, Tensor], loss: AnyLoss, dtype: torch
             where="step 0",
             fix="report a bug: the loss does not see what it should",
         )
+    return seen
 
 
 def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float) -> float:

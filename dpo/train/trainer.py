@@ -217,7 +217,14 @@ class Trainer:
         figures, grad_norm = self._gradients(examples, n_micro_batches)
         check_finite(figures, grad_norm, examples)
         if self.position.steps == 0:
-            check_starting_point(figures, self.objective.loss, self.objective.dtype)
+            apart = check_starting_point(figures, self.objective.loss, self.objective.dtype)
+            if apart:
+                message(
+                    self.stage,
+                    f"the reference was rounded otherwise: log-ratios of up to {apart:.2g} before "
+                    "the first update, where 0 is meant; accuracies say nothing while the margins "
+                    "are no larger than beta times that",
+                )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.position.steps += 1

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from dpo.config.compose import compose
@@ -14,7 +16,7 @@ from dpo.data.log_probs import read_log_probs
 from dpo.errors import ModelError, NonFiniteError
 from dpo.modeling import sharded
 from dpo.storage.manifest import read_manifest
-from dpo.train import reference
+from dpo.train import reference, stage
 from dpo.train.reference import run_reference
 from dpo.train.stage import run_train
 from tests.train.conftest import SETTINGS
@@ -94,3 +96,33 @@ def test_an_output_that_cannot_be_made_is_told_before_the_pairs_are_scored(
     config = restrict(compose(SETTINGS).config, "reference")
     with pytest.raises(OSError, match="file"):
         run_reference(config, tmp_path / "file/out", pairs=prepared.data, model=prepared.sft)
+
+
+@pytest.mark.parametrize(("noise", "said"), [(0.0, False), (0.02, True)])
+def test_a_reference_that_was_rounded_otherwise_is_said_once(
+    noise, said, prepared, tmp_path, monkeypatch, capsys
+):
+    """As where whole models score what is trained in float16 shards: accuracies of the first steps
+    are 0.2 to 0.8 where 0 is meant, and nothing said why."""
+    given = stage.select_log_probs
+
+    def rounded(*arguments):
+        rows = given(*arguments)
+        return [replace(row, chosen=row.chosen + noise / len(row.chosen)) for row in rows]
+
+    monkeypatch.setattr(stage, "select_log_probs", rounded)
+    monkeypatch.setattr(stage, "compute_dtype", lambda *_: torch.bfloat16)
+    words = [*SETTINGS, "n_examples=16", "loss=dpo"]
+    config = restrict(compose(words).config, "preference")
+    run_reference(
+        config_of("n_examples=16", "model.compute_dtype=bfloat16"),
+        tmp_path / "reference",
+        pairs=prepared.data,
+        model=prepared.sft,
+    )
+    paths = {**prepared.paths(sft=False), "reference": tmp_path / "reference"}
+    run_train(config, tmp_path / "model", **paths)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "rounded otherwise" in line]
+    assert len(lines) == said
+    if said:
+        assert "log-ratios of up to 0.02 before the first update" in lines[0]
