@@ -67,8 +67,10 @@ class Mirror:
         """
         kept = self.numbers()[-n:]
         begun = {int(match[1]) for key in self.store.list("step-") if (match := _STEP.match(key))}
+        # none where another run has removed them meanwhile
+        newest = max(kept, default=0)
         for number in sorted(begun):
-            if number < kept[-1] and number not in kept:
+            if number < newest and number not in kept:
                 self.remove(f"step-{number}")
 
     def clear(self) -> None:
