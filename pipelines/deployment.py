@@ -267,7 +267,12 @@ def _read(name_or_file: str) -> dict[str, Any]:
 
 
 class _KeysOnce(yaml.SafeLoader):
-    """Refuses a mapping that has a key twice."""
+    """Refuses a mapping that has a key twice, and a part that holds itself."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        # built with all that is in it, a part that holds itself (`&a [*a]`) is an error of YAML's
+        self.deep_construct = True
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """As every loader does, and then the check: later ``<<`` has become the keys it adds."""
@@ -298,7 +303,7 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
         place[parent] = inner = dict(inner) if isinstance(inner, Mapping) else {}
         place = inner
     try:
-        place[last] = yaml.safe_load(text)
+        place[last] = yaml.load(text, Loader=_KeysOnce)  # nosec B506
     except yaml.YAMLError:
         raise ConfigError(f"the value of {key} is not YAML: {text}", fix="quote it") from None
 

@@ -267,6 +267,7 @@ def test_retries_reach_steps_inside_conditions_and_outlast_the_training():
         ("store_secret.name=Not_A_Name", "store_secret.name"),
         ("train.gpus", "is not KEY=VALUE"),
         ("train.tolerations=[", "is not YAML"),
+        ("labels=&a {x: *a}", "is not YAML"),
     ],
 )
 def test_what_cannot_work_is_refused(assignment, message):
@@ -329,6 +330,7 @@ def test_an_unknown_deployment_names_the_choices():
         (b"\xff\xfe\x00", "not a text in UTF-8"),
         (b"train: {gpus: 1}\ndata: {}\ntrain: {cpu: 2}\n", r"key train .* twice\n.*mine.yaml:3\n"),
         (b"steps: {sft: {cpu: 1, cpu: 2}}", "key cpu stands there twice"),
+        (b"data: {}\nlabels: &a\n  x: *a\n", r"not YAML: .* recursive node\n.*mine.yaml:2\n"),
     ],
 )
 def test_a_file_that_is_no_deployment(tmp_path, text, message):
