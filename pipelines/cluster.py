@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ from typing import Any
 
 from dpo.errors import ConfigError, PipelineError, RequestError, holds_password
 from dpo.storage.proxies import proxy_for
-from pipelines.connection import bounded_client
+from pipelines.connection import NotTheApi, bounded_client
 
 ENDED = frozenset({"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"})
 """States of a run that goes on no more."""
+_TOKEN = "KF_PIPELINES_TOKEN"
 _CERTIFICATES = "SSL_CERT_FILE"
 _BAD_REQUEST = 400
 _REQUEST_TIMEOUT = 408
@@ -43,9 +45,10 @@ def endpoint(
 
     Raises:
         RequestError: neither names one.
-        ConfigError: it has credentials in it.
+        ConfigError: it has credentials in it, or is no URL of HTTP.
     """
-    host = host or os.environ.get("KF_PIPELINES_ENDPOINT")
+    # a line's end comes with what a file or a CI variable holds
+    host = (host or os.environ.get("KF_PIPELINES_ENDPOINT") or "").strip()
     if not host:
         raise RequestError(
             "no Kubeflow Pipelines endpoint is given",
@@ -54,7 +57,13 @@ def endpoint(
     if "://" not in host:
         # as kfp takes it, which warns of it
         host = f"https://{host}"
-    ui = os.environ.get("KF_PIPELINES_UI_ENDPOINT") or host
+    if not re.match(r"https?://[^/\s]", host):
+        raise ConfigError(
+            f"{host} is no address of an endpoint",
+            where="KF_PIPELINES_ENDPOINT or --endpoint",
+            fix="write http://NAME or https://NAME, with port and path where there are some",
+        )
+    ui = os.environ.get("KF_PIPELINES_UI_ENDPOINT", "").strip() or host
     if holds_password(host) or holds_password(ui):
         raise ConfigError(
             "the URL of the endpoint has credentials in it, and links to it are shown and logged",
@@ -74,7 +83,8 @@ def connect(target: Endpoint) -> Any:
     """A KFP client; inside a cluster with the pod's own service account token.
 
     Raises:
-        ConfigError: ``SSL_CERT_FILE`` names no file, or the environment a proxy of another kind.
+        ConfigError: ``SSL_CERT_FILE`` names no file, ``KF_PIPELINES_TOKEN`` holds no token, or the
+            environment names a proxy of another kind.
         RequestError: the endpoint does not answer; nothing was started.
     """
     import kfp
@@ -85,7 +95,7 @@ def connect(target: Endpoint) -> Any:
     token_path = Path(
         os.environ.get("KF_PIPELINES_SA_TOKEN_PATH") or "/var/run/secrets/kubeflow/pipelines/token"
     )
-    if token := os.environ.get("KF_PIPELINES_TOKEN"):
+    if token := _token():
         credentials["existing_token"] = token
     elif token_path.is_file():
         # read again for each request: the kubelet renews it
@@ -108,6 +118,18 @@ def connect(target: Endpoint) -> Any:
     except Exception as error:
         raise problem("the endpoint does not answer", target, error, RequestError) from None
     return client
+
+
+def _token() -> str:
+    """The token that the environment has; of another text, HTTP's own refusal would show it."""
+    token = os.environ.get(_TOKEN, "").strip()
+    if not re.fullmatch(r"[!-~]*", token):
+        raise ConfigError(
+            f"{_TOKEN} holds a space, a line break or a letter that no token has",
+            where=_TOKEN,
+            fix="set it to the token alone, without `Bearer` before it",
+        )
+    return token
 
 
 def _certificates(host: str) -> str | None:
@@ -162,7 +184,10 @@ def cancel(client: Any, target: Endpoint, run_id: str) -> None:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether the endpoint said no; another answer, or none, leaves open what it did."""
+    """Whether the endpoint said no, or was not reached at all; another answer, or none, leaves open
+    what it did."""
+    if isinstance(error, NotTheApi):
+        return True
     status = getattr(error, "status", None) or 0
     return 400 <= status < 500 and status != _REQUEST_TIMEOUT
 
@@ -189,6 +214,10 @@ _FIXES = {
     404: "check the endpoint's path, the namespace and the run id",
     409: "look at its state in the UI",
 }
+_FIX_OF_A_PAGE = (
+    "if it asks people to sign in, give a token that it takes (KF_PIPELINES_TOKEN, or a token "
+    "volume); else write the API's address, which is often the UI's with /pipeline behind it"
+)
 
 
 def problem(
@@ -200,6 +229,10 @@ def problem(
     fix = _FIXES.get(status, "check KF_PIPELINES_ENDPOINT and that the service is up")
     if not status and (proxy := _proxy(target)):
         fix += f", and the proxy {proxy}, through which it is asked (NO_PROXY names exceptions)"
+    if isinstance(error, NotTheApi):
+        fix = _FIX_OF_A_PAGE
+    if "WRONG_VERSION_NUMBER" in reason:
+        fix = "it speaks no TLS there: write http:// before its name if that is meant"
     if "CERTIFICATE_VERIFY_FAILED" in reason:
         fix = f"set {_CERTIFICATES} to the file with the certificate of its authority (PEM)"
     if status == _BAD_REQUEST:

@@ -15,11 +15,19 @@ _CUT_TRIES = 3
 _CUT_PAUSE_SECONDS = 0.2
 
 
+class NotTheApi(Exception):
+    """A page in place of an answer, as proxies show whoever is not signed in, with code 200."""
+
+    def __init__(self) -> None:
+        super().__init__("it sent a page for people and no answer of Kubeflow Pipelines' API")
+
+
 def bounded_client(**arguments: Any) -> Any:
     """A ``kfp.Client`` with a time limit on each request.
 
     Its own requests have none, and are sent up to four times when they have no answer. Here they
-    are sent once; but a question (GET) on a connection that was cut is asked again at once.
+    are sent once; but a question (GET) on a connection that was cut is asked again at once. And
+    what is no answer of the API raises `NotTheApi`: kfp would take a page for an empty answer.
 
     Args:
         arguments: Of ``kfp.Client``.
@@ -71,14 +79,23 @@ def _bounded(send: Callable[..., Any]) -> Callable[..., Any]:
             named["_request_timeout"] = pair(_limit(method, url))
         for _ in range(_CUT_TRIES - 1 if method == "GET" else 0):
             try:
-                return send(method, url, *given, **named)
+                return _answer(url, send(method, url, *given, **named))
             except HTTPError as error:
                 if not isinstance(getattr(error, "reason", error), ProtocolError):
                     raise
             time.sleep(_CUT_PAUSE_SECONDS)
-        return send(method, url, *given, **named)
+        return _answer(url, send(method, url, *given, **named))
 
     return request
+
+
+def _answer(url: str, response: Any) -> Any:
+    text = response.data
+    start = text[:64].decode(errors="replace") if isinstance(text, bytes) else str(text)[:64]
+    # the log of a pod is the one answer that is no JSON
+    if start.lstrip().startswith("<") and not url.endswith("/log"):
+        raise NotTheApi
+    return response
 
 
 def _limit(method: str, url: str) -> float:

@@ -187,3 +187,58 @@ def test_a_proxy_of_another_kind_is_named(command, monkeypatch, backend):
     assert "ALL_PROXY in the environment" in said
     assert "add kubeflow.invalid to NO_PROXY" in said
     assert "does not answer" not in said
+
+
+LOGIN = "\n<!DOCTYPE html><html><head><title>Log in</title></head></html>"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--wait"], ["--upload"], ["--cancel", "r"], ["--retry", "r"]]
+)
+def test_a_page_that_asks_to_sign_in_is_no_answer(arguments, backend, command):
+    """kfp takes it for an answer without a run in it: run None was said to be submitted."""
+    backend.faults = [Fault(".*", times=99, page=LOGIN)]
+    code, outcome, said = command(*arguments)
+    assert (code, outcome["state"]) == (2, "not started")
+    assert "a page for people and no answer of Kubeflow Pipelines' API" in said
+    assert "give a token that it takes" in said
+
+
+def test_a_page_in_place_of_the_run_that_is_waited_for(backend, command):
+    backend.faults = [Fault(r"/runs/[^/]+$", times=99, page=LOGIN)]
+    code, outcome, _ = command("--wait")
+    assert (code, outcome["state"], [outcome["run_id"]]) == (5, "unknown", list(backend.runs))
+
+
+def test_the_ends_of_lines_are_no_part_of_address_and_token(backend, command, monkeypatch):
+    backend.token = "of-ci"
+    monkeypatch.setenv("KF_PIPELINES_TOKEN", " of-ci\n")
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", f"{backend.url}/\n")
+    code, outcome, _ = command()
+    assert code == 0
+    assert outcome["where"] == f"{backend.url}/#/runs/details/{outcome['run_id']}"
+
+
+@pytest.mark.parametrize("token", ["Bearer of-ci", "of-\nci", "of-cí"])
+def test_a_token_that_cannot_be_sent_is_not_shown(token, backend, command, monkeypatch):
+    monkeypatch.setenv("KF_PIPELINES_TOKEN", token)
+    code, outcome, said = command()
+    assert code == 2
+    assert "KF_PIPELINES_TOKEN holds" in outcome["message"]
+    assert "of-" not in said + str(outcome)
+
+
+@pytest.mark.parametrize("address", ["ftp://kubeflow.test", "http://", "https:///pipeline"])
+def test_an_address_of_another_kind(address, backend, command, monkeypatch):
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", address)
+    code, _, said = command()
+    assert code == 2
+    assert f"{address} is no address of an endpoint" in said
+    assert "Warning" not in said
+
+
+def test_an_endpoint_without_tls_is_told(backend, command, monkeypatch):
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", backend.url.removeprefix("http://"))
+    code, _, said = command()
+    assert code == 2
+    assert "it speaks no TLS there: write http:// before its name" in said

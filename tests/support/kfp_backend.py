@@ -63,6 +63,8 @@ class Fault:
     """Do what was asked for first: the answer is lost, not the request."""
     hold_seconds: float = 0.0
     """Time before the answer."""
+    page: str = ""
+    """What is sent with 200 in place of an answer, as by a proxy that asks to sign in."""
 
 
 class Refused(Exception):
@@ -385,7 +387,7 @@ class _Handler(BaseHTTPRequestHandler):
             text = {"error": refused.message, "message": refused.message, "code": refused.code}
             # whoever asked may have given up meanwhile
             with suppress(BrokenPipeError, ConnectionResetError):
-                self._send(refused.status, text)
+                self._send(refused.status, refused.message if refused.status == 200 else text)
         except ConnectionAbortedError:
             self.close_connection = True
 
@@ -399,6 +401,8 @@ class _Handler(BaseHTTPRequestHandler):
                 time.sleep(fault.hold_seconds)
                 if fault.cut:
                     raise ConnectionAbortedError
+                if fault.page:
+                    raise Refused(200, fault.page)
                 raise Refused(fault.status, fault.message, 13)
 
     def _authorise(self) -> None:
