@@ -13,7 +13,6 @@ import json
 import sys
 import tempfile
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     given = sys.argv[1:] if arguments is None else arguments
     print_any_text()
-    as_json = "--output=json" in given or ("--output", "json") in pairwise(given)
+    as_json = any(map(_asks_for_json, given, [*given[1:], ""]))
     try:
         if given[:1] == ["explain"]:
             options = explain.parser().parse_args(given[1:])
@@ -229,6 +228,13 @@ def main(arguments: list[str] | None = None) -> int:
             stopped = {"state": "interrupted", "message": text, "exit_code": INTERRUPTED}
             print(json.dumps({**stopped, "run_id": run_id}))
         return INTERRUPTED
+
+
+def _asks_for_json(word: str, following: str) -> bool:
+    """Whether an option is ``--output json``, which may be shortened as any other."""
+    name, equals, value = word.partition("=")
+    short = name.startswith("--o") and "--output".startswith(name)
+    return short and (value if equals else following) == "json"
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -199,8 +199,9 @@ def test_a_mistake_in_an_option_is_one_line(command, arguments, words):
         assert word in done.stderr
 
 
-def test_a_mistake_in_an_option_is_json_for_ci():
-    command = [sys.executable, "pipelines/submit.py", "--output", "json", "--preset", "huge"]
+@pytest.mark.parametrize("asked", [["--output", "json"], ["--outp=json"]])
+def test_a_mistake_in_an_option_is_json_for_ci(asked):
+    command = [sys.executable, "pipelines/submit.py", *asked, "--preset", "huge"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     told = json.loads(done.stdout)
     assert (done.returncode, told["exit_code"], told["state"]) == (2, 2, "not started")
