@@ -21,6 +21,9 @@ from pipelines.deployment import CHECKPOINTS_VARIABLE
 from pipelines.shared_places import inputs, local_place
 
 RUN_LABEL = "dpo.run"
+FOLDER_LABEL = "dpo.runs"
+_LEFT_SECONDS = 40
+"""For a training step that is told to end to write its checkpoint."""
 _PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY")
 _PASSED_ON = (
     *("AWS_", "MINIO_", "S3_", "HF_", "OMP_NUM_THREADS", "DPO_"),
@@ -70,7 +73,7 @@ def container_settings(
         # what the steps write belongs to whoever started the run
         "user": f"{os.getuid()}:{os.getgid()}",
         "shm_size": _SHARED_MEMORY,
-        "labels": {RUN_LABEL: run_id},
+        "labels": {RUN_LABEL: run_id, FOLDER_LABEL: str(runs)},
         "mounts": [
             *(_mount(path, path, read_only=False) for path in writable),
             *(_mount(here, inside, read_only=True) for inside, here in sorted(readable.items())),
@@ -221,6 +224,39 @@ def stop_containers(run_id: str, how: str = "SIGKILL") -> None:
         for container in client.containers.list(filters=ours, ignore_removed=True):
             with suppress(APIError):
                 container.kill(how)
+    finally:
+        client.close()
+
+
+def end_left(runs: Path) -> None:
+    """End the containers of an earlier run of this folder: one that was killed could not end them.
+
+    They would train on beside the new run, and write to the same checkpoints. For whoever holds
+    the folder's lock: no run of it is under way.
+
+    Args:
+        runs: Folder of local runs.
+    """
+    from docker.errors import APIError
+
+    client = connect()
+    try:
+        ours = {"label": f"{FOLDER_LABEL}={runs}"}
+        # those that have ended meanwhile too: nobody has removed them
+        left = client.containers.list(all=True, filters=ours, ignore_removed=True)
+        for container in left:
+            print(
+                f"ending the step's container {container.name}, which an earlier run left behind: "
+                "a training step writes a checkpoint first",
+                file=sys.stderr,
+                flush=True,
+            )
+            # of the time that is over as well
+            with suppress(APIError, OSError):
+                container.kill("SIGTERM")
+                container.wait(timeout=_LEFT_SECONDS)
+            with suppress(APIError):
+                container.remove(force=True)
     finally:
         client.close()
 

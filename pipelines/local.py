@@ -105,6 +105,8 @@ def run_local(
     if job.runner == "docker":
         containers.check_images(job.documents)
     with locked(job.runs) as lock:
+        if job.runner == "docker":
+            containers.end_left(job.runs)
         drop_broken_cache_entries(job.runs / "cache")
         # the store may be shared by machines, so the second alone would not do
         run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")

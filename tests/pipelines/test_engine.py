@@ -52,6 +52,41 @@ def test_the_containers_are_told_to_end_though_one_has_ended_meanwhile(monkeypat
     assert told == ["SIGTERM"]
 
 
+def test_containers_of_a_run_that_was_killed_are_ended_before_the_next(
+    tmp_path, monkeypatch, capsys
+):
+    """They are no children of it, and would go on training beside the new run."""
+    monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache"))
+    asked, done = {}, []
+
+    def ended(_):
+        raise APIError("container is not running")
+
+    def one(name, kill):
+        return SimpleNamespace(
+            name=name,
+            kill=kill,
+            wait=lambda timeout: done.append((name, "waited for", timeout)),
+            remove=lambda force: done.append((name, "removed", force)),
+        )
+
+    found = [one("old", ended), one("busy", lambda how: done.append(("busy", how)))]
+    engine = SimpleNamespace(list=lambda **given: asked.update(given) or found)
+    client = SimpleNamespace(containers=engine, close=lambda: None)
+    monkeypatch.setattr(containers, "connect", lambda: client)
+    containers.end_left(tmp_path / "runs")
+    settings = containers.container_settings("run", tmp_path / "runs", tmp_path / "e", PARAMETERS)
+    label = f"{containers.FOLDER_LABEL}={settings['labels'][containers.FOLDER_LABEL]}"
+    assert asked == {"all": True, "filters": {"label": label}, "ignore_removed": True}
+    assert done == [
+        ("old", "removed", True),
+        ("busy", "SIGTERM"),
+        ("busy", "waited for", 40),
+        ("busy", "removed", True),
+    ]
+    assert "busy, which an earlier run left behind" in capsys.readouterr().err
+
+
 def test_training_in_containers_keeps_its_checkpoints_in_the_runs_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("DPO_CHECKPOINTS", raising=False)
