@@ -185,7 +185,8 @@ class Cluster:
                 yield line.decode(errors="replace").rstrip("\n")
 
     def events(self, name: str) -> list[str]:
-        """Warnings about objects whose names begin with the job's; empty without that right."""
+        """Warnings about objects whose names begin with the job's, the newest last; empty without
+        that right."""
         from kubernetes.client import ApiException
 
         with suppress(ApiException, Unreachable), self._reached():
@@ -194,7 +195,8 @@ class Cluster:
             )
             return [
                 f"{event.reason}: {event.message}"
-                for event in found.items
+                # they are listed by name
+                for event in sorted(found.items, key=_when)
                 if (event.involved_object.name or "").startswith(name)
             ]
         return []
@@ -256,6 +258,12 @@ class Cluster:
         return PipelineError(
             f"{what}: {_reason(error)}", where=where, fix="correct the deployment, submit again"
         )
+
+
+def _when(event: Any) -> float:
+    """Seconds since 1970 at which an event was last seen; reporters note it in different places."""
+    when = event.last_timestamp or event.event_time or event.metadata.creation_timestamp
+    return float(when.timestamp()) if when else 0.0
 
 
 def _reason(error: Any) -> str:

@@ -34,6 +34,9 @@ _AWAY_SECONDS = 900.0
 """For which an API that does not answer is asked again: a control plane that is upgraded is away
 for minutes, and the nodes train on."""
 _AWAY_AT_START_SECONDS = 120.0
+_EVENTS_AFTER_SECONDS = 5.0
+"""After which the pods of a job are made, unless something is in the way."""
+_EVENTS_SECONDS = 60.0
 
 
 def train_on_nodes(
@@ -138,6 +141,12 @@ def outcome_of(job: dict[str, Any]) -> str:
     return ""
 
 
+def is_suspended(job: dict[str, Any]) -> bool:
+    """Whether a queue (Kueue) holds the job back: it has no pods, and is not to have any yet."""
+    spec = job.get("spec", {})
+    return bool(spec.get("suspend") or spec.get("runPolicy", {}).get("suspend"))
+
+
 class _Follower:
     """Looks at a job until it ends; tells the user what changes, once."""
 
@@ -150,6 +159,13 @@ class _Follower:
         self._since: dict[str, float] = {}
         self._log: threading.Thread | None = None
         self._last_line = time.monotonic()
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """What is waited for is there: another wait has all of its time, and reasons of its own."""
+        self._since.clear()
+        self._events: list[str] = []
+        self._next_events = _EVENTS_AFTER_SECONDS
 
     def follow(self) -> None:
         """Return when the job is complete; raise with the cause when it is not going to be."""
@@ -166,6 +182,12 @@ class _Follower:
             if outcome == "Complete":
                 self._finish_log()
                 return
+            if not outcome and is_suspended(job):
+                # for hours, if need be; a queue that suspends it later ends its pods as well
+                self._begin_anew()
+                self._tell(f"the {self.cluster.kind} {name} waits until its queue lets it begin")
+                time.sleep(self.poll_seconds)
+                continue
             finding = diagnose(pods)
             if outcome == "Failed" or (finding and finding.severity == "failed"):
                 self._fail(job, finding)
@@ -187,21 +209,18 @@ class _Follower:
         options, count = self.config.options, self.config.options.count
         running = sum(pod.status.phase in ("Running", "Succeeded") for pod in pods)
         if running == count:
-            self._since.clear()
+            self._begin_anew()
             self._tell(f"all {count} nodes run")
             return
         severity = finding.severity if finding else "waiting"
         since = self._since.setdefault(severity, time.monotonic())
-        self._tell(finding.found if finding else f"{len(pods)} of {count} pods made")
+        self._tell(finding.found if finding else self._missing(pods, since))
         limit = options.image_timeout_seconds if severity == "image" else None
         limit = limit or options.start_timeout_seconds
         if time.monotonic() - since < limit:
             return
-        events = self.cluster.events(self.request.job_name)
+        found = finding.found if finding else self._missing(pods, since)
         self._remove()
-        found = finding.found if finding else f"only {len(pods)} of {count} pods were made"
-        if events and not finding:
-            found += f": {events[-1]}"
         raise PipelineError(
             f"{found}; the job was given up after {limit} s",
             where=f"{self.cluster.kind} {self.request.job_name}",
@@ -209,6 +228,16 @@ class _Follower:
             if finding
             else "look at its events (kubectl describe): a quota may be used up",
         )
+
+    def _missing(self, pods: list[Any], since: float) -> str:
+        """How many pods there are, and after some seconds why there are no more."""
+        found = f"{len(pods)} of {self.config.options.count} pods made"
+        waited = time.monotonic() - since
+        if len(pods) < self.config.options.count and waited >= self._next_events:
+            # they are those of the whole namespace: not asked for at each look
+            self._next_events = waited + _EVENTS_SECONDS
+            self._events = self.cluster.events(self.request.job_name)
+        return f"{found}: {self._events[-1]}" if self._events else found
 
     def _fail(self, job: dict[str, Any], finding: Finding | None) -> None:
         self._finish_log()

@@ -104,6 +104,53 @@ def test_a_job_that_no_node_can_take_is_given_up(plane, cluster, training):
     eventually(lambda: cluster.get(training.job_name) is None)
 
 
+def test_why_pods_are_not_made_is_told_while_they_are_waited_for(
+    plane, cluster, training, tmp_path, capfd
+):
+    quota = {"metadata": {"name": "small", "namespace": "team"}, "spec": {"hard": {"pods": "0"}}}
+    applied(plane, {"kind": "ResourceQuota", **quota})
+    launched = Launched(cluster, config(), training)
+    try:
+        told = ""
+
+        def is_told():
+            nonlocal told
+            told += capfd.readouterr().err
+            return "exceeded quota: small" in told
+
+        eventually(is_told)
+        assert "0 of 2 pods made: FailedCreate: " in told
+    finally:
+        plane.kubectl("delete", "resourcequota", "small", "-n", "team")
+    expected = written(tmp_path, training)
+    finish(plane, training)
+    assert launched.result() == expected
+
+
+def test_a_job_that_a_queue_holds_back_is_not_given_up(plane, cluster, training, tmp_path, capfd):
+    """Kueue suspends jobs until there is room for them, which may take a day."""
+    launched = Launched(cluster, config(start_timeout_seconds=10), training)
+    bound(plane, training)
+    suspended(plane, training, True)
+    eventually(lambda: not cluster.pods(training.job_name))
+    time.sleep(12)
+    assert launched.outcome is None
+    assert f"TrainJob {training.job_name} waits until its queue lets it" in capfd.readouterr().err
+    expected = written(tmp_path, training)
+    suspended(plane, training, False)
+    finish(plane, training)
+    assert launched.result() == expected
+
+
+def suspended(plane, request, is_so):
+    """As Kueue does it."""
+    patch = json.dumps({"spec": {"suspend": is_so}})
+    done = plane.kubectl(
+        *("patch", "trainjob", request.job_name, "-n", "team", "--type=merge", "-p", patch)
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_memory_that_runs_out_is_called_by_its_name(plane, cluster, training):
     launched = Launched(cluster, config(), training)
     play(plane, bound(plane, training)[1], "Failed", ended(137, "OOMKilled"))
