@@ -183,8 +183,7 @@ def _add_probes(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics", summary="Figures for Prometheus", response_class=PlainTextResponse)
     def metrics() -> Response:
-        for state, count in service.database.counts().items():
-            service.runs.labels(state).set(count)
+        service.count_runs()
         return Response(generate_latest(service.figures.registry), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from uuid import uuid4
 
 import sqlalchemy as sa
@@ -256,11 +256,20 @@ class Database:
         row = connection.execute(sa.select(_runs).where(_runs.c.id == run_id)).first()
         return _run(row) if row is not None else None
 
-    def counts(self) -> dict[str, int]:
-        """Number of runs by state."""
+    def counts(self, *, ended_since: float | None = None) -> dict[str, int]:
+        """Number of runs by state, also where it is none.
+
+        Args:
+            ended_since: Only those that ended after it, in seconds since the epoch; None for all.
+        """
         query = sa.select(_runs.c.state, sa.func.count()).group_by(_runs.c.state)
+        states = get_args(State)
+        if ended_since is not None:
+            query = query.where(_runs.c.ended > ended_since)
+            states = tuple(state for state in states if state in ENDED)
         with self.engine.connect() as connection:
-            return {state: count for state, count in connection.execute(query)}
+            found = {state: count for state, count in connection.execute(query)}
+        return {state: found.get(state, 0) for state in states}
 
     # --- a run's life ---
 

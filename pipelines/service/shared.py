@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,8 @@ from pipelines.service.guards import Figures
 from pipelines.service.settings import Settings
 from pipelines.service.submission import Checker
 
+_LATELY_SECONDS = 6 * 3600
+
 
 class Service:
     """What the routes share."""
@@ -27,6 +30,12 @@ class Service:
         self.authenticator = Authenticator(settings)
         self.figures = Figures()
         self.runs = Gauge("dpo_runs", "Runs by state", ["state"], registry=self.figures.registry)
+        self.lately = Gauge(
+            "dpo_runs_ended_lately",
+            "Runs that ended within the last six hours, by state",
+            ["state"],
+            registry=self.figures.registry,
+        )
         self.uploads = asyncio.Semaphore(settings.max_uploads)
         self.incoming = settings.data_dir.absolute() / "incoming"
         self._checker: Checker | None = None
@@ -37,6 +46,14 @@ class Service:
         if self._checker is None:
             self._checker = Checker(self.settings)
         return self._checker
+
+    def count_runs(self) -> None:
+        """Set the figures of runs; a state that no run is in any more is 0 again."""
+        for state, count in self.database.counts().items():
+            self.runs.labels(state).set(count)
+        lately = self.database.counts(ended_since=time.time() - _LATELY_SECONDS)
+        for state, count in lately.items():
+            self.lately.labels(state).set(count)
 
     async def start(self) -> None:
         """Remove what a killed service left, and warm up."""

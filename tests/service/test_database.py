@@ -128,7 +128,24 @@ def test_fifty_at_once_make_one_run(database):
     ids = {run.id for run, _ in answers}
     assert len(ids) == 5
     assert set(queued(database)) - before == ids
-    assert database.counts() == {"queued": 5}
+    assert {state: count for state, count in database.counts().items() if count} == {"queued": 5}
+
+
+def test_runs_are_counted_by_state_and_by_when_they_ended(database):
+    """A state that no run is in any more is 0: a figure that is left out keeps its last value."""
+    none = dict.fromkeys(
+        ("queued", "running", "succeeded", "refused", "failed", "cancelled", "unknown"), 0
+    )
+    assert database.counts() == none
+    runs = [database.accept(new(content=f"c{n}"))[0].id for n in range(3)]
+    for run in runs[:2]:
+        database.begin(run)
+        database.end(run, "failed")
+    database.update(runs[0], ended=time.time() - 7 * 3600)
+    assert database.counts() == {**none, "failed": 2, "queued": 1}
+    ended = {state: 0 for state in none if state not in ("queued", "running")}
+    lately = database.counts(ended_since=time.time() - 6 * 3600)
+    assert lately == {**ended, "failed": 1}
 
 
 def test_a_run_goes_its_way_once(database):

@@ -323,6 +323,8 @@ def test_figures_and_readiness(story):
     }
     assert 'dpo_runs{state="succeeded"} 1.0' in story.metrics
     assert 'dpo_runs{state="cancelled"} 2.0' in story.metrics
+    assert 'dpo_runs{state="queued"} 0.0' in story.metrics
+    assert 'dpo_runs_ended_lately{state="cancelled"} 2.0' in story.metrics
     assert 'dpo_requests_total{route="/trigger-finetune",status="202"} 1.0' in story.metrics
 
 
