@@ -92,6 +92,21 @@ def test_the_service_of_a_profile_starts_its_runs_there():
     assert f"KF_PIPELINES_NAMESPACE={role['metadata']['namespace']}" in settings
 
 
+def test_who_may_go_out_may_do_so_by_ipv6():
+    """And to no private network of either kind."""
+    blocks = [
+        sorted((peer["ipBlock"]["cidr"], tuple(peer["ipBlock"]["except"])) for peer in rule["to"])
+        for item in everything()
+        if item["kind"] == "NetworkPolicy"
+        for rule in item["spec"].get("egress", [])
+        if any("ipBlock" in peer for peer in rule.get("to", []))
+    ]
+    private = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16")
+    assert len(blocks) == 2
+    for found in blocks:
+        assert found == [("0.0.0.0/0", private), ("::/0", ("fc00::/7", "fe80::/10"))]
+
+
 def test_no_secret_has_a_value():
     secrets = [item for item in everything() if item["kind"] == "Secret"]
     assert {item["metadata"]["name"] for item in secrets} == {"dpo-store", "dpo-service", "minio"}
