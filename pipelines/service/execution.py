@@ -25,6 +25,7 @@ from dpo.storage.runs import run_prefix
 from dpo.storage.store import open_store
 from pipelines import package
 from pipelines.display import RunView
+from pipelines.local import own_code
 from pipelines.outcome import Outcome
 from pipelines.service.database import Database, Run, State
 from pipelines.service.one_run import JOB, OUTCOME, RUNS
@@ -95,8 +96,8 @@ def _here(
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=_environment(),
-            cwd=Path(package.__file__).resolve().parent.parent,
+            # in the folder that the service was started in: relative paths of its settings mean it
+            env={**_environment(), **own_code()},
         )
     try:
         cancelled = _follow(process, run, folder, database)

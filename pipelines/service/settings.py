@@ -17,6 +17,7 @@ from dpo.config.parameters import stage_configs
 from dpo.config.schema import RunConfig
 from dpo.errors import ConfigError
 from pipelines import package
+from pipelines.deployment import load_deployment
 from pipelines.request import parameters
 
 PREFIX = "DPO_SERVICE_"
@@ -35,7 +36,8 @@ class Settings(BaseModel):
     port: int = Field(8000, ge=0, le=65535)
     """0 takes a free one."""
     data_dir: Path = Path("runs/service")
-    """Folder of the embedded database, the default store and work in progress."""
+    """Folder of the embedded database, the default store and work in progress. Relative paths, here
+    and in ``settings``, mean the folder that the service is started in."""
     database: str | None = None
     """``postgresql://`` URL; an embedded SQLite database in ``data_dir`` when left out."""
     store: str | None = None
@@ -149,6 +151,9 @@ class Settings(BaseModel):
                 refuse_passwords(getattr(self, name), name)
             except ValueError as error:
                 raise ConfigError(str(error)) from None
+        if self.deployment:
+            # else it is each run that fails
+            load_deployment(self.deployment)
         _ = self.ingest_config
 
     @property

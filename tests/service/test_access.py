@@ -168,6 +168,7 @@ def test_tokens_of_an_issuer_name_the_communities(issuer, tmp_path):
         ({"database": "mysql://x"}, "not a postgresql:// URL"),
         ({"settings": {"preference_betta": 1}}, "did you mean preference_beta"),
         ({"preset": "fast"}, "no preset is called fast"),
+        ({"deployment": "gpus"}, "there is no deployment gpus (did you mean gpu?)"),
         ({"max_runs": 0}, "max_runs=0"),
         ({"unknown": 1}, "unknown key unknown"),
     ],

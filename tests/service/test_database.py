@@ -5,6 +5,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+import pipelines
+from dpo.errors import DpoError
+from pipelines.service import execution
 from pipelines.service.database import Database, KeyReused, NewRun
 from pipelines.service.settings import Settings
 from tests.service.support import TINY
@@ -162,6 +166,28 @@ def test_a_run_goes_its_way_once(database):
     assert database.cancel(run.id) is None
     # what succeeded is not started again
     assert database.accept(new())[0].id == run.id
+
+
+def test_a_run_begins_in_the_folder_of_the_service(tmp_path, monkeypatch):
+    """Relative paths of its settings were looked for there before, and in the checkout after."""
+    monkeypatch.chdir(tmp_path)
+    begun = {}
+
+    def begin(command, **given):
+        begun.update(given, command=command)
+        raise DpoError("enough")
+
+    monkeypatch.setattr(execution.subprocess, "Popen", begin)
+    with pytest.raises(DpoError, match="enough"):
+        execution._here(None, {}, tmp_path, Settings(**TINY), None)
+    monkeypatch.undo()
+    assert "cwd" not in begun
+    # nor does it find its code by the folder
+    asked = [sys.executable, "-c", "import pipelines; print(pipelines.__file__)"]
+    found = subprocess.run(
+        asked, cwd=tmp_path, env=begun["env"], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == pipelines.__file__
 
 
 def test_what_failed_is_started_again(database):
