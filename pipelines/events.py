@@ -16,6 +16,7 @@ from typing import Any
 
 from pipelines.steps import TASKS
 from pipelines.steps import step_of as task_step
+from pipelines.workflow import nodes_of
 
 _ASK_SECONDS = 15.0
 _ANSWER_SECONDS = 10.0
@@ -67,7 +68,8 @@ _REASONS = (
     ),
     (
         # not the scheduler's "preemption: ...", which ends every message about a pod without a node
-        r"pod deleted|Evicted|[Pp]reempt(ed|ing)|node shutdown|exit code (130|137|143)\b",
+        r"pod deleted|Evicted|[Pp]reempt(ed|ing)|node shutdown"
+        r"|exit (code|status) (130|137|143)\b",
         "the pod was taken away or its process killed: `submit.py --retry RUN_ID` goes on, "
         "training from its last checkpoint where the deployment names a place for them; if it "
         "comes again, it ran out of memory (--deploy steps.STEP.memory=...)",
@@ -191,7 +193,7 @@ class Watcher:
             # as above; a cluster may also hide its workflows and show its pods
             return
         for workflow in found.get("items", []):
-            yield from _messages(workflow.get("status", {}).get("nodes") or {}, phase)
+            yield from _messages(nodes_of(workflow), phase)
 
 
 def _messages(nodes: Mapping[str, Any], phase: str) -> Iterator[tuple[str, str]]:

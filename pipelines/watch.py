@@ -37,7 +37,6 @@ _OF_KUBEFLOW = re.compile(
 )
 """Lines with which its launcher and Argo surround what a step says, half a dozen at the end."""
 _ITERATION = re.compile(r"\((\d+):[^)]*\)$")
-_NODE_NUMBER = re.compile(r"-(\d{4,})$")
 _WORDS = {"SUCCEEDED": "done", "SKIPPED": "skipped", OMITTED: "skipped"}
 
 
@@ -73,6 +72,7 @@ def wait(
     pause = _FIRST_POLL_SECONDS
     watcher = Watcher(run_id, target.namespace)
     linker = Linker(client)
+    tried: dict[str, int] = {}
     while (left := _left(deadline)) > 0:
         try:
             run = _ask(client, run_id, min(ANSWER_SECONDS, left))
@@ -83,6 +83,7 @@ def wait(
             trouble.over()
             left = max(_LEAST_SECONDS, _left(deadline))
             _report_steps(linker.linked(run, min(ANSWER_SECONDS, left)), outcome, say)
+            _report_attempts(run, tried, say)
             if run.state in ENDED:
                 return _ended(client, run, outcome, store, watcher)
             for text in watcher.news():
@@ -236,6 +237,22 @@ def _report_steps(run: Any, outcome: Outcome, say: Callable[[str], None]) -> Non
             say(f"{name}: {word}")
 
 
+def _report_attempts(run: Any, told: dict[str, int], say: Callable[[str], None]) -> None:
+    """A step that is tried again, and how the attempt before ended: its state stays ``running``.
+
+    Args:
+        run: With its tasks linked.
+        told: By task, the number of attempts that were told of.
+        say: Takes one line for each further attempt.
+    """
+    for name, task in _steps(run):
+        attempts = [one for one in _attempts(run, task) if _attempt(one) >= 0]
+        if (number := len(attempts)) > max(1, told.get(_name(task), 1)):
+            told[_name(task)] = number
+            why = _message(attempts[-2].error)
+            say(f"{name}: attempt {number}, for the one before ended" + (f": {why}" if why else ""))
+
+
 def _steps(run: Any) -> Iterable[tuple[str, Any]]:
     """Our steps among the run's tasks, which also hold drivers, executors and conditions."""
     details = getattr(run.run_details, "task_details", None) or []
@@ -252,9 +269,8 @@ def _children(run: Any, task: Any) -> list[Any]:
 
 
 def _names(task: Any) -> set[str]:
-    """By what tasks are linked: a child is named RUN-NUMBER, its own task RUN-TEMPLATE-NUMBER."""
-    names = [task.task_id, task.pod_name, *_NODE_NUMBER.findall(task.pod_name or "")]
-    return set(filter(None, names))
+    """By what tasks are linked."""
+    return set(filter(None, [task.task_id, task.pod_name]))
 
 
 def _ended(client: Any, run: Any, outcome: Outcome, store: str, watcher: Watcher) -> Outcome:
@@ -280,6 +296,8 @@ def _ended(client: Any, run: Any, outcome: Outcome, store: str, watcher: Watcher
         return _without_store(outcome, error)
     outcome.verdict = manifest["verdict"]
     outcome.published = manifest.get("published") or {}
+    if url := outcome.published.get("url"):
+        outcome.places["published model"] = url
     outcome.evaluation = manifest.get("evaluation") or {}
     outcome.state = "succeeded" if outcome.verdict["approved"] else "refused"
     return outcome
@@ -317,8 +335,9 @@ def _failure(client: Any, run: Any, watcher: Watcher) -> str:
         words = [*(_message(item.error) for item in related), *reasons.get(name, [])]
         log = _log(client, run.run_id, reversed(related))
         parts.append(" ".join([f"step {name} {what}", *dict.fromkeys(filter(None, words))]))
-        parts += [f"  | {line}" for line in log]
-        parts += advice(" ".join([*words, *log]), name)
+        parts += [f"  | {line}" for line in _own(log)]
+        # of a process that was killed the launcher alone tells
+        parts += advice(" ".join([*words, *_own(log), *log[-_LOG_LINES:]]), name)
     return "\n".join([*parts, *filter(None, [_message(run.error)])]) or "failed: see the UI"
 
 
@@ -356,7 +375,7 @@ def _message(error: Any) -> str:
 
 
 def _log(client: Any, run_id: str, tasks: Iterable[Any]) -> list[str]:
-    """The last lines of the failed pod, where the backend still has them."""
+    """What the failed pod said, where the backend still has it."""
     for pod in filter(None, (task.pod_name for task in tasks)):
         try:
             text = client._run_api.api_client.call_api(
@@ -370,7 +389,11 @@ def _log(client: Any, run_id: str, tasks: Iterable[Any]) -> list[str]:
         except Exception:  # nosec B112
             # the reason that the run itself gives is shown all the same
             continue
-        lines = [line.rstrip() for line in str(text).splitlines() if line.strip()]
-        own = [line for line in lines if not _OF_KUBEFLOW.match(line)]
-        return (own or lines)[-_LOG_LINES:]
+        return [line.rstrip() for line in str(text).splitlines() if line.strip()]
     return []
+
+
+def _own(log: list[str]) -> list[str]:
+    """The last lines that are the step's own."""
+    own = [line for line in log if not _OF_KUBEFLOW.match(line)]
+    return (own or log)[-_LOG_LINES:]

@@ -8,6 +8,8 @@ out of the same database, has all of it.
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -98,7 +100,6 @@ def tasks_of(workflow: Mapping[str, Any]) -> list[Any]:
         V2beta1PipelineTaskDetail,
     )
 
-    nodes = workflow["status"].get("nodes") or {}
     return [
         V2beta1PipelineTaskDetail(
             task_id=node["id"],
@@ -110,8 +111,17 @@ def tasks_of(workflow: Mapping[str, Any]) -> list[Any]:
                 PipelineTaskDetailChildTask(pod_name=name) for name in node.get("children") or []
             ],
         )
-        for node in nodes.values()
+        for node in nodes_of(workflow).values()
     ]
+
+
+def nodes_of(workflow: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """By id; Argo packs those of a workflow that would be too large for Kubernetes' database."""
+    status = workflow.get("status") or {}
+    found: dict[str, dict[str, Any]] = status.get("nodes") or {}
+    if not found and (packed := status.get("compressedNodes")):
+        found = json.loads(gzip.decompress(base64.b64decode(packed)))
+    return found
 
 
 def _works(node: Mapping[str, Any]) -> bool:

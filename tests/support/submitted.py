@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
+from dpo.publish.version import Published
 from dpo.storage.runs import write_run_manifest
 from dpo.storage.store import open_store
 from tests.support.kfp_backend import STEPS
@@ -20,12 +22,14 @@ def verdict(store: str, approved: bool) -> Callable[[str], None]:
     """What gate and publish leave in the store."""
 
     def write(run_id: str) -> None:
-        published: dict[str, Any] = {"published": {"name": "policy", "content_hash": "ab" * 32}}
+        hash_ = "ab" * 32
+        model = Published("policy", hash_, f"{store}/policy/{hash_}", False, 7 * 2**20, 7)
+        judged = {"approved": approved, "forced": False, "unchanged": False, "rules": []}
         write_run_manifest(
             open_store(store),
             run_id,
-            verdict={"approved": approved, "rules": []},
-            **(published if approved else {}),
+            verdict=judged,
+            **({"published": asdict(model)} if approved else {}),
         )
 
     return write
