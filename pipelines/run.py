@@ -272,13 +272,20 @@ def run_here(job: Job, console: Console, *, timeout_seconds: float | None = None
             package.candidates_of(job.documents),
         )
 
+    stopped = Outcome("timed out", "")
+
     def remember(folder: Path, states: Mapping[str, str]) -> None:
+        stopped.run_id, stopped.where, stopped.steps = folder.name, str(folder), dict(states)
         history.remember(folder, plan, states)
 
     try:
         run = run_local(job, console, timeout_seconds=timeout_seconds, at_end=remember)
     except TimeoutError:
-        return Outcome("timed out", "", message=f"stopped after {timeout_seconds:g} seconds")
+        stopped.message = (
+            f"run {stopped.run_id} was stopped after {timeout_seconds:g} s\n"
+            "Finished steps are kept: the same command goes on from there."
+        )
+        return stopped
     outcome = Outcome(
         "failed",
         run.run_id,
