@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dpo.errors import ConfigError, PipelineError, RequestError
+from dpo.errors import PipelineError, RequestError
 from pipelines.cluster import (
     ENDED,
     Endpoint,
@@ -20,12 +20,12 @@ from pipelines.cluster import (
     link,
     problem,
 )
+from pipelines.cron import check_cron
 
 _LOOKS_SECONDS = (0.0, 1.0, 3.0)
 """Pauses before each look whether something was started: the endpoint may be busy starting it."""
 _PAGE = 100
 _CONFLICT = 409
-_CRON_FIELDS = 6
 _Found = TypeVar("_Found")
 
 
@@ -323,16 +323,11 @@ def schedule(
         registered: Version to run and be linked to, instead of the package itself.
 
     Raises:
-        ConfigError: not six fields.
+        ConfigError: no set times, or none that come.
         RequestError: the endpoint refused it; nothing was scheduled.
         PipelineError: the endpoint does not say whether it has it.
     """
-    if len(cron.split()) != _CRON_FIELDS:
-        raise ConfigError(
-            f"the schedule {cron!r} has {len(cron.split())} fields",
-            where="--schedule",
-            fix='give six, seconds first: "0 0 3 * * *" is every night at three',
-        )
+    check_cron(cron)
     known = _find_schedules(client, target, run_name)
     try:
         asked = _asked(client, target, package, parameters, run_name, registered)

@@ -326,6 +326,13 @@ def test_a_schedule_of_five_fields_is_refused_here(backend, command):
     assert not backend.schedules
 
 
+def test_a_schedule_of_impossible_times_is_not_sent(backend, command):
+    code, _, said = command("--schedule", "0 61 * * * *")
+    assert code == 2
+    assert "'61' in the schedule '0 61 * * * *' is no minute (0 to 59)" in said
+    assert not any(path.endswith("/recurringruns") for _, path in backend.requests)
+
+
 def lost_answers(backend, path):
     """The next request of that path is carried out or not, and has no answer either way."""
     return [Fault(path, status=502, method="POST", after=True)], [
@@ -353,7 +360,7 @@ def test_a_schedule_whose_answer_is_lost_is_looked_for(backend, command, monkeyp
 def test_a_schedule_that_the_endpoint_refuses_was_not_made(backend, command):
     refusal = {"status": 400, "method": "POST", "message": "Schedule cron is not supported"}
     backend.faults = [Fault(r"/recurringruns$", **refusal)]
-    code, _, said = command("--schedule", "0 0 30 * * *")
+    code, _, said = command("--schedule", "@every 0h")
     assert code == 2
     assert "the endpoint refused the schedule: Schedule cron is not supported (HTTP 400)" in said
 
