@@ -51,7 +51,8 @@ _REASONS = (
     ),
     (
         r"Insufficient (\S+)",
-        "no node has what the step asks for: ask for less (--deploy), or wait for a free node",
+        "no node has what the step asks for: ask for less (--deploy steps.STEP.cpu=500m, "
+        "steps.STEP.memory=2Gi), or wait for a free node",
     ),
     (
         r"didn't match Pod's node affinity|untolerated taint",
@@ -78,10 +79,10 @@ _REASONS = (
 """Words of Kubernetes and what they mean for the person who started the run; the first one wins."""
 
 
-def advice(text: str, step: str) -> list[str]:
+def advice(text: str, step: str, run_id: str = "RUN_ID") -> list[str]:
     """A line that says what to do, where the text is one of Kubernetes that is known here."""
     found = [fix for pattern, fix in _REASONS if re.search(pattern, text)]
-    return [f"  fix:   {fix.replace('STEP', step)}" for fix in found[:1]]
+    return [f"  fix:   {fix.replace('STEP', step).replace('RUN_ID', run_id)}" for fix in found[:1]]
 
 
 def step_of(node_name: str) -> str:

@@ -124,8 +124,9 @@ def show(outcome: Outcome, console: Console, *, next_command: str = "") -> None:
         _show_published(outcome.published, console)
     if outcome.places:
         _show_places(outcome.places, console)
-    if outcome.message:
+    if outcome.message or outcome.state == "cancelled":
         console.print(f"[red]{outcome.state}[/red]", highlight=False)
+    if outcome.message:
         console.print(outcome.message, markup=False, highlight=False, soft_wrap=True)
     if next_command:
         console.print(

@@ -337,7 +337,7 @@ def _failure(client: Any, run: Any, watcher: Watcher) -> str:
         parts.append(" ".join([f"step {name} {what}", *dict.fromkeys(filter(None, words))]))
         parts += [f"  | {line}" for line in _own(log)]
         # of a process that was killed the launcher alone tells
-        parts += advice(" ".join([*words, *_own(log), *log[-_LOG_LINES:]]), name)
+        parts += advice(" ".join([*words, *_own(log), *log[-_LOG_LINES:]]), name, run.run_id)
     return "\n".join([*parts, *filter(None, [_message(run.error)])]) or "failed: see the UI"
 
 

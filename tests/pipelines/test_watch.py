@@ -72,7 +72,7 @@ def test_a_process_that_was_killed_comes_with_what_to_do(backend, command, statu
         "step preference failed main: Error (exit code 1)",
         "  | preference: going on from step 40",
     ]
-    assert "`submit.py --retry RUN_ID` goes on" in outcome["message"]
+    assert f"`submit.py --retry {outcome['run_id']}` goes on" in outcome["message"]
 
 
 def test_a_workflow_that_argo_packed_is_read(backend, command, monkeypatch):
@@ -103,3 +103,11 @@ def test_the_summary_is_shown_to_a_person(backend, store, capsys, monkeypatch, a
     else:
         assert "Gate: refused" in said
         assert "Published" not in said
+
+
+def test_a_run_that_somebody_ended_is_not_silent(backend, store, capsys, monkeypatch):
+    monkeypatch.setattr(watch, "_FIRST_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(submit, "_check_package_is_current", lambda: None)
+    backend.scenario = Scenario(states=["RUNNING", "CANCELING", "FAILED"])
+    assert submit.main([*IMAGES, "--store", store, "--wait"]) == 4
+    assert capsys.readouterr().out.split() == ["cancelled"]
