@@ -408,14 +408,29 @@ def test_an_upload_that_failed_started_nothing(backend, command, status):
     assert "was registered before" in said
 
 
-def test_a_parameter_that_the_endpoint_does_not_know(backend, tmp_path):
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"none": 1}, "parameter none is not defined"),
+        ({"seed": "1"}, "input parameter seed requires type double or integer"),
+        ({"gate_force": 1}, "input parameter gate_force requires type bool"),
+        ({"datasets": "hh"}, "input parameter datasets requires type list"),
+    ],
+)
+def test_a_parameter_that_the_endpoint_does_not_take(backend, tmp_path, given, said):
     target = cluster.endpoint()
     client = cluster.connect(target)
     path = tmp_path / "package.yaml"
     package.save_package(package.load_package(), path)
-    with pytest.raises(PipelineError, match="parameter none is not defined") as caught:
-        sending.submit(client, target, path, {"none": 1}, "run")
+    with pytest.raises(PipelineError, match=said) as caught:
+        sending.submit(client, target, path, given, "run")
     assert "another version" in str(caught.value)
+
+
+def test_every_setting_is_sent_with_the_type_that_the_endpoint_takes(backend, command):
+    settings = ("seed=3", "preference_beta=1", "gate_force=true", "datasets=hh_sample", "sft.lr=1")
+    code, outcome, said = command(*(word for text in settings for word in ("--set", text)))
+    assert (code, outcome["state"]) == (0, "submitted"), said
 
 
 def test_another_version_of_the_pipeline_that_is_there_stays_and_ours_is_added(backend, command):

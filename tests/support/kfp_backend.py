@@ -34,6 +34,15 @@ STEPS = (
     "finish",
 )
 
+_KINDS: dict[str, tuple[Any, str]] = {
+    "NUMBER_DOUBLE": ((int, float), "double or integer"),
+    "NUMBER_INTEGER": ((int, float), "double or integer"),
+    "STRING": (str, "string"),
+    "BOOLEAN": (bool, "bool"),
+    "LIST": (list, "list"),
+}
+"""What the API server takes for a parameter's type: JSON's numbers are of one kind."""
+
 
 @dataclass
 class Scenario:
@@ -105,6 +114,10 @@ class Backend:
         given = body.get("runtime_config", {}).get("parameters", {})
         if unknown := sorted(set(given) - set(known)):
             raise Refused(400, f"Failed to create a run: parameter {unknown[0]} is not defined", 3)
+        for name, value in given.items():
+            kind, word = _KINDS[known[name]["parameterType"]]
+            if not isinstance(value, kind) or (isinstance(value, bool) and word != "bool"):
+                raise Refused(400, f"input parameter {name} requires type {word}", 3)
         run = {
             **body,
             "run_id": str(uuid4()),
