@@ -52,7 +52,7 @@ _REASONS = (
     (
         r"Insufficient (\S+)",
         "no node has what the step asks for: ask for less (--deploy steps.STEP.cpu=500m, "
-        "steps.STEP.memory=2Gi), or wait for a free node",
+        "steps.STEP.memory=3Gi), or wait for a free node",
     ),
     (
         r"didn't match Pod's node affinity|untolerated taint",
