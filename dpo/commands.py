@@ -15,10 +15,11 @@ PATHS = {
     "output": "folder to write the result to",
     "shard": "I/N: read this share of the sources only; all N go to shards=",
     "shards": "outputs of all shards, as a glob or with commas between: put them together",
-    "base": "checkpoint to start from (default: model.archive, else the base model)",
+    "base": "checkpoint or any Hugging Face folder to start from (default: model.archive, else "
+    "the base model)",
     "reference": "output folder of reference",
-    "sft": "checkpoint of the SFT stage",
-    "policy": "checkpoint of the preference stage",
+    "sft": "checkpoint of the SFT stage, or any Hugging Face folder to compare with",
+    "policy": "checkpoint of the preference stage, or any Hugging Face folder",
     "evaluation": "output folder of evaluate",
     "verdict": "output folder of gate",
     "checkpoint": "checkpoint of a training",
@@ -101,11 +102,12 @@ COMMANDS = {
     "evaluate": Command(
         "Measure a policy on held-out pairs and write the report.",
         ("data", "sft", "policy", "reference", "output"),
-        ("data", "sft", "policy", "reference", "output"),
+        ("data", "sft", "policy", "output"),
         "loss loss.beta n_eval_examples evaluation.part evaluation.n_samples "
         "evaluation.max_new_tokens evaluation.published evaluation.judge.url",
         "dpo evaluate data=out/data sft=out/sft policy=out/policy reference=out/reference "
         "output=out/evaluation",
+        own_paths={"reference": "output folder of reference, made with sft= (default: made here)"},
     ),
     "gate": Command(
         "Decide whether a policy may be published; exit code 3 when it may not.",

@@ -89,9 +89,11 @@ def _tokenize(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> i
     from dpo.storage.manifest import read_manifest
 
     read_manifest(paths["data"], stage="ingest")
-    place = local_tokenizer(composed.config.model)
+    model = composed.config.model
+    place = local_tokenizer(model)
+    tokenizer = load_tokenizer(place, trust_remote_code=model.trust_remote_code)
     try:
-        folder = fill_cache(paths["data"], load_tokenizer(place))
+        folder = fill_cache(paths["data"], tokenizer)
     except OSError as error:
         raise ArtifactError(
             f"the cache cannot be written: {system_problem(error).found}",
@@ -144,7 +146,7 @@ def _evaluate(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> i
             pairs=paths["data"],
             sft=paths["sft"],
             policy=paths["policy"],
-            reference=paths["reference"],
+            reference=paths.get("reference"),
             published=published,
         )
     print(f"report: {paths['output'] / 'report.html'}")

@@ -25,6 +25,8 @@ from dpo.errors import DataError, ModelError
 Ids = npt.NDArray[np.int32]
 TruncationMode = Literal["keep_end", "keep_start"]
 
+_TEXT = "\n\nHuman: How do I write a test?\n\nAssistant: Begin with what may go wrong, 123."
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -57,8 +59,12 @@ class TokenizedExample:
         return digest.hexdigest()[:16]
 
 
-def load_tokenizer(folder: Path | str) -> Any:
+def load_tokenizer(folder: Path | str, *, trust_remote_code: bool = False) -> Any:
     """A tokenizer without its model; imports no torch.
+
+    Args:
+        folder: Where its files are.
+        trust_remote_code: Run code that comes with it.
 
     Raises:
         ModelError: there is none, or it has no end-of-sequence token.
@@ -66,8 +72,15 @@ def load_tokenizer(folder: Path | str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                "the tokenizer needs code that comes with it, which does not run unless it is "
+                "allowed",
+                where=str(folder),
+                fix="set model.trust_remote_code=true if you trust its source",
+            ) from None
         reason = str(error).splitlines()[0]
         raise ModelError(
             f"the tokenizer cannot be loaded: {reason}",
@@ -81,6 +94,17 @@ def load_tokenizer(folder: Path | str) -> Any:
             fix="use a tokenizer with eos_token set in tokenizer_config.json",
         )
     return tokenizer
+
+
+def moved_ids(own: Any, other: Any) -> int | None:
+    """None where two tokenizers read texts alike; else how many tokens have another number.
+
+    The other one may have more tokens.
+    """
+    ids, expected = (t(_TEXT, add_special_tokens=False)["input_ids"] for t in (other, own))
+    known = own.get_vocab()
+    moved = sum(known.get(token, n) != n for token, n in other.get_vocab().items())
+    return moved if moved or ids != expected else None
 
 
 def tokenize_pair(

@@ -34,6 +34,7 @@ class Finding:
 def findings(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
     """What is worth calling out in an evaluation's figures, the gravest first."""
     makers = (
+        _models,
         _other_loss,
         _few_prompts,
         _chosen_log_probs,
@@ -78,6 +79,35 @@ def _other_loss(evaluation: Mapping[str, Any]) -> Iterator[Finding]:
             f"The policy was trained with {differing[0]}, but rewards, margins and loss are "
             f"measured with {differing[1]}.",
         )
+
+
+def _models(evaluation: Mapping[str, Any]) -> Iterator[Finding]:
+    """What the names of the two models stand for, where they are of other steps or of nobody's."""
+    models = evaluation.get("models") or {}
+    if not models:
+        return
+    sft, policy = models["sft"], models["policy"]
+    if (sft["step"], policy["step"]) != ("sft", "preference"):
+        yield Finding(
+            "models",
+            "note",
+            f"What this report calls the SFT model is {_model_text(sft)}; what it calls the policy "
+            f"is {_model_text(policy)}.",
+        )
+    if sft.get("end"):
+        yield Finding(
+            "ends",
+            "warning",
+            f"The SFT model ends its answers with {sft['end']}, the policy with {policy['end']}: "
+            "both were measured with that of the policy, which favours it.",
+        )
+
+
+def _model_text(model: Mapping[str, str]) -> str:
+    made = {"sft": "an output of SFT", "preference": "an output of preference training"}
+    kind = made.get(model["step"], "a model that was made elsewhere")
+    told = [model[key] for key in ("folder", "model_type", "dtype") if model.get(key)]
+    return f"{kind} ({', '.join([*told, model['content_hash'][:12]])})"
 
 
 def _few_prompts(evaluation: Mapping[str, Any]) -> Iterator[Finding]:

@@ -49,12 +49,16 @@ class Models:
     """Of an adapter, where it is not to be looked for."""
     published_base: Path | None = None
     """Of a published adapter."""
+    score_sft: bool = False
+    """Whether the SFT model scores the pairs here: nobody gave what it gives them."""
 
 
 @dataclass
 class Measured:
     """What the models gave."""
 
+    before: list[PairLogProbs] = field(default_factory=list)
+    """Of the SFT model, where it was to score them."""
     after: list[PairLogProbs] = field(default_factory=list)
     published: list[PairLogProbs] = field(default_factory=list)
     rows: list[Pair] = field(default_factory=list)
@@ -101,8 +105,12 @@ class Measurement:
         """Every figure of every model."""
         result, n_models = self.result, 3 if models.published else 2
         total = n_models * len(self.sampled) + len(self.kl_rows)
-        total += (n_models - 1) * len(self.examples)
+        total += (n_models - 1 + models.score_sft) * len(self.examples)
         with track("evaluate", "pairs and answers", total) as bar:
+            if models.score_sft:
+                sft = self._load(models.sft, dtype=self.config.model.reference_dtype)
+                result.before = self._pairs(sft, "SFT model", bar)
+                del sft
             if self.sampled:
                 result.answers["sft"] = self._answers(self._load(models.sft), self.tokenizer, bar)
             policy = self._load(models.policy, models.policy_base)
@@ -120,13 +128,13 @@ class Measurement:
                 self._published(models.published, models.published_base, bar)
         return result
 
-    def _load(self, folder: Path, base: Path | None = None) -> Any:
+    def _load(self, folder: Path, base: Path | None = None, dtype: str = "") -> Any:
         settings = self.config.model
         # not compiled: answers have other shapes with every token
         load = partial(
             load_model,
             folder,
-            DTYPES[settings.policy_dtype],
+            DTYPES[dtype or settings.policy_dtype],
             device=self.device,
             trust_remote_code=settings.trust_remote_code,
             kernels=settings.kernels,
@@ -134,11 +142,29 @@ class Measurement:
             base=base,
         )
         if not dist.is_initialized():
-            return load()
+            return self._checked(load(), folder)
         # FSDP's hooks hold the model before in circles
         gc.collect()
         model, _ = load_once(lambda weights: (load(weights=weights), None))
+        self._checked(model, folder)
         return on_devices(model, settings, self.device)
+
+    def _checked(self, model: Any, folder: Path) -> Any:
+        """The model, which must know each token of the texts and their places."""
+        rows = model.get_input_embeddings().weight.shape[0]
+        texts = (ids_T for e in self.examples for ids_T in (e.prompt_T, *e.responses))
+        highest = max(int(ids_T.max(initial=0)) for ids_T in texts)
+        if highest >= rows:
+            raise ModelError(
+                f"the model has embeddings for {rows:,} tokens, and the held-out pairs have token "
+                f"{highest:,}",
+                where=str(folder),
+                fix="compare models with the same tokenizer",
+            )
+        return model
+
+    def _tokenizer_of(self, folder: Path) -> Any:
+        return load_tokenizer(folder, trust_remote_code=self.config.model.trust_remote_code)
 
     def _score(
         self, model: Any, examples: Sequence[TokenizedExample], bar: Bar | None = None
@@ -238,7 +264,7 @@ class Measurement:
             )
 
     def _published(self, folder: Path, base: Path | None, bar: Bar) -> None:
-        model, tokenizer = self._load(folder, base), load_tokenizer(folder)
+        model, tokenizer = self._load(folder, base), self._tokenizer_of(folder)
         # log-probabilities of other tokens could not be compared; answers can
         if tokenizer.get_vocab() == self.tokenizer.get_vocab():
             self.result.published = self._pairs(model, "published version", bar)

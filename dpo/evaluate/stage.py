@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,19 @@ import torch.distributed as dist
 from dpo.config.losses import SFTLoss
 from dpo.config.schema import RunConfig
 from dpo.config.stages import stage_settings
-from dpo.data.loader import evaluation_indices
-from dpo.data.log_probs import PairLogProbs, read_log_probs, select_log_probs
-from dpo.data.parquet import read_pairs
-from dpo.data.schema import TEST, Pair
-from dpo.data.tokenize import Limits, TokenizedExample, load_tokenizer
-from dpo.data.tokens import tokenize_rows
+from dpo.data.schema import Pair
 from dpo.distributed.launch import is_shared, launch
 from dpo.distributed.together import is_first
-from dpo.errors import ConfigError, DataError
+from dpo.errors import ConfigError
 from dpo.evaluate.answers import answer_figures
-from dpo.evaluate.findings import findings, other_loss
+from dpo.evaluate.findings import findings
 from dpo.evaluate.heldout import HeldOut, figures, pair_values
+from dpo.evaluate.inputs import Inputs, loss_of, read_inputs
 from dpo.evaluate.judge import Match, check_service, judge
-from dpo.evaluate.measure import Measured, Measurement, Models, check_finite
-from dpo.evaluate.parts import in_part
+from dpo.evaluate.measure import Measured, Measurement, Models
 from dpo.evaluate.report import write_reports
-from dpo.modeling.lora import base_of, is_adapter
 from dpo.modeling.memory import enough_memory
+from dpo.storage.given_model import read_model
 from dpo.storage.lineage import SFT_CHECKPOINT
 from dpo.storage.manifest import (
     Manifest,
@@ -40,22 +34,12 @@ from dpo.storage.manifest import (
     staged,
     write_manifest,
 )
-from dpo.storage.progress import message, track
+from dpo.storage.model_folder import base_of, is_adapter
+from dpo.storage.progress import track
 from dpo.storage.provenance import made_by
 
 FORMAT_VERSION = 2
 """Of ``evaluation.json``; 1 had ``before``, ``after``, ``n_pairs`` and ``chance`` alone."""
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """What was given to the step, read and checked."""
-
-    manifests: Mapping[str, Manifest]
-    rows: list[Pair]
-    examples: list[TokenizedExample]
-    before: list[PairLogProbs]
-    tokenizer: Any
 
 
 @enough_memory()
@@ -66,11 +50,14 @@ def run_evaluate(
     pairs: Path,
     sft: Path,
     policy: Path,
-    reference: Path,
+    reference: Path | None = None,
     published: Path | None = None,
     code: str = "",
 ) -> Manifest:
     """Measure a policy against the SFT model and write figures, samples and report.
+
+    Both may be any models with the same tokens, such as a model of the hub and what another program
+    trained from it: the one is called the SFT model here, the other the policy.
 
     Where the one host has several GPUs (or ``DPO_PROCESSES``), and ``trainer`` is not BasicTrainer,
     each process loads the models and does a share of the pairs and answers.
@@ -79,9 +66,9 @@ def run_evaluate(
         config: Settings.
         output: Folder to make.
         pairs: Output of ingest.
-        sft: Checkpoint of the SFT stage, the reference.
-        policy: Checkpoint of the preference stage.
-        reference: Log-probabilities of the SFT model on the held-out pairs.
+        sft: Checkpoint of the SFT stage or any model's folder: the reference.
+        policy: Checkpoint of the preference stage or any model's folder.
+        reference: Log-probabilities of the SFT model on the held-out pairs; None makes them.
         published: A published version, fetched; measured beside them where it is given.
         code: Fingerprint of the code, kept in the manifest.
 
@@ -100,21 +87,21 @@ def run_evaluate(
         check_place(output)
     if is_shared(config):
         paths = {"output": output, "pairs": pairs, "sft": sft, "policy": policy}
-        paths["reference"] = reference
-        if published:
-            paths["published"] = published
+        optional = {"reference": reference, "published": published}
+        paths |= {name: path for name, path in optional.items() if path}
         wait = config.process_timeout_seconds
         launch(run_evaluate, "evaluate", config, paths, code, timeout_seconds=wait)
         return read_manifest(output, stage="evaluate")
-    given = _read(config, pairs=pairs, sft=sft, policy=policy, reference=reference)
+    given = read_inputs(config, pairs=pairs, sft=sft, policy=policy, reference=reference)
     measurement = Measurement(config, given.rows, given.examples, given.tokenizer)
     policy_base = _base_of_policy(given.manifests, sft) if is_adapter(policy) else None
-    measured = measurement.run(Models(sft, policy, published, policy_base, published_base))
+    models = Models(sft, policy, published, policy_base, published_base, not given.before)
+    measured = measurement.run(models)
     if not is_first():
         return Manifest("evaluate", (), "")
     held_out = HeldOut(
         prompts=[row.prompt for row in given.rows],
-        before=given.before,
+        before=given.before or measured.before,
         after=measured.after,
         sources=[row.dataset for row in given.rows],
         prompt_tokens=[len(example.prompt_T) for example in given.examples],
@@ -132,11 +119,11 @@ def run_evaluate(
             evaluation=result,
             samples=samples,
             settings={
-                **{m.stage: m.settings for m in given.manifests.values()},
+                **{name: m.settings for name, m in given.shown().items() if m.settings},
                 "evaluate": stage_settings(config, "evaluate"),
             },
             provenance=_provenance(given, code),
-            curves={"SFT": sft / "metrics.jsonl", "preference": policy / "metrics.jsonl"},
+            curves=_curves(given, sft, policy),
             data_report=pairs / "report.json",
         )
         return write_manifest(
@@ -157,7 +144,7 @@ def _base_of_published(published: Path | None, sft: Path) -> Path | None:
     """
     if published is None or not is_adapter(published):
         return None
-    name, own = base_of(published), read_manifest(sft, verify=False).content_hash
+    name, own = base_of(published), read_model(sft, "sft", verify=False).content_hash
     if name == f"{SFT_CHECKPOINT}{own}":
         return sft
     if name.startswith(SFT_CHECKPOINT):
@@ -176,47 +163,13 @@ def _base_of_policy(manifests: Mapping[str, Manifest], sft: Path) -> Path | None
     return sft if trained_on == manifests["sft"].content_hash else None
 
 
-def _read(config: RunConfig, *, pairs: Path, sft: Path, policy: Path, reference: Path) -> _Inputs:
-    manifests = {
-        "pairs": read_manifest(pairs, stage="ingest"),
-        "sft": read_manifest(sft),
-        "policy": read_manifest(policy, stage="preference"),
-        "reference": read_manifest(reference, stage="reference"),
-    }
-    trained = manifests["policy"].settings.get("loss") or {}
-    differing = other_loss(trained, config.loss.model_dump(mode="json"))
-    if differing and is_first():
-        message(
-            "evaluate",
-            f"the policy was trained with {differing[0]}: give evaluate the same settings, or its "
-            "rewards are those of another loss",
-        )
-    wanted = config.evaluation
-    if wanted.n_samples and wanted.top_p < 1 and not wanted.temperature and is_first():
-        text = f"evaluation.top_p={wanted.top_p:g} counts for nothing at evaluation.temperature=0"
-        message("evaluate", f"{text}: the answers are greedy")
-    held_out = read_pairs(pairs, TEST)
-    chosen = evaluation_indices(len(held_out.rows), config.n_eval_examples, config.seed)
-    if not chosen:
-        raise DataError("no pair is held out", where=str(pairs), fix="raise test_fraction")
-    rows = _in_part(config, [held_out.rows[index] for index in chosen])
-    tokenizer = load_tokenizer(policy)
-    places = {row.pair_id: index for index, row in enumerate(held_out.rows)}
-    indices = [places[row.pair_id] for row in rows]
-    limits = Limits(config.max_length, config.max_prompt_length, config.truncation_mode)
-    examples = tokenize_rows(held_out, indices, tokenizer, limits)
-    before = select_log_probs(read_log_probs(reference), examples, reference)
-    check_finite(before, "SFT model")
-    return _Inputs(manifests, rows, examples, before, tokenizer)
-
-
-def _provenance(given: _Inputs, code: str) -> dict[str, dict[str, str]]:
+def _provenance(given: Inputs, code: str) -> dict[str, dict[str, str]]:
     """Parents by content hash, fingerprints of data and code, and what made each of them."""
     manifests = given.manifests
     pairs = manifests["pairs"]
     sources = pairs.details.get("sources") or {}
-    made = {manifest.stage: _made_by(manifest.made_by) for manifest in manifests.values()}
-    codes = {manifest.stage: manifest.code for manifest in manifests.values()}
+    made = {name: _made_by(manifest.made_by) for name, manifest in given.shown().items()}
+    codes = {name: manifest.code for name, manifest in given.shown().items()}
     return {
         "parents": {name: manifest.content_hash for name, manifest in manifests.items()},
         "data": {
@@ -228,25 +181,37 @@ def _provenance(given: _Inputs, code: str) -> dict[str, dict[str, str]]:
     }
 
 
+def _curves(given: Inputs, sft: Path, policy: Path) -> dict[str, Path]:
+    """What our steps left of a training; another program's file of that name is its own."""
+    titles = {"sft": "SFT", "preference": "preference"}
+    found = {}
+    for name, folder in (("sft", sft), ("policy", policy)):
+        title = titles.get(given.manifests[name].stage, "")
+        if title:
+            found[f"{name}: {title}" if title in found else title] = folder / "metrics.jsonl"
+    return found
+
+
+def _models(given: Inputs) -> dict[str, dict[str, Any]]:
+    """Which models were measured."""
+    return {
+        name: {
+            "step": (manifest := given.manifests[name]).stage,
+            "content_hash": manifest.content_hash,
+            **({} if manifest.settings else manifest.details.get("sources", {})),
+            **({"end": given.ends[name]} if given.ends else {}),
+        }
+        for name in ("sft", "policy")
+    }
+
+
 def _made_by(values: Mapping[str, Any]) -> str:
     names = ("version", "commit", "image", "processor")
     return ", ".join(f"{name} {values[name]}" for name in names if values.get(name))
 
 
-def _in_part(config: RunConfig, rows: list[Pair]) -> list[Pair]:
-    wanted = config.evaluation
-    found = [row for row in rows if in_part(row.prompt, wanted.part, wanted.validation_fraction)]
-    if not found:
-        raise DataError(
-            f"none of the {len(rows)} held-out pairs is in the {wanted.part} part",
-            where="evaluation.part",
-            fix="raise n_eval_examples or test_fraction, or change evaluation.validation_fraction",
-        )
-    return found
-
-
 def _result(
-    config: RunConfig, held_out: HeldOut, measured: Measured, given: _Inputs
+    config: RunConfig, held_out: HeldOut, measured: Measured, given: Inputs
 ) -> dict[str, Any]:
     wanted = config.evaluation
     policy = given.manifests["policy"]
@@ -258,9 +223,10 @@ def _result(
         "held_out": _pairs_hash(given.rows),
         "policy": {
             "content_hash": policy.content_hash,
-            "loss": policy.settings.get("loss"),
+            "loss": dict(loss_of(policy)) or None,
             "files": {entry.path: entry.sha256 for entry in policy.files},
         },
+        "models": _models(given),
         "samples_file": "samples.json",
     }
     if measured.kl:

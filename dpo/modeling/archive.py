@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from dpo.errors import ModelError
-from dpo.modeling.lora import is_adapter
 from dpo.modeling.stored import is_computed
+from dpo.storage.model_folder import is_adapter
 
 
 def checkpoint_folder(archive: Path) -> Path:

@@ -9,25 +9,24 @@ from typing import Any, Literal
 import torch
 
 from dpo.config.models import ModelConfig
-from dpo.data.tokenize import load_tokenizer
+from dpo.data.tokenize import load_tokenizer, moved_ids
 from dpo.errors import ArtifactError, ModelError, writing
 from dpo.modeling.archive import checkpoint_folder, load_policy_file
-from dpo.modeling.folder import check_folder, is_quantised, quantised
 from dpo.modeling.kernels import apply_kernels
-from dpo.modeling.lora import CONFIG as ADAPTER_CONFIG
-from dpo.modeling.lora import base_of, is_adapter, merge_saved
+from dpo.modeling.lora import merge_saved
 from dpo.modeling.precision import DTYPES
 from dpo.modeling.quiet import quiet
 from dpo.modeling.stored import check_names
 from dpo.storage.base_model import local_model, local_tokenizer
+from dpo.storage.given_model import adapter_base_folder, read_model
 from dpo.storage.lineage import check_base
 from dpo.storage.manifest import read_manifest
+from dpo.storage.model_folder import check_folder, is_adapter, is_quantised, quantised
 
 Weights = Literal["device", "cpu", "none"]
 """Where a loaded model's weights are."""
 
 _SHARD_SIZE = "2GB"
-_TEXT = "\n\nHuman: How do I write a test?\n\nAssistant: Begin with what may go wrong, 123."
 
 
 def load_model(
@@ -163,31 +162,17 @@ def _from_folder(
 
 
 def _base_folder(adapter: Path) -> Path:
-    """The folder of an adapter's base: a checkpoint, or a model as ``name_or_path`` names it."""
-    base = base_of(adapter)
-    if is_adapter(Path(base)):
-        return Path(base)
-    try:
-        folder = local_model(ModelConfig(name_or_path=base))
-    except ModelError as error:
-        raise ModelError(
-            f"the adapter's base model {base} cannot be had: {error.found}",
-            where=str(adapter / ADAPTER_CONFIG),
-            fix="correct base_model_name_or_path in it; lora.save=merged needs no base",
-        ) from None
-    _check_base(adapter, folder)
-    return folder
-
-
-def _check_base(adapter: Path, base: Path) -> None:
-    """Refuse a base that has changed since the adapter was trained on it, as far as is known."""
+    """The folder of an adapter's base, which must be what the adapter was trained on."""
+    folder = adapter_base_folder(adapter)
     try:
         trained_on = read_manifest(adapter, verify=False).inputs.get("base", "")
-        found = read_manifest(base, verify=False).content_hash
     except ArtifactError:
-        # one of them is no checkpoint of ours: a model of the hub, a published version
-        return
-    check_base(trained_on, base, found, ModelError)
+        # no checkpoint of ours
+        return folder
+    if trained_on:
+        found = read_model(folder, name="the adapter's base", verify=False).content_hash
+        check_base(trained_on, folder, found, ModelError)
+    return folder
 
 
 def load_for_training(
@@ -200,10 +185,10 @@ def load_for_training(
     Raises:
         ModelError: they cannot be loaded or do not fit each other.
     """
-    dtype = DTYPES[model.policy_dtype]
+    dtype, trusted = DTYPES[model.policy_dtype], model.trust_remote_code
     options: dict[str, Any] = {
         "device": device,
-        "trust_remote_code": model.trust_remote_code,
+        "trust_remote_code": trusted,
         "kernels": model.kernels,
         "compiled": model.compile,
         "output_layer": model.output_layer,
@@ -214,15 +199,16 @@ def load_for_training(
         policy = load_model(local_model(model), dtype, **options)
         if not _has_no_values(policy):
             load_policy_file(policy, archive)
-        tokenizer = load_tokenizer(local_tokenizer(model))
+        tokenizer = load_tokenizer(local_tokenizer(model), trust_remote_code=trusted)
     else:
         folder = base or (checkpoint_folder(archive) if archive else local_model(model))
         policy = load_model(folder, dtype, **options)
         own = base is not None or archive is not None
-        tokenizer = load_tokenizer(folder if own else local_tokenizer(model))
+        place = folder if own else local_tokenizer(model)
+        tokenizer = load_tokenizer(place, trust_remote_code=trusted)
     check_tokenizer(policy, tokenizer)
     if model.tokenizer_name_or_path and base is None:
-        _check_same_ids(local_model(model), tokenizer)
+        _check_same_ids(local_model(model), tokenizer, trusted)
     return policy, tokenizer
 
 
@@ -241,21 +227,19 @@ def check_tokenizer(model: Any, tokenizer: Any) -> None:
         )
 
 
-def _check_same_ids(folder: Path, tokenizer: Any) -> None:
+def _check_same_ids(folder: Path, tokenizer: Any, trusted: bool) -> None:
     """Refuse a tokenizer that gives a text other ids than the weights were trained with.
 
     Raises:
         ModelError: it is another one than that beside the weights, where there is one.
     """
     try:
-        own = load_tokenizer(folder)
+        own = load_tokenizer(folder, trust_remote_code=trusted)
     except ModelError:
         return
-    ids, expected = (t(_TEXT, add_special_tokens=False)["input_ids"] for t in (tokenizer, own))
-    known = own.get_vocab()
     # tokens may be added, but none may have a new number
-    moved = sum(known.get(token, n) != n for token, n in tokenizer.get_vocab().items())
-    if ids != expected or moved:
+    moved = moved_ids(own, tokenizer)
+    if moved is not None:
         raise ModelError(
             "the tokenizer is not that of the weights: the same text has other ids"
             + (f" ({moved:,} tokens are numbered otherwise)" if moved else ""),

@@ -28,11 +28,6 @@ _FUSED = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"
 _UNSEEN = frozenset({"conv1d", "out_proj"})
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether ``folder`` holds an adapter and no whole model."""
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
-
-
 def add_adapter(model: Any, settings: LoraConfig, base: str) -> None:
     """Freeze ``model`` and put an untrained adapter on it, in place.
 
@@ -181,26 +176,6 @@ def save_adapter(model: Any, folder: Path, weights: dict[str, Tensor] | None) ->
     values["inference_mode"] = True
     path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
     save_file(own, str(folder / WEIGHTS), metadata={"format": "pt"})
-
-
-def base_of(folder: Path) -> str:
-    """The base model that an adapter's folder records.
-
-    Raises:
-        ModelError: it records none.
-    """
-    try:
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        base = values["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
-        base = None
-    if not isinstance(base, str) or not base:
-        raise ModelError(
-            "the adapter does not say what its base model is",
-            where=str(folder / CONFIG),
-            fix="write base_model_name_or_path into it",
-        )
-    return base
 
 
 def merge_saved(model: Any, folder: Path) -> Any:

@@ -15,18 +15,18 @@ from typing import Any
 
 from dpo.errors import ArtifactError, ConfigError, ObjectMissing
 from dpo.storage.allowed import check_allowed
+from dpo.storage.given_model import read_model
 from dpo.storage.manifest import (
-    LOGS,
     MANIFEST,
     FileEntry,
     Manifest,
-    content_hash,
     read_manifest,
     sha256_file,
     staged,
     write_manifest,
 )
 from dpo.storage.progress import track
+from dpo.storage.published import as_manifest
 from dpo.storage.store import Store, is_store_url, open_store, safe_key
 from dpo.storage.trusted import find_version, is_published
 
@@ -80,7 +80,7 @@ def _read(uri: str, stage: str) -> tuple[Store, Manifest]:
         if "stage" not in values:
             found = find_version(store.root)
             store, values = artifact_store(store.url(found.prefix)), found.manifest
-        manifest = _manifest(values)
+        manifest = as_manifest(values)
     except ObjectMissing:
         raise ArtifactError(
             f"there is no complete output to use in place of step {stage}: {MANIFEST} is missing",
@@ -99,36 +99,6 @@ def _read(uri: str, stage: str) -> tuple[Store, Manifest]:
             fix=f"name an output of {' or '.join(ACCEPTED[stage])}",
         )
     return store, manifest
-
-
-def _manifest(values: Mapping[str, Any]) -> Manifest:
-    files = tuple(FileEntry(**entry) for entry in values["files"])
-    found = content_hash({entry.path: entry.sha256 for entry in files if entry.path not in LOGS})
-    if found != values["content_hash"]:
-        raise ValueError("the content hash is not that of the files")
-    return Manifest(
-        stage=values.get("stage", "published"),
-        files=files,
-        content_hash=found,
-        settings=dict(values.get("settings", {})),
-        inputs=dict(values.get("inputs") or _policy(values)),
-        code=str(values.get("code", "")),
-        details=dict(values.get("details", {})),
-        made_by=dict(values.get("made_by", {})),
-        lineage=_lineage(values),
-    )
-
-
-def _policy(values: Mapping[str, Any]) -> dict[str, str]:
-    """Of a published version: the policy that it was made of."""
-    return {"policy": str(values["policy"])} if values.get("policy") else {}
-
-
-def _lineage(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Where it comes from; of a published version its policy too."""
-    known = dict(values.get("lineage") or {})
-    own = values.get("provenance")
-    return {**known, own["content_hash"]: own} if own else known
 
 
 def adopt(
@@ -174,7 +144,8 @@ def adopt(
 
 def _check_inputs(uri: str, manifest: Manifest, inputs: Mapping[str, Path]) -> None:
     for name, folder in inputs.items():
-        wanted = read_manifest(folder, verify=False).content_hash
+        read = read_model if name == "model" else read_manifest
+        wanted = read(folder, verify=False).content_hash
         known = manifest.inputs.get(name)
         if known != wanted:
             raise ArtifactError(

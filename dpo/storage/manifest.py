@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -91,6 +91,12 @@ def lineage_of(inputs: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def remember(manifest: Manifest) -> Manifest:
+    """Let the lineage of what this process writes tell of an input that has no manifest."""
+    _read[manifest.content_hash] = manifest
+    return manifest
+
+
 def sha256_file(path: Path) -> str:
     """Hash of a file's bytes, in hex."""
     with path.open("rb") as file:
@@ -107,7 +113,11 @@ def content_hash(files: Mapping[str, str]) -> str:
 
 def list_files(folder: Path) -> list[FileEntry]:
     """All files under ``folder`` but its manifest, sorted by path."""
-    paths = [p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST]
+    return hashed(folder, [p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST])
+
+
+def hashed(folder: Path, paths: Sequence[Path]) -> list[FileEntry]:
+    """The entries of files below ``folder``, sorted by path."""
     # hashing leaves the interpreter's lock
     with ThreadPoolExecutor() as pool:
         hashes = list(pool.map(sha256_file, paths))
@@ -202,9 +212,8 @@ def read_manifest(folder: Path, *, stage: str | None = None, verify: bool = True
             fix=f"pass the folder that {stage} wrote",
         )
     if verify:
-        _verify(folder, manifest)
-    _read[manifest.content_hash] = manifest
-    return manifest
+        verify_files(folder, manifest)
+    return remember(manifest)
 
 
 def _parse(path: Path) -> Manifest:
@@ -225,7 +234,12 @@ def _parse(path: Path) -> Manifest:
         ) from None
 
 
-def _verify(folder: Path, manifest: Manifest) -> None:
+def verify_files(folder: Path, manifest: Manifest) -> None:
+    """Compare every file's size and sha256 with the manifest.
+
+    Raises:
+        ArtifactError: a file is missing or differs.
+    """
     for entry in manifest.files:
         file = folder / entry.path
         if not file.is_file():

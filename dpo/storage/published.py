@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpo.errors import ArtifactError, ObjectMissing
-from dpo.storage.manifest import MANIFEST
+from dpo.storage.manifest import LOGS, MANIFEST, FileEntry, Manifest, content_hash
 from dpo.storage.store import Store
 
 LATEST = "latest.json"
@@ -137,3 +137,40 @@ def _parsed(text: bytes, newest: int, where: str) -> dict[str, Any]:
             fix="use the version of this package that wrote it, or a newer one",
         )
     return dict(values)
+
+
+def as_manifest(values: Mapping[str, Any]) -> Manifest:
+    """The manifest of a step's output or of a published version, from what it says.
+
+    Raises:
+        ValueError: its content hash is not that of its files.
+        KeyError: something is missing.
+        TypeError: something is of another type.
+    """
+    files = tuple(FileEntry(**entry) for entry in values["files"])
+    found = content_hash({entry.path: entry.sha256 for entry in files if entry.path not in LOGS})
+    if found != values["content_hash"]:
+        raise ValueError("the content hash is not that of the files")
+    return Manifest(
+        stage=values.get("stage", "published"),
+        files=files,
+        content_hash=found,
+        settings=dict(values.get("settings", {})),
+        inputs=dict(values.get("inputs") or _policy(values)),
+        code=str(values.get("code", "")),
+        details=dict(values.get("details", {})),
+        made_by=dict(values.get("made_by", {})),
+        lineage=_lineage(values),
+    )
+
+
+def _policy(values: Mapping[str, Any]) -> dict[str, str]:
+    """Of a published version: the policy that it was made of."""
+    return {"policy": str(values["policy"])} if values.get("policy") else {}
+
+
+def _lineage(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Where it comes from; of a published version its policy too."""
+    known = dict(values.get("lineage") or {})
+    own = values.get("provenance")
+    return {**known, own["content_hash"]: own} if own else known

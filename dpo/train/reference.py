@@ -17,11 +17,14 @@ from dpo.distributed.device import best_device
 from dpo.distributed.launch import is_shared, launch
 from dpo.distributed.together import is_first
 from dpo.errors import NonFiniteError
+from dpo.modeling.archive import checkpoint_folder
 from dpo.modeling.load import check_length, load_for_training
 from dpo.modeling.memory import enough_memory
 from dpo.modeling.precision import compute_dtype
 from dpo.modeling.scoring import NDArray
 from dpo.modeling.sharded import load_once, on_devices, score_shared
+from dpo.storage.base_model import local_model
+from dpo.storage.given_model import read_model
 from dpo.storage.manifest import (
     Manifest,
     check_place,
@@ -63,8 +66,8 @@ def run_reference(
         return read_manifest(output, stage="reference")
     device = best_device()
     inputs = {"pairs": read_manifest(pairs, stage="ingest").content_hash}
-    if model is not None:
-        inputs["model"] = read_manifest(model).content_hash
+    if scorer := _scorer(config, model):
+        inputs["model"] = scorer
     # the types may differ by explicit choice; the check at step 0 then says by how much it shows
     settings = config.model.model_copy(update={"policy_dtype": config.model.reference_dtype})
     load = partial(load_for_training, settings, model, device=device)
@@ -104,6 +107,17 @@ def run_reference(
             code=code,
             details={"pairs": len(every), "tokens": sum(e.n_tokens for e in every)},
         )
+
+
+def _scorer(config: RunConfig, model: Path | None) -> str:
+    """Content hash of the model that scores; empty for a file of weights, which has none."""
+    archive = config.model.archive
+    if model is not None:
+        return read_model(model, "base").content_hash
+    if archive and Path(archive).is_file():
+        return ""
+    folder = checkpoint_folder(Path(archive)) if archive else local_model(config.model)
+    return read_model(folder, needs_tokenizer=bool(archive)).content_hash
 
 
 def _check_finite(examples: list[TokenizedExample], scored: list[tuple[NDArray, ...]]) -> None:

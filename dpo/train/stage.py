@@ -22,7 +22,7 @@ from dpo.data.log_probs import PairLogProbs, read_log_probs, select_log_probs
 from dpo.data.tokenize import TokenizedExample
 from dpo.distributed.device import best_device
 from dpo.distributed.together import barrier, is_first
-from dpo.errors import ConfigError, StoreError
+from dpo.errors import ArtifactError, ConfigError, StoreError
 from dpo.modeling.lanes import lanes_for
 from dpo.modeling.load import check_length, load_for_training, save_model
 from dpo.modeling.lora import (
@@ -39,6 +39,7 @@ from dpo.modeling.recompute import checkpoint_activations
 from dpo.modeling.scoring import score
 from dpo.modeling.sharded import Scorer, find_blocks, load_once, release, shard
 from dpo.plan.split import check_lora
+from dpo.storage.given_model import read_model
 from dpo.storage.manifest import MANIFEST, Manifest, read_manifest, staged, write_manifest
 from dpo.storage.progress import message, track
 from dpo.train.checkpoint import Checkpoints
@@ -314,9 +315,18 @@ def _save(
 def _input_hashes(pairs: Path, base: Path | None, reference: Path | None) -> dict[str, str]:
     inputs = {"pairs": read_manifest(pairs, stage="ingest").content_hash}
     if base is not None:
-        inputs["base"] = read_manifest(base).content_hash
+        inputs["base"] = read_model(base, "base").content_hash
     if reference is not None:
-        inputs["reference"] = read_manifest(reference, stage="reference").content_hash
+        scored = read_manifest(reference, stage="reference")
+        inputs["reference"] = scored.content_hash
+        scorer, start = scored.inputs.get("model"), inputs.get("base")
+        if scorer and start and scorer != start:
+            raise ArtifactError(
+                f"the log-probabilities are of another model ({scorer[:12]}) than the one that "
+                f"training starts from ({start[:12]})",
+                where=str(reference),
+                fix="make them with that model, or leave them out: training then makes its own",
+            )
     return inputs
 
 

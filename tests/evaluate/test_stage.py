@@ -13,7 +13,7 @@ from dpo.config.stages import restrict, stage_json
 from dpo.data.log_probs import PairLogProbs, read_log_probs
 from dpo.data.stage import run_ingest
 from dpo.errors import ConfigError, DataError, ModelError
-from dpo.evaluate import stage
+from dpo.evaluate import inputs
 from dpo.evaluate.measure import Measurement
 from dpo.evaluate.stage import run_evaluate
 from dpo.modeling import load
@@ -308,7 +308,7 @@ def test_a_model_of_nan_makes_no_figures(trained, tmp_path, broken, monkeypatch)
         )
     else:
         monkeypatch.setattr(
-            stage,
+            inputs,
             "select_log_probs",
             lambda _, examples, *__: [PairLogProbs("test", "", lost, lost)] * len(examples),
         )

@@ -9,6 +9,8 @@ from dpo.errors import ModelError
 
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
+_ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 _HEADER_LENGTH_BYTES = 8
 _INTEGERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 
@@ -37,6 +39,61 @@ def check_folder(folder: Path) -> None:
             if pickled
             else "fetch the model again: the folder needs config.json, weights and tokenizer",
         )
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether ``folder`` holds an adapter and no whole model."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def base_of(folder: Path) -> str:
+    """The base model that an adapter's folder records.
+
+    Raises:
+        ModelError: it records none.
+    """
+    try:
+        values = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        base = values["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise ModelError(
+            "the adapter does not say what its base model is",
+            where=str(folder / ADAPTER_CONFIG),
+            fix="write base_model_name_or_path into it",
+        )
+    return base
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that weights are loaded from, with their index; ``check_folder`` found them."""
+    index = folder / _INDEX
+    if index.is_file():
+        return [index, *(folder / name for name in _shards(index))]
+    single = folder / _WEIGHTS
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def check_adapter(folder: Path) -> None:
+    """Refuse an adapter without whole weights.
+
+    Raises:
+        ModelError: they are missing, cut off, or a pickle.
+    """
+    path = folder / _ADAPTER
+    if path.is_file():
+        _check_safetensors(path)
+        return
+    pickled = (folder / "adapter_model.bin").is_file()
+    raise ModelError(
+        f"the adapter's weights are missing: there is no {_ADAPTER}"
+        + (", and adapter_model.bin is a pickle, which is not loaded" if pickled else ""),
+        where=str(folder),
+        fix="save it again with a newer peft, which writes safetensors"
+        if pickled
+        else "fetch the adapter again",
+    )
 
 
 def _check_config(path: Path) -> None:

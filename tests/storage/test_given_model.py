@@ -1,0 +1,136 @@
+"""Models that nobody's step of ours made: taken by their content, or refused in one message."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+
+from dpo.errors import DpoError
+from dpo.storage.given_model import FOREIGN, read_model
+from dpo.storage.manifest import staged, write_manifest
+
+
+@pytest.fixture
+def folder(tiny_model, tmp_path):
+    return shutil.copytree(tiny_model, tmp_path / "theirs")
+
+
+def adapter_of(base, target):
+    """An adapter's folder; its weights are only looked at."""
+    target.mkdir()
+    values = {"base_model_name_or_path": str(base), "peft_type": "LORA"}
+    (target / "adapter_config.json").write_text(json.dumps(values))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, target / name)
+    shutil.copy(base / "model.safetensors", target / "adapter_model.safetensors")
+    return target
+
+
+def test_a_foreign_folder_is_known_by_what_loading_reads(folder):
+    found = read_model(folder)
+    assert found.stage == FOREIGN
+    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert {entry.path: entry.sha256 for entry in found.files}["model.safetensors"] == weights
+    # what trainers and downloads leave beside a model is none of it
+    (folder / "checkpoint-2").mkdir()
+    (folder / "checkpoint-2/model.safetensors").touch()
+    (folder / ".cache/huggingface").mkdir(parents=True)
+    for name in ("trainer_state.json", "training_args.bin", "all_results.json", "README.md"):
+        (folder / name).write_text("{}")
+    # a file of that name which is no manifest of ours
+    (folder / "manifest.json").write_text('{"name": "an app"}')
+    assert read_model(folder).content_hash == found.content_hash
+    (folder / "generation_config.json").write_text('{"eos_token_id": 1}')
+    assert read_model(folder).content_hash != found.content_hash
+
+
+def test_its_record_goes_into_the_lineage_of_what_is_made_of_it(folder, tmp_path):
+    given = read_model(folder)
+    with staged(tmp_path / "output") as output:
+        made = write_manifest(output, "sft", inputs={"base": given.content_hash})
+    record = made.lineage[given.content_hash]
+    assert record["step"] == FOREIGN
+    assert record["sources"] == {"folder": "theirs", "model_type": "gpt_neox", "dtype": "float32"}
+
+
+def test_an_adapters_base_is_part_of_what_it_is(folder, tmp_path):
+    adapter = adapter_of(folder, tmp_path / "adapter")
+    base = read_model(folder).content_hash
+    assert read_model(adapter).inputs == {"base": base}
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    # the adapter has a tokenizer: its base needs none
+    assert read_model(adapter).inputs["base"] != base
+
+
+def remove(*names):
+    def change(folder):
+        for name in names:
+            (folder / name).unlink()
+
+    return change
+
+
+def only_gguf(folder):
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "model-Q4.gguf").touch()
+
+
+def only_checkpoints(folder):
+    inner = folder / "checkpoint-500"
+    inner.mkdir()
+    for path in [path for path in folder.iterdir() if path.is_file()]:
+        path.rename(inner / path.name)
+
+
+def pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model-00001-of-00002.bin")
+
+
+def lost_shard(folder):
+    weights = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(weights))
+
+
+def cut_off(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def of_ingest(folder):
+    write_manifest(folder, "ingest")
+
+
+def old_adapter(folder):
+    adapter_of(folder, folder / "a")
+    for path in folder.glob("*.*"):
+        path.unlink()
+    for path in (folder / "a").iterdir():
+        path.rename(folder / path.name)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (shutil.rmtree, "there is no such folder for sft"),
+        (only_gguf, "sft is no model's folder: model-Q4.gguf is made for inference"),
+        (only_checkpoints, "it holds folders of models (checkpoint-500)"),
+        (remove("config.json"), "sft is no model's folder: config.json is missing"),
+        (remove("model.safetensors"), "the model's weights are missing"),
+        (remove("tokenizer.json", "tokenizer_config.json"), "sft has no tokenizer"),
+        (pickled, "pytorch_model-00001-of-00002.bin is a pickle, which is not loaded"),
+        (lost_shard, "a file of weights is missing: model-2.safetensors"),
+        (cut_off, "a file of weights is damaged"),
+        (of_ingest, "sft must be a model, and this is the output of step ingest"),
+        (old_adapter, "adapter_model.bin is a pickle"),
+    ],
+)
+def test_what_cannot_be_loaded_is_told_in_one_message(folder, change, expected):
+    change(folder)
+    with pytest.raises(DpoError) as caught:
+        read_model(folder, "sft")
+    assert expected in caught.value.found
+    assert caught.value.fix
