@@ -10,7 +10,6 @@ def evaluate(
     pairs: dsl.Input[dsl.Dataset],
     sft: dsl.Input[dsl.Model],
     policy: dsl.Input[dsl.Model],
-    log_probs: dsl.Input[dsl.Dataset],
     evaluation: dsl.Output[dsl.Artifact],
     report: dsl.Output[dsl.HTML],
     summary: dsl.Output[dsl.Markdown],
@@ -21,14 +20,17 @@ def evaluate(
     fingerprint: str = "",
     overrides: str = "",
     part: str = "",
+    log_probs: dsl.Input[dsl.Dataset] = None,
 ):
     """Compares the policy with the SFT model on pairs that neither was trained on.
 
+    Both may be any Hugging Face folders with the same tokens, such as a model and what another
+    program made of it.
+
     Args:
         pairs: Output of ingest.
-        sft: Output of sft.
-        policy: Output of preference.
-        log_probs: Output of reference.
+        sft: Output of sft, or a Hugging Face folder: the reference.
+        policy: Output of preference, or a Hugging Face folder.
         evaluation: Folder with evaluation.json, samples.json, pairs.json and both forms of the
             report.
         report: The report for a browser.
@@ -40,6 +42,7 @@ def evaluate(
         fingerprint: JSON with the fingerprint of the code that the run was planned with.
         overrides: JSON list of settings that a sweep changes, such as ["loss.beta=0.2"].
         part: all, validation or test: which held-out pairs; empty leaves it to the settings.
+        log_probs: Output of reference, made with sft; made here where it is left out.
     """
     from pathlib import Path
 
@@ -47,12 +50,13 @@ def evaluate(
     from dpo.evaluate.stage import run_evaluate
     from dpo.publish.pinned import pinned
     from dpo.storage.lineage import note_sources
-    from dpo.storage.step import copy_report, log_metrics, step
+    from dpo.storage.step import copy_report, describe, log_metrics, step
 
-    inputs = {"ingest": pairs, "sft": sft, "reference": log_probs, "preference": policy}
+    given = {"pairs": pairs, "sft": sft, "policy": policy, "log_probs": log_probs}
+    made_by = {"ingest": pairs, "sft": sft, "reference": log_probs, "preference": policy}
 
     with (
-        step("evaluate", settings, fingerprint, overrides, part=part) as run,
+        step("evaluate", settings, fingerprint, overrides, part=part, inputs=given) as run,
         pinned(run.config.evaluation.published) as published,
     ):
         manifest = run_evaluate(
@@ -61,11 +65,13 @@ def evaluate(
             pairs=Path(pairs.path),
             sft=Path(sft.path),
             policy=Path(policy.path),
-            reference=Path(log_probs.path),
+            reference=Path(log_probs.path) if log_probs else None,
             published=published,
             code=run.code,
         )
-        note_sources(Path(evaluation.path), {name: item.uri for name, item in inputs.items()})
+        uris = {name: item.uri for name, item in made_by.items() if item}
+        note_sources(Path(evaluation.path), uris)
+        describe(evaluation, manifest)
         copy_report(Path(evaluation.path, "report.html"), Path(report.path))
         copy_report(Path(evaluation.path, "report.md"), Path(summary.path))
         log_metrics(metrics, manifest)

@@ -35,7 +35,7 @@ def gate(
     from dpo.storage.progress import message
     from dpo.storage.step import copy_report, step
 
-    with step("gate", settings) as run:
+    with step("gate", settings, inputs={"evaluation": evaluation}) as run:
         decision = run_gate(
             run.config, Path(verdict.path), evaluation=Path(evaluation.path), code=run.code
         )

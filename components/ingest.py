@@ -13,6 +13,7 @@ def ingest(
     settings: str = "{}",
     fingerprint: str = "",
     data_uri: str = "",
+    rows: dsl.Input[dsl.Dataset] = None,
 ):
     """Reads the sources, validates each row, splits by prompt and writes Parquet pairs.
 
@@ -24,20 +25,24 @@ def ingest(
         settings: JSON of the settings that this step reads (see config/README.md).
         fingerprint: JSON with the fingerprints of code and data that the run was planned with.
         data_uri: An earlier output of this step to verify and use instead of the sources.
+        rows: File or folder of preference data (JSON Lines, CSV, Parquet ...) to read instead of
+            the sources that the settings name.
     """
     from pathlib import Path
 
     from dpo.data.sources import data_fingerprint, source_fingerprints
     from dpo.data.stage import run_ingest
     from dpo.storage.adopt import adopt
-    from dpo.storage.step import copy_report, log_metrics, step
+    from dpo.storage.step import copy_report, describe, log_metrics, of_rows, step
 
-    with step("ingest", settings, fingerprint) as run:
+    with step("ingest", settings, fingerprint, inputs={"rows": rows}) as run:
         if data_uri:
             manifest = adopt(data_uri, Path(pairs.path), "ingest", expected=run.artifact)
         else:
-            sources = source_fingerprints(run.config)
+            config = of_rows(run.config, settings, Path(rows.path)) if rows else run.config
+            sources = source_fingerprints(config)
             run.expect("data", data_fingerprint(sources))
-            manifest = run_ingest(run.config, Path(pairs.path), code=run.code, fingerprints=sources)
+            manifest = run_ingest(config, Path(pairs.path), code=run.code, fingerprints=sources)
+        describe(pairs, manifest)
         copy_report(Path(pairs.path, "report.html"), Path(data_report.path))
         log_metrics(metrics, manifest)

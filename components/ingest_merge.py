@@ -31,7 +31,7 @@ def ingest(
 
     from dpo.data.stage import run_ingest
     from dpo.storage.adopt import adopt
-    from dpo.storage.step import copy_report, log_metrics, step
+    from dpo.storage.step import copy_report, describe, log_metrics, step
 
     with step("ingest", settings, fingerprint) as run:
         if data_uri:
@@ -39,5 +39,6 @@ def ingest(
         else:
             folders = [Path(shard.path) for shard in shards]
             manifest = run_ingest(run.config, Path(pairs.path), code=run.code, shards=folders)
+        describe(pairs, manifest)
         copy_report(Path(pairs.path, "report.html"), Path(data_report.path))
         log_metrics(metrics, manifest)

@@ -20,7 +20,7 @@ def publish(
     Never cached. Content that is published already moves no bytes.
 
     Args:
-        policy: Output of preference.
+        policy: Output of preference, or the Hugging Face folder that was evaluated.
         evaluation: Output of evaluate.
         verdict: Output of gate; a refused policy is not published.
         published: Folder with published.json: URL, content hash, bytes moved.
@@ -31,9 +31,10 @@ def publish(
     from pathlib import Path
 
     from dpo.publish.stage import run_publish
-    from dpo.storage.step import log_metrics, step
+    from dpo.storage.step import describe, log_metrics, step
 
-    with step("publish", settings) as run:
+    given = {"policy": policy, "evaluation": evaluation, "verdict": verdict}
+    with step("publish", settings, inputs=given) as run:
         manifest = run_publish(
             run.config,
             Path(published.path),
@@ -43,4 +44,5 @@ def publish(
             run_id=run_id,
             code=run.code,
         )
+        describe(published, manifest)
         log_metrics(metrics, manifest)

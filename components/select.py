@@ -33,7 +33,7 @@ def select(
 
     from dpo.evaluate.select import run_select
     from dpo.storage.progress import reported
-    from dpo.storage.step import log_metrics, write_text
+    from dpo.storage.step import describe, log_metrics, write_text
 
     with reported("select"):
         best, table, manifest = run_select(
@@ -43,5 +43,6 @@ def select(
             Path(policy.path),
         )
         write_text(Path(summary.path), table)
+        describe(policy, manifest)
         log_metrics(metrics, manifest)
     return best.overrides

@@ -13,6 +13,7 @@ def sft(
     settings: str = "{}",
     fingerprint: str = "",
     model_uri: str = "",
+    model: dsl.Input[dsl.Model] = None,
 ):
     """Trains the base model on the chosen responses; the result is policy and reference at once.
 
@@ -25,18 +26,22 @@ def sft(
             with.
         model_uri: An earlier checkpoint or a published model to verify and use instead of
             training.
+        model: Where training starts: any Hugging Face folder; left out, the model that the settings
+            name.
     """
     from pathlib import Path
 
     from dpo.storage.adopt import adopt
     from dpo.storage.base_model import model_fingerprint
-    from dpo.storage.step import log_metrics, step
+    from dpo.storage.step import describe, log_metrics, step
     from dpo.train.task import train_step
 
-    with step("sft", settings, fingerprint) as run:
+    with step("sft", settings, fingerprint, inputs={"pairs": pairs, "model": model}) as run:
         if model_uri:
             manifest = adopt(model_uri, Path(checkpoint.path), "sft", expected=run.artifact)
         else:
-            run.expect("model", model_fingerprint(run.config.model))
-            manifest = train_step(run, checkpoint, pairs=pairs)
+            if not model:
+                run.expect("model", model_fingerprint(run.config.model))
+            manifest = train_step(run, checkpoint, pairs=pairs, base=model)
+        describe(checkpoint, manifest)
         log_metrics(metrics, manifest)

@@ -15,7 +15,7 @@ from dpo.config.compose import compose
 from dpo.config.overrides import override_value
 from dpo.config.schema import RunConfig
 from dpo.config.stages import Stage, load_stage, overridden
-from dpo.errors import ConfigError, OutputGone
+from dpo.errors import ConfigError, DpoError, OutputGone
 from dpo.storage.fingerprint import code_fingerprint
 from dpo.storage.manifest import Manifest
 from dpo.storage.progress import reported
@@ -56,7 +56,13 @@ class Step:
 
 @contextmanager
 def step(
-    stage: Stage, settings: str, fingerprint: str = "", overrides: str = "", *, part: str = ""
+    stage: Stage,
+    settings: str,
+    fingerprint: str = "",
+    overrides: str = "",
+    *,
+    part: str = "",
+    inputs: Mapping[str, InputArtifact | None] | None = None,
 ) -> Iterator[Step]:
     """Run a stage inside a component.
 
@@ -67,10 +73,11 @@ def step(
         overrides: JSON list of ``KEY=VALUE`` that a sweep puts over the settings; keys that the
             stage does not read are left out.
         part: Which held-out pairs an evaluation measures on; empty leaves it to the settings.
+        inputs: The component's input artifacts, by their names there, for messages.
     """
     changes = json.loads(overrides) if overrides else []
     changes += [f"evaluation.part={part}"] if part else []
-    with reported(stage):
+    with reported(stage), _inputs_named(inputs or {}):
         running = Step(
             stage=stage,
             config=_with_sources(stage, load_stage(stage, overridden(stage, settings, changes))),
@@ -90,12 +97,62 @@ def step(
             raise
 
 
+@contextmanager
+def _inputs_named(inputs: Mapping[str, InputArtifact | None]) -> Iterator[None]:
+    """A message about a folder says which input of the component it is: nobody typed its path."""
+    try:
+        yield
+    except DpoError as error:
+        for name, item in inputs.items():
+            if item and (error.where or "").startswith(item.path):
+                error.where = f"input {name}: {error.where}"
+        raise
+
+
+def of_rows(config: RunConfig, settings: str, rows: Path) -> RunConfig:
+    """The configuration of ingest with one file or folder for all sources.
+
+    Args:
+        config: What the settings say.
+        settings: JSON that the component was given.
+        rows: The file or folder.
+
+    Raises:
+        ConfigError: the settings name sources too.
+    """
+    if named := sorted({"datasets", "sources"} & set(json.loads(settings or "{}"))):
+        raise ConfigError(
+            f"both the input rows and {' and '.join(named)} in the settings say what to read",
+            where="input rows",
+            fix="leave one of them out",
+        )
+    composed = compose([f"datasets={override_value([str(rows)])}"]).config
+    return config.model_copy(update={"datasets": composed.datasets, "sources": composed.sources})
+
+
 def _with_sources(stage: Stage, config: RunConfig) -> RunConfig:
     """The sources behind ``datasets``, where a component is used alone and nobody composed them."""
     if stage != "ingest" or config.sources:
         return config
     composed = compose([f"datasets={override_value(config.datasets)}"]).config
     return config.model_copy(update={"datasets": composed.datasets, "sources": composed.sources})
+
+
+class InputArtifact(Protocol):
+    """What this module needs of an artifact that a component is given."""
+
+    path: str
+
+
+class DescribedArtifact(Protocol):
+    """What this module needs of an artifact that a component makes."""
+
+    metadata: dict[str, Any]
+
+
+def describe(artifact: DescribedArtifact, manifest: Manifest) -> None:
+    """Let the UI, and pipelines of others, see what the artifact is."""
+    artifact.metadata |= {"step": manifest.stage, "content_hash": manifest.content_hash}
 
 
 class MetricsArtifact(Protocol):

@@ -6,6 +6,9 @@ import pytest
 from kfp import compiler, components, dsl
 
 from components.gate import gate
+from components.ingest import ingest
+from components.publish import publish
+from dpo.storage.given_model import read_model
 from dpo.storage.manifest import read_manifest, staged, write_manifest
 from pipelines import package
 from pipelines.deployment import Images
@@ -70,3 +73,85 @@ def test_the_gate_alone_needs_neither_a_run_nor_a_store(tmp_path, capsys):
     assert gate.python_func(**places) is True
     assert json.loads((tmp_path / "verdict/verdict.json").read_text())["approved"]
     assert "no run_id is given" in capsys.readouterr().err
+
+
+def test_components_take_files_and_models_that_others_made(
+    folder, kfp_processes, tmp_path, tiny_model, monkeypatch
+):
+    """A file of pairs and a Hugging Face folder; what is optional is left out."""
+    ingest, reference = (
+        components.load_component_from_file(str(folder / f"{step}.yaml"))
+        for step in ("ingest", "reference")
+    )
+
+    @dsl.component(base_image="python", install_kfp_package=False)
+    def make(rows: dsl.Output[dsl.Dataset], model: dsl.Output[dsl.Model], source: str):
+        import json
+        import shutil
+        from pathlib import Path
+
+        shutil.copytree(source, model.path)
+        lines = [
+            json.dumps({"prompt": f"Say {i}:", "chosen": f" yes {i}", "rejected": f" no {i}"})
+            for i in range(30)
+        ]
+        Path(rows.path).write_text("\n".join(lines))
+
+    limits = '{"max_length": 64, "max_prompt_length": 32}'
+
+    @dsl.pipeline(name="theirs")
+    def theirs(source: str):
+        made = make(source=source)
+        pairs = ingest(rows=made.outputs["rows"], settings=limits).outputs["pairs"]
+        reference(pairs=pairs, model=made.outputs["model"], settings=limits)
+
+    monkeypatch.setenv("DPO_PROGRESS_FILE", str(tmp_path / "events.jsonl"))
+    theirs(source=str(tiny_model))
+    (scored,) = kfp_processes.glob("*/reference/log_probs")
+    manifest = read_manifest(scored, stage="reference")
+    assert manifest.inputs["model"] == read_model(tiny_model).content_hash
+    assert manifest.details["pairs"] == 30
+    (noted,) = kfp_processes.glob("*/reference/executor_output.json")
+    metadata = json.loads(noted.read_text())["artifacts"]["log_probs"]["artifacts"][0]["metadata"]
+    assert metadata == {"step": "reference", "content_hash": manifest.content_hash}
+
+
+@pytest.mark.parametrize(
+    ("step", "optional"),
+    [
+        ("ingest", {"rows"}),
+        ("sft", {"model"}),
+        ("reference", {"model"}),
+        ("preference", {"model", "log_probs"}),
+        ("evaluate", {"log_probs"}),
+    ],
+)
+def test_optional_inputs_are_declared_so(folder, step, optional):
+    spec = package.load_package(folder / f"{step}.yaml")[0]
+    inputs = spec["components"][f"comp-{step}"]["inputDefinitions"]
+    found = {name for name, item in inputs["artifacts"].items() if item.get("isOptional")}
+    assert found == optional
+    assert all(item.get("isOptional") for item in inputs["parameters"].values())
+
+
+def test_a_message_says_which_input_of_the_component_is_meant(tmp_path, capsys):
+    """Nobody typed the path of an artifact: the backend gave it."""
+    for name in ("policy", "evaluation", "verdict"):
+        (tmp_path / name).mkdir()
+    places = {
+        name: dsl.Artifact(name, str(tmp_path / name))
+        for name in ("policy", "evaluation", "verdict", "published", "metrics")
+    }
+    with pytest.raises(SystemExit):
+        publish.python_func(**places)
+    assert f"where: input policy: {tmp_path / 'policy'}" in capsys.readouterr().err
+
+
+def test_rows_and_settings_do_not_both_name_the_data(tmp_path, capsys):
+    places = {
+        name: dsl.Artifact(name, str(tmp_path / name))
+        for name in ("pairs", "data_report", "metrics", "rows")
+    }
+    with pytest.raises(SystemExit):
+        ingest.python_func(**places, settings='{"datasets": ["hh_sample"]}')
+    assert "both the input rows and datasets in the settings" in capsys.readouterr().err
