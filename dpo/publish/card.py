@@ -16,6 +16,7 @@ import yaml
 from dpo.errors import ArtifactError
 from dpo.publish import licences, template
 from dpo.publish.adapter import is_alone
+from dpo.storage.given_model import FOREIGN
 from dpo.storage.manifest import Manifest
 
 FILE = "README.md"
@@ -58,6 +59,8 @@ def model_card(
         license_: Licence of the model; empty takes the base model's where it is known.
         model: Folder of what is published, where that is another.
     """
+    if manifest.stage == FOREIGN:
+        return _foreign_card(manifest, name, license_, model or policy)
     run = json.loads((policy / "run.json").read_text(encoding="utf-8"))
     config = run["config"]
     loss = config["loss"]
@@ -101,7 +104,45 @@ A language model fine-tuned with preference data: {_by_sft(manifest)}{_loss_name
 - Loss: {_options(loss)}
 - {run["examples"]} pairs in {run["steps"]} optimiser steps, {config["optimizer"]}, learning rate
   {config["lr"]}
+{_END.format(licence=_license_text(license_, licence, base))}"""
 
+
+def _foreign_card(manifest: Manifest, name: str, license_: str, model: Path) -> str:
+    """Of a model that another program trained: what is known here is how it was measured."""
+    alone = is_alone(model)
+    licence = licences.metadata(license_, "")
+    metadata: dict[str, Any] = {
+        "library_name": "peft" if alone else "transformers",
+        "pipeline_tag": "text-generation",
+        **licence,
+        "tags": ["evaluated"],
+    }
+    block = "\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items())
+    use = f"{_use_of_adapter('', '')}\n" if alone else f"{_USE}\n"
+    return f"""---
+{block}
+---
+
+# {name}
+
+A language model that was trained with another program; here it was evaluated and published.
+
+## Use
+
+{use}
+## Data
+
+- What it was trained on was not recorded
+
+## Training
+
+- With another program; content hash of what was evaluated: `{manifest.content_hash}`
+- Architecture: {", ".join(_architectures(model))}
+{_END.format(licence=_license_text(license_, licence, ""))}"""
+
+
+_END = (
+    """
 ## Figures
 
 Beside this card, [manifest.json](manifest.json) names the run (`run_id`). In the same store
@@ -110,7 +151,7 @@ before and after, the gate's verdict, the resolved configuration, and where the 
 
 ## Licence
 
-{_license_text(license_, licence, base)}
+{licence}
 
 ## Intended use
 
@@ -118,8 +159,10 @@ Text generation in the form of its training data, after an evaluation for the us
 
 ## Limits
 
-{_LIMITS}
 """
+    + _LIMITS
+    + "\n"
+)
 
 
 def _by_sft(manifest: Manifest) -> str:
@@ -258,6 +301,7 @@ def _architectures(model: Path) -> list[str]:
 
 
 _LOSS_NAMES = {
+    "sft": "supervised fine-tuning (SFT) on the preferred responses",
     "dpo": "direct preference optimisation (DPO)",
     "robust": "robust DPO",
     "hinge": "preference training with a hinge loss (SLiC)",

@@ -24,8 +24,9 @@ from dpo.publish.template import DIALOGUE as DIALOGUE_TEMPLATE
 from dpo.publish.template import FILE as CHAT_TEMPLATE
 from dpo.publish.tensors import INDEX, SINGLE, model_tensors, read_tensors, write_model
 from dpo.storage.base_model import is_here, local_model
+from dpo.storage.given_model import FOREIGN, read_model
 from dpo.storage.lineage import SFT_CHECKPOINT, base_model, check_base, hub_model
-from dpo.storage.manifest import MANIFEST, FileEntry, Manifest, read_manifest, sha256_file
+from dpo.storage.manifest import MANIFEST, FileEntry, Manifest, sha256_file
 
 _LEFT_OUT = {
     MANIFEST,
@@ -60,10 +61,10 @@ def gathered(policy: Path, config: RunConfig) -> Iterator[tuple[Path, list[FileE
 
 
 def _fill(folder: Path, policy: Path, config: RunConfig) -> list[FileEntry]:
-    manifest = read_manifest(policy, stage="preference", verify=False)
+    manifest = read_model(policy, "policy", verify=False)
     known = _link(policy, folder, manifest)
     _choose_weights(policy, folder, config, manifest)
-    _complete(folder)
+    _complete(folder, ours=manifest.stage != FOREIGN)
     base = _began_with(manifest, config)
     name, license_ = config.publish.name, config.publish.license
     text = card.model_card(policy, manifest, name, base, license_, folder)
@@ -75,6 +76,9 @@ def _fill(folder: Path, policy: Path, config: RunConfig) -> list[FileEntry]:
 
 def _began_with(manifest: Manifest, config: RunConfig) -> str:
     """The base model's name, of the lineage where one was recorded; empty for a folder."""
+    if manifest.stage == FOREIGN:
+        # the settings' is that of another program's training by chance only
+        return ""
     recorded = manifest.lineage or manifest.settings
     name = base_model(manifest) if recorded else config.model.name_or_path
     hub = hub_model(manifest)
@@ -123,7 +127,7 @@ def _choose_weights(policy: Path, folder: Path, config: RunConfig, manifest: Man
         return
     max_bytes = config.publish.max_shard_mib << 20
     if has_adapter and not has_model:
-        read_manifest(policy, stage="preference")
+        read_model(policy, "policy")
         _merge(folder, folder, manifest, config)
     elif any(path.stat().st_size > max_bytes for path in folder.glob("*.safetensors")):
         _divide(policy, folder, max_bytes)
@@ -154,7 +158,7 @@ def _merge(source: Path, target: Path, manifest: Manifest, config: RunConfig) ->
     _check_base(base, manifest)
     with tempfile.TemporaryDirectory(prefix="dpo-publish-") as temporary:
         if adapter.is_alone(base):
-            _merge(base, Path(temporary), read_manifest(base), config)
+            _merge(base, Path(temporary), read_model(base, "its base"), config)
             base = Path(temporary)
         _add_from_base(target, base)
         adapter.merge(source, base, target, config.publish.max_shard_mib << 20)
@@ -169,7 +173,8 @@ def _check_base(base: Path, manifest: Manifest) -> None:
     if not (trained_on := manifest.inputs.get("base")):
         # a model of the hub or of a folder: its lineage has no content hash to compare with
         return
-    check_base(trained_on, base, read_manifest(base).content_hash, ArtifactError)
+    found = read_model(base, "its base", needs_tokenizer=False).content_hash
+    check_base(trained_on, base, found, ArtifactError)
 
 
 def _base_of(folder: Path, config: RunConfig) -> Path:
@@ -200,7 +205,7 @@ def _add_from_base(folder: Path, base: Path) -> None:
 
 def _divide(policy: Path, folder: Path, max_bytes: int) -> None:
     # shards are made of the file's bytes, so they are compared with its hash first
-    read_manifest(policy, stage="preference")
+    read_model(policy, "policy")
     tensors = model_tensors(folder)
     links = [path for path in folder.glob("*.safetensors") if path.name != adapter.WEIGHTS]
     # the links go; the files that they name stay
@@ -210,8 +215,11 @@ def _divide(policy: Path, folder: Path, max_bytes: int) -> None:
     write_model(folder, resolved, max_bytes)
 
 
-def _complete(folder: Path) -> None:
-    """Take out what depends on the machine; add what is missing."""
+def _complete(folder: Path, *, ours: bool) -> None:
+    """Take out what depends on the machine; add what is missing.
+
+    A model of another program gets no chat template: nobody knows what it was trained on.
+    """
     for name in _CONFIGS:
         if (folder / name).is_file():
             values = _read(folder / name)
@@ -223,7 +231,7 @@ def _complete(folder: Path) -> None:
         ids = {key: config[key] for key in _TOKEN_IDS if config.get(key) is not None}
         _replace(folder / "generation_config.json", {"_from_model_config": True, **ids})
     tokenizer = folder / "tokenizer_config.json"
-    if not tokenizer.is_file() or (folder / CHAT_TEMPLATE).is_file():
+    if not ours or not tokenizer.is_file() or (folder / CHAT_TEMPLATE).is_file():
         return
     if not _read(tokenizer).get("chat_template"):
         (folder / CHAT_TEMPLATE).write_text(DIALOGUE_TEMPLATE, encoding="utf-8")

@@ -20,6 +20,7 @@ from dpo.publish.folder import gathered
 from dpo.publish.registry import register
 from dpo.publish.runs import configured_store, failure_recorded, run_state
 from dpo.publish.version import Published, publish_files
+from dpo.storage.given_model import read_model
 from dpo.storage.manifest import Manifest, read_manifest, record, staged, write_manifest
 from dpo.storage.progress import message
 from dpo.storage.runs import artifact_records, run_prefix, write_run_manifest
@@ -40,7 +41,7 @@ def run_publish(
     Args:
         config: Settings; the store is ``publish.store``.
         output: Folder for ``published.json``.
-        policy: Checkpoint of the preference stage.
+        policy: Checkpoint of the preference stage, or any model that was evaluated.
         evaluation: Output of evaluate, of this policy.
         verdict: Output of gate, on this evaluation.
         run_id: Names the run's folder in the store; empty records nothing there.
@@ -137,7 +138,7 @@ def approved_inputs(
         ArtifactError: one is incomplete or not of the others' run, or the gate refused the policy.
     """
     # the policy's files are compared with its manifest while they are sent
-    trained = read_manifest(policy, stage="preference", verify=False)
+    trained = read_model(policy, "policy", verify=False)
     judged = read_manifest(evaluation, stage="evaluate")
     decided = read_manifest(verdict, stage="gate")
     if judged.inputs.get("policy") != trained.content_hash:

@@ -1,0 +1,60 @@
+"""A model that another program trained, evaluated and approved here, is published as what it is."""
+
+import json
+import shutil
+
+import pytest
+
+from dpo.config.compose import compose
+from dpo.config.stages import restrict
+from dpo.errors import ArtifactError
+from dpo.publish.stage import run_publish
+from dpo.publish.verify import pull
+from dpo.storage.given_model import read_model
+from tests.publish.pipeline import output
+
+
+def judged(folder, policy):
+    """Evaluation and verdict of a policy, as the steps write them."""
+    figures = {"evaluation.json": {"n_pairs": 1}, "report.html": "<p>"}
+    inputs = {"policy": read_model(policy).content_hash}
+    evaluation = output(folder / "evaluation", "evaluate", figures, inputs=inputs)
+    output(
+        folder / "verdict",
+        "gate",
+        {"verdict.json": {}},
+        inputs={"evaluation": evaluation.content_hash},
+        details={"approved": True},
+    )
+    return {name: folder / name for name in ("evaluation", "verdict")}
+
+
+def publish(tmp_path, policy, paths):
+    config = compose([f"publish.store='file://{tmp_path}/store'"]).config
+    config = restrict(config, "publish")
+    return run_publish(config, tmp_path / "out", policy=policy, run_id="", **paths)
+
+
+def test_it_is_published_and_comes_back_with_a_card_that_claims_nothing(tmp_path, tiny_model):
+    policy = shutil.copytree(tiny_model, tmp_path / "theirs")
+    publish(tmp_path, policy, judged(tmp_path, policy))
+    found = pull(f"file://{tmp_path}/store/policy", tmp_path / "back")
+    assert found["policy"] == read_model(policy).content_hash
+    weights = [
+        (folder / "model.safetensors").read_bytes() for folder in (policy, tmp_path / "back")
+    ]
+    assert weights[0] == weights[1]
+    card = (tmp_path / "back/README.md").read_text(encoding="utf-8")
+    assert "trained with another program" in card
+    # neither the settings' base model nor a template that nobody knows it was trained with
+    assert "base_model" not in card
+    assert "builtin:" not in card
+    assert not (tmp_path / "back/chat_template.jinja").exists()
+
+
+def test_a_folder_that_changed_after_the_evaluation_is_refused(tmp_path, tiny_model):
+    policy = shutil.copytree(tiny_model, tmp_path / "theirs")
+    paths = judged(tmp_path, policy)
+    (policy / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
+    with pytest.raises(ArtifactError, match="the evaluation is of another policy"):
+        publish(tmp_path, policy, paths)
