@@ -44,14 +44,16 @@ _SAVED: dict[str, dict[Mode, tuple[float, float, float]]] = {
     "gpt_neox": {"float32": (46.5, 8, 0), "autocast": (24.8, 4, 0), "half": (23.3, 4, 0)},
     "llama": {"float32": (50.5, 16, 0), "autocast": (38.8, 8, 0), "half": (29.3, 8, 0)},
     "gpt2": {"float32": (42.5, 20, 0), "autocast": (25.3, 10, 0), "half": (21.3, 10, 0)},
+    # ReLU keeps its result alone, which the next product keeps as well
+    "opt": {"float32": (42.5, 4, 0), "autocast": (25.3, 2, 0), "half": (21.3, 2, 0)},
     "gptj": {"float32": (24, 20, 4), "autocast": (20, 10, 6), "half": (12, 10, 2)},
 }
 _LIKE = {
     **dict.fromkeys(("mistral", "qwen2", "qwen3", "gemma", "olmo2", "phi3"), "llama"),
-    **{"phi": "gpt_neox", "opt": "gpt2"},
+    "phi": "gpt_neox",
 }
-"""Blocks of the same make; of these only mistral's was compared with a simulated step."""
-COMPARED = ("gpt_neox", "gpt2", "llama", "mistral")
+"""Blocks of the same make."""
+COMPARED = ("gpt_neox", "gpt2", "llama", "mistral", "qwen2", "gemma", "opt", "phi")
 """Kinds whose account was compared with a simulated step."""
 LOGITS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Elements of a tile of logits (dpo.modeling.head)."""
@@ -59,6 +61,8 @@ SMALLEST_TILE = 512
 """Tokens of the vocabulary."""
 _CHUNK_TOKENS = 128
 """Smallest chunk of response tokens where the vocabulary is split over devices."""
+_RESPONSES = 0.5
+"""Share of a row's tokens that are responses', at most in what was seen; 0.43 in HH."""
 _GPU_CONTEXT = 0.75 * 2**30
 """What the driver and its libraries keep, and NCCL's buffers; an allowance, not measured."""
 _FRAGMENTATION = 0.04
@@ -200,7 +204,9 @@ def _logits(job: Job) -> float:
     shape = job.shape
     wide = 4 if job.mode == "float32" else 2
     if job.shape.model_type not in PACKED_TYPES:
-        return _tokens(job) * shape.vocabulary * (wide + 8)
+        # of all tokens with their gradients; of the responses' in float32, and what softmax keeps
+        responses = _RESPONSES * max(job.micro_batch_tokens, job.longest)
+        return (2 * wide * _tokens(job) + 8 * responses) * shape.vocabulary
     # a tile and the one before it in float32; beside them the new and the last one's 16-bit values
     chunk = (8 if job.mode == "float32" and job.split == 1 else 12) * _tile(job)
     output = shape.vocabulary * shape.width / job.split

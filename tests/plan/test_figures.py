@@ -199,8 +199,8 @@ def test_tensor_parallelism_gathers_nothing_and_casts_its_share():
 
     A half of weights, gradients and the two moments, in float32; casts to bfloat16 of half of the
     weights in matrices of the blocks (all but embeddings and output of 32,000 x 4,096 each, and 65
-    norms of 4,096); three chunks of 128 x 16,000 logits in float32, and of the half of the output
-    weights a gradient and a cast, 4 + 2 bytes each.
+    norms of 4,096); 12 bytes for each of the logits, 16,000 a token, of all 768 tokens of the
+    micro-batch, and of the half of the output weights a gradient and a cast, 4 + 2 bytes each.
     """
     words = ["model=zephyr", "trainer=TensorParallelTrainer", "batch_size=64", "optimizer=AdamW"]
     words += ["gradient_accumulation_steps=32"]
@@ -210,7 +210,7 @@ def test_tensor_parallelism_gathers_nothing_and_casts_its_share():
     assert memory.weights == (4 * n_weights + 2 * multiplied) / 2
     assert memory.gradients == 4 * n_weights / 2
     assert memory.optimizer == 2 * 4 * n_weights / 2
-    assert memory.logits == 3 * 4 * 128 * 16_000 + 6 * output / 2
+    assert memory.logits == 12 * 768 * 16_000 + 6 * output / 2
     # with FSDP around it a GPU keeps a quarter, and gathers halves
     four = plan_stage(config(*words, "trainer.tensor_parallel=2"), Machine(gpus=4)).memory
     assert four.optimizer == memory.optimizer / 2
