@@ -12,6 +12,7 @@ from contextlib import suppress
 from glob import has_magic
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from dpo.config.places import cache_dir
 from dpo.errors import RequestError
@@ -140,10 +141,14 @@ def _linked(folder: Path) -> set[Path]:
 
 
 def _file_store(parameters: Mapping[str, Any], runs: Path) -> Iterable[Path]:
-    url = str(parameters["publish_store"])
-    if not url.startswith("file://"):
+    """The folder of a store on this machine, where it is not in ``runs`` as that is named.
+
+    What is written to a folder that is not mounted is gone with its container.
+    """
+    parts = urlsplit(str(parameters["publish_store"]))
+    if parts.scheme != "file":
         return
-    folder = Path(url.removeprefix("file://"))
+    folder = Path(unquote(parts.path))
     if not folder.is_relative_to(runs):
         folder.mkdir(parents=True, exist_ok=True)
         yield folder

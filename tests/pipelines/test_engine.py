@@ -10,7 +10,7 @@ from pipelines import containers, package
 from pipelines.display import RunView
 from pipelines.local import _failure
 from pipelines.local_worker import _Steps
-from pipelines.request import parameters
+from pipelines.request import local_store, parameters
 
 PARAMETERS = package.defaults(package.load_package())
 
@@ -94,6 +94,25 @@ def test_training_in_containers_keeps_its_checkpoints_in_the_runs_folder(tmp_pat
     values = {**PARAMETERS, "publish_store": "s3://models"}
     found = containers.container_settings("run", runs, runs / "events", values)
     assert found["environment"]["DPO_CHECKPOINTS"] == str(runs / "checkpoints")
+
+
+def test_a_store_on_this_machine_is_mounted_wherever_it_is(tmp_path, monkeypatch):
+    """Else the model is published into its container, and gone with it."""
+    monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache"))
+    named, real = tmp_path / "runs", tmp_path / "real runs, ü"
+    real.mkdir()
+    named.symlink_to(real)
+
+    def mounted(store):
+        values = {**PARAMETERS, "publish_store": store}
+        found = containers.container_settings("run", named, named / "events", values)
+        return [mount["Target"] for mount in found["mounts"] if not mount["ReadOnly"]]
+
+    # the store of a local run that names none; the link is followed in its name
+    assert str(real / "published") in mounted(local_store(named))
+    assert (real / "published").is_dir()
+    assert str(tmp_path / "a b") in mounted((tmp_path / "a b").as_uri())
+    assert len(mounted("s3://models")) == 2
 
 
 @pytest.mark.parametrize(
