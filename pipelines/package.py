@@ -302,15 +302,15 @@ def main(arguments: list[str] | None = None) -> int:
         _check_options(options)
         if options.output:
             return _write_for_cluster(options)
+        if options.check:
+            return _check()
+        compile_pipeline(PACKAGE)
+        print(f"wrote {PACKAGE.name}")
+        _schema_file().write_text(deployment_schema(), encoding="utf-8")
     except (DpoError, OSError) as problem:
         error = system_problem(problem) if isinstance(problem, OSError) else problem
         print(error, file=sys.stderr)
         return error.exit_code
-    if options.check:
-        return _check()
-    compile_pipeline(PACKAGE)
-    print(f"wrote {PACKAGE.name}")
-    _schema_file().write_text(deployment_schema(), encoding="utf-8")
     return 0
 
 

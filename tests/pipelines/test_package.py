@@ -241,3 +241,13 @@ def test_the_pipeline_documents_each_of_its_parameters():
     documentation = inspect.getdoc(preference_pipeline.pipeline_func)
     for name in preference_pipeline.pipeline_spec.root.input_definitions.parameters:
         assert f"    {name}: " in documentation
+
+
+def test_a_checkout_that_cannot_be_written_to_is_one_message(tmp_path, monkeypatch, capsys):
+    # nobody may write into a file as into a folder, not even root
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(package, "PACKAGE", tmp_path / "file" / "preference_pipeline.yaml")
+    assert package.main([]) == 1
+    told = capsys.readouterr().err
+    assert f"where: {tmp_path}/file/preference_pipeline.yaml" in told
+    assert "fix:" in told
