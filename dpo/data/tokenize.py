@@ -45,6 +45,8 @@ class TokenizedExample:
     prompt_T: Ids
     responses: tuple[Ids, ...]
     """Each ends with the end-of-sequence token, unless truncation cut it off."""
+    prompt_is_cut: bool = False
+    a_response_is_cut: bool = False
 
     @property
     def n_tokens(self) -> int:
@@ -141,7 +143,7 @@ def tokenize_pair(
             fix="remove it from the data: training on it would teach the model to stop there",
         )
     response_ids = [[*ids, eos] for ids in response_ids]
-    longest = max(map(len, response_ids))
+    longest, whole = max(map(len, response_ids)), len(prompt_ids)
     if len(prompt_ids) + longest > limits.max_length:
         if limits.truncation_mode == "keep_end":
             prompt_ids = prompt_ids[-limits.max_prompt_length :]
@@ -154,6 +156,8 @@ def tokenize_pair(
         pair_id=pair_id,
         prompt_T=np.asarray(prompt_ids, dtype=np.int32),
         responses=tuple(np.asarray(ids, dtype=np.int32) for ids in response_ids),
+        prompt_is_cut=len(prompt_ids) < whole,
+        a_response_is_cut=max(map(len, response_ids)) < longest,
     )
 
 

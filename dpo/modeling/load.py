@@ -105,7 +105,20 @@ def _with_values(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> A
         # of some kinds transformers makes plain weights (fp8 and mxfp4, on a CPU)
         raise quantised(folder)
     check_names(model, found, folder)
+    _say_if_untied(model)
     return model.eval()
+
+
+def _say_if_untied(model: Any) -> None:
+    """Correct a configuration that calls two different tables tied.
+
+    transformers sees in the file that they differ. What opens the trained model may not, and put
+    the embeddings in the place of the output layer.
+    """
+    output, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    says_tied = getattr(model.config, "tie_word_embeddings", False)
+    if says_tied and output is not None and output.weight is not embeddings.weight:
+        model.config.tie_word_embeddings = False
 
 
 def _shell(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:

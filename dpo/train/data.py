@@ -29,6 +29,18 @@ class Examples:
     chat_template: str | None = None
     """See ``Pairs.chat_template``."""
 
+    def cut(self) -> str:
+        """How much of the training pairs goes unseen; empty where nothing does."""
+        unique = {example.pair_id: example for example in self.train.values()}.values()
+        prompts = sum(example.prompt_is_cut for example in unique)
+        responses = sum(example.a_response_is_cut for example in unique)
+        if not prompts and not responses:
+            return ""
+        return (
+            f"of {len(unique):,} training pairs, {prompts:,} are read with a shortened prompt and "
+            f"{responses:,} with a shortened response"
+        )
+
 
 def load_examples(
     config: RunConfig, folder: Path, tokenizer: Any, *, batch_size: int, responses: str

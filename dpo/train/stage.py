@@ -251,6 +251,8 @@ def _say_what_is_missing(config: RunConfig, stage: Stage, examples: Examples) ->
             f"{order.n_pairs:,} training pairs gives {order.total_examples:,}: training ends there "
             "(more with n_epochs=null, or another number)",
         )
+    if is_first() and (cut := examples.cut()):
+        message(stage, f"{cut} (max_length={config.max_length})")
 
 
 def _base_of_adapter(config: RunConfig, base: Path | None) -> str:

@@ -56,6 +56,8 @@ def test_keeps_everything_that_fits(words: Any) -> None:
     assert [r.tolist() for r in example.responses] == [[*ids("d"), 0], [*ids("ef"), 0]]
     assert example.n_tokens == 3 + 2 + 3
     assert example.prompt_T.dtype == np.int32
+    assert not example.prompt_is_cut
+    assert not example.a_response_is_cut
 
 
 @pytest.mark.parametrize(("mode", "kept"), [("keep_end", "bc"), ("keep_start", "ab")])
@@ -64,12 +66,16 @@ def test_cuts_the_prompt_first(words: Any, mode: Any, kept: str) -> None:
     example = tokenize_pair("a b c", ["d", "e f"], words, Limits(5, 2, mode))
     assert example.prompt_T.tolist() == ids(kept)
     assert example.responses[1].tolist() == [*ids("ef"), 0]
+    assert example.prompt_is_cut
+    assert not example.a_response_is_cut
 
 
 def test_cuts_the_responses_to_what_is_left(words: Any) -> None:
     # 2 + 5 > 5 even after the cut of the prompt: the responses keep 5 - 2 = 3 tokens, without end
     example = tokenize_pair("a b c", ["d", "e f g h"], words, Limits(5, 2, "keep_end"))
     assert [r.tolist() for r in example.responses] == [[*ids("d"), 0], ids("efg")]
+    assert example.prompt_is_cut
+    assert example.a_response_is_cut
 
 
 def test_the_longer_response_decides_for_both(words: Any) -> None:

@@ -1,10 +1,12 @@
 """``model.archive``: the reference code's policy.pt, our checkpoint folders, their LATEST."""
 
+import json
 import os
 import shutil
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo.config.models import ModelConfig
 from dpo.config.places import builtin
@@ -47,6 +49,22 @@ def test_a_checkpoint_folder_by_each_of_its_names(shifted, tmp_path, name):
     folder.mkdir()
     save_model(shifted, tokenizer, folder)
     assert_same(weights(tmp_path / name), shifted)
+
+
+@pytest.mark.parametrize("differ", [True, False])
+def test_a_configuration_says_tied_only_where_the_tables_are_one(differ, tmp_path):
+    """Some files have two tables although their configuration says that there is one."""
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "vocab_size": 512}
+    config = LlamaConfig(num_hidden_layers=1, tie_word_embeddings=not differ, **small)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "given")
+    path = tmp_path / "given" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    model = load_model(tmp_path / "given", torch.float32)
+    tokenizer = load_for_training(ModelConfig(), None)[1]
+    (tmp_path / "made").mkdir()
+    save_model(model, tokenizer, tmp_path / "made")
+    made = json.loads((tmp_path / "made" / "config.json").read_text())
+    assert made["tie_word_embeddings"] is not differ
 
 
 def test_a_file_with_code_in_it_is_not_run(tmp_path):

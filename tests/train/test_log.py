@@ -5,11 +5,13 @@ import json
 import sys
 import threading
 
+import numpy as np
 import pytest
 
 from dpo.config.compose import compose
 from dpo.config.stages import restrict
 from dpo.data.loader import Order
+from dpo.data.tokenize import TokenizedExample
 from dpo.errors import MissingDependency, TrainingError
 from dpo.train import stage
 from dpo.train.data import Examples
@@ -181,3 +183,20 @@ def test_more_examples_than_there_are_is_said(capfd):
     order = Order(n_pairs=750, batch_size=8, n_epochs=1, n_examples=24, seed=0)
     stage._say_what_is_missing(config_of("sft"), "sft", Examples(order, {}, [], ""))
     assert capfd.readouterr().err == ""
+
+
+def test_what_is_cut_is_said(capfd):
+    """Three pairs, one of them drawn twice: two have a shortened prompt, one a response too."""
+    none = np.zeros(0, np.int32)
+    whole = TokenizedExample("a", none, ())
+    prompt = TokenizedExample("b", none, (), prompt_is_cut=True)
+    both = TokenizedExample("c", none, (), prompt_is_cut=True, a_response_is_cut=True)
+    order = Order(n_pairs=4, batch_size=2, n_epochs=1, n_examples=None, seed=0)
+    cut = Examples(order, dict(enumerate((whole, prompt, both, both))), [], "")
+    stage._say_what_is_missing(
+        config_of("sft", "max_length=40", "max_prompt_length=20"), "sft", cut
+    )
+    assert (
+        "of 3 training pairs, 2 are read with a shortened prompt and 1 with a shortened response "
+        "(max_length=40)"
+    ) in capfd.readouterr().err
