@@ -62,6 +62,8 @@ class Rules:
     test_fraction: float
     chat_template: str | None = None
     """Instead of the tokenizer's own."""
+    trust_remote_code: bool = False
+    """Whether code that comes with the tokenizer may run."""
 
 
 @dataclass(frozen=True)
@@ -341,7 +343,7 @@ def validator_of(block: Block, rules: Rules) -> Validator:
     source = block.source
     own = source.test_fraction
     return Validator(
-        tokenizer=_tokenizer(rules.tokenizer, rules.chat_template),
+        tokenizer=_tokenizer(rules.tokenizer, rules.chat_template, rules.trust_remote_code),
         limits=rules.limits,
         prompt_format=rules.prompt_format,
         test_fraction=rules.test_fraction if own is None else own,
@@ -353,8 +355,8 @@ def validator_of(block: Block, rules: Rules) -> Validator:
 
 
 @cache
-def _tokenizer(folder: Path, chat_template: str | None) -> Any:
-    tokenizer = load_text_tokenizer(folder)
+def _tokenizer(folder: Path, chat_template: str | None, trusted: bool) -> Any:
+    tokenizer = load_text_tokenizer(folder, trust_remote_code=trusted)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer

@@ -27,12 +27,13 @@ def rules_of(config: RunConfig) -> Rules:
     """
     place = local_tokenizer(config.model)
     template = _template(config)
-    tokenizer = load_text_tokenizer(place)
+    trusted = config.model.trust_remote_code
+    tokenizer = load_text_tokenizer(place, trust_remote_code=trusted)
     if config.prompt_format == "chat":
         tokenizer.chat_template = template or tokenizer.chat_template
         _try(tokenizer, place)
     limits = Limits(config.max_length, config.max_prompt_length, config.truncation_mode)
-    return Rules(place, limits, config.prompt_format, config.test_fraction, template)
+    return Rules(place, limits, config.prompt_format, config.test_fraction, template, trusted)
 
 
 def tokenizer_fingerprint(config: RunConfig) -> str:

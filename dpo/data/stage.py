@@ -72,7 +72,7 @@ def run_ingest(
         _refuse_bad_share(config, result, folder, output)
         _refuse_empty_split(result, folder, output)
         figures = result.figures()
-        tokenizer = load_text_tokenizer(rules.tokenizer)
+        tokenizer = load_text_tokenizer(rules.tokenizer, trust_remote_code=rules.trust_remote_code)
         write_report(
             {
                 "figures": figures,

@@ -81,8 +81,12 @@ class _OfTransformers(_Templated):
         return getattr(self._inner, name)
 
 
-def load_text_tokenizer(folder: Path) -> Any:
+def load_text_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The light tokenizer of ``folder``, or transformers' where there is no ``tokenizer.json``.
+
+    Args:
+        folder: Where its files are.
+        trust_remote_code: Run code that comes with it, where it has no ``tokenizer.json``.
 
     Raises:
         ModelError: no tokenizer, or none with an end-of-sequence token.
@@ -90,7 +94,7 @@ def load_text_tokenizer(folder: Path) -> Any:
     if not (folder / "tokenizer.json").is_file():
         from dpo.data.tokenize import load_tokenizer
 
-        return _OfTransformers(load_tokenizer(folder))
+        return _OfTransformers(load_tokenizer(folder, trust_remote_code=trust_remote_code))
     try:
         tokenizer = TextTokenizer(folder)
     except Exception as error:

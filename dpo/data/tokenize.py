@@ -12,6 +12,7 @@ Axes: T tokens.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def load_tokenizer(folder: Path | str, *, trust_remote_code: bool = False) -> An
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:
-        if "trust_remote_code" in str(error):
+        if not trust_remote_code and ("trust_remote_code" in str(error) or _has_code(folder)):
             raise ModelError(
                 "the tokenizer needs code that comes with it, which does not run unless it is "
                 "allowed",
@@ -96,6 +97,15 @@ def load_tokenizer(folder: Path | str, *, trust_remote_code: bool = False) -> An
             fix="use a tokenizer with eos_token set in tokenizer_config.json",
         )
     return tokenizer
+
+
+def _has_code(folder: Path | str) -> bool:
+    """Whether a tokenizer names code beside it: transformers tries the model's kind without it."""
+    try:
+        values = json.loads(Path(folder, "tokenizer_config.json").read_text(encoding="utf-8"))
+        return "AutoTokenizer" in values.get("auto_map", {})
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
 
 
 def moved_ids(own: Any, other: Any) -> int | None:

@@ -132,7 +132,9 @@ def _counter(config: RunConfig) -> tuple[Any, str]:
     wanted = model if other is None else model.model_copy(update={"name_or_path": other})
     try:
         if is_here(wanted):
-            tokenizer = load_text_tokenizer(local_tokenizer(model))
+            tokenizer = load_text_tokenizer(
+                local_tokenizer(model), trust_remote_code=model.trust_remote_code
+            )
             return lambda text: len(tokenizer(text)["input_ids"]), "the model's tokenizer"
     except DpoError:
         pass

@@ -22,9 +22,12 @@ from dpo.storage.manifest import MANIFEST, read_manifest, write_atomically
 PACKAGED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The model that a Python package holds as well."""
 _HUB_TIMEOUT_SECONDS = 10.0
-TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "*.jinja", "vocab*", "merges.txt"]
+TOKENIZER_FILES = [
+    *("tokenizer*", "special_tokens_map.json", "*.jinja", "vocab*", "merges.txt"),
+    *("*.model", "*.tiktoken", "tokenization*.py"),
+]
 """Patterns of the names that tokenizers' files have."""
-_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py"]
 
 
 def packaged_folder() -> Path:
