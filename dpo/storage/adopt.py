@@ -85,8 +85,9 @@ def _read(uri: str, stage: str) -> tuple[Store, Manifest]:
         raise ArtifactError(
             f"there is no complete output to use in place of step {stage}: {MANIFEST} is missing",
             where=uri,
-            fix="name the folder that a step wrote, or a published model; "
-            "a base model is given as model=",
+            fix="name the folder that a step wrote, or a published model; a base model, and any "
+            "other Hugging Face folder, is given as model= (sft_n_epochs=0 leaves SFT out), or as "
+            "the input model of a component",
         ) from None
     except (ValueError, KeyError, TypeError):
         raise ArtifactError(

@@ -20,9 +20,17 @@ def check_folder(folder: Path) -> None:
 
     Raises:
         ModelError: no ``config.json``, one that is not JSON or names no model, weights that are
-            missing, cut off, integers or not safetensors.
+            missing, cut off, integers or not safetensors, or an adapter beside them.
     """
     _check_config(folder / "config.json")
+    if (folder / ADAPTER_CONFIG).is_file():
+        # transformers would add it to whatever base it names, and pass over the weights here
+        raise ModelError(
+            "the folder holds a whole model and an adapter, and nothing says which is meant",
+            where=str(folder),
+            fix=f"move {ADAPTER_CONFIG} and the adapter's weights away, or into a folder of their "
+            "own with the tokenizer",
+        )
     index = folder / _INDEX
     if index.is_file():
         for name in _shards(index):
@@ -42,8 +50,9 @@ def check_folder(folder: Path) -> None:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether ``folder`` holds an adapter and no whole model."""
-    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+    """Whether ``folder`` holds an adapter and no whole model; a ``config.json`` makes it none."""
+    whole = any((folder / name).is_file() for name in (_WEIGHTS, _INDEX))
+    return (folder / ADAPTER_CONFIG).is_file() and not whole
 
 
 def base_of(folder: Path) -> str:

@@ -64,6 +64,15 @@ def test_an_adapters_base_is_part_of_what_it_is(folder, tmp_path):
     assert read_model(adapter).inputs["base"] != base
 
 
+def test_an_adapter_stays_one_with_its_bases_configuration_beside_it(folder, tmp_path):
+    """So some trainers save it; taken for a whole model its weights would be missing."""
+    adapter = adapter_of(folder, tmp_path / "adapter")
+    shutil.copy(folder / "config.json", adapter)
+    found = read_model(adapter)
+    assert found.inputs == {"base": read_model(folder).content_hash}
+    assert "adapter_model.safetensors" in {entry.path for entry in found.files}
+
+
 def remove(*names):
     def change(folder):
         for name in names:
@@ -99,6 +108,12 @@ def cut_off(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def with_adapter(folder):
+    adapter = adapter_of(folder, folder / "a")
+    for path in adapter.iterdir():
+        path.replace(folder / path.name)
+
+
 def of_ingest(folder):
     write_manifest(folder, "ingest")
 
@@ -123,6 +138,7 @@ def old_adapter(folder):
         (remove("tokenizer.json", "tokenizer_config.json"), "sft has no tokenizer"),
         (pickled, "pytorch_model-00001-of-00002.bin is a pickle, which is not loaded"),
         (lost_shard, "a file of weights is missing: model-2.safetensors"),
+        (with_adapter, "a whole model and an adapter, and nothing says which"),
         (cut_off, "a file of weights is damaged"),
         (of_ingest, "sft must be a model, and this is the output of step ingest"),
         (old_adapter, "adapter_model.bin is a pickle"),
