@@ -53,7 +53,6 @@ def evaluate(
     from dpo.storage.step import copy_report, describe, log_metrics, step
 
     given = {"pairs": pairs, "sft": sft, "policy": policy, "log_probs": log_probs}
-    made_by = {"ingest": pairs, "sft": sft, "reference": log_probs, "preference": policy}
 
     with (
         step("evaluate", settings, fingerprint, overrides, part=part, inputs=given) as run,
@@ -69,7 +68,8 @@ def evaluate(
             published=published,
             code=run.code,
         )
-        uris = {name: item.uri for name, item in made_by.items() if item}
+        steps = dict(zip(given, ("ingest", "sft", "preference", "reference"), strict=True))
+        uris = {steps[name]: item.uri for name, item in given.items() if item}
         note_sources(Path(evaluation.path), uris)
         describe(evaluation, manifest)
         copy_report(Path(evaluation.path, "report.html"), Path(report.path))
