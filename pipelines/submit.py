@@ -10,11 +10,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    # a second of imports, with nothing begun that could be left behind
+    _USUAL = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for _number in (number for number, usual in _USUAL.items() if usual != signal.SIG_IGN):
+        signal.signal(_number, lambda *_: (os.write(2, b"\nNothing was started.\n"), os._exit(130)))
 
 if __package__ in (None, ""):
     # ``python pipelines/submit.py``: the checkout is what is run, wherever this is started
@@ -387,4 +395,6 @@ def _finish(options: argparse.Namespace, outcome: Outcome) -> None:
 
 
 if __name__ == "__main__":
+    for _number, _usual in _USUAL.items():
+        signal.signal(_number, _usual)
     sys.exit(main())

@@ -1,17 +1,10 @@
 """The command on an endpoint: what it sends, what it says, how it exits."""
 
-import json
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import pytest
 
-from pipelines import cluster, on_cluster, package, sending, submit
+from pipelines import package, submit
 from tests.support.kfp_backend import STEPS, Fault, Scenario
-from tests.support.submitted import IMAGES, all_done, verdict
+from tests.support.submitted import all_done, verdict
 from tests.support.workflow import DAG, node, pod, task
 
 
@@ -294,75 +287,6 @@ def test_cancel_ends_a_run_and_needs_neither_images_nor_a_store(backend, command
     assert backend.runs[outcome["run_id"]]["state"] == "CANCELING"
     assert submit.main(["--cancel", "none"]) == 2
     assert "run none not found (HTTP 404)" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("cancels", "how"), [(True, signal.SIGTERM), (False, signal.SIGINT)], ids=["sigterm", "ctrl-c"]
-)
-def test_ctrl_c_and_the_signal_that_ends_a_job_of_ci(backend, store, tmp_path, cancels, how):
-    """In a process of its own, because a signal is what Ctrl-C is."""
-    backend.scenario = Scenario(states=["RUNNING"])
-    more = ["--cancel-on-interrupt"] if cancels else []
-    root = Path(submit.__file__).resolve().parent.parent
-    process = subprocess.Popen(
-        [
-            *(sys.executable, str(root / "pipelines/submit.py"), *IMAGES, "--store", store),
-            *("--wait", "--output", "json", *more),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-        # a test run in the background ignores SIGINT, and so would this process
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and not any(
-        run["state"] == "RUNNING" for run in backend.runs.values()
-    ):
-        time.sleep(0.05)
-    time.sleep(0.3)
-    process.send_signal(how)
-    out, err = process.communicate(timeout=240)
-    (run,) = backend.runs.values()
-    assert "Traceback" not in err
-    if cancels:
-        assert process.returncode == 4
-        assert json.loads(out)["state"] == "cancelled"
-        assert "CANCELING" in [entry["state"] for entry in run["state_history"]]
-    else:
-        assert process.returncode == 130
-        assert "the run goes on" in err
-        told = json.loads(out)
-        assert (told["state"], told["exit_code"]) == ("interrupted", 130)
-        assert told["run_id"] in backend.runs
-        assert run["state"] == "RUNNING"
-
-
-def test_ctrl_c_before_the_run_is_known_says_where_to_look(backend, store, capsys, monkeypatch):
-    monkeypatch.setattr(submit, "_check_package_is_current", lambda: None)
-
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sending, "submit_once", interrupted)
-    assert submit.main([*IMAGES, "--store", store, "--run-name", "mine"]) == 130
-    said = capsys.readouterr().err
-    assert f"'mine' was being sent: look for it at {backend.url}/#/runs before" in said
-
-
-def test_ctrl_c_twice_says_that_the_end_is_not_known(backend, store, capsys, monkeypatch):
-    monkeypatch.setattr(submit, "_check_package_is_current", lambda: None)
-
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(on_cluster, "wait", interrupted)
-    monkeypatch.setattr(cluster, "cancel", interrupted)
-    asked = [*IMAGES, "--store", store, "--wait", "--cancel-on-interrupt"]
-    assert submit.main(asked) == 130
-    (run_id,) = backend.runs
-    assert f"`submit.py --cancel {run_id}` asks again" in capsys.readouterr().err
 
 
 def test_a_deleted_run_is_reported_at_once(backend, command, monkeypatch):
