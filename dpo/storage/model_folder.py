@@ -31,13 +31,10 @@ def check_folder(folder: Path) -> None:
             fix=f"move {ADAPTER_CONFIG} and the adapter's weights away, or into a folder of their "
             "own with the tokenizer",
         )
-    index = folder / _INDEX
-    if index.is_file():
-        for name in _shards(index):
-            _check_safetensors(folder / name)
-    elif (folder / _WEIGHTS).is_file():
-        _check_safetensors(folder / _WEIGHTS)
-    elif not any(folder.glob("*.safetensors")):
+    weights = [path for path in weight_files(folder) if path.name != _INDEX]
+    for path in weights:
+        _check_safetensors(path)
+    if not weights:
         pickled = next(iter(sorted(folder.glob("pytorch_model*.bin"))), None)
         raise ModelError(
             f"the model's weights are missing: there is no {_WEIGHTS}"
@@ -76,12 +73,13 @@ def base_of(folder: Path) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that weights are loaded from, with their index; ``check_folder`` found them."""
-    index = folder / _INDEX
+    """The files that transformers loads weights from, with their index: one file before shards."""
+    single, index = folder / _WEIGHTS, folder / _INDEX
+    if single.is_file():
+        return [single]
     if index.is_file():
         return [index, *(folder / name for name in _shards(index))]
-    single = folder / _WEIGHTS
-    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    return sorted(folder.glob("*.safetensors"))
 
 
 def check_adapter(folder: Path) -> None:
@@ -123,6 +121,12 @@ def _check_config(path: Path) -> None:
             "config.json names no model_type",
             where=str(path),
             fix="give the folder of a causal language model of transformers",
+        )
+    if (named := values.get("transformers_weights")) not in (None, _WEIGHTS):
+        raise ModelError(
+            f"config.json says that the weights are in {named} (transformers_weights)",
+            where=str(path),
+            fix="load it with transformers and save it again: save_pretrained(folder)",
         )
 
 

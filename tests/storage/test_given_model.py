@@ -5,8 +5,11 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from dpo.errors import DpoError
+from dpo.modeling.load import load_model
 from dpo.storage.given_model import FOREIGN, read_model
 from dpo.storage.manifest import staged, write_manifest
 
@@ -43,6 +46,19 @@ def test_a_foreign_folder_is_known_by_what_loading_reads(folder):
     assert read_model(folder).content_hash == found.content_hash
     (folder / "generation_config.json").write_text('{"eos_token_id": 1}')
     assert read_model(folder).content_hash != found.content_hash
+
+
+def test_the_weights_that_are_hashed_are_those_that_are_loaded(folder):
+    """Where there are both, transformers takes the one file and does not look at the index."""
+    weights = load_file(folder / "model.safetensors")
+    metadata, shard = {"format": "pt"}, "model-00001-of-00001.safetensors"
+    zeros = {name: torch.zeros_like(values) for name, values in weights.items()}
+    save_file(zeros, folder / shard, metadata=metadata)
+    index = {"weight_map": dict.fromkeys(weights, shard)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    loaded = load_model(folder, torch.float32).state_dict()
+    hashed = {entry.path for entry in read_model(folder).files if "safetensors" in entry.path}
+    assert hashed == {"model.safetensors" if any(map(torch.any, loaded.values())) else shard}
 
 
 def test_its_record_goes_into_the_lineage_of_what_is_made_of_it(folder, tmp_path):
@@ -99,8 +115,15 @@ def pickled(folder):
 
 
 def lost_shard(folder):
-    weights = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    weights = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(weights))
+
+
+def other_weights(folder):
+    values = json.loads((folder / "config.json").read_text())
+    values["transformers_weights"] = "consolidated.safetensors"
+    (folder / "config.json").write_text(json.dumps(values))
 
 
 def cut_off(folder):
@@ -139,6 +162,7 @@ def old_adapter(folder):
         (pickled, "pytorch_model-00001-of-00002.bin is a pickle, which is not loaded"),
         (lost_shard, "a file of weights is missing: model-2.safetensors"),
         (with_adapter, "a whole model and an adapter, and nothing says which"),
+        (other_weights, "the weights are in consolidated.safetensors"),
         (cut_off, "a file of weights is damaged"),
         (of_ingest, "sft must be a model, and this is the output of step ingest"),
         (old_adapter, "adapter_model.bin is a pickle"),
