@@ -13,10 +13,12 @@ from typing import Any
 
 import yaml
 
+from dpo.config.places import BUILTIN_PREFIX
 from dpo.errors import ArtifactError
 from dpo.publish import licences, template
-from dpo.publish.adapter import is_alone
-from dpo.storage.given_model import FOREIGN
+from dpo.publish.adapter import is_alone, read_config
+from dpo.storage.given_model import TRAINED
+from dpo.storage.lineage import SFT_CHECKPOINT
 from dpo.storage.manifest import Manifest
 
 FILE = "README.md"
@@ -59,8 +61,8 @@ def model_card(
         license_: Licence of the model; empty takes the base model's where it is known.
         model: Folder of what is published, where that is another.
     """
-    if manifest.stage == FOREIGN:
-        return _foreign_card(manifest, name, license_, model or policy)
+    if manifest.stage not in TRAINED:
+        return _bare_card(manifest, name, license_, model or policy)
     run = json.loads((policy / "run.json").read_text(encoding="utf-8"))
     config = run["config"]
     loss = config["loss"]
@@ -80,6 +82,7 @@ def model_card(
     if hub := _hub_data(manifest):
         metadata["datasets"] = hub
     block = "\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items())
+    use = _use_of_adapter(_base_of_adapter(base, sft), sft) if alone else _USE
     return f"""---
 {block}
 ---
@@ -90,7 +93,7 @@ A language model fine-tuned with preference data: {_by_sft(manifest)}{_loss_name
 
 ## Use
 
-{_use_of_adapter(base, sft) if alone else _USE} {template.sentence(model or policy, prompts)}
+{use} {template.sentence(model or policy, prompts)}
 
 ## Data
 
@@ -107,9 +110,11 @@ A language model fine-tuned with preference data: {_by_sft(manifest)}{_loss_name
 {_END.format(licence=_license_text(license_, licence, base))}"""
 
 
-def _foreign_card(manifest: Manifest, name: str, license_: str, model: Path) -> str:
-    """Of a model that another program trained: what is known here is how it was measured."""
+def _bare_card(manifest: Manifest, name: str, license_: str, model: Path) -> str:
+    """Of a model without a record of its training: what is known is how it was measured here."""
     alone = is_alone(model)
+    base = named_base(read_config(model)) if alone else ""
+    # the base's is not that of what another program made of it
     licence = licences.metadata(license_, "")
     metadata: dict[str, Any] = {
         "library_name": "peft" if alone else "transformers",
@@ -117,28 +122,39 @@ def _foreign_card(manifest: Manifest, name: str, license_: str, model: Path) -> 
         **licence,
         "tags": ["evaluated"],
     }
+    if _HUB_ID.fullmatch(base):
+        metadata["base_model"] = base
     block = "\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items())
-    use = f"{_use_of_adapter('', '')}\n" if alone else f"{_USE}\n"
+    needed = base or f"the model with content hash `{manifest.inputs.get('base', '')}`"
+    use = _use_of_adapter(needed) if alone else _USE
     return f"""---
 {block}
 ---
 
 # {name}
 
-A language model that was trained with another program; here it was evaluated and published.
+A language model whose training is not recorded here: it was evaluated and published.
 
 ## Use
 
 {use}
+
 ## Data
 
 - What it was trained on was not recorded
 
 ## Training
 
-- With another program; content hash of what was evaluated: `{manifest.content_hash}`
+- Not recorded; content hash of what was evaluated: `{manifest.content_hash}`
 - Architecture: {", ".join(_architectures(model))}
-{_END.format(licence=_license_text(license_, licence, ""))}"""
+{_END.format(licence=_license_text(license_, licence, base))}"""
+
+
+def named_base(config: Mapping[str, Any]) -> str:
+    """What an adapter's configuration names as its base; empty where others cannot find it so."""
+    name = str(config.get("base_model_name_or_path") or "")
+    known = _HUB_ID.fullmatch(name) or name.startswith(BUILTIN_PREFIX)
+    return name if known and not name.startswith(SFT_CHECKPOINT) else ""
 
 
 _END = (
@@ -180,12 +196,12 @@ def _base_of_adapter(base: str, sft: str) -> str:
     return f"the SFT checkpoint with content hash `{sft}`, trained from {shown_base(base)}"
 
 
-def _use_of_adapter(base: str, sft: str) -> str:
+def _use_of_adapter(needed: str, sft: str = "") -> str:
     whole = (
         "The weights of the model that the SFT checkpoint began from do not fit it." if sft else ""
     )
     return f"""\
-This is a LoRA adapter, which needs its base: {_base_of_adapter(base, sft)}.
+This is a LoRA adapter, which needs its base: {needed}.
 With the folder of that base as `base` and this one as `folder`, transformers and peft load it:
 
 ```python
@@ -232,7 +248,7 @@ def _problem(text: str) -> str:
 
 def shown_base(base: str) -> str:
     """What names the base model, without a path: that differs between machines."""
-    if _HUB_ID.fullmatch(base) or base.startswith("builtin:"):
+    if _HUB_ID.fullmatch(base) or base.startswith(BUILTIN_PREFIX):
         return base
     return "a model of one's own"
 

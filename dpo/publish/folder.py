@@ -24,7 +24,7 @@ from dpo.publish.template import DIALOGUE as DIALOGUE_TEMPLATE
 from dpo.publish.template import FILE as CHAT_TEMPLATE
 from dpo.publish.tensors import INDEX, SINGLE, model_tensors, read_tensors, write_model
 from dpo.storage.base_model import is_here, local_model
-from dpo.storage.given_model import FOREIGN, read_model
+from dpo.storage.given_model import FOREIGN, TRAINED, read_model
 from dpo.storage.lineage import SFT_CHECKPOINT, base_model, check_base, hub_model
 from dpo.storage.manifest import MANIFEST, FileEntry, Manifest, sha256_file
 
@@ -64,7 +64,7 @@ def _fill(folder: Path, policy: Path, config: RunConfig) -> list[FileEntry]:
     manifest = read_model(policy, "policy", verify=False)
     known = _link(policy, folder, manifest)
     _choose_weights(policy, folder, config, manifest)
-    _complete(folder, ours=manifest.stage != FOREIGN)
+    _complete(folder, ours=manifest.stage in TRAINED)
     base = _began_with(manifest, config)
     name, license_ = config.publish.name, config.publish.license
     text = card.model_card(policy, manifest, name, base, license_, folder)
@@ -76,7 +76,7 @@ def _fill(folder: Path, policy: Path, config: RunConfig) -> list[FileEntry]:
 
 def _began_with(manifest: Manifest, config: RunConfig) -> str:
     """The base model's name, of the lineage where one was recorded; empty for a folder."""
-    if manifest.stage == FOREIGN:
+    if manifest.stage not in TRAINED:
         # the settings' is that of another program's training by chance only
         return ""
     recorded = manifest.lineage or manifest.settings
@@ -138,8 +138,12 @@ def _choose_weights(policy: Path, folder: Path, config: RunConfig, manifest: Man
 def _adapter_alone(folder: Path, config: RunConfig, manifest: Manifest) -> None:
     for path in [*folder.glob("model*.safetensors"), folder / INDEX, folder / "config.json"]:
         path.unlink(missing_ok=True)
+    named = card.named_base(adapter.read_config(folder))
     base = card.shown_base(_began_with(manifest, config))
-    if sft := manifest.inputs.get("base"):
+    if manifest.stage == FOREIGN and named and not Path(named).is_dir():
+        # whoever follows the name gets what it was trained on
+        base = named
+    elif sft := manifest.inputs.get("base"):
         # it changes the SFT model, not the model of the hub: a name that loads would be a wrong one
         base = f"{SFT_CHECKPOINT}{sft}"
     _replace(folder / adapter.CONFIG, adapter.alone(adapter.read_config(folder), base))
@@ -218,7 +222,7 @@ def _divide(policy: Path, folder: Path, max_bytes: int) -> None:
 def _complete(folder: Path, *, ours: bool) -> None:
     """Take out what depends on the machine; add what is missing.
 
-    A model of another program gets no chat template: nobody knows what it was trained on.
+    A model without a record of its training gets no chat template: nobody knows which it saw.
     """
     for name in _CONFIGS:
         if (folder / name).is_file():

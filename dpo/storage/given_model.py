@@ -20,6 +20,7 @@ from dpo.storage.manifest import (
     Manifest,
     content_hash,
     hashed,
+    lineage_of,
     read_manifest,
     remember,
     verify_files,
@@ -37,7 +38,9 @@ from dpo.storage.trusted import find_version
 
 FOREIGN = "model"
 """The ``stage`` of a model that none of our steps made."""
-_OURS = ("sft", "preference", "base model")
+TRAINED = ("sft", "preference")
+"""Steps that leave a record of the training beside the model."""
+_OURS = (*TRAINED, "base model")
 """Whose outputs are models."""
 _READ = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
 """What loading may read beside the weights."""
@@ -149,6 +152,8 @@ def _foreign(folder: Path, name: str, *, needs_tokenizer: bool) -> Manifest:
             files=entries,
             content_hash=content_hash({entry.path: entry.sha256 for entry in entries}),
             inputs=inputs,
+            # an adapter's base may be of our steps
+            lineage=lineage_of(inputs),
             details={"sources": {"folder": folder.resolve().name, **_told(folder)}},
         )
     )

@@ -12,6 +12,7 @@ from dpo.publish.stage import run_publish
 from dpo.publish.verify import pull
 from dpo.storage.given_model import read_model
 from tests.publish.pipeline import output
+from tests.storage.test_given_model import adapter_of
 
 
 def judged(folder, policy):
@@ -29,8 +30,8 @@ def judged(folder, policy):
     return {name: folder / name for name in ("evaluation", "verdict")}
 
 
-def publish(tmp_path, policy, paths):
-    config = compose([f"publish.store='file://{tmp_path}/store'"]).config
+def publish(tmp_path, policy, paths, *settings):
+    config = compose([f"publish.store='file://{tmp_path}/store'", *settings]).config
     config = restrict(config, "publish")
     return run_publish(config, tmp_path / "out", policy=policy, run_id="", **paths)
 
@@ -45,7 +46,7 @@ def test_it_is_published_and_comes_back_with_a_card_that_claims_nothing(tmp_path
     ]
     assert weights[0] == weights[1]
     card = (tmp_path / "back/README.md").read_text(encoding="utf-8")
-    assert "trained with another program" in card
+    assert "whose training is not recorded here" in card
     # neither the settings' base model nor a template that nobody knows it was trained with
     assert "base_model" not in card
     assert "builtin:" not in card
@@ -58,3 +59,38 @@ def test_a_folder_that_changed_after_the_evaluation_is_refused(tmp_path, tiny_mo
     (policy / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
     with pytest.raises(ArtifactError, match="the evaluation is of another policy"):
         publish(tmp_path, policy, paths)
+
+
+def test_a_version_that_was_published_before_needs_no_record_of_its_training(tmp_path, tiny_model):
+    policy = shutil.copytree(tiny_model, tmp_path / "theirs")
+    publish(tmp_path, policy, judged(tmp_path, policy))
+    (version,) = (path for path in (tmp_path / "store/policy").iterdir() if path.is_dir())
+    copied = shutil.copytree(version, tmp_path / "copied")
+    assert read_model(copied).stage == "published"
+    again = tmp_path / "again"
+    again.mkdir()
+    publish(again, copied, judged(again, copied))
+    pull(f"file://{again}/store/policy", again / "back")
+    assert "not recorded here" in (again / "back/README.md").read_text(encoding="utf-8")
+    (copied / "config.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"config\.json"):
+        read_model(copied)
+
+
+@pytest.mark.parametrize("named", ["builtin:tiny", "a folder"])
+def test_an_adapter_of_another_program_goes_on_naming_a_base_that_others_find(
+    tmp_path, tiny_model, named
+):
+    base = shutil.copytree(tiny_model, tmp_path / "base") if named == "a folder" else named
+    policy = adapter_of(tiny_model, tmp_path / "theirs")
+    values = {"base_model_name_or_path": str(base), "peft_type": "LORA"}
+    (policy / "adapter_config.json").write_text(json.dumps(values))
+    publish(tmp_path, policy, judged(tmp_path, policy), "publish.lora=adapter")
+    pull(f"file://{tmp_path}/store/policy", tmp_path / "back")
+    hashed = read_model(tiny_model).content_hash
+    config = json.loads((tmp_path / "back/adapter_config.json").read_text(encoding="utf-8"))
+    found = named != "a folder"
+    assert config["base_model_name_or_path"] == (named if found else f"sft-checkpoint-{hashed}")
+    needed = named if found else f"the model with content hash `{hashed}`"
+    card = (tmp_path / "back/README.md").read_text(encoding="utf-8")
+    assert f"needs its base: {needed}." in card
