@@ -19,6 +19,7 @@ import numpy as np
 import torch.distributed as dist
 
 from dpo.config.losses import SFTLoss
+from dpo.config.models import ModelConfig
 from dpo.config.schema import RunConfig
 from dpo.data.log_probs import PairLogProbs
 from dpo.data.schema import TEST, Pair
@@ -108,8 +109,12 @@ class Measurement:
         total += (n_models - 1 + models.score_sft) * len(self.examples)
         with track("evaluate", "pairs and answers", total) as bar:
             if models.score_sft:
-                sft = self._load(models.sft, dtype=self.config.model.reference_dtype)
-                result.before = self._pairs(sft, "SFT model", bar)
+                # as the reference step does
+                types = self.config.model.model_copy(
+                    update={"policy_dtype": self.config.model.reference_dtype}
+                )
+                sft = self._load(models.sft, types=types)
+                result.before = self._pairs(sft, "SFT model", bar, types)
                 del sft
             if self.sampled:
                 result.answers["sft"] = self._answers(self._load(models.sft), self.tokenizer, bar)
@@ -128,13 +133,20 @@ class Measurement:
                 self._published(models.published, models.published_base, bar)
         return result
 
-    def _load(self, folder: Path, base: Path | None = None, dtype: str = "") -> Any:
-        settings = self.config.model
+    def _load(
+        self,
+        folder: Path,
+        base: Path | None = None,
+        types: ModelConfig | None = None,
+        *,
+        scores: bool = True,
+    ) -> Any:
+        settings = types or self.config.model
         # not compiled: answers have other shapes with every token
         load = partial(
             load_model,
             folder,
-            DTYPES[dtype or settings.policy_dtype],
+            DTYPES[settings.policy_dtype],
             device=self.device,
             trust_remote_code=settings.trust_remote_code,
             kernels=settings.kernels,
@@ -142,11 +154,12 @@ class Measurement:
             base=base,
         )
         if not dist.is_initialized():
-            return self._checked(load(), folder)
+            return self._checked(load(), folder) if scores else load()
         # FSDP's hooks hold the model before in circles
         gc.collect()
         model, _ = load_once(lambda weights: (load(weights=weights), None))
-        self._checked(model, folder)
+        if scores:
+            self._checked(model, folder)
         return on_devices(model, settings, self.device)
 
     def _checked(self, model: Any, folder: Path) -> Any:
@@ -167,20 +180,26 @@ class Measurement:
         return load_tokenizer(folder, trust_remote_code=self.config.model.trust_remote_code)
 
     def _score(
-        self, model: Any, examples: Sequence[TokenizedExample], bar: Bar | None = None
+        self,
+        model: Any,
+        examples: Sequence[TokenizedExample],
+        bar: Bar | None = None,
+        types: ModelConfig | None = None,
     ) -> list[tuple[Any, ...]]:
         if not examples:
             return []
         return score_shared(
             model,
             examples,
-            dtype=compute_dtype(self.config.model, self.device),
+            dtype=compute_dtype(types or self.config.model, self.device),
             token_budget=self.config.micro_batch_tokens,
             bar=bar,
         )
 
-    def _pairs(self, model: Any, whose: str, bar: Bar) -> list[PairLogProbs]:
-        scored = self._score(model, self.examples, bar)
+    def _pairs(
+        self, model: Any, whose: str, bar: Bar, types: ModelConfig | None = None
+    ) -> list[PairLogProbs]:
+        scored = self._score(model, self.examples, bar, types)
         found = [
             PairLogProbs(TEST, example.tokens_hash(), chosen, rejected)
             for example, (chosen, rejected) in zip(self.examples, scored, strict=True)
@@ -264,9 +283,11 @@ class Measurement:
             )
 
     def _published(self, folder: Path, base: Path | None, bar: Bar) -> None:
-        model, tokenizer = self._load(folder, base), self._tokenizer_of(folder)
+        tokenizer = self._tokenizer_of(folder)
         # log-probabilities of other tokens could not be compared; answers can
-        if tokenizer.get_vocab() == self.tokenizer.get_vocab():
+        scores = tokenizer.get_vocab() == self.tokenizer.get_vocab()
+        model = self._load(folder, base, scores=scores)
+        if scores:
             self.result.published = self._pairs(model, "published version", bar)
         if self.sampled:
             self.result.answers["published"] = self._answers(model, tokenizer, bar)

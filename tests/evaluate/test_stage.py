@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from dpo.config.compose import compose
 from dpo.config.stages import restrict, stage_json
@@ -324,3 +325,27 @@ def test_an_empty_part_is_said(trained, tmp_path):
             tmp_path / "e",
             *("evaluation.part=test", "evaluation.validation_fraction=0.999999"),
         )
+
+
+def test_a_published_version_of_other_tokens_gives_its_answers_alone(trained, tmp_path):
+    """It knows fewer tokens than the texts have in the policy's numbers."""
+    published = shutil.copytree(trained / "policy", tmp_path / "published")
+    (published / "manifest.json").unlink()
+    path, n_tokens = published / "tokenizer.json", 300
+    values = json.loads(path.read_text(encoding="utf-8"))
+    model = values["model"]
+    kept = {token: number for token, number in model["vocab"].items() if number < n_tokens}
+    values["model"] |= {"vocab": kept, "merges": []}
+    path.write_text(json.dumps(values), encoding="utf-8")
+    path = published / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    weights = load_file(published / "model.safetensors")
+    few = {
+        name: value[:n_tokens].clone() if len(value) == config["vocab_size"] else value
+        for name, value in weights.items()
+    }
+    save_file(few, published / "model.safetensors", metadata={"format": "pt"})
+    path.write_text(json.dumps({**config, "vocab_size": n_tokens}), encoding="utf-8")
+    evaluate(trained, tmp_path / "out", published=published)
+    samples = json.loads((tmp_path / "out/samples.json").read_text(encoding="utf-8"))
+    assert all("published" in sample for sample in samples)
