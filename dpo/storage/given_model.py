@@ -44,6 +44,8 @@ _OURS = (*TRAINED, "base model")
 """Whose outputs are models."""
 _READ = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
 """What loading may read beside the weights."""
+CHAT_TEMPLATES = "additional_chat_templates"
+"""The one folder that is read beside them."""
 _NOT_READ = frozenset({MANIFEST, "trainer_state.json", "run.json", "requirements.txt"})
 _NOT_READ_ENDS = ("_results.json", ".index.json", "LICENSE.txt")
 _TOKENIZERS = ("tokenizer*.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
@@ -167,7 +169,7 @@ def _files(folder: Path) -> list[Path]:
         for path in folder.glob(pattern)
         if path.is_file() and path.name not in _NOT_READ and not path.name.endswith(_NOT_READ_ENDS)
     }
-    templates = (folder / "additional_chat_templates").glob("*.jinja")
+    templates = (folder / CHAT_TEMPLATES).glob("*.jinja")
     adapter = folder.glob("adapter_model.safetensors")
     return sorted({*beside, *templates, *(adapter if is_adapter(folder) else weight_files(folder))})
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 
 from dpo.errors import ArtifactError, ObjectMissing
+from dpo.storage.given_model import CHAT_TEMPLATES
 from dpo.storage.manifest import MANIFEST, Manifest, read_manifest
-from dpo.storage.store import open_store, safe_key
+from dpo.storage.store import Store, open_store, safe_key
+
+_PICKLES = (".bin", ".pt", ".pth")
 
 
 def send_output(folder: Path, url: str) -> None:
@@ -46,6 +50,36 @@ def fetch_output(url: str, folder: Path, *, stage: str | None = None) -> Manifes
             ) from None
     (folder / MANIFEST).write_bytes(store.read(MANIFEST))
     return read_manifest(folder, stage=stage)
+
+
+def fetch_model(url: str, folder: Path) -> None:
+    """Download a model into the new folder ``folder``: an output of ours, or anybody's folder.
+
+    Of the latter what lies in subfolders, such as its trainer's checkpoints, and pickles stay.
+
+    Raises:
+        ArtifactError: a file of an output differs from its manifest.
+        StoreError: the store refuses.
+    """
+    store = open_store(url)
+    if _is_output(store):
+        fetch_output(url, folder)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for key in store.list():
+        parent, _, name = key.rpartition("/")
+        if parent in ("", CHAT_TEMPLATES) and not name.endswith(_PICKLES):
+            path = folder / safe_key(key)
+            path.parent.mkdir(exist_ok=True)
+            store.download(key, path)
+
+
+def _is_output(store: Store) -> bool:
+    try:
+        values = json.loads(store.read(MANIFEST))
+    except (ObjectMissing, ValueError):
+        return False
+    return isinstance(values, dict) and "stage" in values
 
 
 def read_remote_manifest(url: str, *, stage: str | None = None) -> Manifest:

@@ -21,7 +21,7 @@ from dpo.nodes import lease
 from dpo.nodes.request import Request, given
 from dpo.storage.fingerprint import code_fingerprint
 from dpo.storage.progress import reported
-from dpo.storage.remote import fetch_output, send_output
+from dpo.storage.remote import fetch_model, fetch_output, send_output
 from dpo.train.place import ROOT_VARIABLE
 
 _GRACE_SECONDS = 60
@@ -92,7 +92,8 @@ def train(request: Request, folder: Path) -> None:
         )
     inputs = {name: folder / name for name, url in request.inputs.items() if url}
     for name, path in inputs.items():
-        fetch_output(request.inputs[name], path)
+        fetch = fetch_model if name == "base" else fetch_output
+        fetch(request.inputs[name], path)
     if request.checkpoints:
         os.environ[ROOT_VARIABLE] = request.checkpoints
     from dpo.train.stage import run_train

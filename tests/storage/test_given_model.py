@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from dpo.errors import DpoError
 from dpo.modeling.load import load_model
 from dpo.storage.given_model import FOREIGN, read_model
-from dpo.storage.manifest import staged, write_manifest
+from dpo.storage.manifest import content_hash, list_files, staged, write_manifest
+from dpo.storage.remote import fetch_model
 
 
 @pytest.fixture
@@ -59,6 +61,26 @@ def test_the_weights_that_are_hashed_are_those_that_are_loaded(folder):
     loaded = load_model(folder, torch.float32).state_dict()
     hashed = {entry.path for entry in read_model(folder).files if "safetensors" in entry.path}
     assert hashed == {"model.safetensors" if any(map(torch.any, loaded.values())) else shard}
+
+
+@pytest.mark.parametrize("made_by", ["another program", "a step", "publish"])
+def test_nodes_fetch_any_model_from_the_store(folder, tmp_path, made_by):
+    if made_by == "a step":
+        write_manifest(folder, "sft")
+    if made_by == "publish":
+        files = [asdict(entry) for entry in list_files(folder)]
+        hashes = {entry["path"]: entry["sha256"] for entry in files}
+        values = {"name": "policy", "content_hash": content_hash(hashes), "files": files}
+        (folder / "manifest.json").write_text(json.dumps({"format_version": 3, **values}))
+    expected = read_model(folder)
+    if made_by == "another program":
+        (folder / "checkpoint-2").mkdir()
+        for name in ("checkpoint-2/model.safetensors", "optimizer.pt"):
+            (folder / name).touch()
+    fetch_model(folder.as_uri(), tmp_path / "base")
+    found = read_model(tmp_path / "base")
+    assert (found.stage, found.content_hash) == (expected.stage, expected.content_hash)
+    assert {path.suffix for path in (tmp_path / "base").rglob("*")} <= {".json", ".safetensors"}
 
 
 def test_its_record_goes_into_the_lineage_of_what_is_made_of_it(folder, tmp_path):
