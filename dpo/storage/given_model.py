@@ -9,6 +9,7 @@ made from it can tell later which model that was.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dpo.errors import ArtifactError, ModelError, OutputGone
 from dpo.storage.base_model import local_model
 from dpo.storage.manifest import (
     MANIFEST,
+    FileEntry,
     Manifest,
     content_hash,
     hashed,
@@ -48,6 +50,8 @@ CHAT_TEMPLATES = "additional_chat_templates"
 """The one folder that is read beside them."""
 _NOT_READ = frozenset({MANIFEST, "trainer_state.json", "run.json", "requirements.txt"})
 _NOT_READ_ENDS = ("_results.json", ".index.json", "LICENSE.txt")
+_MOST_BESIDE_BYTES = 16 << 20
+"""Of a card and a licence; checkpoints and optimisers, which take minutes to read, are larger."""
 _TOKENIZERS = ("tokenizer*.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
 
 
@@ -156,6 +160,7 @@ def _foreign(folder: Path, name: str, *, needs_tokenizer: bool) -> Manifest:
             inputs=inputs,
             # an adapter's base may be of our steps
             lineage=lineage_of(inputs),
+            made_by={"fingerprints": {"model": _whole(folder, entries)}},
             details={"sources": {"folder": folder.resolve().name, **_told(folder)}},
         )
     )
@@ -172,6 +177,17 @@ def _files(folder: Path) -> list[Path]:
     templates = (folder / CHAT_TEMPLATES).glob("*.jinja")
     adapter = folder.glob("adapter_model.safetensors")
     return sorted({*beside, *templates, *(adapter if is_adapter(folder) else weight_files(folder))})
+
+
+def _whole(folder: Path, entries: Sequence[FileEntry]) -> str:
+    """Hash of all files: of a version that was pulled it is the version's, by which `dpo forget`
+    finds what is made of it. Empty where more lies there than beside any version."""
+    known = {entry.path: entry.sha256 for entry in entries}
+    rest = [p for p in folder.rglob("*") if p.is_file()]
+    rest = [p for p in rest if p.relative_to(folder).as_posix() not in known]
+    if sum(p.stat().st_size for p in rest) > _MOST_BESIDE_BYTES:
+        return ""
+    return content_hash(known | {entry.path: entry.sha256 for entry in hashed(folder, rest)})
 
 
 def _told(folder: Path) -> dict[str, str]:

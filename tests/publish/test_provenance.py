@@ -1,20 +1,26 @@
 """Where models come from, what was made of a community's data, and runs' manifests."""
 
 import json
+import shutil
 import threading
 
 import pytest
 
 from dpo.cli import main
+from dpo.config.compose import compose
+from dpo.config.stages import restrict
 from dpo.errors import ArtifactError
 from dpo.publish.lineage import chain, dependents, forget
+from dpo.publish.stage import run_publish
 from dpo.publish.verify import verify
 from dpo.storage.adopt import adopt
 from dpo.storage.fingerprint import path_fingerprint
-from dpo.storage.manifest import read_manifest
+from dpo.storage.given_model import FOREIGN, read_model
+from dpo.storage.manifest import read_manifest, staged, write_manifest
 from dpo.storage.runs import artifact_records, read_run_manifest, write_run_manifest
 from dpo.storage.store import open_store
 from tests.publish.pipeline import output, source
+from tests.publish.test_given_model import judged
 
 
 def test_the_chain_leads_from_the_model_to_the_data(pipeline):
@@ -109,6 +115,26 @@ def test_every_model_made_of_a_communitys_data_is_found(pipeline, communities):
         "grown-run",
     }
     assert found.data == [f"{pipeline.root}/communities/acme/data/acme.jsonl"]
+
+
+def test_what_is_made_of_a_pulled_folder_that_a_step_was_given_is_found(
+    pipeline, communities, tiny_model
+):
+    place = pipeline.folder / "pulled"
+    given = read_model(place)
+    assert given.stage == FOREIGN
+    sft = output(pipeline.folder / "sft", "sft", {"w.json": 1}, inputs={"base": given.content_hash})
+    policy = pipeline.folder / "policy"
+    with staged(policy) as partial:
+        shutil.copytree(tiny_model, partial, dirs_exist_ok=True)
+        write_manifest(partial, "base model", inputs={"base": sft.content_hash})
+    paths = judged(pipeline.folder, policy)
+    config = compose([f"publish.store='{pipeline.root}'", "publish.name=again"]).config
+    run_publish(
+        restrict(config, "publish"), pipeline.folder / "out", policy=policy, run_id="", **paths
+    )
+    found = {model.url.split("/")[-2] for model in dependents(pipeline.root, "acme").models}
+    assert "again" in found
 
 
 def test_a_community_without_data_has_no_models(pipeline, communities):
