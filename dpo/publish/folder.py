@@ -127,10 +127,12 @@ def _choose_weights(policy: Path, folder: Path, config: RunConfig, manifest: Man
         return
     max_bytes = config.publish.max_shard_mib << 20
     if has_adapter and not has_model:
-        read_model(policy, "policy")
+        _check_unchanged(policy, manifest)
         _merge(folder, folder, manifest, config)
     elif any(path.stat().st_size > max_bytes for path in folder.glob("*.safetensors")):
-        _divide(policy, folder, max_bytes)
+        # shards are made of the files' bytes
+        _check_unchanged(policy, manifest)
+        _divide(folder, max_bytes)
     for name in (adapter.CONFIG, adapter.WEIGHTS):
         (folder / name).unlink(missing_ok=True)
 
@@ -207,9 +209,21 @@ def _add_from_base(folder: Path, base: Path) -> None:
             (folder / path.name).symlink_to(path.resolve())
 
 
-def _divide(policy: Path, folder: Path, max_bytes: int) -> None:
-    # shards are made of the file's bytes, so they are compared with its hash first
-    read_model(policy, "policy")
+def _check_unchanged(policy: Path, manifest: Manifest) -> None:
+    """Compare the bytes that new files are made of with what was evaluated.
+
+    Raises:
+        ArtifactError: they are others.
+    """
+    if read_model(policy, "policy").content_hash != manifest.content_hash:
+        raise ArtifactError(
+            "the model changed while it was published",
+            where=str(policy),
+            fix="evaluate it again, and publish it when nobody writes to it",
+        )
+
+
+def _divide(folder: Path, max_bytes: int) -> None:
     tensors = model_tensors(folder)
     links = [path for path in folder.glob("*.safetensors") if path.name != adapter.WEIGHTS]
     # the links go; the files that they name stay

@@ -35,6 +35,7 @@ from dpo.storage.model_folder import (
     is_adapter,
     weight_files,
 )
+from dpo.storage.progress import message
 from dpo.storage.published import as_manifest
 from dpo.storage.trusted import find_version
 
@@ -52,7 +53,11 @@ _NOT_READ = frozenset({MANIFEST, "trainer_state.json", "run.json", "requirements
 _NOT_READ_ENDS = ("_results.json", ".index.json", "LICENSE.txt")
 _MOST_BESIDE_BYTES = 16 << 20
 """Of a card and a licence; checkpoints and optimisers, which take minutes to read, are larger."""
+_SAID_FROM_BYTES = 4 << 30
 _TOKENIZERS = ("tokenizer*.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
+
+_known: dict[tuple[tuple[Path, int, int], ...], tuple[FileEntry, ...]] = {}
+"""What this process read, by path, size and time of change."""
 
 
 def read_model(
@@ -151,7 +156,7 @@ def _foreign(folder: Path, name: str, *, needs_tokenizer: bool) -> Manifest:
             where=str(folder),
             fix="put the tokenizer's files beside the weights: tokenizer.save_pretrained(folder)",
         )
-    entries = tuple(hashed(folder, _files(folder)))
+    entries = _entries(folder, name)
     return remember(
         Manifest(
             stage=FOREIGN,
@@ -164,6 +169,20 @@ def _foreign(folder: Path, name: str, *, needs_tokenizer: bool) -> Manifest:
             details={"sources": {"folder": folder.resolve().name, **_told(folder)}},
         )
     )
+
+
+def _entries(folder: Path, name: str) -> tuple[FileEntry, ...]:
+    """The files with their hashes; those that did not change are read once by a process."""
+    paths = _files(folder)
+    states = [(path, path.stat()) for path in paths]
+    key = tuple((path.absolute(), state.st_size, state.st_mtime_ns) for path, state in states)
+    if key not in _known:
+        size = sum(state.st_size for _, state in states)
+        if size >= _SAID_FROM_BYTES:
+            # from a store that is mounted it takes minutes
+            message(name, f"{name}: reading {size / 2**30:.0f} GiB to tell which model it is")
+        _known[key] = tuple(hashed(folder, paths))
+    return _known[key]
 
 
 def _files(folder: Path) -> list[Path]:

@@ -4,10 +4,12 @@ import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from dpo.config.compose import compose
 from dpo.config.stages import restrict
 from dpo.errors import ArtifactError
+from dpo.publish import folder as publishing
 from dpo.publish.stage import run_publish
 from dpo.publish.verify import pull
 from dpo.storage.given_model import read_model
@@ -94,3 +96,24 @@ def test_an_adapter_of_another_program_goes_on_naming_a_base_that_others_find(
     needed = named if found else f"the model with content hash `{hashed}`"
     card = (tmp_path / "back/README.md").read_text(encoding="utf-8")
     assert f"needs its base: {needed}." in card
+
+
+def test_shards_are_made_of_what_was_evaluated_alone(tmp_path, tiny_model, monkeypatch):
+    policy = shutil.copytree(tiny_model, tmp_path / "theirs")
+    weights = load_file(policy / "model.safetensors")
+    weights = {name: values.double() for name, values in weights.items()}
+    save_file(weights, policy / "model.safetensors", metadata={"format": "pt"})
+    paths = judged(tmp_path, policy)
+    link = publishing._link
+
+    def changed_meanwhile(*given):
+        found = link(*given)
+        weights = policy / "model.safetensors"
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+        return found
+
+    monkeypatch.setattr(publishing, "_link", changed_meanwhile)
+    with pytest.raises(ArtifactError, match="changed while it was published"):
+        publish(tmp_path, policy, paths, "publish.max_shard_mib=1")

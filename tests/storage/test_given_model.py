@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import asdict
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo.errors import DpoError
 from dpo.modeling.load import load_model
+from dpo.storage import given_model
 from dpo.storage.given_model import FOREIGN, read_model
 from dpo.storage.manifest import content_hash, list_files, staged, write_manifest
 from dpo.storage.remote import fetch_model
@@ -81,6 +83,19 @@ def test_nodes_fetch_any_model_from_the_store(folder, tmp_path, made_by):
     found = read_model(tmp_path / "base")
     assert (found.stage, found.content_hash) == (expected.stage, expected.content_hash)
     assert {path.suffix for path in (tmp_path / "base").rglob("*")} <= {".json", ".safetensors"}
+
+
+def test_a_large_model_is_read_once_and_with_a_word(folder, monkeypatch, capsys):
+    monkeypatch.setattr(given_model, "_SAID_FROM_BYTES", 1)
+    found = read_model(folder, "policy")
+    assert "policy: reading 0 GiB to tell which model it is" in capsys.readouterr().err
+    monkeypatch.setattr(given_model, "hashed", lambda place, paths: pytest.fail(str(paths)))
+    monkeypatch.setattr(given_model, "_whole", lambda *_: "")
+    assert read_model(folder, "policy").content_hash == found.content_hash
+    weights = folder / "model.safetensors"
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
+    with pytest.raises(pytest.fail.Exception, match="safetensors"):
+        read_model(folder, "policy")
 
 
 def test_its_record_goes_into_the_lineage_of_what_is_made_of_it(folder, tmp_path):
