@@ -43,11 +43,6 @@ class _Change:
         return delta.T if self.transposed else delta
 
 
-def is_alone(folder: Path) -> bool:
-    """Whether a folder holds an adapter and no whole model."""
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """The adapter's configuration.
 

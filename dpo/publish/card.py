@@ -16,10 +16,11 @@ import yaml
 from dpo.config.places import BUILTIN_PREFIX
 from dpo.errors import ArtifactError
 from dpo.publish import licences, template
-from dpo.publish.adapter import is_alone, read_config
+from dpo.publish.adapter import read_config
 from dpo.storage.given_model import TRAINED
 from dpo.storage.lineage import SFT_CHECKPOINT
 from dpo.storage.manifest import Manifest
+from dpo.storage.model_folder import is_adapter
 
 FILE = "README.md"
 # the rules of huggingface_hub's validate_repo_id
@@ -69,7 +70,7 @@ def model_card(
     licence = licences.metadata(license_, base)
     sft = manifest.inputs.get("base", "")
     prompts = str(_ingest(manifest).get("prompt_format", ""))
-    alone = is_alone(model or policy)
+    alone = is_adapter(model or policy)
     metadata: dict[str, Any] = {
         "library_name": "peft" if alone else "transformers",
         "pipeline_tag": "text-generation",
@@ -112,7 +113,7 @@ A language model fine-tuned with preference data: {_by_sft(manifest)}{_loss_name
 
 def _bare_card(manifest: Manifest, name: str, license_: str, model: Path) -> str:
     """Of a model without a record of its training: what is known is how it was measured here."""
-    alone = is_alone(model)
+    alone = is_adapter(model)
     base = named_base(read_config(model)) if alone else ""
     # the base's is not that of what another program made of it
     licence = licences.metadata(license_, "")

@@ -27,6 +27,7 @@ from dpo.storage.base_model import is_here, local_model
 from dpo.storage.given_model import FOREIGN, TRAINED, read_model
 from dpo.storage.lineage import SFT_CHECKPOINT, base_model, check_base, hub_model
 from dpo.storage.manifest import MANIFEST, FileEntry, Manifest, sha256_file
+from dpo.storage.model_folder import is_adapter
 
 _LEFT_OUT = {
     MANIFEST,
@@ -163,7 +164,7 @@ def _merge(source: Path, target: Path, manifest: Manifest, config: RunConfig) ->
     base = _base_of(source, config)
     _check_base(base, manifest)
     with tempfile.TemporaryDirectory(prefix="dpo-publish-") as temporary:
-        if adapter.is_alone(base):
+        if is_adapter(base):
             _merge(base, Path(temporary), read_model(base, "its base"), config)
             base = Path(temporary)
         _add_from_base(target, base)

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from dpo.config.compose import compose
@@ -14,6 +15,7 @@ from dpo.publish.stage import run_publish
 from dpo.publish.verify import pull
 from dpo.storage.given_model import read_model
 from tests.publish.pipeline import output
+from tests.publish.test_adapters import NEOX, lora
 from tests.storage.test_given_model import adapter_of
 
 
@@ -117,3 +119,33 @@ def test_shards_are_made_of_what_was_evaluated_alone(tmp_path, tiny_model, monke
     monkeypatch.setattr(publishing, "_link", changed_meanwhile)
     with pytest.raises(ArtifactError, match="changed while it was published"):
         publish(tmp_path, policy, paths, "publish.max_shard_mib=1")
+
+
+# peft reads an attribute that transformers 5 deprecates
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_an_adapter_on_an_adapter_that_its_bases_configuration_lies_beside_is_merged(
+    tmp_path, tiny_model
+):
+    """As trainers save them: config.json makes an adapter's folder no whole model."""
+    inner, outer = (tmp_path / name for name in ("inner", "outer"))
+    lora(inner, tiny_model, **NEOX)
+    alone = adapted(tmp_path / "one", inner)
+    shutil.copy(tiny_model / "config.json", inner)
+    lora(outer, tiny_model, **NEOX)
+    config = json.loads((outer / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = str(inner)
+    (outer / "adapter_config.json").write_text(json.dumps(config))
+    both = adapted(tmp_path / "two", outer)
+    weights = load_file(tiny_model / "model.safetensors")
+    # equal adapters: together they change each weight twice as much as one does
+    for name, before in weights.items():
+        assert torch.allclose(both[name] - before, 2 * (alone[name] - before), atol=1e-5)
+    assert any(not torch.equal(before, both[name]) for name, before in weights.items())
+
+
+def adapted(place, policy):
+    """The weights that are published of an adapter."""
+    place.mkdir()
+    publish(place, policy, judged(place, policy))
+    pull(f"file://{place}/store/policy", place / "back")
+    return load_file(place / "back/model.safetensors")
