@@ -174,9 +174,11 @@ def _lineage(given: Given) -> int:
 def _facts(entry: Any) -> list[str]:
     made = entry.get("made_by") or {}
     prints = made.get("fingerprints") or {}
+    # of a model that was given its sources are no data: the name of its folder, its kind
+    kind = "data " if entry["step"] == "ingest" else ""
     facts = {
         **{f"from {name}": hash_ for name, hash_ in (entry.get("parents") or {}).items()},
-        **{f"data {name}": print_ for name, print_ in (entry.get("sources") or {}).items()},
+        **{f"{kind}{name}": print_ for name, print_ in (entry.get("sources") or {}).items()},
         **{f"fingerprint of {name}": print_ for name, print_ in prints.items()},
         "code": entry.get("code"),
         "version": " ".join(filter(None, (made.get("version"), made.get("commit")))),

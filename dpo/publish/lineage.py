@@ -21,13 +21,14 @@ from dpo.errors import (
     StoreError,
     StoreUnavailable,
 )
+from dpo.storage.given_model import FOREIGN
 from dpo.storage.manifest import MANIFEST, read_manifest
 from dpo.storage.published import read_latest, read_version
 from dpo.storage.runs import parse_run
 from dpo.storage.store import Store, open_store
 from dpo.storage.trusted import find_version
 
-_ORDER = ("ingest", "sft", "reference", "preference", "evaluate", "gate", "publish")
+_ORDER = ("ingest", FOREIGN, "sft", "reference", "preference", "evaluate", "gate", "publish")
 _LEAVES = ("evaluate", "gate", "publish")
 """Nothing is trained on these; two runs may well write equal ones, of different data."""
 _RUN_KEY = re.compile(rf"^(?:.*/)?runs/(?P<run>[^/]+)/{re.escape(MANIFEST)}$")

@@ -118,7 +118,7 @@ def test_every_model_made_of_a_communitys_data_is_found(pipeline, communities):
 
 
 def test_what_is_made_of_a_pulled_folder_that_a_step_was_given_is_found(
-    pipeline, communities, tiny_model
+    pipeline, communities, tiny_model, capsys
 ):
     place = pipeline.folder / "pulled"
     given = read_model(place)
@@ -135,6 +135,13 @@ def test_what_is_made_of_a_pulled_folder_that_a_step_was_given_is_found(
     )
     found = {model.url.split("/")[-2] for model in dependents(pipeline.root, "acme").models}
     assert "again" in found
+    capsys.readouterr()
+    assert main(["lineage", f"{pipeline.root}/again"]) == 0
+    shown = capsys.readouterr().out
+    # what was given comes before what was made of it, and is no data
+    assert shown.index(f"sft {sft.content_hash}") < shown.index(f"model {given.content_hash}")
+    assert "  folder: pulled\n" in shown
+    assert "data folder" not in shown
 
 
 def test_a_community_without_data_has_no_models(pipeline, communities):
