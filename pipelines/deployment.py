@@ -18,14 +18,14 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 
 from dpo.config.base import Recorded, Section
 from dpo.config.describe import suggestion, validation_error
-from dpo.config.nodes import NodesOptions
+from dpo.config.nodes import Name, NodesOptions
 from dpo.config.places import config_dir
 from dpo.errors import ConfigError
 from dpo.storage.store import open_store
-from pipelines.resources import LabelKey, LabelValue, Name, Resources
+from pipelines.resources import LabelKey, LabelValue, Resources
 from pipelines.steps import Step
 
-SecretKey = Annotated[str, Field(pattern=r"^[-._a-zA-Z0-9]+$", max_length=253)]
+SecretKey = Annotated[str, Field(pattern=r"^\.?[-_a-zA-Z0-9][-._a-zA-Z0-9]*$", max_length=253)]
 """Key of a Secret."""
 Variable = Annotated[str, Field(pattern=r"^[-._a-zA-Z][-._a-zA-Z0-9]*$")]
 """Name of an environment variable, as every Kubernetes takes it."""
@@ -97,7 +97,7 @@ class Notification(Section):
     """Takes a POST with a JSON object; redirects are not followed."""
     secret: Name | None = None
     """Secret with the key that the message is signed with; none leaves it unsigned."""
-    secret_key: str = "secret"
+    secret_key: SecretKey = "secret"
     """Key in that Secret."""
 
 

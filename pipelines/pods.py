@@ -63,7 +63,8 @@ def _deploy_step(task: Any, step: str, deployment: Deployment) -> None:
     _set_attempts(task, resources)
     if step in CHECKPOINTED_STEPS and deployment.nodes.count > 1:
         task.set_env_variable(NODES_VARIABLE, _nodes(deployment, resources).model_dump_json())
-        resources = _launching(resources)
+        resources = _launching()
+    _set_timeout(task, resources)
     _set_amounts(task, resources)
     _set_place(task, resources)
     _set_pod(task, deployment, resources)
@@ -75,11 +76,13 @@ def _deploy_step(task: Any, step: str, deployment: Deployment) -> None:
         kubernetes.use_secret_as_env(task, key.secret, {key.secret_key: "DPO_SIGNING_KEY"})
 
 
-def _launching(resources: Resources) -> Resources:
-    """What the pod of a step needs that leaves the work to the pods of a job: no GPU, no queue."""
-    return Resources(
-        cpu=_LAUNCHING_CPU, memory=_LAUNCHING_MEMORY, timeout_seconds=resources.timeout_seconds
-    )
+def _launching() -> Resources:
+    """What the pod of a step needs that leaves the work to the pods of a job: no GPU, no queue.
+
+    Nor a time limit, which is the job's: a queue may hold that back for hours, and a pod that is
+    ended meanwhile leaves it to take its GPUs with nobody there.
+    """
+    return Resources(cpu=_LAUNCHING_CPU, memory=_LAUNCHING_MEMORY)
 
 
 def _nodes(deployment: Deployment, resources: Resources) -> NodesConfig:
@@ -164,11 +167,14 @@ def _set_amounts(task: Any, resources: Resources) -> None:
         )
 
 
-def _set_attempts(task: Any, resources: Resources) -> None:
+def _set_timeout(task: Any, resources: Resources) -> None:
     from kfp import kubernetes
 
     if resources.timeout_seconds:
         kubernetes.set_timeout(task, resources.timeout_seconds)
+
+
+def _set_attempts(task: Any, resources: Resources) -> None:
     if resources.retries:
         task.set_retry(
             resources.retries,

@@ -12,10 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from dpo.config.base import Section
+from dpo.config.nodes import ShortName
 from pipelines.amounts import Cpu, Memory, below
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
-"""Name of a Kubernetes object."""
 _DOMAIN, _WORD = (
     r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?",
     r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?",
@@ -119,12 +118,13 @@ class Resources(Section):
     """Further requirements on the node, all of which must hold."""
     tolerations: list[Toleration] = []
     """Taints that the pod accepts."""
-    queue: Name | None = None
+    queue: ShortName | None = None
     """Kueue queue that admits the pod."""
-    queue_priority: Name | None = None
+    queue_priority: ShortName | None = None
     """Kueue workload priority class."""
     timeout_seconds: int = Field(0, ge=0)
-    """The pod is ended when it takes longer; 0 sets no limit."""
+    """The pod is ended when it takes longer; 0 sets no limit. Of a training over several nodes it
+    is the job that is ended, and the time in which its queue holds it back does not count."""
     retries: int = Field(0, ge=0, le=50)
     """Further attempts after a failure, also of a pod that its node evicted. A deleted pod is tried
     again only where Kubernetes told of its end before it was gone."""
@@ -132,7 +132,7 @@ class Resources(Section):
     """Wait before the second attempt; doubles with each attempt."""
     retry_until_seconds: int = Field(_WEEK_SECONDS, ge=1)
     """No attempt begins later than this after the first began, and a further attempt that runs then
-    is ended: must exceed the training time with all waits."""
+    is ended: must exceed the training time with all waits, those in a queue too."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Resources:

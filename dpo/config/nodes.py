@@ -17,8 +17,11 @@ from dpo.config.describe import validation_error
 VARIABLE = "DPO_NODES"
 """Environment variable with a ``NodesConfig`` as JSON; absent: the step trains in its own pod."""
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
+_PART = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+Name = Annotated[str, Field(pattern=rf"^{_PART}(\.{_PART})*$", max_length=253)]
 """Name of a Kubernetes object."""
+ShortName = Annotated[str, Field(pattern=rf"^{_PART}(\.{_PART})*$", max_length=63)]
+"""Name of an object that pods refer to by a label's value."""
 
 
 class NodesOptions(Section):

@@ -246,6 +246,14 @@ class _Follower:
                 print(line, flush=True)
         self._remove()
         where = f"{self.cluster.kind} {self.request.job_name}"
+        if _took_too_long(job):
+            # its pods were told to end, which is not what they failed of
+            raise TrainingError(
+                f"the nodes trained for longer than timeout_seconds={self.config.timeout_seconds}",
+                where=where,
+                fix="raise train.timeout_seconds in the deployment, and run again: training goes "
+                "on from its last checkpoint",
+            )
         if finding is None:
             raise TrainingError(
                 f"the job failed: {_condition_message(job)}", where=where, fix="run again"
@@ -286,6 +294,19 @@ class _Follower:
             self._log.join(timeout=10)
 
 
+def _failed_condition(job: dict[str, Any]) -> dict[str, Any]:
+    conditions = job.get("status", {}).get("conditions", ())
+    return next((found for found in conditions if found["type"] == "Failed"), {})
+
+
 def _condition_message(job: dict[str, Any]) -> str:
-    failed = [c for c in job["status"]["conditions"] if c["type"] == "Failed"]
-    return failed[0].get("message") or failed[0].get("reason") or "no reason is given"
+    failed = _failed_condition(job)
+    return failed.get("message") or failed.get("reason") or "no reason is given"
+
+
+def _took_too_long(job: dict[str, Any]) -> bool:
+    """Kubeflow Trainer names a reason of its own; the operator before it says so in the message."""
+    failed = _failed_condition(job)
+    return failed.get("reason") == "DeadlineExceeded" or failed.get("message", "").endswith(
+        "longer than specified deadline"
+    )

@@ -12,6 +12,7 @@ import pytest
 from kubernetes import client as k
 
 from dpo.config.nodes import NodesConfig, NodesOptions
+from dpo.errors import TrainingError, TrainingStopped
 from dpo.nodes import run
 from dpo.nodes.cluster import Cluster, Unreachable
 
@@ -72,8 +73,8 @@ def serving(answers):
         server.server_close()
 
 
-def follower(cluster, count=1):
-    config = NodesConfig(options=NodesOptions(count=count), **DEPLOYED)
+def follower(cluster, count=1, **values):
+    config = NodesConfig(options=NodesOptions(count=count), **DEPLOYED, **values)
     return run._Follower(cluster, config, SimpleNamespace(job_name="job", stage="sft"), 0.01)
 
 
@@ -92,6 +93,37 @@ def test_a_step_follows_its_job_through_an_outage(capfd):
         follower(cluster).follow()
     said = capfd.readouterr()
     assert (said.out + said.err).count("the Kubernetes API does not answer; it is asked again") >= 1
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        {"reason": "DeadlineExceeded", "message": "TrainJob exceeded its active deadline"},
+        {
+            "reason": "PyTorchJobFailed",
+            "message": "Job job has failed because it was active longer than specified deadline",
+        },
+    ],
+    ids=["TrainJob", "PyTorchJob"],
+)
+def test_a_job_that_took_longer_than_it_may_is_not_told_as_a_pod_that_was_deleted(condition):
+    """The conditions as Kubeflow Trainer 2.3 and the training operator 1.8 write them."""
+    end = {"exitCode": TrainingStopped.exit_code, "startedAt": None, "finishedAt": None}
+    ended = {"name": "node", "state": {"terminated": end}, "image": "i", "imageID": "i"}
+    status = {
+        "phase": "Failed",
+        "containerStatuses": [{**ended, "ready": False, "restartCount": 0}],
+    }
+    answers = {
+        ("GET", f"{JOB}/job"): [job(), job(type="Failed", **condition)],
+        ("GET", PODS): [{"items": [POD]}, {"items": [{**POD, "status": status}]}],
+        ("GET", f"{PODS}/job-node-0-0/log"): ["step 1\n"],
+        ("DELETE", f"{JOB}/job"): [{}],
+    }
+    with serving(answers) as (cluster, _), pytest.raises(TrainingError) as caught:
+        follower(cluster, timeout_seconds=60).follow()
+    assert "the nodes trained for longer than timeout_seconds=60" in str(caught.value)
+    assert "raise train.timeout_seconds" in str(caught.value)
 
 
 def test_an_outage_that_does_not_end_is_told_in_the_end(monkeypatch):

@@ -16,7 +16,7 @@ from pipelines.deployment import (
 from pipelines.resources import Resources
 from pipelines.steps import DISPLAY_NAMES
 from pipelines.sweep import Sweep, parse_sweep
-from tests.support.deployed import IMAGES, all_tasks, deployed
+from tests.support.deployed import IMAGES, all_tasks, deployed, variables
 
 
 def test_every_step_belongs_to_one_group():
@@ -206,6 +206,28 @@ def test_secrets_variables_and_volumes():
         }
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_pod_that_starts_a_job_has_no_time_limit(count):
+    """A queue may hold the job back for longer than that; the job's own limit begins after it."""
+    _, containers, pods = deployed(train={"timeout_seconds": 3600}, nodes={"count": count})
+    limits = {step: pods[f"exec-{step}"].get("activeDeadlineSeconds") for step in TRAIN_STEPS}
+    training = "3600" if count == 1 else None
+    assert limits == {
+        "sft": training,
+        "preference": training,
+        "reference": "3600",
+        "evaluate": "3600",
+    }
+    of_the_job = '"timeout_seconds":3600' in variables(containers, "sft").get("DPO_NODES", "")
+    assert of_the_job is (count == 2)
+
+
+@pytest.mark.parametrize("name", ["q" * 63, "a.b", "1", "a--b"])
+def test_names_as_kubernetes_takes_them(name):
+    settings = [f"train.queue='{name}'", f"store_secret.name='{name}'"]
+    assert load_deployment("cpu", settings).train.queue == name
+
+
 def test_retries_reach_steps_inside_conditions_and_outlast_the_training():
     documents, _, _ = deployed(
         data={"retries": 2, "retry_wait_seconds": 5},
@@ -249,6 +271,15 @@ def test_retries_reach_steps_inside_conditions_and_outlast_the_training():
         ("store_secret={name: s, keys: {a: B C}}", "store_secret.keys.a='B C'"),
         ("model_cache={claim: c, mount_path: /dev/shm/}", "shared_memory of step sft"),
         ("model_cache={claim: team.models}", "model_cache.claim='team.models'"),
+        ("model_cache={claim: models-}", "model_cache.claim='models-'"),
+        ("store_secret.name=a..b", "store_secret.name='a..b'"),
+        ("store_secret.name=a-.b", "store_secret.name='a-.b'"),
+        ("store_secret.name=store-", "store_secret.name='store-'"),
+        ("store_secret={name: s, keys: {..a: B}}", "store_secret.keys...a"),
+        ("image_pull_secrets=[Team]", "image_pull_secrets.0='Team'"),
+        ("nodes.service_account=a..b", "nodes.service_account='a..b'"),
+        (f"train.queue={'q' * 64}", "train.queue"),
+        ("notification={url: 'http://a', secret: s, secret_key: a b}", "notification.secret_key"),
         ("checkpoint_uri=foo", "where: checkpoint_uri"),
         ("images.data=D:1", "image 'D:1' is no name"),
         ("images.data='a b:1'", "image 'a b:1' is no name"),
