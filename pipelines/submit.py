@@ -20,9 +20,17 @@ from typing import Any
 
 if __name__ == "__main__":
     # a second of imports, with nothing begun that could be left behind
-    _USUAL = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    def _end(*_: object) -> None:
+        try:
+            os.write(2, b"\nNothing was started.\n")
+        finally:
+            # also where that terminal is gone
+            os._exit(130)
+
+    _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    _USUAL = {number: signal.getsignal(number) for number in _ENDING}
     for _number in (number for number, usual in _USUAL.items() if usual != signal.SIG_IGN):
-        signal.signal(_number, lambda *_: (os.write(2, b"\nNothing was started.\n"), os._exit(130)))
+        signal.signal(_number, _end)
 
 if __package__ in (None, ""):
     # ``python pipelines/submit.py``: the checkout is what is run, wherever this is started
@@ -218,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
             options = explain.parser().parse_args(given[1:])
             with nothing_started():
                 return explain.main(options, runs_folder(options.runs_dir))
-        # CI and `timeout` end a command with SIGTERM: as Ctrl-C, wherever it is
+        # CI and `timeout` end a command with SIGTERM, a terminal with SIGHUP: as Ctrl-C
         with told_to_end():
             return _run(parser().parse_args(given))
     except (DpoError, OSError) as problem:

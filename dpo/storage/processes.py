@@ -69,7 +69,8 @@ def repeated(act: Callable[[], bool | None], seconds: float, name: str) -> Itera
 
 @contextmanager
 def told_to_end(error: DpoError | None = None) -> Iterator[None]:
-    """SIGTERM, with which CI, `timeout` and a cluster end a job, is as Ctrl-C in here.
+    """SIGTERM, with which CI, `timeout` and a cluster end a job, is as Ctrl-C in here, and so is
+    SIGHUP, of a terminal that is closed, unless the job is to outlive it (`nohup`).
 
     For the main thread of a command: what is half-written is removed as after Ctrl-C. Whatever else
     is raised after either is its work: numpy, interrupted while it is imported, ends in a
@@ -82,12 +83,17 @@ def told_to_end(error: DpoError | None = None) -> Iterator[None]:
         yield
         return
     asked: list[int] = []
+    terminals = [number for number in (1, 2) if os.isatty(number)]
 
     def end(number: int, _: object) -> None:
         asked.append(number)
+        if number == signal.SIGHUP:
+            _leave(terminals)
         raise KeyboardInterrupt
 
     before = {signal.SIGTERM: signal.signal(signal.SIGTERM, end)}
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, end)
     # a job that a shell put into the background ignores it
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         before[signal.SIGINT] = signal.signal(signal.SIGINT, end)
@@ -102,6 +108,19 @@ def told_to_end(error: DpoError | None = None) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _leave(terminals: list[int]) -> None:
+    """What is still to be said to a terminal that is gone would be an error each time.
+
+    It says so twice, by the shell and by the kernel, which is no second wish to end.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in terminals:
+        if not os.isatty(number):
+            os.dup2(nowhere, number)
+    os.close(nowhere)
 
 
 def die_with_parent(parent: int) -> None:

@@ -17,7 +17,9 @@ from tests.support.submitted import IMAGES
 ROOT = Path(submit.__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT], ids=["sigterm", "ctrl-c"])
+@pytest.mark.parametrize(
+    "how", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=["sigterm", "ctrl-c", "sighup"]
+)
 def test_while_packages_are_imported(tmp_path, how):
     """Imports take a second; here the first of others' takes a minute."""
     slow = tmp_path / "rich" / "__init__.py"
@@ -38,7 +40,9 @@ def test_while_packages_are_imported(tmp_path, how):
 
 
 @pytest.mark.parametrize(
-    ("cancels", "how"), [(True, signal.SIGTERM), (False, signal.SIGINT)], ids=["sigterm", "ctrl-c"]
+    ("cancels", "how"),
+    [(True, signal.SIGTERM), (False, signal.SIGINT), (False, signal.SIGHUP)],
+    ids=["sigterm", "ctrl-c", "sighup"],
 )
 def test_ctrl_c_and_the_signal_that_ends_a_job_of_ci(backend, store, tmp_path, cancels, how):
     """In a process of its own, because a signal is what Ctrl-C is."""

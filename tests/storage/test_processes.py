@@ -1,9 +1,12 @@
 """A step ends with the run that started it, though a shell stands between, and as it is told."""
 
+import fcntl
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -73,10 +76,11 @@ def test_a_program_ends_whose_parent_ended_while_it_imported(program, tmp_path):
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_what_an_interrupt_makes_of_an_import_is_the_interrupt(number):
     """A package whose import was interrupted fails when it is used: numpy with a RecursionError."""
-    before = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(each) for each in ending]
 
     def work():
         try:
@@ -86,7 +90,47 @@ def test_what_an_interrupt_makes_of_an_import_is_the_interrupt(number):
 
     with pytest.raises(KeyboardInterrupt), told_to_end():
         work()
-    assert [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)] == before
+    assert [signal.getsignal(each) for each in ending] == before
+
+
+def test_a_job_that_is_to_outlive_its_terminal_does():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with told_to_end():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_is_closed_ends_a_command_in_order():
+    """Whose words would each be an error by then; what goes to a file is written."""
+    code = (
+        "import sys, time\n"
+        "from dpo.storage.processes import told_to_end\n"
+        "try:\n"
+        "    with told_to_end():\n"
+        "        print('begun', file=sys.stderr, flush=True)\n"
+        "        time.sleep(60)\n"
+        "except KeyboardInterrupt:\n"
+        "    time.sleep(1)\n"
+        "    print('Stopped.', file=sys.stderr, flush=True)\n"
+        "    print('written')\n"
+        "    sys.exit(130)\n"
+    )
+    terminal, its_end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=its_end,
+        stdout=subprocess.PIPE,
+        stderr=its_end,
+        text=True,
+        preexec_fn=lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
+    )
+    os.close(its_end)
+    assert os.read(terminal, 100).startswith(b"begun")
+    os.close(terminal)
+    assert process.communicate(timeout=60) == ("written\n", None)
+    assert process.returncode == 130
 
 
 def test_other_errors_are_no_interrupt():
