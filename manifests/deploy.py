@@ -15,6 +15,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ OVERLAYS = ROOT / "manifests" / "overlays"
 TARGET = ROOT / "build" / "deploy"
 _MOUNTED = "/etc/dpo/deployment.yaml"
 _NAMESPACE = "dpo"
+_PODS_SECONDS = 10.0
+"""In which a cluster makes pods, or says why it does not."""
 _SECRETS = {"base": ("dpo-store", "dpo-service"), "local": ("minio",)}
 
 
@@ -145,6 +148,33 @@ def missing_secrets(kubectl: str, overlay: str) -> list[str]:
     ]
 
 
+def refused_pods(kubectl: str) -> list[str]:
+    """Why pods of the service's namespace are not made (a quota, a limit), as Kubernetes says it.
+
+    What was applied is accepted by then, and nobody else would tell.
+    """
+    deadline = time.monotonic() + _PODS_SECONDS
+    while True:
+        done = _kubectl(kubectl, "get", "deployments", "-n", _NAMESPACE, "-o", "json")
+        found = json.loads(done.stdout)["items"] if done.returncode == 0 else []
+        why = {each["metadata"]["name"]: _failure(each) for each in found}
+        if time.monotonic() > deadline or all(why[name] or _made(d) for name, d in zip(why, found)):
+            return [f"{name} gets no pod: {text}" for name, text in why.items() if text]
+        time.sleep(0.5)
+
+
+def _failure(deployment: dict[str, Any]) -> str:
+    conditions = deployment.get("status", {}).get("conditions", ())
+    failed = [c for c in conditions if c["type"] == "ReplicaFailure" and c["status"] == "True"]
+    return str(failed[0].get("message") or failed[0].get("reason")) if failed else ""
+
+
+def _made(deployment: dict[str, Any]) -> bool:
+    status = deployment.get("status", {})
+    seen = status.get("observedGeneration", 0) >= deployment["metadata"]["generation"]
+    return seen and status.get("updatedReplicas", 0) >= deployment["spec"].get("replicas", 1)
+
+
 def without_store(name: str) -> str:
     """What keeps the runs of a deployment from the store, if anything."""
     chosen = load_deployment(name)
@@ -191,6 +221,8 @@ def main(arguments: list[str] | None = None) -> int:
                 f"the Secret {name} is missing in the namespace {_NAMESPACE}: pods wait for it. "
                 "Fill in secrets.example.yaml (manifests/README.md) and apply it"
             )
+        for text in refused_pods(options.kubectl):
+            print(text)
         if options.deployment and (hint := without_store(options.deployment)):
             print(hint)
     except DpoError as error:

@@ -79,3 +79,24 @@ def test_a_cluster_that_is_down_has_refused_nothing(tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.startswith("the cluster does not answer")
     assert "KUBECTL=" in said
+
+
+def test_pods_that_a_quota_does_not_let_in_are_told(tmp_path, capsys, monkeypatch):
+    """The manifests are accepted; what the controller says of its pods nobody sees (1.34)."""
+    monkeypatch.setattr(deploy, "_PODS_SECONDS", 1.0)
+    why = 'pods "dpo-service-1" is forbidden: exceeded quota: mine, requested: requests.cpu=100m'
+    refused = {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": why}
+    meta = {"name": "dpo-service", "generation": 1}
+    status = {"observedGeneration": 1, "unavailableReplicas": 1, "conditions": [refused]}
+    made = {"observedGeneration": 1, "replicas": 1, "updatedReplicas": 1}
+    items = [
+        {"metadata": meta, "spec": {"replicas": 1}, "status": status},
+        {"metadata": {**meta, "name": "minio"}, "spec": {"replicas": 1}, "status": made},
+    ]
+    answer = tmp_path / "answer.json"
+    answer.write_text(json.dumps({"items": items}))
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(f'#!/bin/sh\n[ "$1 $2" = "get deployments" ] && cat "{answer}"\nexit 0\n')
+    kubectl.chmod(0o755)
+    assert deploy.main(["dev", "--kubectl", str(kubectl)]) == 0
+    assert capsys.readouterr().out == f"dpo-service gets no pod: {why}\n"
