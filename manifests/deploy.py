@@ -157,8 +157,8 @@ def refused_pods(kubectl: str) -> list[str]:
     while True:
         done = _kubectl(kubectl, "get", "deployments", "-n", _NAMESPACE, "-o", "json")
         found = json.loads(done.stdout)["items"] if done.returncode == 0 else []
-        why = {each["metadata"]["name"]: _failure(each) for each in found}
-        if time.monotonic() > deadline or all(why[name] or _made(d) for name, d in zip(why, found)):
+        if time.monotonic() > deadline or all(_failure(each) or _made(each) for each in found):
+            why = {each["metadata"]["name"]: _failure(each) for each in found}
             return [f"{name} gets no pod: {text}" for name, text in why.items() if text]
         time.sleep(0.5)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ _ANSWERS_WITHIN = (10, 60)
 """Seconds to connect and to read: a connection that is dead and not closed would be waited for."""
 _CONNECTS_WITHIN = (10, None)
 """Of a log that is followed: it may say nothing for hours."""
+
+
+_OF_A_RIGHT = re.compile(r'User "[^"]*" cannot |^403 ')
+"""What an answer with 403 says where it is the account that may not, or where it says nothing."""
 
 
 class Unreachable(PipelineError):
@@ -249,15 +254,18 @@ class Cluster:
                 where=where,
                 fix=f"install {self.api.operator}, or compile the package without --nodes",
             )
-        if error.status in (401, 403):
+        reason = _reason(error)
+        # a quota, or a webhook of the cluster's rules, answers with 403 as well
+        if error.status == 401 or (error.status == 403 and _OF_A_RIGHT.search(reason)):
             return PipelineError(
                 f"{what}: the account of the run may not ({error.status})",
                 where=where,
                 fix="bind the role dpo-training-launcher to it (manifests/steps/launcher.yaml)",
             )
-        return PipelineError(
-            f"{what}: {_reason(error)}", where=where, fix="correct the deployment, submit again"
-        )
+        fix = "correct the deployment, submit again"
+        if "exceeded quota" in reason:
+            fix = "wait until other jobs end, or let the administrator raise the quota; run again"
+        return PipelineError(f"{what}: {reason}", where=where, fix=fix)
 
 
 def _when(event: Any) -> float:

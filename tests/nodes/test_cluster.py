@@ -12,7 +12,7 @@ from dpo.nodes.cluster import Cluster
 from dpo.nodes.request import Request
 from dpo.storage.manifest import write_manifest
 from dpo.storage.remote import send_output
-from tests.manifests.conftest import applied, eventually
+from tests.manifests.conftest import applied, eventually, got
 from tests.nodes.conftest import Launched, bound, ended, play
 
 pytestmark = pytest.mark.kubernetes
@@ -274,6 +274,20 @@ def test_an_account_without_the_role_is_told_which(plane, training):
     error = Launched(Cluster("TrainJob", "team", plane.client(token)), config(), training).result()
     assert isinstance(error, PipelineError)
     assert "dpo-training-launcher" in str(error)
+
+
+def test_a_quota_of_jobs_is_not_told_as_a_missing_role(plane, cluster, training):
+    spec = {"hard": {"count/trainjobs.trainer.kubeflow.org": "0"}}
+    quota = {"kind": "ResourceQuota", "metadata": {"name": "jobs", "namespace": "team"}}
+    applied(plane, {**quota, "spec": spec})
+    # it is enforced once its controller has counted
+    eventually(lambda: got(plane, "team", "resourcequota", "jobs").get("status", {}).get("used"))
+    error = Launched(cluster, config(), training).result()
+    plane.kubectl("delete", "resourcequota", "jobs", "-n", "team")
+    assert isinstance(error, PipelineError)
+    assert "exceeded quota: jobs, requested: count/trainjobs" in str(error)
+    assert "wait until other jobs end" in str(error)
+    assert "dpo-training-launcher" not in str(error)
 
 
 def test_a_pytorch_job_is_accepted_by_its_own_schema(plane, training):
