@@ -17,8 +17,9 @@ from rich.console import Console
 
 from dpo.config.overrides import model_overrides
 from dpo.config.parameters import STARTS
-from dpo.errors import ConfigError, RequestError
+from dpo.errors import ConfigError, DpoError, PipelineError, RequestError, StoreError
 from dpo.plan.booked import check_booked
+from dpo.storage.runs import read_run_manifest
 from pipelines import history, package, start
 from pipelines.deployment import image_assignments, load_deployment, with_images, with_store
 from pipelines.local import Job, locked, own_code, run_local
@@ -296,7 +297,34 @@ def run_here(job: Job, console: Console, *, timeout_seconds: float | None = None
     )
     if run.succeeded:
         read_outputs(outcome, run.artifacts)
+        _look_into_store(outcome, str(job.parameters["publish_store"]))
     return outcome
+
+
+def _look_into_store(outcome: Outcome, store: str) -> None:
+    """What the steps say they wrote must be found from here as well: a folder that a container did
+    not see, or that was removed meanwhile, has none of it."""
+    if outcome.state != "succeeded":
+        return
+    try:
+        if read_run_manifest(store, outcome.run_id).get("published"):
+            return
+        what = f"the manifest of run {outcome.run_id} in the store names no published model"
+        lost: DpoError = PipelineError(what, where=store)
+    except StoreError as error:
+        outcome.message = f"the store could not be looked into at the end:\n{error}"
+        return
+    except DpoError as error:
+        lost = error
+    outcome.state = "failed"
+    outcome.message = str(
+        PipelineError(
+            f"the steps ended well, but what they published is not there: {lost.found}",
+            where=lost.where,
+            fix="see that this folder or bucket is the one that the steps write to, and that "
+            "nothing empties it; run again",
+        )
+    )
 
 
 def planned(values: Mapping[str, Any], *, key_only: bool) -> dict[str, str]:

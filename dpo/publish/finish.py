@@ -43,10 +43,13 @@ def run_finish(store_url: str, run_id: str, state: str, reason: str = "") -> dic
         The message that was sent, or would be.
 
     Raises:
-        DpoError: the store cannot be written to although the run succeeded.
+        DpoError: the store cannot be read or written to although the run succeeded.
     """
     store = open_store(store_url) if store_url else None
-    known = _known(store, run_id)
+    known, unread = _known(store, run_id)
+    if unread and state in _GOOD_STATES:
+        # with nothing known it would be told, and written once the store is back, as a failure
+        raise unread
     ended = {
         "state": _how_it_ended(known, state),
         "backend_state": state,
@@ -59,6 +62,8 @@ def run_finish(store_url: str, run_id: str, state: str, reason: str = "") -> dic
     try:
         if store is None:
             raise ConfigError("the run has no store, so its end is written nowhere")
+        if unread:
+            raise unread
         write_run_manifest(store, run_id, **ended)
     except DpoError as error:
         if state in _GOOD_STATES or ended["state"] in _GOOD_ENDS:
@@ -92,12 +97,12 @@ def tell_of_retry(store: Store, run_id: str, step: str) -> None:
         message(step, str(error))
 
 
-def _known(store: Store | None, run_id: str) -> dict[str, Any]:
+def _known(store: Store | None, run_id: str) -> tuple[dict[str, Any], DpoError | None]:
+    """What the run's manifest holds, and why that cannot be read."""
     try:
-        return stored_run_manifest(store, run_id) if store else {}
+        return (stored_run_manifest(store, run_id) if store else {}), None
     except DpoError as error:
-        message("finish", str(error))
-        return {}
+        return {}, error
 
 
 def _how_it_ended(known: dict[str, Any], state: str) -> str:

@@ -144,6 +144,29 @@ def test_an_end_that_cannot_be_written_fails_a_run_that_did_not_fail(
         run_finish(url, "r1", "FAILED")
 
 
+@pytest.mark.parametrize("state", ["SUCCEEDED", "COMPLETE", "FAILED"])
+def test_a_store_that_is_away_for_a_moment_makes_no_failure_of_a_run(
+    url, receiver, monkeypatch, state
+):
+    """It was told and written as failed, though its model is published."""
+    address, got, _ = receiver
+    monkeypatch.setenv("DPO_NOTIFY_URL", address)
+    write_run_manifest(open_store(url), "r1", state="succeeded", **APPROVED, **PUBLISHED)
+
+    def away(*_):
+        raise StoreUnavailable("the store does not answer")
+
+    monkeypatch.setattr(finish, "stored_run_manifest", away)
+    if state == "FAILED":
+        run_finish(url, "r1", state)
+        assert [json.loads(body)["state"] for _, _, body in got] == ["failed"]
+    else:
+        with pytest.raises(StoreUnavailable):
+            run_finish(url, "r1", state)
+        assert got == []
+    assert read_run_manifest(url, "r1")["state"] == "succeeded"
+
+
 def test_a_retried_run_is_not_said_to_have_failed(pipeline):
     """Kubeflow does not run ``finish`` again for it."""
     write_run_manifest(open_store(pipeline.root), "r1", state="running")
