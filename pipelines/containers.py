@@ -74,7 +74,7 @@ def container_settings(
         # what the steps write belongs to whoever started the run
         "user": f"{os.getuid()}:{os.getgid()}",
         "shm_size": _SHARED_MEMORY,
-        "labels": {RUN_LABEL: run_id, FOLDER_LABEL: str(runs)},
+        "labels": {RUN_LABEL: run_id, FOLDER_LABEL: str(runs.resolve())},
         "mounts": [
             *(_mount(path, path, read_only=False) for path in writable),
             *(_mount(here, inside, read_only=True) for inside, here in sorted(readable.items())),
@@ -246,7 +246,8 @@ def end_left(runs: Path) -> None:
 
     client = connect()
     try:
-        ours = {"label": f"{FOLDER_LABEL}={runs}"}
+        # by one name, whichever link led to it: its lock is one as well
+        ours = {"label": f"{FOLDER_LABEL}={runs.resolve()}"}
         # those that have ended meanwhile too: nobody has removed them
         left = client.containers.list(all=True, filters=ours, ignore_removed=True)
         for container in left:

@@ -74,7 +74,8 @@ def test_containers_of_a_run_that_was_killed_are_ended_before_the_next(
     engine = SimpleNamespace(list=lambda **given: asked.update(given) or found)
     client = SimpleNamespace(containers=engine, close=lambda: None)
     monkeypatch.setattr(containers, "connect", lambda: client)
-    containers.end_left(tmp_path / "runs")
+    (tmp_path / "link").symlink_to(tmp_path)
+    containers.end_left(tmp_path / "link" / "runs")
     settings = containers.container_settings("run", tmp_path / "runs", tmp_path / "e", PARAMETERS)
     label = f"{containers.FOLDER_LABEL}={settings['labels'][containers.FOLDER_LABEL]}"
     assert asked == {"all": True, "filters": {"label": label}, "ignore_removed": True}
