@@ -8,8 +8,10 @@ import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from dpo.errors import ConfigError
+from dpo.errors import ConfigError, RequestError
+from pipelines.package import save_package
 
 _ENDPOINT_ONLY = (
     *("nodes", "endpoint", "namespace", "experiment", "run_name", "cancel_on_interrupt"),
@@ -134,3 +136,20 @@ def _from_here(path: str | Path) -> str:
     """As it is written in this folder."""
     place = Path(path).absolute()
     return str(place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place)
+
+
+def write_package(documents: list[dict[str, Any]], target: Path) -> None:
+    """What ``--dry-run`` leaves.
+
+    Raises:
+        RequestError: the file cannot be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_package(documents, target)
+    except OSError as error:
+        raise RequestError(
+            f"the package cannot be written: {error.strerror}",
+            where=str(target),
+            fix="name another file with --package, or another folder with --runs-dir",
+        ) from None

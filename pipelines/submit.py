@@ -370,8 +370,7 @@ def _dry_run(
     runs: Path,
 ) -> int:
     target = options.package or runs / "package.yaml"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    package.save_package(documents, target)
+    asked.write_package(documents, target)
     obtain_model(values)
     plan = planned(values, key_only=options.local != "docker")
     plan = history.with_candidates(plan, package.candidates_of(documents))

@@ -195,7 +195,12 @@ def test_a_package_that_cannot_be_written_started_nothing(command, tmp_path):
     place = str(tmp_path / "file" / "package.yaml")
     code, _, said = command("--dry-run", "--set", "model=tiny", "--package", place)
     assert code == 2
-    assert str(tmp_path / "file") in said
+    assert place in said
+    code, _, said = command(
+        "--dry-run", "--set", "model=tiny", "--runs-dir", str(tmp_path / "file")
+    )
+    assert code == 2
+    assert "name another file with --package, or another folder with --runs-dir" in said
 
 
 def test_a_dry_run_for_kubeflow_says_what_it_compared_with(capsys, store, monkeypatch, tmp_path):
