@@ -1,8 +1,10 @@
-"""What the options of ``submit.py`` may be together: nothing that is asked for is passed over."""
+"""What the options of ``submit.py`` may be together: nothing that is asked for is passed over; and
+what is asked for without a run."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import shlex
 import sys
@@ -10,8 +12,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
 from dpo.errors import ConfigError, RequestError
-from pipelines.package import save_package
+from pipelines.package import defaults, help_texts, save_package
 
 _ENDPOINT_ONLY = (
     *("nodes", "endpoint", "namespace", "experiment", "run_name", "cancel_on_interrupt"),
@@ -153,3 +159,24 @@ def write_package(documents: list[dict[str, Any]], target: Path) -> None:
             where=str(target),
             fix="name another file with --package, or another folder with --runs-dir",
         ) from None
+
+
+def list_parameters(documents: list[dict[str, Any]], *, as_json: bool) -> int:
+    """Print what ``--list`` asks for; returns the exit code."""
+    table = Table(box=None)
+    for heading in ("parameter", "default", "meaning"):
+        table.add_column(heading, overflow="fold")
+    texts = help_texts(documents)
+    given = defaults(documents)
+    if as_json:
+        told = {n: {"default": d, "meaning": " ".join(texts[n].split())} for n, d in given.items()}
+        print(json.dumps({"parameters": told}))
+        return 0
+    # the sources' order groups them by stage; the compiled form is sorted by name
+    from dpo.config.parameters import OVERRIDES, PARAMETERS, STARTS
+
+    for name in [*PARAMETERS, *OVERRIDES, *STARTS]:
+        row = (name, json.dumps(given[name]), " ".join(texts[name].split()))
+        table.add_row(*map(escape, row))
+    Console().print(table)
+    return 0

@@ -258,7 +258,7 @@ def _run(options: argparse.Namespace) -> int:
         asked.check(options)
         documents = package.load_package()
         if options.list:
-            return _list_parameters(documents, as_json=options.output == "json")
+            return asked.list_parameters(documents, as_json=options.output == "json")
         runs = runs_folder(options.runs_dir)
         documents, values = _prepared(options, runs)
         if options.dry_run:
@@ -339,28 +339,6 @@ def _check_package_is_current() -> None:
                 where=package.PACKAGE.name,
                 fix="run `make pipeline`",
             )
-
-
-def _list_parameters(documents: list[dict[str, Any]], *, as_json: bool) -> int:
-    table = Table(box=None)
-    for heading in ("parameter", "default", "meaning"):
-        table.add_column(heading, overflow="fold")
-    texts = package.help_texts(documents)
-    defaults = package.defaults(documents)
-    if as_json:
-        told = {
-            n: {"default": d, "meaning": " ".join(texts[n].split())} for n, d in defaults.items()
-        }
-        print(json.dumps({"parameters": told}))
-        return 0
-    # the sources' order groups them by stage; the compiled form is sorted by name
-    from dpo.config.parameters import OVERRIDES, PARAMETERS, STARTS
-
-    for name in [*PARAMETERS, *OVERRIDES, *STARTS]:
-        row = (name, json.dumps(defaults[name]), " ".join(texts[name].split()))
-        table.add_row(*map(escape, row))
-    Console().print(table)
-    return 0
 
 
 def _dry_run(
