@@ -2,8 +2,8 @@
 
 A folder of ours has a manifest, and its files are compared with it. Any other one (of the hub, of
 another trainer, a published version that was fetched) is looked at as far as loading reads it:
-whole weights, configuration, tokenizer. Its content hash is that of these files, so that what is
-made from it can tell later which model that was.
+whole weights, configuration, tokenizer. Its content hash is that of these files, and of an
+adapter's base, so that what is made from it can tell later which model that was.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _foreign(folder: Path, name: str, *, needs_tokenizer: bool) -> Manifest:
     if is_adapter(folder):
         check_adapter(folder)
         base = adapter_base_folder(folder)
-        # without it the adapter's hash would not say which weights it makes
+        # part of the hash: the same adapter on other weights is another model
         inputs["base"] = read_model(base, "its base", needs_tokenizer=False).content_hash
     elif (folder / "config.json").is_file():
         check_folder(folder)
@@ -161,7 +161,7 @@ def _foreign(folder: Path, name: str, *, needs_tokenizer: bool) -> Manifest:
         Manifest(
             stage=FOREIGN,
             files=entries,
-            content_hash=content_hash({entry.path: entry.sha256 for entry in entries}),
+            content_hash=content_hash({**{e.path: e.sha256 for e in entries}, **inputs}),
             inputs=inputs,
             # an adapter's base may be of our steps
             lineage=lineage_of(inputs),

@@ -110,11 +110,15 @@ def test_its_record_goes_into_the_lineage_of_what_is_made_of_it(folder, tmp_path
 def test_an_adapters_base_is_part_of_what_it_is(folder, tmp_path):
     adapter = adapter_of(folder, tmp_path / "adapter")
     base = read_model(folder).content_hash
-    assert read_model(adapter).inputs == {"base": base}
+    known = read_model(adapter)
+    assert known.inputs == {"base": base}
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
     # the adapter has a tokenizer: its base needs none
     assert read_model(adapter).inputs["base"] != base
+    # its own files are the same, and it is another model
+    (folder / "generation_config.json").write_text('{"eos_token_id": 1}')
+    assert read_model(adapter).content_hash != known.content_hash
 
 
 def test_an_adapter_stays_one_with_its_bases_configuration_beside_it(folder, tmp_path):
