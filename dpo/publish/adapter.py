@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,13 @@ from dpo.publish.tensors import Tensor, model_tensors, read_tensors, write_model
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_UNSUPPORTED = ("use_dora", "modules_to_save", "alora_invocation_tokens", "use_qalora")
+_UNSUPPORTED = (
+    *("use_dora", "modules_to_save", "alora_invocation_tokens", "use_qalora", "use_bdlora"),
+    *("layer_replication", "arrow_config", "monteclora_config"),
+)
+_LEAVE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Values of ``init_lora_weights``. With others (PiSSA, OLoRA, LoftQ ...) opening the adapter
+changes the base's weights first."""
 _FLOATS: dict[str, Any] = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
 Matrix = npt.NDArray[np.float32]
@@ -70,7 +77,10 @@ def merge(folder: Path, base: Path, target: Path, max_bytes: int) -> list[Path]:
         ArtifactError: the adapter does not fit the base, or is of a kind that cannot be merged.
     """
     config = read_config(folder)
-    if unsupported := [name for name in _UNSUPPORTED if config.get(name)]:
+    unsupported = [name for name in _UNSUPPORTED if config.get(name)]
+    if (start := config.get("init_lora_weights")) not in _LEAVE_BASE:
+        unsupported.append(f"init_lora_weights={start}")
+    if unsupported:
         raise ArtifactError(
             f"an adapter with {unsupported[0]} cannot be merged here",
             where=str(folder / CONFIG),
@@ -121,12 +131,15 @@ def _changes(folder: Path, config: dict[str, Any]) -> dict[str, _Change]:
 
 
 def _scale(config: dict[str, Any], module: str) -> float:
-    rank, alpha = config["r"], config["lora_alpha"]
-    for pattern, value in (config.get("rank_pattern") or {}).items():
-        rank = value if module == pattern or module.endswith(f".{pattern}") else rank
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        alpha = value if module == pattern or module.endswith(f".{pattern}") else alpha
+    rank = _of_pattern(config.get("rank_pattern"), module, config["r"])
+    alpha = _of_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def _of_pattern(patterns: dict[str, Any] | None, module: str, usual: Any) -> Any:
+    """The value of the first regular expression that a module's name ends with, as in peft."""
+    found = (v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module))
+    return next(found, usual)
 
 
 def _check_shapes(weight: Tensor, change: _Change) -> None:

@@ -48,8 +48,10 @@ NEOX = {"r": 4, "lora_alpha": 16, "target_modules": ["query_key_value", "dense_h
         NEOX,
         {**NEOX, "use_rslora": True},
         {**NEOX, "rank_pattern": {"dense_h_to_4h": 8}, "alpha_pattern": {"dense_h_to_4h": 4}},
+        # regular expressions, of which the first counts
+        {**NEOX, "alpha_pattern": {r"layers\.0\..*": 64, "query_key_value": 4}},
     ],
-    ids=["plain", "rank-stabilised", "patterns"],
+    ids=["plain", "rank-stabilised", "patterns", "expressions"],
 )
 def test_a_merged_adapter_is_what_peft_merges(tmp_path, tiny_model, options):
     expected = {}
@@ -153,6 +155,18 @@ def test_an_adapter_of_another_model_is_refused(tmp_path, tiny_model):
     with pytest.raises(ArtifactError, match="which its base does not have"):
         adapter.merge(tmp_path, base, tmp_path, 1 << 30)
     assert config["peft_type"] == "LORA"
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "loftq", "lora_ga"])
+def test_an_adapter_that_changes_its_base_when_it_is_opened_is_not_merged(
+    tmp_path, tiny_model, start
+):
+    """peft takes from the base's weights what it began with: W + s B A has it twice."""
+    lora(tmp_path, tiny_model, **NEOX)
+    config = json.loads((tmp_path / adapter.CONFIG).read_text())
+    (tmp_path / adapter.CONFIG).write_text(json.dumps({**config, "init_lora_weights": start}))
+    with pytest.raises(ArtifactError, match=f"init_lora_weights={start} cannot be merged here"):
+        adapter.merge(tmp_path, tiny_model, tmp_path, 1 << 30)
 
 
 def sft_adapter(folder, base, **options):
