@@ -137,7 +137,8 @@ def load_stage(stage: Stage, text: str) -> RunConfig:
     """The restricted configuration of a step from its JSON; keys left out take their defaults.
 
     Raises:
-        ConfigError: not JSON, a key that the step does not read, or a value out of range.
+        ConfigError: not JSON, a key that the step does not read, a value out of range, or the loss
+            of the other training step.
     """
     try:
         values = json.loads(text or "{}")
@@ -159,17 +160,28 @@ def load_stage(stage: Stage, text: str) -> RunConfig:
             where=f"settings of {stage}",
             fix=f"remove it; {stage} reads {', '.join(sorted(STAGE_KEYS[stage]))}",
         )
+    # that of RunConfig is preference training's
+    usual = {"loss": {"name": "sft"}} if stage == "sft" else {}
     try:
-        return restrict(RunConfig.model_validate({**_from_environment(stage), **values}), stage)
+        config = RunConfig.model_validate({**usual, **_from_environment(stage), **values})
     except ValidationError as error:
         raise validation_error(error, RunConfig, where=f"settings of {stage}") from None
+    if stage in ("sft", "preference") and (config.loss.name == "sft") != (stage == "sft"):
+        # the loss alone decides what a training does
+        raise ConfigError(
+            f"loss={config.loss.name} is not a loss of step {stage}",
+            where=f"settings of {stage}",
+            fix="leave loss out" if stage == "sft" else "use loss=dpo or ipo, or the step sft",
+        )
+    return restrict(config, stage)
 
 
 def overridden(stage: Stage, text: str, changes: Iterable[str]) -> str:
     """The settings of a step with ``KEY=VALUE`` over them, as a sweep varies them.
 
-    ``loss=NAME`` takes the defaults of that loss. Keys that the step does not read are left out:
-    one candidate of a sweep is given to several steps.
+    ``loss=NAME`` takes the defaults of that loss, and ``loss.KEY`` is of the usual loss where the
+    settings name none. Keys that the step does not read are left out: one candidate of a sweep is
+    given to several steps.
     """
     changes = list(changes)
     if not changes:
@@ -182,6 +194,8 @@ def overridden(stage: Stage, text: str, changes: Iterable[str]) -> str:
         if (parents or [last])[0] not in STAGE_KEYS[stage]:
             continue
         place = values
+        if parents[:1] == ["loss"]:
+            values.setdefault("loss", {"name": RunConfig.model_fields["loss"].default.name})
         for parent in parents:
             place = place.setdefault(parent, {})
         place[last] = {"name": value} if key == "loss" else yaml.safe_load(value)

@@ -101,7 +101,11 @@ def _without_network(name: str) -> Path | None:
         ModelError: it is nowhere.
     """
     if not name:
-        raise ModelError("no model is given", fix="set model.name_or_path to a hub id or a folder")
+        raise ModelError(
+            "no model is given",
+            fix="set model.name_or_path to a hub id or a folder; a component also takes an input "
+            "model",
+        )
     if name.startswith(BUILTIN_PREFIX):
         place = builtin(name)
         if place is None or not place.is_dir():

@@ -78,9 +78,12 @@ def step(
     changes = json.loads(overrides) if overrides else []
     changes += [f"evaluation.part={part}"] if part else []
     with reported(stage), _inputs_named(inputs or {}):
+        config = load_stage(stage, text := overridden(stage, settings, changes))
+        if "model" in (inputs or {}):
+            config = _without_toy(config, text)
         running = Step(
             stage=stage,
-            config=_with_sources(stage, load_stage(stage, overridden(stage, settings, changes))),
+            config=_with_sources(stage, config),
             code=code_fingerprint(stage),
             planned=json.loads(fingerprint) if fingerprint else {},
         )
@@ -95,6 +98,16 @@ def step(
                 "store: run again with that step in --rerun"
             )
             raise
+
+
+def _without_toy(config: RunConfig, text: str) -> RunConfig:
+    """``config`` without the model that it has by default where the settings name none.
+
+    In somebody's pipeline that would be trained, or recorded as the base, without a word.
+    """
+    if "name_or_path" in (json.loads(text or "{}").get("model") or {}):
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"name_or_path": ""})})
 
 
 @contextmanager

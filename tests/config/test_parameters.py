@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from dpo.config.losses import DPOLoss
 from dpo.config.parameters import route, stage_configs, typed
 from dpo.config.schema import RunConfig
-from dpo.config.stages import STAGE_KEYS, load_stage, stage_json
+from dpo.config.stages import STAGE_KEYS, load_stage, overridden, stage_json
 from dpo.errors import ConfigError
 from pipelines import package, request
 
@@ -168,6 +169,17 @@ def test_every_declared_key_exists():
 def test_broken_settings_of_a_step_name_the_step(text):
     with pytest.raises(ConfigError, match="gate"):
         load_stage("gate", text)
+
+
+def test_a_training_step_alone_has_a_loss_of_its_own():
+    """The loss decides what is trained: sft with that of preference training trained on pairs."""
+    assert load_stage("sft", "{}").loss.name == "sft"
+    assert load_stage("preference", overridden("preference", "{}", ["loss.beta=0.3"])).loss == (
+        DPOLoss(beta=0.3)
+    )
+    for stage, loss in (("sft", "dpo"), ("preference", "sft")):
+        with pytest.raises(ConfigError, match=f"loss={loss} is not a loss of step {stage}"):
+            load_stage(stage, json.dumps({"loss": {"name": loss}}))
 
 
 def test_settings_survive_their_json():

@@ -8,10 +8,14 @@ from kfp import compiler, components, dsl
 from components.gate import gate
 from components.ingest import ingest
 from components.publish import publish
+from components.sft import sft
 from dpo.storage.given_model import read_model
 from dpo.storage.manifest import read_manifest, staged, write_manifest
 from pipelines import package
 from pipelines.deployment import Images
+from tests.train.conftest import prepared
+
+__all__ = ["prepared"]
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +159,27 @@ def test_rows_and_settings_do_not_both_name_the_data(tmp_path, capsys):
     with pytest.raises(SystemExit):
         ingest.python_func(**places, settings='{"datasets": ["hh_sample"]}')
     assert "both the input rows and datasets in the settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings", ["{}", '{"model": {"policy_dtype": "bfloat16"}}'])
+def test_a_step_that_nobody_gave_a_model_trains_no_toy(prepared, tmp_path, capsys, settings):
+    places = {name: dsl.Artifact(name, str(tmp_path / name)) for name in ("checkpoint", "metrics")}
+    pairs = dsl.Artifact("pairs", str(prepared.data))
+    with pytest.raises(SystemExit):
+        sft.python_func(pairs=pairs, **places, settings=settings)
+    assert "no model is given" in capsys.readouterr().err
+
+
+def test_a_model_of_others_is_trained_by_defaults(prepared, tmp_path, tiny_model):
+    """SFT on the preferred answers of 64 tokens; no other model is recorded than the one given."""
+    places = {
+        "checkpoint": dsl.Model("checkpoint", str(tmp_path / "checkpoint")),
+        "metrics": dsl.Metrics("metrics", str(tmp_path / "metrics")),
+    }
+    given = {"pairs": str(prepared.data), "model": str(tiny_model)}
+    artifacts = {name: dsl.Artifact(name, path) for name, path in given.items()}
+    limits = '{"max_length": 64, "max_prompt_length": 32, "n_examples": 4}'
+    sft.python_func(**artifacts, **places, settings=limits)
+    manifest = read_manifest(tmp_path / "checkpoint", stage="sft")
+    assert manifest.inputs["base"] == read_model(tiny_model).content_hash
+    assert manifest.settings["model"]["name_or_path"] == ""
