@@ -190,10 +190,12 @@ def _publish(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> in
     return 0
 
 
-def _export(_: Any, paths: dict[str, Path], __: argparse.Namespace) -> int:
+def _export(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
     from dpo.modeling.export import export_policy
 
-    print(f"policy.pt: {export_policy(paths['checkpoint'], paths['output'])}")
+    trusted = composed.config.model.trust_remote_code
+    written = export_policy(paths["checkpoint"], paths["output"], trust_remote_code=trusted)
+    print(f"policy.pt: {written}")
     return 0
 
 

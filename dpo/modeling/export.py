@@ -12,7 +12,7 @@ from dpo.errors import ArtifactError, writing
 from dpo.modeling.load import load_model
 
 
-def export_policy(checkpoint: Path, output: Path) -> Path:
+def export_policy(checkpoint: Path, output: Path, *, trust_remote_code: bool = False) -> Path:
     """Write ``output`` from one of our checkpoints; an adapter is added to its base first.
 
     ``model.archive=policy.pt`` reads it back, here and in the reference code; weights keep their
@@ -26,7 +26,7 @@ def export_policy(checkpoint: Path, output: Path) -> Path:
         raise ArtifactError(
             "a policy.pt is a file", where=str(output), fix="name a file: output=out/policy.pt"
         )
-    model = load_model(checkpoint, _dtype(checkpoint))
+    model = load_model(checkpoint, _dtype(checkpoint), trust_remote_code=trust_remote_code)
     record = _record(checkpoint)
     metrics = {
         name: value

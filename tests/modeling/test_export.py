@@ -82,3 +82,34 @@ def test_a_disk_without_room_is_one_message(checkpoint, tmp_path, capsys):
     assert shown.startswith("dpo: File too large")
     assert str(tmp_path / "out/policy.pt") in shown
     assert list((tmp_path / "out").iterdir()) == []
+
+
+CODE = """
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+
+class OwnConfig(GPTNeoXConfig):
+    model_type = "own_neox"
+
+
+class Own(GPTNeoXForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_model_with_code_of_its_own_is_exported_where_that_is_allowed(tmp_path, capsys):
+    """The message named a setting that was not read."""
+    folder = tmp_path / "own"
+    model = load_model(TINY, torch.float32)
+    model.save_pretrained(folder, save_original_format=False)
+    (folder / "modeling_own.py").write_text(CODE)
+    values = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.Own"}
+    values |= {"model_type": "own_neox", "architectures": ["Own"], "auto_map": classes}
+    (folder / "config.json").write_text(json.dumps(values))
+    command = ["export", f"checkpoint={folder}", f"output={tmp_path / 'policy.pt'}"]
+    assert main(command) == 1
+    assert "set model.trust_remote_code=true" in capsys.readouterr().err
+    assert main([*command, "model.trust_remote_code=true"]) == 0
+    found = torch.load(tmp_path / "policy.pt", weights_only=True)["state"]
+    torch.testing.assert_close(found, dict(model.state_dict()), rtol=0, atol=0)
