@@ -49,7 +49,11 @@ _READ = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
 """What loading may read beside the weights."""
 CHAT_TEMPLATES = "additional_chat_templates"
 """The one folder that is read beside them."""
-_NOT_READ = frozenset({MANIFEST, "trainer_state.json", "run.json", "requirements.txt"})
+_NOT_READ = frozenset(
+    {MANIFEST, "trainer_state.json", "run.json", "requirements.txt"}
+    # of LLaMA-Factory and axolotl
+    | {"running_log.txt", "tokens_state.json"}
+)
 _NOT_READ_ENDS = ("_results.json", ".index.json", "LICENSE.txt")
 _MOST_BESIDE_BYTES = 16 << 20
 """Of a card and a licence; checkpoints and optimisers, which take minutes to read, are larger."""

@@ -43,7 +43,8 @@ def test_a_foreign_folder_is_known_by_what_loading_reads(folder):
     (folder / "checkpoint-2").mkdir()
     (folder / "checkpoint-2/model.safetensors").touch()
     (folder / ".cache/huggingface").mkdir(parents=True)
-    for name in ("trainer_state.json", "training_args.bin", "all_results.json", "README.md"):
+    left = ("trainer_state.json", "training_args.bin", "all_results.json", "README.md")
+    for name in (*left, "running_log.txt", "trainer_log.jsonl", "tokens_state.json"):
         (folder / name).write_text("{}")
     # a file of that name which is no manifest of ours
     (folder / "manifest.json").write_text('{"name": "an app"}')
