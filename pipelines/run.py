@@ -29,6 +29,7 @@ from pipelines.request import check_candidates, local_store, parameters
 from pipelines.sweep import Sweep, parse_sweep
 
 Where = Literal["processes", "docker", "cluster"]
+_KEPT = "Finished steps are kept: the same command goes on from there."
 
 
 def run_pipeline(
@@ -282,11 +283,13 @@ def run_here(job: Job, console: Console, *, timeout_seconds: float | None = None
     try:
         run = run_local(job, console, timeout_seconds=timeout_seconds, at_end=remember)
     except TimeoutError:
-        stopped.message = (
-            f"run {stopped.run_id} was stopped after {timeout_seconds:g} s\n"
-            "Finished steps are kept: the same command goes on from there."
-        )
+        stopped.message = f"run {stopped.run_id} was stopped after {timeout_seconds:g} s\n{_KEPT}"
         return stopped
+    except KeyboardInterrupt:
+        if not stopped.run_id:
+            raise
+        text = f"Run {stopped.run_id} was stopped. {_KEPT}"
+        raise KeyboardInterrupt(text, stopped.run_id) from None
     outcome = Outcome(
         "failed",
         run.run_id,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import cluster, on_cluster, sending, submit
+from pipelines import cluster, on_cluster, run, sending, submit
 from tests.support.kfp_backend import Scenario
 from tests.support.submitted import IMAGES
 
@@ -107,3 +107,22 @@ def test_ctrl_c_twice_says_that_the_end_is_not_known(backend, store, capsys, mon
     assert submit.main(asked) == 130
     (run_id,) = backend.runs
     assert f"`submit.py --cancel {run_id}` asks again" in capsys.readouterr().err
+
+
+def test_a_local_run_that_is_stopped_says_which_it_was(tmp_path, capsys, monkeypatch):
+    """Its JSON had an empty id."""
+
+    def stopped(job, *_, at_end, **__):
+        folder = job.runs / "history" / "20260101-000000-000001"
+        at_end(folder, {"sft": "running"})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(submit, "_check_package_is_current", lambda: None)
+    monkeypatch.setattr(run, "run_local", stopped)
+    monkeypatch.setattr(run.history, "remember", lambda *_: None)
+    here = ["--local", "--set", "model=tiny", "--runs-dir", str(tmp_path), "--output", "json"]
+    assert submit.main(here) == 130
+    said = capsys.readouterr()
+    told = json.loads(said.out)
+    assert (told["state"], told["run_id"]) == ("interrupted", "20260101-000000-000001")
+    assert "Run 20260101-000000-000001 was stopped. Finished steps are kept" in said.err
