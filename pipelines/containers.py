@@ -47,9 +47,13 @@ def container_settings(
         runs: Folder of local runs; steps write there.
         events: File that steps append their progress to.
         parameters: The run's parameters; files and folders they name become readable.
+
+    Raises:
+        RequestError: another user's folder is where the steps write.
     """
     cache = cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
+    _make_own(runs / "artifacts")
     writable = {path: path for path in (runs, cache, *_file_store(parameters, runs))}
     readable = {
         inside: here for inside, here in _named_places(parameters) if inside not in writable
@@ -82,6 +86,21 @@ def container_settings(
         # relative paths mean this folder there, too; of it nothing is there but what is mounted
         "working_dir": str(Path.cwd()),
     }
+
+
+def _make_own(folder: Path) -> None:
+    """kfp mounts it, and an engine makes a missing folder as root: the steps could not write there.
+
+    Raises:
+        RequestError: an engine has made it so already.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise RequestError(
+            "the steps cannot write to the folder of their outputs: another user made it",
+            where=str(folder),
+            fix="remove it, or choose another folder with --runs-dir",
+        )
 
 
 def _mount(here: Path, inside: Path, *, read_only: bool) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What ends the steps of a local run: its signals, and an engine that goes away meanwhile."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -50,6 +51,18 @@ def test_the_containers_are_told_to_end_though_one_has_ended_meanwhile(monkeypat
     monkeypatch.setattr(containers, "connect", lambda: client)
     containers.stop_containers("20260101-000000-000000", "SIGTERM")
     assert told == ["SIGTERM"]
+
+
+def test_what_the_steps_write_to_is_made_by_who_starts_them(tmp_path, monkeypatch):
+    """The engine made it as root: each first run of another user failed."""
+    monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache"))
+    runs = tmp_path / "runs"
+    containers.container_settings("run", runs, tmp_path / "e", PARAMETERS)
+    assert (runs / "artifacts").is_dir()
+    monkeypatch.setattr(os, "access", lambda place, _: place != runs / "artifacts")
+    with pytest.raises(RequestError, match="another user made it") as caught:
+        containers.container_settings("run", runs, tmp_path / "e", PARAMETERS)
+    assert caught.value.where == str(runs / "artifacts")
 
 
 def test_containers_of_a_run_that_was_killed_are_ended_before_the_next(
