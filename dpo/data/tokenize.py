@@ -85,6 +85,12 @@ def load_tokenizer(folder: Path | str, *, trust_remote_code: bool = False) -> An
                 fix="set model.trust_remote_code=true if you trust its source",
             ) from None
         reason = str(error).splitlines()[0]
+        if _is_of_config(folder, error):
+            raise ModelError(
+                f"the model's configuration cannot be read: {reason}",
+                where=str(Path(folder, "config.json")),
+                fix="correct that file (a type's name may be wrong), or fetch the model again",
+            ) from None
         raise ModelError(
             f"the tokenizer cannot be loaded: {reason}",
             where=str(folder),
@@ -97,6 +103,19 @@ def load_tokenizer(folder: Path | str, *, trust_remote_code: bool = False) -> An
             fix="use a tokenizer with eos_token set in tokenizer_config.json",
         )
     return tokenizer
+
+
+def _is_of_config(folder: Path | str, problem: Exception) -> bool:
+    """Whether it is config.json that transformers fails over: it reads it for the tokenizer too."""
+    from transformers import AutoConfig
+
+    if not Path(folder, "config.json").is_file():
+        return False
+    try:
+        AutoConfig.from_pretrained(str(folder))
+    except Exception as error:
+        return str(error) == str(problem)
+    return False
 
 
 def _has_code(folder: Path | str) -> bool:

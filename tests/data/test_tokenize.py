@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,21 @@ def test_the_tokenizers_fingerprint_follows_the_models_kind(tmp_path: Path) -> N
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match="is no JSON"):
         tokenizer_fingerprint(config)
+
+
+def test_a_configuration_that_names_no_type_is_not_taken_for_the_tokenizer(tmp_path: Path) -> None:
+    """The advice was to set another tokenizer, which does not help."""
+    shutil.copytree(builtin("builtin:tiny"), tmp_path / "model")
+    file = tmp_path / "model/config.json"
+    file.chmod(0o644)
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values.pop("dtype", None)
+    file.write_text(json.dumps({**values, "torch_dtype": "float99"}), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"configuration cannot be read: .*float99") as error:
+        load_tokenizer(tmp_path / "model")
+    assert error.value.where == str(file)
+    # and what is wrong with a tokenizer is said of it
+    file.write_text(json.dumps(values), encoding="utf-8")
+    (tmp_path / "model/tokenizer.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ModelError, match="the tokenizer cannot be loaded"):
+        load_tokenizer(tmp_path / "model")
