@@ -80,6 +80,8 @@ class Checkpoints:
         self.identity = {**identity, _FORMAT_KEY: FORMAT}
         self.keep, self.resume = keep, resume
         self.period = Period()
+        self.ending = False
+        """Training ends with the next one: who waits for it reports what is wrong."""
         self._mirror = Mirror(place.store) if place.store else None
         self._saving: threading.Thread | None = None
         self._problem: DpoError | None = None
@@ -254,7 +256,8 @@ class Checkpoints:
                 # a full store would stay full
                 with suppress(StoreError):
                     self._mirror.remove(partial.name.split(".")[1])
-            message("train", f"{problems[0]}\n  training goes on; earlier checkpoints are kept")
+            if not self.ending:
+                message("train", f"{problems[0]}\n  training goes on; earlier checkpoints are kept")
         return True
 
     def _write(self, pending: Any, partial: Path, texts: Mapping[str, str]) -> None:

@@ -21,7 +21,7 @@ from dpo.config.schema import RunConfig
 from dpo.data.log_probs import PairLogProbs
 from dpo.data.tokenize import TokenizedExample
 from dpo.distributed.together import barrier, is_first
-from dpo.errors import TrainingStopped
+from dpo.errors import DpoError, TrainingStopped
 from dpo.modeling.generation import generate
 from dpo.modeling.plain import has_experts
 from dpo.modeling.repeatable import NOT_TO_THE_BIT, in_any_order, or_in_any_order, same_bits
@@ -177,12 +177,17 @@ class Trainer:
             after, kept = "before its first step", "there was nothing to keep"
         elif self.checkpoints:
             # the one that it went on from is not put in its own place
+            self.checkpoints.ending = True
             if steps != self._began_with:
                 self._checkpoint(self.checkpoints)
-            self.checkpoints.finish()
+            kept, then = "a checkpoint was written", "goes on from there"
+            try:
+                self.checkpoints.finish()
+            except DpoError as error:
+                kept = f"no checkpoint of it could be written: {error.found}"
+                then = "goes on from the one before, if there is one"
             # the others are ended as soon as the first process has
             barrier()
-            kept, then = "a checkpoint was written", "goes on from there"
         else:
             then += "; checkpoint_uri lets it go on"
         raise TrainingStopped(

@@ -5,8 +5,9 @@ import signal
 
 import pytest
 
-from dpo.errors import TrainingStopped
+from dpo.errors import StoreUnavailable, TrainingStopped
 from dpo.modeling import generation
+from dpo.train.checkpoint import Checkpoints
 from dpo.train.stage import run_train
 from dpo.train.step import Objective
 from tests.train.test_resume import (
@@ -110,6 +111,25 @@ def test_a_run_stopped_while_it_samples_makes_the_evaluation_anew(
     assert counts == {"batches": 2, "asked": 7}
     train(prepared, tmp_path, "model")
     assert_same(tmp_path / "model", whole)
+
+
+def test_a_run_stopped_while_its_store_is_away_says_what_is_lost(
+    prepared, tmp_path, monkeypatch, capsys
+):
+    """It ended with 1 and the store's error alone, after a line that training goes on."""
+
+    def away(*_):
+        raise StoreUnavailable("the store does not answer", where="127.0.0.1:9000")
+
+    monkeypatch.setattr(Checkpoints, "_write", away)
+    stop_in(monkeypatch, 2)
+    with pytest.raises(TrainingStopped) as stopped:
+        train(prepared, tmp_path, "model")
+    assert stopped.value.exit_code == 75
+    said = str(stopped.value)
+    assert "after step 5; no checkpoint of it could be written: the store does not answer" in said
+    assert "goes on from the one before, if there is one" in said
+    assert "training goes on" not in capsys.readouterr().err
 
 
 @pytest.mark.long
