@@ -128,11 +128,14 @@ def _in_step(job: Job) -> Memory:
     weights, gradients, optimizer = _states(job)
     gathered, reduced, casts = _gathered(job)
     activations, logits = _activations(job), _logits(job)
+    # one process keeps its casts of trained weights to the last row's end (dpo.modeling.precision)
+    kept = casts if job.devices == 1 and job.adapter_parameters is None else 0.0
     if not job.several_micro_batches:
-        # activations and casts go as gradients come
-        going = activations + logits + casts
-        left = max(going - gradients - reduced, 0.1 * going) / going
-        activations, logits, casts = left * activations, left * logits, left * casts
+        # activations and other casts go as gradients come
+        going = activations + logits + casts - kept
+        left = max(going - gradients - reduced, _at_the_end(job), 0.1 * going) / going
+        activations, logits = left * activations, left * logits
+        casts = kept + left * (casts - kept)
     weights += gathered + casts
     return _with_reserve(job, Memory(weights, gradients + reduced, optimizer, activations, logits))
 
@@ -178,17 +181,39 @@ def _gathered(job: Job) -> tuple[float, float, float]:
 
 
 def _activations(job: Job) -> float:
-    shape, tokens = job.shape, _tokens(job)
-    kind = _LIKE.get(shape.model_type, shape.model_type)
-    a, b, s = _SAVED.get(kind, _SAVED["llama"])[job.mode]
-    each = a * shape.width + (b * shape.mlp_width + s * shape.n_heads * job.longest) / job.split
+    shape, each = job.shape, _block(job)
     inputs = (2 if job.mode == "half" else 4) * shape.width
     share = {"none": 0.0, "selective": 0.5, "full": 1.0}[job.checkpointing]
     kept = shape.n_layers * ((1 - share) * each + share * inputs) + (each if share else 0.0)
+    return _tokens(job) * (kept + _working(job))
+
+
+def _block(job: Job) -> float:
+    """Bytes that a block keeps of a token."""
+    shape = job.shape
+    kind = _LIKE.get(shape.model_type, shape.model_type)
+    a, b, s = _SAVED.get(kind, _SAVED["llama"])[job.mode]
+    return a * shape.width + (b * shape.mlp_width + s * shape.n_heads * job.longest) / job.split
+
+
+def _working(job: Job) -> float:
+    """Bytes that backward works with in a block, of a token."""
+    shape = job.shape
     wide = 2 if job.mode != "float32" else 4
     inner = 2 * shape.mlp_width * (1.5 if shape.gated else 1) / job.split
-    working = wide * (inner + 4 * shape.width)
-    return tokens * (kept + working)
+    return wide * (inner + 4 * shape.width)
+
+
+def _at_the_end(job: Job) -> float:
+    """What the last part of backward works with: the first block, or the embeddings."""
+    shape = job.shape
+    tables = 2 * 4.0 * shape.vocabulary * shape.width / job.split
+    # tied ones have a gradient from the output layer; that of the input and the sum lie beside it
+    tied = shape.embedding_parameters < 2 * shape.vocabulary * shape.width
+    # FSDP's are counted while they are reduced
+    whole = job.devices == job.split and job.adapter_parameters is None
+    added = tables if tied and whole else 0.0
+    return max(_tokens(job) * (_block(job) + _working(job)), added)
 
 
 def _tokens(job: Job) -> float:

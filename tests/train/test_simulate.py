@@ -25,6 +25,15 @@ LLAMA = {
     **{"num_attention_heads": 6, "intermediate_size": 1024, "max_position_embeddings": 2048},
     "tie_word_embeddings": False,
 }
+WIDE_OPT = {
+    **{**OPT, "hidden_size": 512, "word_embed_proj_dim": 512, "ffn_dim": 2048},
+    "num_attention_heads": 8,
+}
+QWEN2 = {
+    **{**LLAMA, "model_type": "qwen2", "vocab_size": 16_384, "tie_word_embeddings": True},
+    **{"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8},
+    "num_key_value_heads": 2,
+}
 GPT2 = {
     **{"model_type": "gpt2", "n_embd": 384, "n_layer": 4, "n_head": 6, "vocab_size": 4096},
     "n_positions": 2048,
@@ -59,13 +68,13 @@ def settings(tmp_path, request):
     return make
 
 
-def account(config, gpus, mode):
+def account(config, gpus, mode, *, n_rows=2):
     job = job_of(config, architecture_of(config.model), Machine(gpus=gpus), DEFAULT)
     # on a CPU: the driver's and the allocator's allowances are not part of the comparison
     job = replace(
         job,
         **{"devices": gpus, "mode": mode, "on_gpu": False, "longest": 300},
-        **{"micro_batch_tokens": TOKENS, "several_micro_batches": True},
+        **{"micro_batch_tokens": TOKENS, "several_micro_batches": n_rows > 1},
     )
     return predict(job).total
 
@@ -88,6 +97,15 @@ def test_the_account_follows_the_step(settings, values, dtype, words):
     simulated = peak_bytes(config, gpus=1, dtype=dtype, row=ROW)
     mode = "float32" if dtype == "float32" else "autocast"
     assert account(config, 1, mode) == pytest.approx(simulated, rel=0.2)
+
+
+@pytest.mark.parametrize("values", [WIDE_OPT, QWEN2], ids=lambda values: values["model_type"])
+def test_a_step_of_one_row_with_recomputed_blocks_is_not_above_the_account(settings, values):
+    """Casts of weights stay to the end of backward, where all gradients are, and tied embeddings
+    add a second one: the account was 0.93 and 0.91 of the step, and promised what may not fit."""
+    config = settings(values, "activation_checkpointing=full")
+    simulated = peak_bytes(config, gpus=1, dtype="bfloat16", row=ROW, n_rows=1)
+    assert 0.98 * simulated < account(config, 1, "autocast", n_rows=1) < 1.15 * simulated
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
