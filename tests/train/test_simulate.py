@@ -25,10 +25,6 @@ LLAMA = {
     **{"num_attention_heads": 6, "intermediate_size": 1024, "max_position_embeddings": 2048},
     "tie_word_embeddings": False,
 }
-WIDE_OPT = {
-    **{**OPT, "hidden_size": 512, "word_embed_proj_dim": 512, "ffn_dim": 2048},
-    "num_attention_heads": 8,
-}
 QWEN2 = {
     **{**LLAMA, "model_type": "qwen2", "vocab_size": 16_384, "tie_word_embeddings": True},
     **{"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8},
@@ -42,6 +38,10 @@ OPT = {
     **{"model_type": "opt", "hidden_size": 384, "word_embed_proj_dim": 384, "ffn_dim": 1536},
     **{"num_hidden_layers": 4, "num_attention_heads": 6, "vocab_size": 4096},
     "max_position_embeddings": 2048,
+}
+WIDE_OPT = {
+    **{**OPT, "hidden_size": 512, "word_embed_proj_dim": 512, "ffn_dim": 2048},
+    "num_attention_heads": 8,
 }
 GPTJ = {
     **{"model_type": "gptj", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 300},
