@@ -17,6 +17,12 @@ from tests.support.submitted import IMAGES
 ROOT = Path(submit.__file__).resolve().parent.parent
 
 
+def heed_signals():
+    """A test run in the background ignores SIGINT, under nohup SIGHUP: so would its processes."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     "how", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=["sigterm", "ctrl-c", "sighup"]
 )
@@ -31,7 +37,7 @@ def test_while_packages_are_imported(tmp_path, how):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=heed_signals,
     )
     assert process.stdout.readline() == "importing\n"
     process.send_signal(how)
@@ -57,8 +63,7 @@ def test_ctrl_c_and_the_signal_that_ends_a_job_of_ci(backend, store, tmp_path, c
         stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
-        # a test run in the background ignores SIGINT, and so would this process
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=heed_signals,
     )
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and not any(

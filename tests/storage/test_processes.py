@@ -76,8 +76,18 @@ def test_a_program_ends_whose_parent_ended_while_it_imported(program, tmp_path):
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
 
 
+@pytest.fixture
+def heeded():
+    """As in a terminal: a test run in the background ignores SIGINT, one under nohup SIGHUP."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_what_an_interrupt_makes_of_an_import_is_the_interrupt(number):
+def test_what_an_interrupt_makes_of_an_import_is_the_interrupt(heeded, number):
     """A package whose import was interrupted fails when it is used: numpy with a RecursionError."""
     ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(each) for each in ending]
@@ -102,7 +112,7 @@ def test_a_job_that_is_to_outlive_its_terminal_does():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_terminal_that_is_closed_ends_a_command_in_order():
+def test_a_terminal_that_is_closed_ends_a_command_in_order(heeded):
     """Whose words would each be an error by then; what goes to a file is written."""
     code = (
         "import sys, time\n"
