@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from dpo.errors import ConfigError, PipelineError, RequestError, holds_password
+from dpo.storage.credentials import credential
 from dpo.storage.proxies import proxy_for
 from pipelines.connection import NotTheApi, bounded_client
 
 ENDED = frozenset({"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"})
 """States of a run that goes on no more."""
-_TOKEN = "KF_PIPELINES_TOKEN"
 _CERTIFICATES = "SSL_CERT_FILE"
 _BAD_REQUEST = 400
 _REQUEST_TIMEOUT = 408
@@ -95,7 +95,7 @@ def connect(target: Endpoint) -> Any:
     token_path = Path(
         os.environ.get("KF_PIPELINES_SA_TOKEN_PATH") or "/var/run/secrets/kubeflow/pipelines/token"
     )
-    if token := _token():
+    if token := credential(os.environ, "KF_PIPELINES_TOKEN"):
         credentials["existing_token"] = token
     elif token_path.is_file():
         # read again for each request: the kubelet renews it
@@ -118,18 +118,6 @@ def connect(target: Endpoint) -> Any:
     except Exception as error:
         raise problem("the endpoint does not answer", target, error, RequestError) from None
     return client
-
-
-def _token() -> str:
-    """The token that the environment has; of another text, HTTP's own refusal would show it."""
-    token = os.environ.get(_TOKEN, "").strip()
-    if not re.fullmatch(r"[!-~]*", token):
-        raise ConfigError(
-            f"{_TOKEN} holds a space, a line break or a letter that no token has",
-            where=_TOKEN,
-            fix="set it to the token alone, without `Bearer` before it",
-        )
-    return token
 
 
 def _certificates(host: str) -> str | None:
