@@ -18,9 +18,10 @@ VARIABLE = "DPO_NODES"
 """Environment variable with a ``NodesConfig`` as JSON; absent: the step trains in its own pod."""
 
 _PART = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
-Name = Annotated[str, Field(pattern=rf"^{_PART}(\.{_PART})*$", max_length=253)]
+_PARTS = rf"^{_PART}(\.{_PART})*$"
+Name = Annotated[str, Field(pattern=_PARTS, max_length=253)]
 """Name of a Kubernetes object."""
-ShortName = Annotated[str, Field(pattern=rf"^{_PART}(\.{_PART})*$", max_length=63)]
+ShortName = Annotated[str, Field(pattern=_PARTS, max_length=63)]
 """Name of an object that pods refer to by a label's value."""
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from dpo.config.models import LoraConfig
 from dpo.errors import ConfigError, ModelError
+from dpo.storage.model_folder import ADAPTER_CONFIG as CONFIG
+from dpo.storage.model_folder import ADAPTER_WEIGHTS as WEIGHTS
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = "default"
 _PREFIX = "base_model.model."
 """Of the weights' names in a file, as peft writes them."""

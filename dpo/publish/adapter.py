@@ -20,8 +20,9 @@ import numpy.typing as npt
 
 from dpo.errors import ArtifactError
 from dpo.publish.tensors import Tensor, model_tensors, read_tensors, write_model
+from dpo.storage.model_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER_CONFIG, ADAPTER_WEIGHTS
 _PREFIX = "base_model.model."
 _UNSUPPORTED = (
     *("use_dora", "modules_to_save", "alora_invocation_tokens", "use_qalora", "use_bdlora"),

@@ -141,7 +141,8 @@ def _choose_weights(policy: Path, folder: Path, config: RunConfig, manifest: Man
 def _adapter_alone(folder: Path, config: RunConfig, manifest: Manifest) -> None:
     for path in [*folder.glob("model*.safetensors"), folder / INDEX, folder / "config.json"]:
         path.unlink(missing_ok=True)
-    named = card.named_base(adapter.read_config(folder))
+    own = adapter.read_config(folder)
+    named = card.named_base(own)
     base = card.shown_base(_began_with(manifest, config))
     if manifest.stage == FOREIGN and named and not Path(named).is_dir():
         # whoever follows the name gets what it was trained on
@@ -149,7 +150,7 @@ def _adapter_alone(folder: Path, config: RunConfig, manifest: Manifest) -> None:
     elif sft := manifest.inputs.get("base"):
         # it changes the SFT model, not the model of the hub: a name that loads would be a wrong one
         base = f"{SFT_CHECKPOINT}{sft}"
-    _replace(folder / adapter.CONFIG, adapter.alone(adapter.read_config(folder), base))
+    _replace(folder / adapter.CONFIG, adapter.alone(own, base))
 
 
 def _merge(source: Path, target: Path, manifest: Manifest, config: RunConfig) -> None:

@@ -29,6 +29,7 @@ from dpo.storage.manifest import (
 )
 from dpo.storage.model_folder import (
     ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     base_of,
     check_adapter,
     check_folder,
@@ -198,7 +199,7 @@ def _files(folder: Path) -> list[Path]:
         if path.is_file() and path.name not in _NOT_READ and not path.name.endswith(_NOT_READ_ENDS)
     }
     templates = (folder / CHAT_TEMPLATES).glob("*.jinja")
-    adapter = folder.glob("adapter_model.safetensors")
+    adapter = folder.glob(ADAPTER_WEIGHTS)
     return sorted({*beside, *templates, *(adapter if is_adapter(folder) else weight_files(folder))})
 
 

@@ -9,8 +9,7 @@ from dpo.errors import ModelError
 
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
-_ADAPTER = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _HEADER_LENGTH_BYTES = 8
 _INTEGERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 
@@ -88,13 +87,13 @@ def check_adapter(folder: Path) -> None:
     Raises:
         ModelError: they are missing, cut off, or a pickle.
     """
-    path = folder / _ADAPTER
+    path = folder / ADAPTER_WEIGHTS
     if path.is_file():
         _check_safetensors(path)
         return
     pickled = (folder / "adapter_model.bin").is_file()
     raise ModelError(
-        f"the adapter's weights are missing: there is no {_ADAPTER}"
+        f"the adapter's weights are missing: there is no {ADAPTER_WEIGHTS}"
         + (", and adapter_model.bin is a pickle, which is not loaded" if pickled else ""),
         where=str(folder),
         fix="save it again with a newer peft, which writes safetensors"
