@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from dpo.data.tokenize import TokenizedExample
 from dpo.errors import ArtifactError
-from dpo.storage.manifest import read_manifest
+from dpo.storage.manifest import Manifest, read_manifest
 
 Values = npt.NDArray[np.float32]
 _FILE = "log_probs-00000.parquet"
@@ -69,6 +69,29 @@ def read_log_probs(folder: Path) -> dict[str, PairLogProbs]:
     )
     rows = map(PairLogProbs, splits, hashes, chosen, rejected)
     return dict(zip(ids, rows, strict=True))
+
+
+def check_scorer(scored: Manifest, model: str, where: Path, *, named: str, fix: str) -> None:
+    """Refuse log-probabilities of another model: rewards would be measured against that one.
+
+    Args:
+        scored: Manifest of the reference; one that names no model passes.
+        model: Content hash of the model that they must be of.
+        where: Folder of the reference.
+        named: How the message calls that model.
+        fix: What to do.
+
+    Raises:
+        ArtifactError: they are of another one.
+    """
+    scorer = scored.inputs.get("model")
+    if scorer and scorer != model:
+        raise ArtifactError(
+            f"the log-probabilities are of another model ({scorer[:12]}) than {named} "
+            f"({model[:12]})",
+            where=str(where),
+            fix=fix,
+        )
 
 
 def select_log_probs(

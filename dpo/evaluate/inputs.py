@@ -13,13 +13,13 @@ from typing import Any
 
 from dpo.config.schema import RunConfig
 from dpo.data.loader import evaluation_indices
-from dpo.data.log_probs import PairLogProbs, read_log_probs, select_log_probs
+from dpo.data.log_probs import PairLogProbs, check_scorer, read_log_probs, select_log_probs
 from dpo.data.parquet import read_pairs
 from dpo.data.schema import TEST, Pair
 from dpo.data.tokenize import Limits, TokenizedExample, load_tokenizer, moved_ids
 from dpo.data.tokens import tokenize_rows
 from dpo.distributed.together import is_first
-from dpo.errors import ArtifactError, DataError, ModelError
+from dpo.errors import DataError, ModelError
 from dpo.evaluate.findings import other_loss
 from dpo.evaluate.measure import check_finite
 from dpo.evaluate.parts import in_part
@@ -94,18 +94,16 @@ def read_inputs(
 
 
 def _check_scored(scored: Manifest, sft: Manifest, where: Path) -> None:
-    """Refuse log-probabilities of another model: rewards would be measured against that one."""
-    if not (model := scored.inputs.get("model")):
-        if is_first():
-            message("evaluate", "nothing tells whether the log-probabilities are of the SFT model")
-    elif model != sft.content_hash:
-        raise ArtifactError(
-            f"the log-probabilities are of another model ({model[:12]}) than sft "
-            f"({sft.content_hash[:12]})",
-            where=str(where),
-            fix="give the model that they were made with, or leave them out: evaluate then makes "
-            "its own",
-        )
+    if not scored.inputs.get("model") and is_first():
+        message("evaluate", "nothing tells whether the log-probabilities are of the SFT model")
+    check_scorer(
+        scored,
+        sft.content_hash,
+        where,
+        named="sft",
+        fix="give the model that they were made with, or leave them out: evaluate then makes "
+        "its own",
+    )
 
 
 def _check_same_tokens(own: Any, tokenizer: Any, sft: Path) -> None:

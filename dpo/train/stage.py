@@ -18,11 +18,11 @@ from dpo.config.compose import flatten
 from dpo.config.losses import SFTLoss
 from dpo.config.schema import RunConfig
 from dpo.config.stages import OUT_OF_BAND, Stage, stage_settings
-from dpo.data.log_probs import PairLogProbs, read_log_probs, select_log_probs
+from dpo.data.log_probs import PairLogProbs, check_scorer, read_log_probs, select_log_probs
 from dpo.data.tokenize import TokenizedExample
 from dpo.distributed.device import best_device
 from dpo.distributed.together import barrier, is_first
-from dpo.errors import ArtifactError, ConfigError, StoreError
+from dpo.errors import ConfigError, StoreError
 from dpo.modeling.lanes import lanes_for
 from dpo.modeling.load import check_length, load_for_training, save_model
 from dpo.modeling.lora import (
@@ -321,12 +321,12 @@ def _input_hashes(pairs: Path, base: Path | None, reference: Path | None) -> dic
     if reference is not None:
         scored = read_manifest(reference, stage="reference")
         inputs["reference"] = scored.content_hash
-        scorer, start = scored.inputs.get("model"), inputs.get("base")
-        if scorer and start and scorer != start:
-            raise ArtifactError(
-                f"the log-probabilities are of another model ({scorer[:12]}) than the one that "
-                f"training starts from ({start[:12]})",
-                where=str(reference),
+        if start := inputs.get("base"):
+            check_scorer(
+                scored,
+                start,
+                reference,
+                named="the one that training starts from",
                 fix="make them with that model, or leave them out: training then makes its own",
             )
     return inputs
