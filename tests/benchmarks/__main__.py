@@ -3,6 +3,8 @@
     make bench                                     all of training in about 20 minutes
     make bench ARGS="--full"                       50 steps a case, about three hours
     make bench ARGS="training --model smollm2 --dtype bfloat16 --steps 5"
+    make bench ARGS="training --device cuda --batch 64 --tokens 16384 --steps 12 --warmup 4"
+    make bench ARGS="training --set model.compile=true --peer none"
     make bench ARGS="rerun overhead"
     make bench ARGS="ingest --gigabytes 2"         see tests/benchmarks/ingest.py
     make bench ARGS="tokenisation"                 beside datasets.map
@@ -21,9 +23,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from tests.benchmarks.training import PEERS, in_own_process, line, measure
-from tests.benchmarks.workload import DTYPES, MODELS, Case
+from tests.benchmarks.workload import DTYPES, GPU_MODELS, MODELS, Case
 
-_SHORT_STEPS = {"gpt_neox_17m": 6, "smollm2": 2}
+_SHORT_STEPS = {"gpt_neox_17m": 6, "smollm2": 2, "llama_1b": 2}
 _FULL_STEPS = 50
 _EXTRA_STEPS = {"rerun": (8, 24), "overhead": (100, 100)}
 """Steps of a short and of a full run."""
@@ -35,7 +37,10 @@ def options_of(words: list[str]) -> argparse.Namespace:
         prog="make bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("names", nargs="*", help="training, rerun, overhead; all when left out")
-    parser.add_argument("--model", action="append", choices=MODELS)
+    parser.add_argument(
+        "--model", action="append", choices=list(dict.fromkeys((*MODELS, *GPU_MODELS)))
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", action="append", choices=DTYPES)
     parser.add_argument("--peer", action="append", choices=[*PEERS, "none"])
     parser.add_argument("--steps", type=int, help="timed optimiser steps")
@@ -43,6 +48,8 @@ def options_of(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="pairs of an optimiser step")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--tokens", type=int, default=0, help="ours: micro_batch_tokens")
+    parser.add_argument("--peer-batch", type=int, default=0, help="the peers: pairs at once")
+    parser.add_argument("--set", action="append", default=[], help="ours: a further setting")
     parser.add_argument("--full", action="store_true", help=f"{_FULL_STEPS} steps a case")
     options = parser.parse_args(words)
     known = {"training", "rerun", "overhead"}
@@ -53,7 +60,7 @@ def options_of(words: list[str]) -> argparse.Namespace:
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
     """Every case of the training benchmark."""
-    for model in options.model or MODELS:
+    for model in options.model or (MODELS if options.device == "cpu" else GPU_MODELS):
         for dtype in options.dtype or DTYPES:
             short = _FULL_STEPS if options.full else _SHORT_STEPS[model]
             yield _case(options, model, dtype, options.steps or short)
@@ -68,6 +75,9 @@ def _case(options: argparse.Namespace, model: str, dtype: str, steps: int) -> Ca
         batch=options.batch,
         threads=options.threads,
         token_budget=options.tokens,
+        peer_batch=options.peer_batch,
+        device=options.device,
+        settings=tuple(options.set),
     )
 
 

@@ -8,6 +8,9 @@ with precomputed reference log-probabilities, from the start of a step to its en
 settings for a CPU (no activation checkpointing, fused AdamW, fused output layer as it has it by
 default). ``plain`` is the loop of the DPO reference code: chosen and rejected padded to the longest
 of the batch, logits of every position. ``peak`` measures the machine.
+
+On a GPU (``device``) a step ends when the GPU has done it, and peak memory is what torch counted of
+tensors there.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ import torch.nn.functional as F
 from dpo.data.loader import Order
 from dpo.data.log_probs import PairLogProbs
 from dpo.data.tokenize import TokenizedExample
+from dpo.distributed.device import best_device
 from dpo.modeling.lanes import lanes_for
 from dpo.modeling.precision import autocast
 from dpo.modeling.scoring import score
@@ -65,8 +69,8 @@ def make_trainer(
     reference: dict[str, PairLogProbs] | None = None,
 ) -> Trainer:
     """Our trainer; the reference of every pair is computed where it is not given."""
-    model = load(case.model, case.seed)
     config, dtype = config_of(case), getattr(torch, case.dtype)
+    model = load(case, config.model)
     budget = config.micro_batch_tokens
     known = reference or {}
     for examples in [] if reference else steps:
@@ -87,12 +91,12 @@ def run_ours(case: Case) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(case, Path(folder), steps)
         for examples in steps:
-            start = time.perf_counter()
+            start = now(case)
             figures = trainer.train_step(examples)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(now(case) - start)
             losses.append(figures["loss/train"])
         trainer.log.close()
-    settings = {"micro_batch_tokens": trainer.objective.token_budget}
+    settings = {"micro_batch_tokens": trainer.objective.token_budget, "further": case.settings}
     flops = [step_flops(trainer.objective.model, examples) for examples in steps]
     return {**_result(case, seconds, losses, settings), "flops": sum(flops[case.warmup :])}
 
@@ -103,32 +107,35 @@ def run_plain(case: Case) -> Result:
 
     logging.disable_progress_bar()
     steps = batches(case)
-    model = _plain_model(case)
+    model = load(case)
     dtype = getattr(torch, case.dtype)
-    with torch.no_grad(), autocast(dtype, "cpu"):
-        reference = [_padded_sums(model, examples).detach() for examples in steps]
+    parts = [
+        [examples[first : first + case.at_once] for first in range(0, case.batch, case.at_once)]
+        for examples in steps
+    ]
+    with torch.no_grad(), autocast(dtype, case.device):
+        reference = [[_padded_sums(model, part) for part in step] for step in parts]
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True
     )
     seconds, losses = [], []
-    for examples, reference_S in zip(steps, reference, strict=True):
-        start = time.perf_counter()
-        with autocast(dtype, "cpu"):
-            ratio_S = _padded_sums(model, examples) - reference_S
-        chosen_B, rejected_B = ratio_S.chunk(2)
-        loss = -F.logsigmoid(BETA * (chosen_B - rejected_B)).mean()
-        loss.backward()
+    for step, known in zip(parts, reference, strict=True):
+        start = now(case)
+        found = []
+        for part, reference_S in zip(step, known, strict=True):
+            with autocast(dtype, case.device):
+                ratio_S = _padded_sums(model, part) - reference_S
+            chosen_B, rejected_B = ratio_S.chunk(2)
+            loss = -F.logsigmoid(BETA * (chosen_B - rejected_B)).sum() / case.batch
+            loss.backward()
+            found.append(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss))
-        seconds.append(time.perf_counter() - start)
-    return _result(case, seconds, losses, {"padding": "longest of the batch", "logits": "all"})
-
-
-def _plain_model(case: Case) -> Any:
-    """The same weights as transformers runs them."""
-    return load(case.model, case.seed, kernels="plain")
+        losses.append(float(torch.stack(found).sum()))
+        seconds.append(now(case) - start)
+    settings = {"padding": "longest", "logits": "all", "pairs at once": case.at_once}
+    return _result(case, seconds, losses, settings)
 
 
 def _padded_sums(model: Any, examples: list[TokenizedExample]) -> torch.Tensor:
@@ -141,6 +148,7 @@ def _padded_sums(model: Any, examples: list[TokenizedExample]) -> torch.Tensor:
         ids[number, : len(row)] = torch.as_tensor(row)
         mask[number, : len(row)] = 1
         wanted[number, len(examples[number % len(examples)].prompt_T) : len(row)] = 1
+    ids, mask, wanted = (tensor.to(model.device) for tensor in (ids, mask, wanted))
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
     log_probs = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
     return (log_probs * wanted[:, 1:]).sum(1)
@@ -162,10 +170,10 @@ def run_trl(case: Case) -> Result:
         """Times optimiser steps."""
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.start = time.perf_counter()
+            self.start = now(case)
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds.append(time.perf_counter() - self.start)
+            seconds.append(now(case) - self.start)
 
     class Peer(DPOTrainer):  # type: ignore[misc]
         """Takes our token ids as they are, and keeps its losses in full."""
@@ -195,9 +203,10 @@ def run_trl(case: Case) -> Result:
         "optim": "adamw_torch_fused",
         "weight_decay": 0.0,
         "max_grad_norm": MAX_GRAD_NORM,
-        "per_device_train_batch_size": case.batch,
+        "per_device_train_batch_size": case.at_once,
+        "gradient_accumulation_steps": case.batch // case.at_once,
         "precompute_ref_log_probs": True,
-        "precompute_ref_batch_size": case.batch,
+        "precompute_ref_batch_size": case.at_once,
         "gradient_checkpointing": False,
         "bf16": case.dtype == "bfloat16",
         "max_length": None,
@@ -210,14 +219,14 @@ def run_trl(case: Case) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         args = DPOConfig(
             output_dir=folder,
-            use_cpu=True,
+            use_cpu=case.device == "cpu",
             report_to=[],
             save_strategy="no",
             disable_tqdm=True,
             **settings,
         )
         trainer = Peer(
-            model=_plain_model(case),
+            model=load(case),
             args=args,
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
@@ -225,7 +234,8 @@ def run_trl(case: Case) -> Result:
         )
         with _quiet():
             trainer.train()
-    return _result(case, seconds, losses, settings)
+    means = np.reshape(losses, (len(seconds), -1)).mean(1).tolist()
+    return _result(case, seconds, means, settings)
 
 
 class _quiet:
@@ -240,8 +250,21 @@ class _quiet:
 
 def run_peak(case: Case) -> Result:
     """The fastest products of this machine."""
-    speed = peak_flops_per_second(load(case.model), getattr(torch, case.dtype))
+    speed = peak_flops_per_second(load(case), getattr(torch, case.dtype))
     return {"flops_per_second": speed}
+
+
+def now(case: Case) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if case.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _peak_bytes(case: Case) -> int:
+    if case.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _result(case: Case, seconds: list[float], losses: list[float], settings: Result) -> Result:
@@ -250,7 +273,7 @@ def _result(case: Case, seconds: list[float], losses: list[float], settings: Res
         "pairs_per_second": case.batch * len(timed) / sum(timed),
         "seconds": [round(value, 3) for value in seconds],
         "losses": losses,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": _peak_bytes(case) / 2**20,
         "settings": settings,
     }
 
@@ -269,6 +292,8 @@ def main(words: list[str]) -> None:
     name, text = words
     case = Case(**json.loads(text))
     torch.set_num_threads(case.threads)
+    if case.device == "cuda":
+        best_device()
     print(json.dumps(CONTENDERS[name](case)))
 
 

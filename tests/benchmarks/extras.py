@@ -39,7 +39,8 @@ def run_rerun(case: Case) -> dict[str, Any]:
     """Reference pass and an epoch, then an epoch with another beta."""
     steps = batches(case)
     every = [example for examples in steps for example in examples]
-    config, model = config_of(case), load(case.model, case.seed)
+    config = config_of(case)
+    model = load(case, config.model)
     budget, dtype = config.micro_batch_tokens, getattr(torch, case.dtype)
     start = time.perf_counter()
     scored = score(model, every, dtype=dtype, token_budget=budget)

@@ -1,7 +1,9 @@
 """What every contender of the training benchmark gets: the same weights, pairs and order of steps.
 
 ``gpt_neox_17m``: 17.3 M parameters, 6 layers of width 256, output weights tied to the embeddings of
-SmolLM2's 49,152 tokens; random weights, one seed. ``smollm2``: SmolLM2-135M-Instruct.
+SmolLM2's 49,152 tokens; random weights, one seed. ``smollm2``: SmolLM2-135M-Instruct. ``llama_1b``:
+1.17 B parameters in the shape of TinyLlama (22 layers of width 2048) with SmolLM2's tokens; random
+weights, for GPUs.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 
 from dpo.config.compose import compose
+from dpo.config.models import ModelConfig
 from dpo.config.places import builtin
 from dpo.config.schema import RunConfig
 from dpo.data.tokenize import Limits, TokenizedExample, load_tokenizer, tokenize_pair
@@ -25,6 +28,7 @@ from dpo.modeling.load import load_model
 from dpo.modeling.obtain import obtain
 
 MODELS = ("gpt_neox_17m", "smollm2")
+GPU_MODELS = ("smollm2", "llama_1b")
 DTYPES = ("float32", "bfloat16")
 BETA = 0.1
 LEARNING_RATE = 1e-5
@@ -47,11 +51,22 @@ class Case:
     seed: int = 0
     token_budget: int = 0
     """Ours: tokens of a micro-batch; 0 takes the default of ``micro_batch_tokens``."""
+    peer_batch: int = 0
+    """The peers: pairs of a micro-batch, where a step's do not fit at once; 0 takes all."""
+    device: str = "cpu"
+    settings: tuple[str, ...] = ()
+    """Ours: further settings."""
 
     @property
     def name(self) -> str:
         """As it stands in the results."""
-        return f"{self.model}/{self.dtype}"
+        place = "" if self.device == "cpu" else f"/{self.device}"
+        return f"{self.model}/{self.dtype}{place}"
+
+    @property
+    def at_once(self) -> int:
+        """Pairs that a peer takes at once."""
+        return self.peer_batch or self.batch
 
     def as_json(self) -> str:
         """For the command line of a contender."""
@@ -64,13 +79,40 @@ def model_folder(name: str) -> Path:
     return obtain(compose(["model=smollm2"]).config.model)
 
 
-def load(name: str, seed: int = 0, kernels: str = "auto") -> Any:
-    """The model with float32 weights; ``plain`` as transformers runs it."""
-    if name == "smollm2":
-        return load_model(model_folder(name), torch.float32, kernels=kernels)
-    from transformers import AutoModelForCausalLM, GPTNeoXConfig
+def load(case: Case, model: ModelConfig | None = None) -> Any:
+    """The model with float32 weights, on the case's device; as transformers runs it without
+    ``model``'s settings."""
+    kernels = model.kernels if model else "plain"
+    compiled = bool(model and model.compile)
+    if case.model == "smollm2":
+        folder = model_folder(case.model)
+        options = {"device": case.device, "kernels": kernels, "compiled": compiled}
+        return load_model(folder, torch.float32, **options)
+    from transformers import AutoModelForCausalLM
 
-    config = GPTNeoXConfig(
+    torch.manual_seed(case.seed)
+    with torch.device(case.device):
+        made = AutoModelForCausalLM.from_config(_shape(case.model), attn_implementation="sdpa")
+    apply_kernels(made.eval(), kernels, compiled=compiled)
+    return made
+
+
+def _shape(name: str) -> Any:
+    from transformers import GPTNeoXConfig, LlamaConfig
+
+    if name == "llama_1b":
+        return LlamaConfig(
+            vocab_size=49152,
+            hidden_size=2048,
+            num_hidden_layers=22,
+            num_attention_heads=32,
+            num_key_value_heads=4,
+            intermediate_size=5632,
+            max_position_embeddings=2048,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    return GPTNeoXConfig(
         vocab_size=49152,
         hidden_size=256,
         num_hidden_layers=6,
@@ -83,10 +125,6 @@ def load(name: str, seed: int = 0, kernels: str = "auto") -> Any:
         attention_dropout=0.0,
         hidden_dropout=0.0,
     )
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
-    apply_kernels(model, kernels)
-    return model
 
 
 def tokenizer_of(name: str) -> Any:
@@ -133,5 +171,6 @@ def config_of(case: Case) -> RunConfig:
             f"max_grad_norm={MAX_GRAD_NORM}",
             f"model.compute_dtype={case.dtype}",
             *([f"micro_batch_tokens={case.token_budget}"] if case.token_budget else []),
+            *case.settings,
         ]
     ).config
