@@ -51,41 +51,49 @@ def prefix_shared_attention(
     scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
     if takes_own_products(query_BHTD.device, row.segments):
         return _by_own_products(query_BHTD, key_BGTD, value_BGTD, scale, row), None
-    sent = row_tensors(row, query_BHTD.device)
-    if takes_varlen(value_BGTD):
+    query_THD, key_TGD, value_TGD = (
+        x_BHTD[0].transpose(0, 1) for x_BHTD in (query_BHTD, key_BGTD, value_BGTD)
+    )
+    return attend(query_THD, key_TGD, value_TGD, scale, row)[None], None
+
+
+def attend(
+    query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, scale: float, row: PackedBatch
+) -> Tensor:
+    """Causal attention within each example by torch's kernels; [T, H, D]."""
+    sent = row_tensors(row, query_THD.device)
+    if takes_varlen(value_TGD):
         # rotation leaves queries and keys in float32 under autocast
-        query_BHTD, key_BGTD = query_BHTD.to(value_BGTD.dtype), key_BGTD.to(value_BGTD.dtype)
+        query_THD, key_TGD = query_THD.to(value_TGD.dtype), key_TGD.to(value_TGD.dtype)
         tensors = (sent.key_index_K, sent.query_ends_S, sent.key_ends_S)
-        out_BTHD = varlen_attention(query_BHTD, key_BGTD, value_BGTD, scale, sent.layout, *tensors)
-        return out_BTHD, None
-    return _by_sdpa(query_BHTD, key_BGTD, value_BGTD, scale, sent), None
+        return varlen_attention(query_THD, key_TGD, value_TGD, scale, sent.layout, *tensors)
+    return _by_sdpa(query_THD, key_TGD, value_TGD, scale, sent)
 
 
 def _by_sdpa(
-    query_BHTD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, scale: float, sent: RowTensors
+    query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, scale: float, sent: RowTensors
 ) -> Tensor:
     """One call for each sequence of ``varlen.VarlenLayout``."""
-    groups = query_BHTD.shape[1] // key_BGTD.shape[1]
+    groups = query_THD.shape[1] // key_TGD.shape[1]
     if groups > 1:
-        key_BGTD = key_BGTD.repeat_interleave(groups, dim=1)
-        value_BGTD = value_BGTD.repeat_interleave(groups, dim=1)
+        key_TGD = key_TGD.repeat_interleave(groups, dim=1)
+        value_TGD = value_TGD.repeat_interleave(groups, dim=1)
     parts = []
     for queries, keys, index in sent.layout.sequences():
         n_queries, n_keys = queries[1] - queries[0], keys[1] - keys[0]
         # a prompt with its first response stands together; a later response is gathered
         own = sent.key_index_K[slice(*keys)] if index is None else slice(*index)
         mask = None if n_queries == n_keys else _bottom_right(n_queries, n_keys, sent.slot_N.device)
-        parts.append(
-            F.scaled_dot_product_attention(
-                query_BHTD[:, :, slice(*queries)],
-                key_BGTD[:, :, own],
-                value_BGTD[:, :, own],
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=scale,
-            )
+        part_BHTD = F.scaled_dot_product_attention(
+            query_THD[slice(*queries)].transpose(0, 1)[None],
+            key_TGD[own].transpose(0, 1)[None],
+            value_TGD[own].transpose(0, 1)[None],
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
         )
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+        parts.append(part_BHTD[0].transpose(0, 1))
+    return torch.cat(parts)
 
 
 def takes_own_products(device: torch.device, segments: Sequence[Segment]) -> bool:

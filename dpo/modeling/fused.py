@@ -1,11 +1,12 @@
 """Elementwise parts of Llama's family in few passes over memory, with backward passes of their own.
 
-On a CPU these parts are bound by memory: transformers' RMS norm makes seven passes over a row's
-hidden states and keeps four copies for the backward pass. Here rows are worked on in blocks that
-stay in the cache, one copy is kept, and under autocast the result has the type in which the next
-product wants it. Arithmetic is in float32 at least.
+These parts are bound by memory: transformers' RMS norm makes seven passes over a row's hidden
+states and keeps four copies for the backward pass. Here one copy is kept, and under autocast the
+result has the type in which the next product wants it. On a CPU rows are worked on in blocks that
+stay in the cache; on a GPU torch's own kernel takes the norm, and queries and keys are rotated in
+the layout that variable-length attention wants. Arithmetic is in float32 at least.
 
-Axes: T rows, D size, F size of the feed-forward layer.
+Axes: T rows, D size (of a head, in a rotation), F size of the feed-forward layer, H heads.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dpo.data.packing import PackedBatch
-from dpo.modeling.attention import is_known, takes_own_products
+from dpo.modeling.attention import attend, is_known, takes_own_products
 from dpo.modeling.segments import SegmentAttention, parts_of_row
 
 _BLOCK_ELEMENTS = 1 << 16
@@ -43,11 +45,24 @@ def fuse(model: Any) -> None:
 def _norm(module: Any, hidden: Tensor) -> Tensor:
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if device != "cpu":
+        with torch.autocast(device, enabled=False):
+            return _norm_by_torch(hidden, module.weight, module.variance_epsilon).to(dtype)
     result: Tensor = _RMSNorm.apply(hidden, module.weight, module.variance_epsilon, dtype)
     return result
 
 
+def _norm_by_torch(hidden: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """In one kernel each way; of two types the wider one."""
+    dtype = torch.promote_types(hidden.dtype, weight_D.dtype)
+    return F.rms_norm(hidden.to(dtype), weight_D.shape, weight_D.to(dtype), eps)
+
+
 def _feed_forward(module: Any, hidden: Tensor) -> Tensor:
+    if hidden.device.type != "cpu":
+        # one kernel more than autograd's, for a cache that is not there
+        own: Tensor = type(module).forward(module, hidden)
+        return own
     gated = _GatedSilu.apply(module.gate_proj(hidden), module.up_proj(hidden))
     result: Tensor = module.down_proj(gated)
     return result
@@ -62,25 +77,34 @@ def _attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Packed rows with the rotation inside; anything else as transformers has it."""
-    if row is None or not takes_own_products(hidden_states.device, row.segments):
-        more = others if row is None else {**others, "row": row}
-        result: tuple[Tensor, None] = type(module).forward(
-            module, hidden_states, position_embeddings, *args, **more
-        )
-        return result
-    query_TF, key_TF, value_TF = (
-        projection(hidden_states)[0] for projection in (module.q_proj, module.k_proj, module.v_proj)
+    own_products = row is not None and takes_own_products(hidden_states.device, row.segments)
+    if row is None or not (own_products or hidden_states.device.type == "cuda"):
+        return _as_it_was(module, hidden_states, position_embeddings, *args, row=row, **others)
+    query_THD, key_THD, value_THD = (
+        projection(hidden_states)[0].view(hidden_states.shape[1], -1, module.head_dim)
+        for projection in (module.q_proj, module.k_proj, module.v_proj)
     )
-    cos_BTD, sin_BTD = position_embeddings
+    cos_TD, sin_TD = (angles_BTD[0] for angles_BTD in position_embeddings)
     with torch.autocast(hidden_states.device.type, enabled=False):
-        out_THD = SegmentAttention.apply(
-            *(x_TF.view(len(x_TF), -1, module.head_dim) for x_TF in (query_TF, key_TF, value_TF)),
-            cos_BTD[0],
-            sin_BTD[0],
-            module.scaling,
-            parts_of_row(row),
-        )
+        if own_products:
+            out_THD = SegmentAttention.apply(
+                *(query_THD, key_THD, value_THD, cos_TD, sin_TD),
+                *(module.scaling, parts_of_row(row)),
+            )
+        else:
+            query_THD, key_THD = (
+                _Rotation.apply(x_THD, cos_TD, sin_TD) for x_THD in (query_THD, key_THD)
+            )
+            out_THD = attend(query_THD, key_THD, value_THD, module.scaling, row)
     return module.o_proj(out_THD.flatten(1)[None]), None
+
+
+def _as_it_was(
+    module: Any, *args: Any, row: PackedBatch | None, **others: Any
+) -> tuple[Tensor, None]:
+    more = others if row is None else {**others, "row": row}
+    result: tuple[Tensor, None] = type(module).forward(module, *args, **more)
+    return result
 
 
 def _block_rows(values_TD: Tensor) -> int:
@@ -145,6 +169,34 @@ class _RMSNorm(torch.autograd.Function):
             grad_tD.addcmul_(normal_tD, mean_t1, value=-1)
             torch.mul(grad_tD, scale_T1[block], out=out_TD[block])
         return out_TD.view(grad.shape), grad_weight_D.to(weight_D.dtype), None, None
+
+
+class _Rotation(torch.autograd.Function):
+    """Rotary positions: x cos + rotate_half(x) sin, in the type of x (https://arxiv.org/abs/2104.09864)."""
+
+    @staticmethod
+    def forward(ctx: Any, x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_TD, sin_TD)
+        return _rotated(x_THD, cos_TD, sin_TD)
+
+    @staticmethod
+    def backward(ctx: Any, grad_THD: Tensor) -> tuple[Tensor, None, None]:
+        cos_TD, sin_TD = ctx.saved_tensors
+        # the transpose: sines of the other half, and the other way round
+        other_TD = sin_TD.roll(sin_TD.shape[1] // 2, dims=1)
+        return _rotated(grad_THD, cos_TD, -other_TD), None, None
+
+
+def _rotated(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    out_THD = torch.empty_like(x_THD, memory_format=torch.contiguous_format)
+    cos_T1D, sin_T1D = _wide(cos_TD)[:, None], _wide(sin_TD)[:, None]
+    half = x_THD.shape[-1] // 2
+    first, second = slice(None, half), slice(half, None)
+    for own, other, sign in ((first, second, -1), (second, first, 1)):
+        turned = x_THD[..., own] * cos_T1D[..., own]
+        turned.addcmul_(x_THD[..., other], sin_T1D[..., own], value=sign)
+        out_THD[..., own] = turned
+    return out_THD
 
 
 class _GatedSilu(torch.autograd.Function):

@@ -22,6 +22,7 @@ from dpo.modeling.vocab_parallel import GPU_ELEMENTS, vocab_parallel_log_probs
 TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": GPU_ELEMENTS}
 """Logits in memory at once: on a CPU as many as its caches hold."""
 SMALLEST_TILE = 512
+_TILE_MULTIPLE = 128
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -84,6 +85,9 @@ def _tiles(n_tokens: int, weight_VD: Tensor) -> list[tuple[int, int]]:
     """(first, one past the last) token of the vocabulary, of each tile."""
     elements = TILE_ELEMENTS.get(weight_VD.device.type, 1 << 20)
     size = max(SMALLEST_TILE, elements // max(1, n_tokens))
+    if weight_VD.device.type == "cuda":
+        # tensor cores take rows of whole 16 bytes; others go through slow kernels
+        size -= size % _TILE_MULTIPLE
     n_vocabulary = len(weight_VD)
     return [(first, min(first + size, n_vocabulary)) for first in range(0, n_vocabulary, size)]
 

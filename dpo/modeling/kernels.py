@@ -60,7 +60,7 @@ def apply_kernels(
         _check_compiler("model.compile=true" if compiled else "model.kernels=liger")
     if kernels == "liger":
         _liger(model, device)
-    elif kernels == "auto" and device == "cpu" and not compiled:
+    elif kernels == "auto" and not compiled:
         fuse(model)
     if compiled:
         compile_blocks(model)

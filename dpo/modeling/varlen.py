@@ -7,7 +7,7 @@ a sequence are aligned (bottom-right causal masks), so a response sees all of it
 Not measured on a GPU: ``tests/modeling/test_kernels.py`` compares the layout with dense masks on a
 CPU, and the kernel with it where there is a GPU.
 
-Axes: B = 1 row, H heads, G key/value heads, T tokens of the row, K gathered keys, S sequences, D
+Axes: H heads, G key/value heads, T tokens of the row, K gathered keys, S sequences, D
 head size.
 """
 
@@ -96,10 +96,10 @@ def _for_grouped_heads() -> dict[str, bool]:
     return {"enable_gqa": True} if "enable_gqa" in _parameters(varlen_kernel()) else {}
 
 
-def takes_varlen(query_BHTD: Tensor) -> bool:
+def takes_varlen(value_TGD: Tensor) -> bool:
     """Flash attention: a GPU of Ampere or newer, a type of 16 bits, and a size of heads it has."""
-    device, head_size = query_BHTD.device, query_BHTD.shape[-1]
-    if device.type != "cuda" or query_BHTD.dtype not in (torch.bfloat16, torch.float16):
+    device, head_size = value_TGD.device, value_TGD.shape[-1]
+    if device.type != "cuda" or value_TGD.dtype not in (torch.bfloat16, torch.float16):
         return False
     fits = head_size % 8 == 0 and head_size <= _LARGEST_HEAD
     return fits and varlen_kernel() is not None and _has_flash_attention(device)
@@ -111,26 +111,25 @@ def _has_flash_attention(device: torch.device) -> bool:
 
 
 def varlen_attention(
-    query_BHTD: Tensor,
-    key_BGTD: Tensor,
-    value_BGTD: Tensor,
+    query_THD: Tensor,
+    key_TGD: Tensor,
+    value_TGD: Tensor,
     scale: float,
     layout: VarlenLayout,
     key_index_K: Tensor,
     query_ends_S: Tensor,
     key_ends_S: Tensor,
 ) -> Tensor:
-    """Causal attention within each example; [1, T, H, D]."""
-    out_THD = varlen_kernel()(
-        query_BHTD[0].transpose(0, 1).contiguous(),
-        key_BGTD[0].transpose(0, 1).index_select(0, key_index_K),
-        value_BGTD[0].transpose(0, 1).index_select(0, key_index_K),
+    """Causal attention within each example; [T, H, D]."""
+    result: Tensor = varlen_kernel()(
+        query_THD.contiguous(),
+        key_TGD.index_select(0, key_index_K),
+        value_TGD.index_select(0, key_index_K),
         query_ends_S,
         key_ends_S,
         *layout.longest,
         scale=scale,
         window_size=(-1, 0),  # causal
-        **(_for_grouped_heads() if query_BHTD.shape[1] != key_BGTD.shape[1] else {}),
+        **(_for_grouped_heads() if query_THD.shape[1] != key_TGD.shape[1] else {}),
     )
-    result: Tensor = out_THD[None]
     return result

@@ -98,9 +98,9 @@ def test_torch_2_11_has_flash_attention_too(name, monkeypatch):
         row, config = row_of(), tiny_config(name)
         sent = row_tensors(row, torch.device("cpu"))
         n_kv_heads = getattr(config, "num_key_value_heads", 4)
-        heads = (torch.zeros(1, n, row.n_tokens, 8) for n in (4, n_kv_heads, n_kv_heads))
+        heads = (torch.zeros(row.n_tokens, n, 8) for n in (4, n_kv_heads, n_kv_heads))
         layout = (sent.layout, sent.key_index_K, sent.query_ends_S, sent.key_ends_S)
-        assert varlen.varlen_attention(*heads, 1.0, *layout).shape == (1, row.n_tokens, 4, 8)
+        assert varlen.varlen_attention(*heads, 1.0, *layout).shape == (row.n_tokens, 4, 8)
     finally:
         for cached in (varlen.varlen_kernel, varlen._for_grouped_heads):
             cached.cache_clear()
@@ -355,7 +355,7 @@ def test_the_comparison_shows_the_other_alignment(monkeypatch):
 @pytest.mark.parametrize("size", [8, 64, 80, 256])
 @pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
 def test_variable_length_attention_on_a_gpu(n_kv_heads, size):
-    assert varlen.takes_varlen(torch.zeros(1, 1, 1, size, dtype=torch.bfloat16, device="cuda"))
+    assert varlen.takes_varlen(torch.zeros(1, 1, size, dtype=torch.bfloat16, device="cuda"))
     assert_attends_as_a_dense_mask("cuda", n_kv_heads, size)
 
 

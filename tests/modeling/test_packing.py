@@ -120,7 +120,8 @@ def loss_and_gradients(model, compute):
     model.zero_grad()
     sums = compute()
     # an unlike weight for each response: a gradient that lands on the wrong one shows
-    weights = torch.arange(1, sums.numel() + 1, dtype=sums.dtype).view(sums.shape)
+    count = torch.arange(1, sums.numel() + 1, dtype=sums.dtype, device=sums.device)
+    weights = count.view(sums.shape)
     (sums * weights).sum().backward()
     return sums.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
