@@ -242,9 +242,10 @@ class RunConfig(Recorded):
     figures do not depend on either."""
     gradient_accumulation_steps: int = Field(1, gt=0)
     """Micro-batches in an optimiser step."""
-    micro_batch_tokens: int = Field(2048, gt=0)
+    micro_batch_tokens: int | None = Field(None, gt=0)
     """Tokens that go through the model at once; a smaller number needs less memory. Micro-batches
-    are split further to stay within it, which changes no gradient."""
+    are split further to stay within it, which changes no gradient. Left out: 2,048 on a CPU, on a
+    GPU the most up to 16,384 that `dpo plan` expects to fit."""
     n_epochs: int | None = Field(1, ge=0)
     """Passes over the training pairs. 0 leaves SFT out: the model goes on as it is."""
     n_examples: int | None = Field(None, gt=0)

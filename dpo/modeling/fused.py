@@ -42,10 +42,15 @@ def fuse(model: Any) -> None:
             module.forward = partial(_attention, module)
 
 
+def in_blocks(device: torch.device) -> bool:
+    """Whether rows are worked on in blocks that a cache holds."""
+    return device.type == "cpu"
+
+
 def _norm(module: Any, hidden: Tensor) -> Tensor:
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    if device != "cpu":
+    if not in_blocks(hidden.device):
         with torch.autocast(device, enabled=False):
             return _norm_by_torch(hidden, module.weight, module.variance_epsilon).to(dtype)
     result: Tensor = _RMSNorm.apply(hidden, module.weight, module.variance_epsilon, dtype)
@@ -59,7 +64,7 @@ def _norm_by_torch(hidden: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def _feed_forward(module: Any, hidden: Tensor) -> Tensor:
-    if hidden.device.type != "cpu":
+    if not in_blocks(hidden.device):
         # one kernel more than autograd's, for a cache that is not there
         own: Tensor = type(module).forward(module, hidden)
         return own
@@ -78,7 +83,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Packed rows with the rotation inside; anything else as transformers has it."""
     own_products = row is not None and takes_own_products(hidden_states.device, row.segments)
-    if row is None or not (own_products or hidden_states.device.type == "cuda"):
+    if row is None or (in_blocks(hidden_states.device) and not own_products):
         return _as_it_was(module, hidden_states, position_embeddings, *args, row=row, **others)
     query_THD, key_THD, value_THD = (
         projection(hidden_states)[0].view(hidden_states.shape[1], -1, module.head_dim)

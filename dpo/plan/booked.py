@@ -14,7 +14,7 @@ from typing import Any
 from dpo.config.parameters import stage_configs
 from dpo.config.stages import Stage
 from dpo.errors import ConfigError
-from dpo.plan.estimate import Machine
+from dpo.plan.job import Machine
 from dpo.plan.preflight import check_fit
 
 VARIABLE = "DPO_MACHINE"

@@ -14,7 +14,8 @@ from typing import Any
 from dpo.config.schema import RunConfig
 from dpo.errors import ConfigError, DpoError
 from dpo.plan.architecture import architecture_of
-from dpo.plan.estimate import GIB, Machine, Plan, job_of, plan_stage, with_peak
+from dpo.plan.estimate import Plan, plan_stage, with_peak
+from dpo.plan.job import GIB, Machine, job_of
 from dpo.plan.lengths import Lengths, find_lengths
 
 DOES_NOT_FIT = 2
@@ -181,6 +182,7 @@ def as_text(plan: Plan) -> str:
             f"({'a step under fake tensors' if plan.simulated else 'by account'})",
             *shares,
             "",
+            f"tokens at once     {plan.micro_batch_tokens:10,}  (micro_batch_tokens)",
             f"tokens a pair      {lengths.tokens:10.1f}  (prompt {lengths.prompt:.0f}, responses "
             f"{', '.join(f'{value:.0f}' for value in lengths.responses)}; {lengths.source})",
             f"TFLOP a pair       {plan.flops.training / 1e12:10.4g}",

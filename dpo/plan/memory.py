@@ -7,18 +7,19 @@ layer (tensor parallelism; t = 1 else) and n / t gather it (FSDP):
                  embeddings; with autocast the copies in the type of the products
     gradients    trained weights x 4 / n; with FSDP also one block before and while it is reduced
     optimiser    RMSprop one value a trained weight, AdamW two, in the weights' type
-    activations  tokens of a micro-batch x blocks x (a D + b F) bytes, a and b by architecture and
-                 type (``_SAVED``), or one block and the inputs of the others where they are
-                 computed again; and what backward works with
+    activations  tokens of a micro-batch x blocks x (a D + k K + b F) bytes, K the width of all
+                 key/value heads, a, k and b by architecture and type (``_SAVED``), or one block
+                 and the inputs of the others where they are computed again; and what backward
+                 works with
     logits       a tile of response tokens x vocabulary, and the gradient of the output weights;
                  all logits where the architecture takes the padded path
 
 What is gathered, cast or multiplied is a t-th with tensor parallelism, and so are activations of F
 and logits; those of D are taken as whole, though the heads' are not.
 
-The reference's log-probabilities are cached, so there is no second model. ``a`` and ``b`` count the
-tensors that autograd keeps, read from runs under fake tensors; tests/train/test_simulate.py
-compares the whole with a simulated step.
+The reference's log-probabilities are cached, so there is no second model. ``a``, ``k`` and ``b``
+count the tensors that autograd keeps, read from runs under fake tensors;
+tests/train/test_simulate.py compares the whole with a simulated step.
 """
 
 from __future__ import annotations
@@ -38,21 +39,29 @@ PACKED_TYPES = (
 )
 """``model_type`` of the models whose rows share prompts (dpo.modeling.attention.ARCHITECTURES)."""
 
-# bytes a token and block keep for backward: a for each of D, b for each of F, and (where attention
-# is written out) s for each head and key
-_SAVED: dict[str, dict[Mode, tuple[float, float, float]]] = {
-    "gpt_neox": {"float32": (46.5, 8, 0), "autocast": (24.8, 4, 0), "half": (23.3, 4, 0)},
-    "llama": {"float32": (50.5, 16, 0), "autocast": (38.8, 8, 0), "half": (29.3, 8, 0)},
-    "gpt2": {"float32": (42.5, 20, 0), "autocast": (25.3, 10, 0), "half": (21.3, 10, 0)},
+# bytes a token and block keep for backward: a for each of D, k for each of K, b for each of F, and
+# (where attention is written out) s for each head and key
+_SAVED: dict[str, dict[Mode, tuple[float, float, float, float]]] = {
+    "gpt_neox": {
+        **{"float32": (50.5, 0, 8, 0), "autocast": (16.5, 0, 4, 0), "half": (14.2, 0, 4, 0)},
+    },
+    # an activation that is written out keeps what a kernel of its own does not
+    "phi": {"float32": (50.5, 0, 20, 0), "autocast": (16.5, 0, 11, 0), "half": (14.2, 0, 10, 0)},
+    "llama": {
+        **{"float32": (54.5, 0, 16, 0), "autocast": (28.6, 6.2, 8, 0), "half": (18.2, 6.2, 8, 0)},
+    },
+    "fused": {
+        **{"float32": (46.5, 0, 16, 0), "autocast": (14.2, 6.2, 8, 0), "half": (10.0, 6.2, 8, 0)},
+    },
+    "gpt2": {"float32": (49.0, 0, 20, 0), "autocast": (20.5, 0, 10, 0), "half": (16.2, 0, 10, 0)},
     # ReLU keeps its result alone, which the next product keeps as well
-    "opt": {"float32": (42.5, 4, 0), "autocast": (25.3, 2, 0), "half": (21.3, 2, 0)},
-    "gptj": {"float32": (24, 20, 4), "autocast": (20, 10, 6), "half": (12, 10, 2)},
+    "opt": {"float32": (47.5, 0, 4, 0), "autocast": (24.5, 0, 2, 0), "half": (16.2, 0, 2, 0)},
+    "gptj": {"float32": (24, 0, 20, 4), "autocast": (20, 0, 10, 6), "half": (12, 0, 10, 2)},
 }
-_LIKE = {
-    **dict.fromkeys(("mistral", "qwen2", "qwen3", "gemma", "olmo2", "phi3"), "llama"),
-    "phi": "gpt_neox",
-}
+_LIKE = dict.fromkeys(("mistral", "qwen2", "qwen3", "gemma", "olmo2", "phi3"), "llama")
 """Blocks of the same make."""
+FUSED = ("llama", "mistral", "qwen2", "qwen3")
+"""``model_type`` of the models whose norms are one kernel (dpo.modeling.fused)."""
 COMPARED = ("gpt_neox", "gpt2", "llama", "mistral", "qwen2", "gemma", "opt", "phi")
 """Kinds whose account was compared with a simulated step."""
 LOGITS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
@@ -61,8 +70,6 @@ SMALLEST_TILE = 512
 """Tokens of the vocabulary."""
 _CHUNK_TOKENS = 128
 """Smallest chunk of response tokens where the vocabulary is split over devices."""
-_RESPONSES = 0.5
-"""Share of a row's tokens that are responses', at most in what was seen; 0.43 in HH."""
 _GPU_CONTEXT = 0.75 * 2**30
 """What the driver and its libraries keep, and NCCL's buffers; an allowance, not measured."""
 _FRAGMENTATION = 0.04
@@ -91,6 +98,10 @@ class Job:
     on_gpu: bool = True
     split: int = 1
     """Devices over which each layer is split."""
+    responses: float = 1.0
+    """Share of a row's tokens that are responses', at most."""
+    fused: bool = False
+    """Norms are one kernel and keep one tensor (``model.kernels=auto`` on a GPU)."""
 
     @property
     def trained(self) -> int:
@@ -119,25 +130,45 @@ class Memory:
 
 
 def predict(job: Job) -> Memory:
-    """The peak of a job: in the middle of a step, or in the optimiser's update if that is more."""
-    step, update = _in_step(job), _in_update(job)
-    return step if step.total > update.total else update
+    """The peak of a job: at one of the moments of a step, or in the optimiser's update."""
+    moments = [_at_the_head(job), _in_a_block(job), _in_update(job)]
+    if not job.several_micro_batches:
+        moments.append(_in_the_last_block(job))
+    return max(moments, key=lambda memory: memory.total)
 
 
-def _in_step(job: Job) -> Memory:
+def _at_the_head(job: Job) -> Memory:
+    """Between forward and backward: logits, and what all blocks have kept."""
+    weights, gradients, optimizer = _states(job)
+    gathered, _, casts = _gathered(job)
+    if job.devices > job.split:
+        # of the blocks the next one alone
+        size = 2 if job.mode == "half" else BYTES[job.weights_dtype]
+        gathered -= size * job.shape.block_parameters / job.split
+    earlier = gradients if job.several_micro_batches else 0.0
+    parts = (weights + gathered + casts, earlier, optimizer, _kept(job), _logits(job))
+    return _with_reserve(job, Memory(*parts))
+
+
+def _in_a_block(job: Job) -> Memory:
+    """At the beginning of backward: the first block that is gone through."""
     weights, gradients, optimizer = _states(job)
     gathered, reduced, casts = _gathered(job)
-    activations, logits = _activations(job), _logits(job)
+    earlier = gradients if job.several_micro_batches else 0.0
+    again = _block(job) if job.checkpointing != "none" else 0.0
+    activations = _kept(job) + _tokens(job) * (again + _working(job))
+    parts = (weights + gathered + casts, earlier + reduced, optimizer, activations)
+    return _with_reserve(job, Memory(*parts, _output_gradient(job)))
+
+
+def _in_the_last_block(job: Job) -> Memory:
+    """At the end of backward, of a step of one row: all gradients, and the first block's."""
+    weights, gradients, optimizer = _states(job)
+    gathered, reduced, casts = _gathered(job)
     # one process keeps its casts of trained weights to the last row's end (dpo.modeling.precision)
     kept = casts if job.devices == 1 and job.adapter_parameters is None else 0.0
-    if not job.several_micro_batches:
-        # activations and other casts go as gradients come
-        going = activations + logits + casts - kept
-        left = max(going - gradients - reduced, _at_the_end(job), 0.1 * going) / going
-        activations, logits = left * activations, left * logits
-        casts = kept + left * (casts - kept)
-    weights += gathered + casts
-    return _with_reserve(job, Memory(weights, gradients + reduced, optimizer, activations, logits))
+    parts = (weights + gathered + kept, gradients + reduced, optimizer, _at_the_end(job), 0.0)
+    return _with_reserve(job, Memory(*parts))
 
 
 def _in_update(job: Job) -> Memory:
@@ -180,20 +211,22 @@ def _gathered(job: Job) -> tuple[float, float, float]:
     return weights, gradients, casts
 
 
-def _activations(job: Job) -> float:
-    shape, each = job.shape, _block(job)
+def _kept(job: Job) -> float:
+    """Bytes that all blocks keep for backward."""
+    shape = job.shape
     inputs = (2 if job.mode == "half" else 4) * shape.width
     share = {"none": 0.0, "selective": 0.5, "full": 1.0}[job.checkpointing]
-    kept = shape.n_layers * ((1 - share) * each + share * inputs) + (each if share else 0.0)
-    return _tokens(job) * (kept + _working(job))
+    return _tokens(job) * shape.n_layers * ((1 - share) * _block(job) + share * inputs)
 
 
 def _block(job: Job) -> float:
     """Bytes that a block keeps of a token."""
     shape = job.shape
-    kind = _LIKE.get(shape.model_type, shape.model_type)
-    a, b, s = _SAVED.get(kind, _SAVED["llama"])[job.mode]
-    return a * shape.width + (b * shape.mlp_width + s * shape.n_heads * job.longest) / job.split
+    kind = "fused" if job.fused else _LIKE.get(shape.model_type, shape.model_type)
+    a, k, b, s = _SAVED.get(kind, _SAVED["llama"])[job.mode]
+    keys = k * shape.n_kv_heads * shape.head_size
+    split = keys + b * shape.mlp_width + s * shape.n_heads * job.longest
+    return a * shape.width + split / job.split
 
 
 def _working(job: Job) -> float:
@@ -230,18 +263,24 @@ def _logits(job: Job) -> float:
     wide = 4 if job.mode == "float32" else 2
     if job.shape.model_type not in PACKED_TYPES:
         # of all tokens with their gradients; of the responses' in float32, and what softmax keeps
-        responses = _RESPONSES * max(job.micro_batch_tokens, job.longest)
+        responses = job.responses * max(job.micro_batch_tokens, job.longest)
         return (2 * wide * _tokens(job) + 8 * responses) * shape.vocabulary
     # a tile and the one before it in float32; beside them the new and the last one's 16-bit values
     chunk = (8 if job.mode == "float32" and job.split == 1 else 12) * _tile(job)
-    output = shape.vocabulary * shape.width / job.split
-    copies = output * (2 if job.mode == "autocast" else 0)
-    return chunk + copies + (output * 4 if job.adapter_parameters is None else 0)
+    copies = shape.vocabulary * shape.width / job.split * (2 if job.mode == "autocast" else 0)
+    return chunk + copies + _output_gradient(job)
+
+
+def _output_gradient(job: Job) -> float:
+    """Of the output weights, until it is added to that of the embeddings or reduced."""
+    if job.adapter_parameters is not None:
+        return 0.0
+    return 4.0 * job.shape.vocabulary * job.shape.width / job.split
 
 
 def _tile(job: Job) -> float:
-    """Logits that are in memory at once, in elements; every token may be a response's."""
-    tokens, vocabulary = _tokens(job), job.shape.vocabulary / job.split
+    """Logits that are in memory at once, in elements."""
+    tokens, vocabulary = job.responses * _tokens(job), job.shape.vocabulary / job.split
     elements = LOGITS_AT_ONCE["cuda" if job.on_gpu else "cpu"]
     smallest = SMALLEST_TILE * tokens
     if job.split > 1:

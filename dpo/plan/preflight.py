@@ -8,7 +8,8 @@ from typing import Any
 from dpo.config.parameters import stage_configs
 from dpo.config.schema import RunConfig
 from dpo.errors import ConfigError, ModelError
-from dpo.plan.estimate import GIB, Machine, Plan, plan_stage
+from dpo.plan.estimate import Plan, plan_stage
+from dpo.plan.job import GIB, Machine
 from dpo.plan.kinds import KNOWN_MARGIN
 from dpo.plan.lengths import Lengths
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from dpo.data.loader import LoaderState
 from dpo.train.scaling import LossScale
 
@@ -25,6 +27,8 @@ class Position:
     """How many wrote it."""
     threads: int = 0
     """Of each of them, for work on a CPU; 0 in what an earlier version wrote."""
+    tokens: int = 0
+    """Through the model at once; 0 in what an earlier version wrote."""
     seconds: float = 0.0
     """Time since the run began, without what was between an end and going on."""
     useful_seconds: float = 0.0
@@ -37,3 +41,21 @@ class Position:
         """What ``dataclasses.asdict`` made of it."""
         scale = LossScale(**values.pop("loss_scale", {}))
         return cls(**{**values, "loader": LoaderState(**values["loader"])}, loss_scale=scale)
+
+    def written_by(self, processes: int, tokens: int) -> None:
+        """Note on what the next steps' sums depend beside the tensors."""
+        self.processes, self.tokens = processes, tokens
+        self.threads = torch.get_num_threads()
+
+    def other_rounding(self, processes: int) -> str:
+        """Why what follows is not what the run that wrote this would have done, to the bit; or
+        nothing."""
+        threads = torch.get_num_threads()
+        if self.processes != processes:
+            change = f"written by {self.processes} processes, now {processes}"
+        elif not torch.cuda.is_available() and self.threads not in (0, threads):
+            # sums over other parts, and other rows at once
+            change = f"written with {self.threads} threads, now {threads}"
+        else:
+            return ""
+        return f" ({change}: equal within rounding, not to the bit)"

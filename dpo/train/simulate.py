@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -28,14 +29,18 @@ from dpo.config.schema import RunConfig
 from dpo.data.log_probs import PairLogProbs
 from dpo.data.packing import pack
 from dpo.data.tokenize import TokenizedExample
-from dpo.modeling import attention, head, plain
+from dpo.modeling import attention, fused, head, plain, varlen
 from dpo.modeling.precision import DTYPES, autocast
 from dpo.modeling.recompute import checkpoint_activations
 from dpo.modeling.sharded import Scorer, shard
 from dpo.plan.architecture import config_values
+from dpo.plan.job import FEW_TOKENS
 from dpo.train.optimizer import build_optimizer
 from dpo.train.parallel import Layout
 from dpo.train.step import Objective
+
+_LONGEST = 1024
+"""Tokens of an example of a simulated row."""
 
 _reports = logging.getLogger("torch._subclasses.fake_tensor")
 
@@ -128,6 +133,7 @@ def peak_bytes(
         _processes(gpus),
         _attention_of_a_gpu(),
         _logits_of_a_gpu() if on_gpu else nullcontext(),
+        _kernels_of_a_gpu() if on_gpu else nullcontext(),
         _no_reports(),
         StorageCount() as count,
         warnings.catch_warnings(),
@@ -135,6 +141,8 @@ def peak_bytes(
         warnings.simplefilter("ignore")
         with fake, torch.device("meta" if gpus > 1 else "cpu"):
             model = _model(config)
+        if on_gpu and config.model.kernels == "auto" and not config.model.compile:
+            fused.fuse(model)
         checkpoint_activations(model, config.activation_checkpointing)
         scorer = Scorer(model)
         if gpus > 1:
@@ -160,7 +168,7 @@ def _steps(
     """Two optimiser steps: the second has the optimiser's state."""
     model = scorer.model
     objective = Objective(
-        model, config.loss, DTYPES[dtype], config.micro_batch_tokens, scorer=scorer
+        model, config.loss, DTYPES[dtype], config.micro_batch_tokens or FEW_TOKENS, scorer=scorer
     )
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = build_optimizer(trained, config)
@@ -198,12 +206,15 @@ def _model(config: RunConfig) -> Any:
 
 
 def _backward(objective: Objective, row: tuple[int, int, int], n_rows: int) -> None:
-    prompt, *responses = (np.ones(max(1, length), dtype=np.int32) for length in row)
+    # sequences of a length that every model takes
+    n_examples = -(-sum(row) // _LONGEST)
+    lengths = (max(1, length // n_examples) for length in row)
+    prompt, *responses = (np.ones(length, dtype=np.int32) for length in lengths)
     sft = isinstance(objective.loss, SFTLoss)
     example = TokenizedExample("0", prompt, tuple(responses[:1] if sft else responses))
-    (batch,) = pack([example], sum(row))
+    (batch,) = pack([example] * n_examples, n_examples * example.n_tokens)
     zeros = [np.zeros(len(part), dtype=np.float32) for part in responses]
-    reference = None if sft else [PairLogProbs("", "", *zeros)]
+    reference = None if sft else [PairLogProbs("", "", *zeros)] * n_examples
     with autocast(objective.dtype, "cpu"):
         for _ in range(n_rows):
             losses_E, _ = objective.figures(batch, reference, "train")
@@ -229,6 +240,56 @@ def _logits_of_a_gpu() -> Iterator[None]:
         yield
     finally:
         sizes["cpu"] = before
+
+
+class _Norm(torch.autograd.Function):
+    """Keeps what a GPU's kernel keeps; there are no values."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight_D: Tensor, _: float) -> Tensor:
+        dtype = torch.promote_types(hidden.dtype, weight_D.dtype)
+        hidden = hidden.to(dtype)
+        ctx.save_for_backward(hidden, weight_D, hidden[..., :1].float())
+        return torch.empty_like(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden, weight_D, *_ = ctx.saved_tensors
+        return torch.empty_like(hidden), torch.empty_like(weight_D), None
+
+
+class _Varlen(torch.autograd.Function):
+    """Likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, query_THD: Tensor, key_KGD: Tensor, value_KGD: Tensor) -> Tensor:
+        out_THD = torch.empty_like(query_THD)
+        ctx.save_for_backward(query_THD, key_KGD, value_KGD, out_THD, query_THD[..., 0].float())
+        return out_THD
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+@contextmanager
+def _kernels_of_a_gpu() -> Iterator[None]:
+    """Norms and rotations that a CPU works on in blocks, and variable-length attention."""
+    changes: dict[Any, dict[str, Callable[..., Any]]] = {
+        fused: {"in_blocks": lambda _: False, "_norm_by_torch": _Norm.apply},
+        attention: {"takes_varlen": lambda value: value.element_size() == 2},
+        varlen: {"varlen_kernel": lambda: lambda q, k, v, *_, **__: _Varlen.apply(q, k, v)},
+    }
+    before = {
+        module: {name: vars(module)[name] for name in names} for module, names in changes.items()
+    }
+    try:
+        for module, names in changes.items():
+            vars(module).update(names)
+        yield
+    finally:
+        for module, names in before.items():
+            vars(module).update(names)
 
 
 @contextmanager

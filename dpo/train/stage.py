@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from dpo.data.tokenize import TokenizedExample
 from dpo.distributed.device import best_device
 from dpo.distributed.together import barrier, is_first
 from dpo.errors import ConfigError, StoreError
+from dpo.modeling.budget import token_budget
 from dpo.modeling.lanes import lanes_for
 from dpo.modeling.load import check_length, load_for_training, save_model
 from dpo.modeling.lora import (
@@ -48,10 +47,11 @@ from dpo.train.launch import launch
 from dpo.train.log import MetricLog, open_sinks
 from dpo.train.parallel import Layout, Ranks, check_batch, check_examples, whole_weights
 from dpo.train.place import Place, place_of
+from dpo.train.record import details_of, write_run
 from dpo.train.spread import spread_layers
 from dpo.train.step import Objective
 from dpo.train.tensor_parallel import parallelize
-from dpo.train.trainer import NLL_PER_TOKEN, Trainer
+from dpo.train.trainer import Trainer
 
 
 @enough_memory()
@@ -199,7 +199,7 @@ def _trainer(
         model,
         config.loss,
         dtype,
-        config.micro_batch_tokens,
+        token_budget(config, model, device),
         scorer=scorer,
         ranks=ranks,
         # what is computed again for a block takes random states that all threads share
@@ -282,11 +282,11 @@ def _write(
 ) -> Manifest:
     """The final artifact, by the first process; the others wait."""
     weights = whole_weights(trainer.objective.model)
-    details = _details(trainer)
+    details = details_of(trainer)
     manifest = Manifest(stage, (), "")
     if is_first():
         _save(trainer, config, folder, weights)
-        _write_run(folder, config, stage, trainer.examples, code, details)
+        write_run(folder, config, stage, trainer.examples, code, details)
         manifest = write_manifest(
             folder,
             stage,
@@ -363,40 +363,3 @@ def score_pairs(
         PairLogProbs(split, example.tokens_hash(), chosen, rejected)
         for example, (chosen, rejected) in zip(examples, scored, strict=True)
     ]
-
-
-def _details(trainer: Trainer) -> dict[str, Any]:
-    details: dict[str, Any] = {
-        "examples": trainer.position.trained,
-        "steps": trainer.position.steps,
-        "first_train_loss": trainer.position.first.get("loss/train"),
-        "last_train_loss": trainer.position.last.get("loss/train"),
-        "first_nll_per_token": trainer.position.first.get(NLL_PER_TOKEN),
-        "last_nll_per_token": trainer.position.last.get(NLL_PER_TOKEN),
-        "useful_time_share": round(trainer.useful_share, 4),
-        "compute_dtype": str(trainer.objective.dtype).removeprefix("torch."),
-        "metrics": {
-            name: value
-            for name, value in {**trainer.position.last, **trainer.position.evaluation}.items()
-            if math.isfinite(value)
-        },
-    }
-    return details
-
-
-def _write_run(
-    folder: Path,
-    config: RunConfig,
-    stage: Stage,
-    examples: Examples,
-    code: str,
-    details: dict[str, Any],
-) -> None:
-    record = {
-        "stage": stage,
-        "config": stage_settings(config, stage),
-        "data_fingerprint": examples.fingerprint,
-        "code": code,
-        **details,
-    }
-    (folder / "run.json").write_text(json.dumps(record, indent=1, sort_keys=True), encoding="utf-8")

@@ -130,7 +130,10 @@ class Trainer:
         assert self.checkpoints is not None
         self.position = self.checkpoints.load(path, self.objective.model, self.optimizer)
         self._began_with = self.position.steps
-        other = _other_rounding(self.position, self.objective.ranks.processes)
+        if self.config.micro_batch_tokens is None and self.position.tokens:
+            # chosen for the device that it began on; other rows give other sums
+            self.objective.token_budget = self.position.tokens
+        other = self.position.other_rounding(self.objective.ranks.processes)
         message(self.stage, f"goes on after step {self.position.steps}, from {path.name}{other}")
         self.position.processes = self.objective.ranks.processes
 
@@ -158,8 +161,7 @@ class Trainer:
     def _checkpoint(self, checkpoints: Checkpoints) -> None:
         check_weights(self.parameters, self.position.steps)
         self._count_seconds()
-        self.position.processes = self.objective.ranks.processes
-        self.position.threads = torch.get_num_threads()
+        self.position.written_by(self.objective.ranks.processes, self.objective.token_budget)
         # whole lines: the checkpoint takes the log along
         texts = self.log.texts() if is_first() else {}
         checkpoints.save(self.objective.model, self.optimizer, self.position, texts)
@@ -386,16 +388,3 @@ class Trainer:
                 f"the chosen responses became less likely: their log-prob fell from {start:.1f} to "
                 f"{start + change:.1f}; raise beta, or lower lr",
             )
-
-
-def _other_rounding(position: Position, processes: int) -> str:
-    """Why what follows a checkpoint is not what its run would have done, to the bit; or nothing."""
-    threads = torch.get_num_threads()
-    if position.processes != processes:
-        change = f"written by {position.processes} processes, now {processes}"
-    elif not torch.cuda.is_available() and position.threads not in (0, threads):
-        # sums over other parts, and other rows at once
-        change = f"written with {position.threads} threads, now {threads}"
-    else:
-        return ""
-    return f" ({change}: equal within rounding, not to the bit)"

@@ -12,7 +12,7 @@ from dpo.errors import ConfigError, ModelError
 from dpo.modeling.lora import add_adapter, trained_parameters
 from dpo.plan.adapters import lora_parameters
 from dpo.plan.compute import flops
-from dpo.plan.estimate import Machine
+from dpo.plan.job import Machine
 from dpo.plan.kinds import KINDS
 from dpo.plan.lengths import Lengths
 from dpo.plan.preflight import check_fit
