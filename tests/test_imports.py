@@ -14,6 +14,8 @@ MAY_IMPORT["evaluate"] -= {"train"}
 # torch-free like the data steps: the pipeline's preflight
 MAY_IMPORT["plan"] = {"errors", "config", "storage", "data", "plan"}
 MAY_IMPORT["train"] |= {"plan"}
+# how many tokens fit into the GPU at hand
+MAY_IMPORT["modeling"] |= {"plan"}
 # the launching of jobs on a cluster, which needs no torch; training pods read its request
 MAY_IMPORT["nodes"] = {"errors", "config", "storage", "nodes"}
 MAY_IMPORT["train"] |= {"nodes"}

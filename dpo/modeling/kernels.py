@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from typing import Any
@@ -142,6 +143,8 @@ def _liger(model: Any, device: str) -> None:
             where="model.kernels",
             fix=f"use model.kernels=auto, or one of {', '.join(sorted(known))}",
         )
+    # it warns of kernels for processors of other makers
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)
     # the output layer is ours: log-probabilities of responses alone
     monkey_patch._apply_liger_kernel_to_instance(
         model, fused_linear_cross_entropy=False, cross_entropy=False

@@ -15,11 +15,11 @@ from dpo.config.places import builtin
 from dpo.config.stages import restrict
 from dpo.errors import ConfigError, TrainingError, TrainingStopped
 from dpo.storage.manifest import read_manifest
-from dpo.train import direct
+from dpo.train import direct, stage
 from dpo.train.direct import train_directly
 from dpo.train.position import Position
 from dpo.train.stage import run_train
-from dpo.train.trainer import Trainer, _other_rounding
+from dpo.train.trainer import Trainer
 from tests.train.conftest import SETTINGS
 
 RUN = [*SETTINGS, "loss=sft", "n_examples=16", "checkpoint_every=8", "checkpoint_seconds=0"]
@@ -144,9 +144,30 @@ def test_the_reference_is_scored_where_none_is_given(prepared, tmp_path, monkeyp
 def test_what_makes_a_run_go_on_within_rounding_only_is_said(position, words, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    said = _other_rounding(position, 1)
+    said = position.other_rounding(1)
     assert words in said
     assert bool(said) is bool(words)
+
+
+@pytest.mark.parametrize(("words", "tokens"), [([], 96), (["micro_batch_tokens=64"], 64)])
+def test_what_goes_on_keeps_the_rows_that_were_chosen_for_it(
+    prepared, tmp_path, monkeypatch, words, tokens
+):
+    """A GPU with other memory would sum up other rows, were they not set."""
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "token_budget", lambda config, *_: config.micro_batch_tokens or 96)
+        stop_after(patched, 1)
+        with pytest.raises(TrainingStopped):
+            train(prepared, tmp_path, *words)
+    used, step = [], Trainer.train_step
+
+    def noted(self, *args):
+        used.append(self.objective.token_budget)
+        return step(self, *args)
+
+    monkeypatch.setattr(Trainer, "train_step", noted)
+    train(prepared, tmp_path, *words)
+    assert set(used) == {tokens}
 
 
 def test_a_full_gpu_is_one_message(prepared, tmp_path, monkeypatch):

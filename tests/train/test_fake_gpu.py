@@ -223,9 +223,11 @@ def test_prompts_are_answered_on_a_gpu(name, temperature):
     assert [len(one.ids) for one in answers] == [4, 4]
 
 
-def test_layers_on_two_gpus_get_what_they_need(monkeypatch):
+@pytest.mark.parametrize("kernels", ["plain", "auto"])
+def test_layers_on_two_gpus_get_what_they_need(kernels, monkeypatch):
     """And at no time is the whole model on one of them."""
     model = build("llama")
+    apply_kernels(model, kernels, device="cuda")
     devices = [DEVICE, torch.device("cuda", 1)]
     monkeypatch.setattr(type(model), "to", lambda *_: pytest.fail("all of it on one GPU"))
     with fake_gpu() as gpu:
