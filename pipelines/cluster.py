@@ -152,7 +152,7 @@ def parameters_of(run: Any) -> dict[str, Any]:
 
 
 def cancel(client: Any, target: Endpoint, run_id: str) -> None:
-    """Ask the backend to terminate the run.
+    """Ask the backend to terminate the run; one that is ending already goes on to.
 
     Raises:
         RequestError: there is no such run, or it has ended.
@@ -161,14 +161,41 @@ def cancel(client: Any, target: Endpoint, run_id: str) -> None:
     try:
         client.terminate_run(run_id)
     except Exception as error:
-        if is_refusal(error):
-            raise problem(
-                f"run {run_id} cannot be cancelled", target, error, RequestError
+        if not is_refusal(error):
+            found = problem(f"the endpoint did not say that it ends run {run_id}", target, error)
+            raise PipelineError(
+                found.found, where=found.where, fix="send it again: a run may be asked to end twice"
             ) from None
-        found = problem(f"the endpoint did not say that it ends run {run_id}", target, error)
-        raise PipelineError(
-            found.found, where=found.where, fix="send it again: a run may be asked to end twice"
-        ) from None
+        state = _state(client, run_id) if error_status(error) == _BAD_REQUEST else ""
+        if state != "CANCELING":
+            what = f"run {run_id} cannot be cancelled"
+            raise _of_a_run(what, target, error, state if state in ENDED else "") from None
+
+
+def _state(client: Any, run_id: str) -> str:
+    """What a run is in, where the endpoint says so."""
+    with suppress(Exception):
+        return str(client.get_run(run_id).state or "")
+    return ""
+
+
+def not_retried(client: Any, target: Endpoint, run_id: str, error: Exception) -> RequestError:
+    """Why the endpoint refused to let a run go on."""
+    state = _state(client, run_id) if error_status(error) == _BAD_REQUEST else ""
+    return _of_a_run(f"run {run_id} cannot be retried", target, error, state)
+
+
+def _of_a_run(what: str, target: Endpoint, error: Exception, state: str) -> RequestError:
+    found = problem(what, target, error, RequestError)
+    if not state:
+        return RequestError(found.found, where=found.where, fix=found.fix)
+    told = "it has ended" if state in ENDED else "only one that has failed can be retried"
+    return RequestError(found.found, where=found.where, fix=f"its state is {state}: {told}")
+
+
+def error_status(error: Exception) -> int:
+    """HTTP's code of an answer; 0 where there was none."""
+    return getattr(error, "status", None) or 0
 
 
 def is_refusal(error: Exception) -> bool:
@@ -176,7 +203,7 @@ def is_refusal(error: Exception) -> bool:
     what it did."""
     if isinstance(error, NotTheApi):
         return True
-    status = getattr(error, "status", None) or 0
+    status = error_status(error)
     return 400 <= status < 500 and status != _REQUEST_TIMEOUT
 
 
@@ -212,7 +239,7 @@ def problem(
     what: str, target: Endpoint, error: Exception, kind: type[PipelineError] = PipelineError
 ) -> PipelineError:
     """An exception of the client as one message with the endpoint's own words."""
-    status = getattr(error, "status", None) or 0
+    status = error_status(error)
     reason = _reason(error)
     fix = _FIXES.get(status, "check KF_PIPELINES_ENDPOINT and that the service is up")
     if not status and (proxy := _proxy(target)):

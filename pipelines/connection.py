@@ -18,8 +18,10 @@ _CUT_PAUSE_SECONDS = 0.2
 class NotTheApi(Exception):
     """A page in place of an answer, as proxies show whoever is not signed in, with code 200."""
 
-    def __init__(self) -> None:
-        super().__init__("it sent a page for people and no answer of Kubeflow Pipelines' API")
+    def __init__(
+        self, text: str = "it sent a page for people and no answer of Kubeflow Pipelines' API"
+    ) -> None:
+        super().__init__(text)
 
 
 def bounded_client(**arguments: Any) -> Any:

@@ -20,6 +20,7 @@ from pipelines.asked import not_empty
 from pipelines.outcome import Outcome
 from pipelines.request import check_texts
 from pipelines.shared_places import check_inputs, check_places
+from pipelines.trouble import EarlierEnd
 from pipelines.watch import wait
 
 _LONGEST_NAME = 255
@@ -78,9 +79,10 @@ def run_on_cluster(
         print(f"asked the endpoint to end run {options.cancel}", file=sys.stderr)
         return Outcome("submitted", options.cancel, where=cluster.link(target, options.cancel))
     if options.retry:
-        sent = cluster.parameters_of(cluster.get_run(client, target, options.retry))
+        run = cluster.get_run(client, target, options.retry)
+        values = {**values, **cluster.parameters_of(run)}
         sending.retry(client, target, options.retry)
-        return _follow(options, client, target, options.retry, {**values, **sent})
+        return _follow(options, client, target, options.retry, values, EarlierEnd(run))
     name = name_of(options.run_name, values)
     with tempfile.TemporaryDirectory() as folder, _being_sent(name, target):
         path = Path(folder, "package.yaml")
@@ -140,6 +142,7 @@ def _follow(
     target: cluster.Endpoint,
     run_id: str,
     values: Mapping[str, Any],
+    earlier: EarlierEnd | None = None,
 ) -> Outcome:
     link = cluster.link(target, run_id)
     print(link, file=sys.stderr, flush=True)
@@ -153,6 +156,7 @@ def _follow(
             store=str(values["publish_store"]),
             timeout_seconds=options.timeout_seconds,
             say=lambda text: print(text, file=sys.stderr, flush=True),
+            earlier=earlier,
         )
     except KeyboardInterrupt:
         if not options.cancel_on_interrupt:

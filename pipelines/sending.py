@@ -18,6 +18,7 @@ from pipelines.cluster import (
     get_run,
     is_refusal,
     link,
+    not_retried,
     problem,
 )
 from pipelines.cron import check_cron
@@ -293,7 +294,7 @@ def retry(client: Any, target: Endpoint, run_id: str) -> None:
         client._run_api.run_service_retry_run(run_id)
     except Exception as error:
         if is_refusal(error):
-            raise problem(f"run {run_id} cannot be retried", target, error, RequestError) from None
+            raise not_retried(client, target, run_id, error) from None
         _looked_for(
             lambda: get_run(client, target, run_id).state not in ENDED,
             problem(f"the endpoint did not say that run {run_id} goes on", target, error),

@@ -15,11 +15,12 @@ from urllib.parse import quote
 
 from dpo.errors import DpoError, PipelineError, StoreError
 from dpo.storage.runs import read_run_manifest
-from pipelines.cluster import ENDED, Endpoint, link, problem
-from pipelines.connection import ANSWER_SECONDS, pair
+from pipelines.cluster import ENDED, Endpoint, link
+from pipelines.connection import ANSWER_SECONDS, NotTheApi, pair
 from pipelines.events import Watcher, advice
 from pipelines.outcome import Outcome
 from pipelines.steps import SWEPT, TASKS, step_of
+from pipelines.trouble import EarlierEnd, Trouble
 from pipelines.workflow import EXECUTOR, OMITTED, Linker, plain_name
 
 _FIRST_POLL_SECONDS = 0.2
@@ -28,8 +29,6 @@ _LEAST_SECONDS = 1.0
 """For the last answer, where the time is nearly over."""
 _AWAY_SECONDS = 600.0
 """How long an endpoint may be away while somebody waits without a limit."""
-_TOKEN_FAILURES = 2
-_OTHER_FAILURES = 12
 _LOG_LINES = 8
 _OF_KUBEFLOW = re.compile(
     r"[IWEF]\d{4} [\d:.]+ +\d+ \S+\.go:\d+\]|time=\S+ level=|\{\"time\":\"[^\"]*\",\"level\":"
@@ -49,6 +48,7 @@ def wait(
     timeout_seconds: float | None,
     say: Callable[[str], None],
     away_seconds: float | None = None,
+    earlier: EarlierEnd | None = None,
 ) -> Outcome:
     """Poll until the run has ended or the time is over.
 
@@ -61,6 +61,7 @@ def wait(
         say: Takes one line for each change of a step.
         away_seconds: How long the endpoint may be away where there is no time limit; None is what
             somebody waits who watches.
+        earlier: The end of a run that was let go on since.
 
     Returns:
         How the run ended; ``timed out`` or ``unknown`` where it may go on.
@@ -68,7 +69,7 @@ def wait(
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
     outcome = Outcome("timed out", run_id, where=link(target, run_id))
     away = _AWAY_SECONDS if away_seconds is None else away_seconds
-    trouble = _Trouble(target, away if deadline is None else math.inf)
+    trouble = Trouble(target, away if deadline is None else math.inf)
     pause = _FIRST_POLL_SECONDS
     watcher = Watcher(run_id, target.namespace)
     linker = Linker(client)
@@ -82,12 +83,13 @@ def wait(
         else:
             trouble.over()
             left = max(_LEAST_SECONDS, _left(deadline))
-            _report_steps(linker.linked(run, min(ANSWER_SECONDS, left)), outcome, say)
-            _report_attempts(run, tried, say)
-            if run.state in ENDED:
-                return _ended(client, run, outcome, store, watcher)
-            for text in watcher.news():
-                say(text)
+            if earlier is None or not earlier.is_told(run):
+                _report_steps(linker.linked(run, min(ANSWER_SECONDS, left)), outcome, say)
+                _report_attempts(run, tried, say)
+                if run.state in ENDED:
+                    return _ended(client, run, outcome, store, watcher)
+                for text in watcher.news():
+                    say(text)
         time.sleep(max(0.0, min(pause, _left(deadline))))
         pause = min(pause * 1.5, _POLL_SECONDS)
     outcome.message = f"the run has not ended after {timeout_seconds:g} s; it goes on"
@@ -101,61 +103,11 @@ def _left(deadline: float | None) -> float:
 
 
 def _ask(client: Any, run_id: str, seconds: float) -> Any:
-    """The run; kfp's own method takes no time limit."""
-    return client._run_api.run_service_get_run(run_id, _request_timeout=pair(seconds))
-
-
-class _Trouble:
-    """An endpoint that does not answer well, and when to give it up.
-
-    Args:
-        target: The endpoint.
-        away_seconds: How long it may be away.
-    """
-
-    def __init__(self, target: Endpoint, away_seconds: float) -> None:
-        self.target, self.away_seconds = target, away_seconds
-        self.last: PipelineError | None = None
-        self.status: int | None = None
-        self.times = 0
-        self.since = 0.0
-
-    def over(self) -> None:
-        """The endpoint answered."""
-        self.last, self.times = None, 0
-
-    def is_final(self, error: Exception, say: Callable[[str], None]) -> bool:
-        """Note a failure; whether to ask no more."""
-        if not self.times:
-            self.since = time.monotonic()
-        self.times += 1
-        self.status = getattr(error, "status", None)
-        self.last = problem("the run cannot be read", self.target, error)
-        if (most := self._most_times(error)) is not None:
-            return self.times >= most
-        if self.times == 1:
-            say(f"{self.last.found}; asking again")
-        return time.monotonic() - self.since >= self.away_seconds
-
-    def _most_times(self, error: Exception) -> int | None:
-        """How often in a row a request may fail like this; None for an endpoint that is away."""
-        from urllib3.exceptions import HTTPError
-
-        if self.status in (403, 404):
-            return 1
-        if self.status == 401:
-            # a token that the kubelet is just renewing
-            return _TOKEN_FAILURES
-        away = isinstance(error, HTTPError) or (self.status or 0) >= 500
-        return None if away else _OTHER_FAILURES
-
-    def ended(self, outcome: Outcome) -> Outcome:
-        """What is known at the end: a run that is gone has failed, every other one may go on."""
-        gone = self.status == 404
-        outcome.state = "failed" if gone else "unknown"
-        text = "" if gone else "how the run goes on is not known: look at its page\n"
-        outcome.message = f"{text}{self.last}"
-        return outcome
+    """The run; kfp's own method takes no time limit, and an empty answer for a run."""
+    run = client._run_api.run_service_get_run(run_id, _request_timeout=pair(seconds))
+    if getattr(run, "run_id", None) != run_id:
+        raise NotTheApi("it sent an answer that tells of no run")
+    return run
 
 
 def step_states(run: Any) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines import package, submit
+from pipelines import package, submit, trouble
 from tests.support.kfp_backend import STEPS, Fault, Scenario
 from tests.support.submitted import all_done, verdict
 from tests.support.workflow import DAG, node, pod, task
@@ -270,6 +270,49 @@ def test_a_retried_run_is_not_taken_for_cancelled_because_it_once_was(backend, s
     backend.scenario = Scenario(on_end=verdict(store, True))
     code, outcome, _ = command("--retry", run_id, "--wait")
     assert (code, outcome["run_id"]) == (0, run_id)
+
+
+def test_the_failure_before_a_retry_is_not_taken_for_its_end(backend, store, command):
+    failed = [task("sft", "FAILED")]
+    backend.scenario = Scenario(states=["FAILED"], tasks=failed)
+    _, outcome, _ = command("--wait")
+    run_id = outcome["run_id"]
+    backend.scenario = Scenario(tasks=[all_done()], on_end=verdict(store, True), stale=3)
+    code, outcome, said = command("--retry", run_id, "--wait")
+    assert (code, outcome["state"]) == (0, "succeeded")
+    assert "sft: failed" not in said
+
+
+def test_a_run_that_is_told_to_have_failed_for_long_has_failed(backend, command, monkeypatch):
+    monkeypatch.setattr(trouble, "_STALE_SECONDS", 0.2)
+    backend.scenario = Scenario(states=["FAILED"])
+    run_id = command("--wait")[1]["run_id"]
+    backend.scenario = Scenario(stale=10**6)
+    code, outcome, _ = command("--retry", run_id, "--wait")
+    assert (code, outcome["state"]) == (1, "failed")
+
+
+def test_a_run_that_goes_on_is_not_retried(backend, command):
+    backend.scenario = Scenario(states=["RUNNING"])
+    run_id = command()[1]["run_id"]
+    code, _, said = command("--retry", run_id)
+    assert code == 2
+    assert "cannot be retried: Workflow must be Failed/Error to retry" in said
+    assert "its state is RUNNING: only one that has failed can be retried" in said
+
+
+def test_a_run_may_be_asked_to_end_twice_and_one_that_has_ended_not(backend, command):
+    backend.scenario = Scenario(states=["RUNNING"])
+    run_id = command()[1]["run_id"]
+    backend.get_run = lambda run_id: backend.runs[run_id]
+    assert command("--cancel", run_id)[0] == 0
+    assert command("--cancel", run_id)[0] == 0
+    assert backend.runs[run_id]["state"] == "CANCELING"
+    backend.runs[run_id]["state"] = "FAILED"
+    code, _, said = command("--cancel", run_id)
+    assert code == 2
+    assert "not in a terminable state (HTTP 400)" in said
+    assert "its state is FAILED: it has ended" in said
 
 
 def test_a_succeeded_run_is_not_retried(backend, store, command):

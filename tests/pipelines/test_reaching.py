@@ -242,3 +242,11 @@ def test_an_endpoint_without_tls_is_told(backend, command, monkeypatch):
     code, _, said = command()
     assert code == 2
     assert "it speaks no TLS there: write http:// before its name" in said
+
+
+@pytest.mark.parametrize("page", ["  ", "{}", "[1]", '{"run_id": "another"}'])
+def test_an_answer_that_tells_of_no_run_is_not_waited_on_for_ever(backend, command, page):
+    backend.faults = [Fault(r"/runs/[^/]+$", page=page, times=10**6)]
+    code, outcome, _ = command("--wait")
+    assert (code, outcome["state"]) == (5, "unknown")
+    assert "it sent an answer that tells of no run" in outcome["message"]
