@@ -29,6 +29,7 @@ _MEANINGLESS_WITH = {
     "retry": ("schedule", "start_from", "dry_run", "upload", "run", "rerun", "sweep"),
     "schedule": ("wait", "run", "cancel_on_interrupt"),
 }
+_OF_A_RUN = ("assignments", "preset", "run_name", "experiment")
 _PROGRAM = Path(__file__).with_name("submit.py")
 _BETA = ("loss.beta=", "preference.loss.beta=", "preference_beta=")
 _NEEDS_WAIT = ("timeout_seconds", "cancel_on_interrupt")
@@ -95,12 +96,34 @@ def check(options: argparse.Namespace) -> None:
         )
 
 
+def passed_over(options: argparse.Namespace) -> str:
+    """What to say of options that are of a run of its own, beside an action that starts none.
+
+    They are no mistake to end with: whoever sends several commands gives all of them the same.
+    """
+    if options.retry and (names := _given(options, (*_OF_A_RUN, *_IMAGES_ONLY, "nodes"))):
+        return (
+            f"run {options.retry} goes on as it was sent, without {names}. With new settings it is "
+            "sent anew: finished steps come from the cache, and a training goes on from its last "
+            "checkpoint"
+        )
+    starts = options.run or options.wait or options.schedule
+    if options.upload and not starts and (names := _given(options, (*_OF_A_RUN, "start_from"))):
+        return f"registered without {names}: values are given with each run (--run, --schedule)"
+    return ""
+
+
+def _given(options: argparse.Namespace, names: Iterable[str]) -> str:
+    return ", ".join(filter(None, (_first(options, (name,)) for name in names)))
+
+
 def _first(options: argparse.Namespace, names: Iterable[str]) -> str:
     """The first of these options that was given, as it is written; else nothing."""
     for name in names:
         value = getattr(options, name)
         if value is not None and value is not False and value not in ("", []):
-            return {"start_from": "--from"}.get(name, f"--{name.replace('_', '-')}")
+            written = {"start_from": "--from", "assignments": "--set"}
+            return written.get(name, f"--{name.replace('_', '-')}")
     return ""
 
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from dpo.errors import ConfigError, PipelineError, RequestError, holds_password
 from dpo.storage.credentials import credential
@@ -57,7 +58,11 @@ def endpoint(
     if "://" not in host:
         # as kfp takes it, which warns of it
         host = f"https://{host}"
-    if not re.match(r"https?://[^/\s]", host):
+    # what a browser shows behind it is the UI's own
+    scheme, _, rest = host.partition("#")[0].partition("://")
+    # kfp takes another case for a name
+    host = f"{scheme.lower()}://{rest}"
+    if not _is_address(host):
         raise ConfigError(
             f"{host} is no address of an endpoint",
             where="KF_PIPELINES_ENDPOINT or --endpoint",
@@ -77,6 +82,16 @@ def endpoint(
         or os.environ.get("KF_PIPELINES_DEFAULT_EXPERIMENT_NAME")
         or "preference-fine-tuning",
     )
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        # a port that is none raises where it is read
+        named = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return named and parts.scheme in ("http", "https") and not re.search(r"[\s?]", url)
 
 
 def connect(target: Endpoint) -> Any:

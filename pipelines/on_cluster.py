@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from dpo.errors import ConfigError, PipelineError
 from pipelines import cluster, package, sending
-from pipelines.asked import not_empty
+from pipelines.asked import not_empty, passed_over
 from pipelines.outcome import Outcome
 from pipelines.request import check_texts
 from pipelines.shared_places import check_inputs, check_places
@@ -74,6 +74,8 @@ def run_on_cluster(
         check_places(documents, values)
         check_inputs(documents, values)
     client = cluster.connect(target)
+    if text := passed_over(options):
+        print(text, file=sys.stderr)
     if options.cancel:
         cluster.cancel(client, target, options.cancel)
         print(f"asked the endpoint to end run {options.cancel}", file=sys.stderr)

@@ -95,7 +95,7 @@ def read_run_manifest(url: str, run_id: str) -> dict[str, Any]:
     """The manifest of a run, in the newest format.
 
     Raises:
-        PipelineError: the run left none: it did not reach the gate.
+        PipelineError: the store has none of it.
         StoreError: the store does not answer.
     """
     store = open_store(url)
@@ -106,7 +106,8 @@ def read_run_manifest(url: str, run_id: str) -> dict[str, Any]:
         raise PipelineError(
             f"run {run_id} left no manifest in the store",
             where=url,
-            fix="look at the run in the UI: it ended before its gate",
+            fix="check the run's id, and that it published to this store; a run that did not come "
+            "to the end of its first step left none",
         ) from None
 
 

@@ -250,3 +250,11 @@ def test_an_answer_that_tells_of_no_run_is_not_waited_on_for_ever(backend, comma
     code, outcome, _ = command("--wait")
     assert (code, outcome["state"]) == (5, "unknown")
     assert "it sent an answer that tells of no run" in outcome["message"]
+
+
+@pytest.mark.parametrize("end", ["/", "/#/runs", "#/experiments/details/1"])
+def test_the_address_of_a_page_of_the_ui_is_that_of_its_endpoint(backend, command, end):
+    code, outcome, _ = command("--endpoint", f"{backend.url}{end}")
+    assert code == 0
+    assert outcome["where"] == f"{backend.url}/#/runs/details/{outcome['run_id']}"
+    assert command("--endpoint", backend.url.replace("http", "HTTP"))[0] == 0

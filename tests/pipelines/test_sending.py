@@ -246,9 +246,10 @@ def test_uploading_finds_its_version_among_hundreds(backend, command):
     (versions,) = backend.versions.values()
     others = [{**versions[0], "display_name": f"other-{number}"} for number in range(250)]
     versions[:0] = others
-    code, _, said = command("--upload")
+    code, _, said = command("--upload", "--set", "seed=1")
     assert code == 0
     assert "was registered before" in said
+    assert "registered without --set: values are given with each run" in said
 
 
 def test_a_pipeline_of_the_same_name_in_another_namespace_is_not_ours(backend, command):
