@@ -155,12 +155,41 @@ def refused_pods(kubectl: str) -> list[str]:
     """
     deadline = time.monotonic() + _PODS_SECONDS
     while True:
-        done = _kubectl(kubectl, "get", "deployments", "-n", _NAMESPACE, "-o", "json")
-        found = json.loads(done.stdout)["items"] if done.returncode == 0 else []
-        if time.monotonic() > deadline or all(_failure(each) or _made(each) for each in found):
-            why = {each["metadata"]["name"]: _failure(each) for each in found}
+        found = _items(kubectl, "deployments")
+        others = [each for each in _items(kubectl, "jobs,statefulsets") if not _has_pods(each)]
+        told = _told_by_events(kubectl, others) if others else {}
+        why = {each["metadata"]["name"]: _failure(each) for each in found} | told
+        made = all(_failure(each) or _made(each) for each in found) and len(told) == len(others)
+        if made or time.monotonic() > deadline:
             return [f"{name} gets no pod: {text}" for name, text in why.items() if text]
         time.sleep(0.5)
+
+
+def _items(kubectl: str, *asked: str) -> list[dict[str, Any]]:
+    done = _kubectl(kubectl, "get", *asked, "-n", _NAMESPACE, "-o", "json")
+    found: list[dict[str, Any]] = []
+    if done.returncode == 0 and done.stdout:
+        found = json.loads(done.stdout)["items"]
+    return found
+
+
+def _has_pods(each: dict[str, Any]) -> bool:
+    """Whether a job or a set has had pods, or is to have none."""
+    status, spec = each.get("status", {}), each.get("spec", {})
+    counted = ("active", "succeeded", "failed", "replicas", "currentReplicas")
+    idle = spec.get("suspend") or spec.get("replicas") == 0
+    return bool(idle or any(status.get(name) for name in counted))
+
+
+def _told_by_events(kubectl: str, waiting: list[dict[str, Any]]) -> dict[str, str]:
+    """Why these get no pods, by name: a job or a set says it in no condition of its own."""
+    names = {each["metadata"]["uid"]: each["metadata"]["name"] for each in waiting}
+    events = _items(kubectl, "events", "--field-selector", "reason=FailedCreate")
+    return {
+        names[uid]: event["message"]
+        for event in events
+        if (uid := event["involvedObject"].get("uid")) in names
+    }
 
 
 def _failure(deployment: dict[str, Any]) -> str:

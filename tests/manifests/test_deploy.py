@@ -1,6 +1,7 @@
 """What ``make deploy`` applies and says, without a cluster."""
 
 import json
+import time
 
 import pytest
 import yaml
@@ -100,3 +101,33 @@ def test_pods_that_a_quota_does_not_let_in_are_told(tmp_path, capsys, monkeypatc
     kubectl.chmod(0o755)
     assert deploy.main(["dev", "--kubectl", str(kubectl)]) == 0
     assert capsys.readouterr().out == f"dpo-service gets no pod: {why}\n"
+
+
+def test_a_job_that_gets_no_pod_is_told_by_its_events(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(deploy, "_PODS_SECONDS", 1.0)
+    why = 'pods "minio-setup-x" is forbidden: failed quota: mine: must specify limits.cpu'
+    answers = {
+        "deployments": [],
+        "jobs,statefulsets": [
+            {"metadata": {"name": "minio-setup", "uid": "1"}, "spec": {}, "status": {}},
+            {"metadata": {"name": "retention-1", "uid": "2"}, "status": {"succeeded": 1}},
+            {"metadata": {"name": "minio", "uid": "3"}, "status": {"replicas": 1}},
+        ],
+        "events": [
+            {"involvedObject": {"uid": "1"}, "message": why},
+            # of a pod that was refused before, and of a job that is gone
+            {"involvedObject": {"uid": "3"}, "message": "once"},
+            {"involvedObject": {"uid": "4"}, "message": "gone"},
+        ],
+    }
+    for name, items in answers.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"items": items}))
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(
+        f'#!/bin/sh\n[ "$1" != get ] || cat "{tmp_path}/$2.json" 2>/dev/null\nexit 0\n'
+    )
+    kubectl.chmod(0o755)
+    began = time.monotonic()
+    assert deploy.main(["dev", "--kubectl", str(kubectl)]) == 0
+    assert capsys.readouterr().out == f"minio-setup gets no pod: {why}\n"
+    assert time.monotonic() - began < 1.0
