@@ -35,7 +35,8 @@ def run_finish(store_url: str, run_id: str, state: str, reason: str = "") -> dic
 
     Args:
         store_url: Where the run publishes to; may be empty or unreachable for a run that failed.
-        run_id: Names the run's folder in the store.
+        run_id: Names the run's folder in the store. Where both are empty, in a pipeline of somebody
+            else, nothing is written, and the backend's word is all that is known.
         state: What the backend says of the steps: SUCCEEDED, COMPLETE, FAILED, CANCELED or others.
         reason: What the backend says of a failure.
 
@@ -50,8 +51,9 @@ def run_finish(store_url: str, run_id: str, state: str, reason: str = "") -> dic
     if unread and state in _GOOD_STATES:
         # with nothing known it would be told, and written once the store is back, as a failure
         raise unread
+    alone = not (store_url or run_id)
     ended = {
-        "state": _how_it_ended(known, state),
+        "state": _as_told(state) if alone else _how_it_ended(known, state),
         "backend_state": state,
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -60,11 +62,14 @@ def run_finish(store_url: str, run_id: str, state: str, reason: str = "") -> dic
     text = _message(store, run_id, known, ended)
     ended["notification"] = _notify(text)
     try:
-        if store is None:
+        if alone:
+            message("finish", "no store and no run_id is given: the run's end is written nowhere")
+        elif store is None:
             raise ConfigError("the run has no store, so its end is written nowhere")
-        if unread:
+        elif unread:
             raise unread
-        write_run_manifest(store, run_id, **ended)
+        else:
+            write_run_manifest(store, run_id, **ended)
     except DpoError as error:
         if state in _GOOD_STATES or ended["state"] in _GOOD_ENDS:
             raise
@@ -116,6 +121,12 @@ def _how_it_ended(known: dict[str, Any], state: str) -> str:
     if not verdict.get("approved"):
         return "refused"
     return "succeeded" if known.get("published") else "failed"
+
+
+def _as_told(state: str) -> str:
+    if state in ("CANCELED", "CANCELLED"):
+        return "cancelled"
+    return "succeeded" if state in _GOOD_STATES else "failed"
 
 
 def _message(

@@ -127,6 +127,18 @@ def test_a_store_that_is_missing_hides_no_failure_and_fails_no_failed_run():
         run_finish("", "r1", "SUCCEEDED")
 
 
+@pytest.mark.parametrize(
+    ("state", "ended"),
+    [("SUCCEEDED", "succeeded"), ("COMPLETE", "succeeded"), ("FAILED", "failed")],
+)
+def test_the_step_alone_needs_neither_a_run_nor_a_store(capsys, state, ended):
+    """In a pipeline of somebody else no manifest tells more than the backend does."""
+    assert run_finish("", "", state)["state"] == ended
+    said = capsys.readouterr().err
+    assert "no store and no run_id is given" in said
+    assert f"the run ended: {ended}" in said
+
+
 @pytest.mark.parametrize(("approved", "raises"), [(True, True), (False, True), (None, False)])
 def test_an_end_that_cannot_be_written_fails_a_run_that_did_not_fail(
     url, monkeypatch, approved, raises
