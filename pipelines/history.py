@@ -162,6 +162,11 @@ def changes(step: str, plan: Mapping[str, str], before: Mapping[str, str]) -> li
     for part in ("fingerprint", "settings"):
         name = f"{step}_{part}"
         now, then = (_flat(json.loads(p.get(name, "{}"))) for p in (plan, before))
+        if part == "fingerprint" and ("artifact" in now) != ("artifact" in then):
+            # the two ways have no input in common that could have changed
+            way = "taken from an earlier artifact" if "artifact" in now else "no artifact is given"
+            found.append(Change("artifact", way))
+            continue
         for key in sorted({*now, *then}):
             if now.get(key) == then.get(key):
                 continue

@@ -102,3 +102,14 @@ def test_a_package_tells_its_candidates_also_where_ingest_is_shared():
     candidates = parse_sweep(["loss.beta=0.3,0.7"])
     assert package.candidates_of(package.local_package(Sweep(candidates, 1), 3)) == candidates
     assert package.candidates_of(package.load_package()) == ()
+
+
+def test_a_step_that_takes_an_artifact_is_not_said_to_read_other_data():
+    own = {"sft_fingerprint": json.dumps({"code": "c", "data": "d", "model": "m"})}
+    taken = {"sft_fingerprint": json.dumps({"artifact": "a"})}
+    for now, before, text in (
+        (taken, own, "taken from an earlier artifact"),
+        (own, taken, "no artifact is given"),
+    ):
+        (change,) = history.changes("sft", now, before)
+        assert (change.kind, change.text) == ("artifact", text)
