@@ -11,10 +11,15 @@ import fcntl
 import os
 import secrets
 import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
 
 from dpo.distributed.together import agree, is_first_of_host
+
+_HELD = (errno.EAGAIN, errno.EACCES)
+_TRIES, _PAUSE_SECONDS = 100, 0.02
+"""Others hold a lock for as long as it takes to look, or to remove one file."""
 
 
 class Attempt:
@@ -31,9 +36,7 @@ class Attempt:
             # on a full disk, or where no locks are known, it goes on without
             with suppress(OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._lock = os.open(self._alive(self._name), os.O_RDWR | os.O_CREAT, 0o644)
-                # shared: each host of the run holds it
-                fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                self._lock = _hold(self._alive(self._name))
         return self.folder / f".step-{number}.{self._name}.partial"
 
     def end(self) -> None:
@@ -46,26 +49,64 @@ class Attempt:
 
     def tidy(self) -> None:
         """Remove what was begun by runs that have ended."""
+        for file in self.folder.glob(".*.alive"):
+            self._lives(file.name.split(".")[1], remove=True)
+        # a run holds its lock before it begins one of these
         for partial in self.folder.glob(".step-*"):
             if not self._lives(partial.name.split(".")[-2]):
                 shutil.rmtree(partial, ignore_errors=True)
-        for file in self.folder.glob(".*.alive"):
-            if not self._lives(file.name.split(".")[1]):
-                file.unlink(missing_ok=True)
 
     def _alive(self, name: str) -> Path:
         return self.folder / f".{name}.alive"
 
-    def _lives(self, name: str) -> bool:
-        """Whether a run holds its lock: not where the file system knows none."""
+    def _lives(self, name: str, *, remove: bool = False) -> bool:
+        """Whether a run holds its lock: not where the file system knows none.
+
+        With ``remove`` the file goes if it does not, while nobody else can take its lock.
+        """
+        path = self._alive(name)
         try:
-            file = os.open(self._alive(name), os.O_RDWR)
+            file = os.open(path, os.O_RDWR)
         except OSError:
             return False
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            return error.errno in (errno.EAGAIN, errno.EACCES)
+            held = not _taken(file, fcntl.LOCK_EX)
+            if remove and not held:
+                path.unlink(missing_ok=True)
         finally:
             os.close(file)
+        return held
+
+
+def _hold(path: Path) -> int:
+    """Make the file and take its lock; returns what keeps both.
+
+    A run that tidies between the two takes the file for one of a run that has ended.
+
+    Raises:
+        OSError: it could not be made, or others held it each time.
+    """
+    for _ in range(_TRIES):
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        # shared: each host of the run holds it
+        if _taken(file, fcntl.LOCK_SH) and _is_at(file, path):
+            return file
+        os.close(file)
+        time.sleep(_PAUSE_SECONDS)
+    raise TimeoutError(errno.ETIMEDOUT, "others held it each time", str(path))
+
+
+def _taken(file: int, how: int) -> bool:
+    """Whether nobody else has the lock; where no locks are known, nobody has."""
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in _HELD
+    return True
+
+
+def _is_at(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
         return False

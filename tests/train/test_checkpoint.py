@@ -1,5 +1,7 @@
 """What the thread does that completes a checkpoint."""
 
+import errno
+import fcntl
 import shutil
 import threading
 
@@ -9,6 +11,7 @@ import torch
 from dpo.errors import ArtifactError, StoreError
 from dpo.storage.store import open_store
 from dpo.train import checkpoint
+from dpo.train.attempt import Attempt
 from dpo.train.checkpoint import Checkpoints
 from dpo.train.place import Place
 from dpo.train.position import Position
@@ -110,6 +113,47 @@ def test_a_second_run_leaves_what_the_first_one_writes(tmp_path, monkeypatch):
     first.finish()
     first.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "identity.json", "step-3"]
+
+
+@pytest.mark.parametrize("looks_or_removes", ["looks", "removes"])
+def test_a_run_that_tidies_while_another_begins_does_not_take_it_for_dead(
+    tmp_path, monkeypatch, looks_or_removes
+):
+    """Between the making of its file and its lock: the file was removed, or the lock refused; the
+    next run then removed the checkpoint that this one was writing."""
+    first, second, third = (Attempt(tmp_path) for _ in range(3))
+    lock, meanwhile = fcntl.flock, []
+
+    def flock(file, how):
+        if how & fcntl.LOCK_SH and not meanwhile:
+            meanwhile.append(how)
+            if looks_or_removes == "removes":
+                second.tidy()
+            else:
+                raise BlockingIOError(errno.EAGAIN, "another looks at it")
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    partial = first.begin(3)
+    partial.mkdir()
+    third.tidy()
+    assert partial.is_dir()
+    first.end()
+    third.tidy()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_the_file_system_knows_no_locks_a_checkpoint_is_begun_all_the_same(
+    tmp_path, monkeypatch
+):
+    def unknown(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    saved(tmp_path)
+    assert (tmp_path / "LATEST").read_text() == "step-3\n"
+    Attempt(tmp_path).tidy()
+    assert list(tmp_path.glob(".*")) == []
 
 
 def in_store(tmp_path):
