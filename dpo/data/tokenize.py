@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,8 @@ from dpo.errors import DataError, ModelError
 Ids = npt.NDArray[np.int32]
 TruncationMode = Literal["keep_end", "keep_start"]
 
+_SENTENCEPIECE = b"\x0a"
+"""First byte of a file that SentencePiece wrote: of protobuf's first field, the pieces."""
 _TEXT = "\n\nHuman: How do I write a test?\n\nAssistant: Begin with what may go wrong, 123."
 
 
@@ -73,7 +76,10 @@ def load_tokenizer(folder: Path | str, *, trust_remote_code: bool = False) -> An
         ModelError: there is none, or it has no end-of-sequence token.
     """
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
+    # what it would say of a tokenizer that cannot be loaded is in the message
+    logging.set_verbosity_error()
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -91,6 +97,8 @@ def load_tokenizer(folder: Path | str, *, trust_remote_code: bool = False) -> An
                 where=str(Path(folder, "config.json")),
                 fix="correct that file (a type's name may be wrong), or fetch the model again",
             ) from None
+        if problem := _sentencepiece(Path(folder)):
+            raise problem from None
         raise ModelError(
             f"the tokenizer cannot be loaded: {reason}",
             where=str(folder),
@@ -116,6 +124,22 @@ def _is_of_config(folder: Path | str, problem: Exception) -> bool:
     except Exception as error:
         return str(error) == str(problem)
     return False
+
+
+def _sentencepiece(folder: Path) -> ModelError | None:
+    """What to say where it is SentencePiece that transformers lacks: it then asks for tiktoken."""
+    found = [path for path in folder.glob("*.model") if path.read_bytes()[:1] == _SENTENCEPIECE]
+    if not found or (folder / "tokenizer.json").is_file():
+        return None
+    installed = find_spec("sentencepiece") is not None
+    return ModelError(
+        f"the tokenizer is there as {found[0].name} alone, which needs the package sentencepiece: "
+        f"it is {'here, but could not read the file' if installed else 'not installed'}",
+        where=str(found[0]),
+        fix="write tokenizer.json beside it once, where transformers and sentencepiece are: "
+        "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER). Or set "
+        "model.tokenizer_name_or_path to a folder or hub id that has one",
+    )
 
 
 def _has_code(folder: Path | str) -> bool:

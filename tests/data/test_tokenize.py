@@ -117,6 +117,22 @@ def test_no_tokenizer_is_one_message(tmp_path: Path) -> None:
         load_text_tokenizer(tmp_path)
 
 
+def test_a_tokenizer_that_needs_sentencepiece_says_so(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """transformers, without that package, asks for tiktoken, which cannot read such a file."""
+    # one piece "<unk>" of the kind UNKNOWN, as protobuf writes it
+    piece = b"\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02"
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a" + bytes([len(piece)]) + piece)
+    config = {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    for load in (load_tokenizer, load_text_tokenizer):
+        with pytest.raises(ModelError, match=r"tokenizer\.model alone.*sentencepiece") as caught:
+            load(tmp_path)
+        assert "tokenizer.json" in caught.value.fix
+    assert capfd.readouterr().err == ""
+
+
 def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
     place = builtin("builtin:tiny")
     assert place is not None
