@@ -25,7 +25,7 @@ from dpo.errors import ConfigError, TrainingStopped
 from dpo.storage.manifest import MANIFEST
 from dpo.storage.progress import message
 from dpo.train.place import ROOT_VARIABLE
-from dpo.train.reference import run_reference
+from dpo.train.reference import is_scored, run_reference
 from dpo.train.stage import run_train
 
 
@@ -54,7 +54,12 @@ def train_directly(
         run_ingest(restrict(config, "ingest"), data)
     if config.loss.needs_reference and reference is None:
         reference = run_dir / "reference"
-        run_reference(restrict(config, "reference"), reference, pairs=data, model=base)
+        scoring = restrict(config, "reference")
+        goes_on = config.resume != "never" and not (target / MANIFEST).is_file()
+        if goes_on and is_scored(scoring, reference, pairs=data, model=base):
+            message(stage, f"goes on with the log-probabilities in {reference}")
+        else:
+            run_reference(scoring, reference, pairs=data, model=base)
     try:
         run_train(
             restrict(config, stage),

@@ -9,14 +9,14 @@ import numpy as np
 import torch.distributed as dist
 
 from dpo.config.schema import RunConfig
-from dpo.config.stages import stage_settings
+from dpo.config.stages import OUT_OF_BAND, stage_settings
 from dpo.data.log_probs import PairLogProbs, write_log_probs
 from dpo.data.schema import TEST, TRAIN
 from dpo.data.tokenize import TokenizedExample
 from dpo.distributed.device import best_device
 from dpo.distributed.launch import is_shared, launch
 from dpo.distributed.together import is_first
-from dpo.errors import NonFiniteError
+from dpo.errors import ArtifactError, NonFiniteError
 from dpo.modeling.archive import checkpoint_folder
 from dpo.modeling.budget import token_budget
 from dpo.modeling.load import check_length, load_for_training
@@ -66,9 +66,7 @@ def run_reference(
         launch(run_reference, "reference", config, paths, code, timeout_seconds=wait)
         return read_manifest(output, stage="reference")
     device = best_device()
-    inputs = {"pairs": read_manifest(pairs, stage="ingest").content_hash}
-    if scorer := _scorer(config, model):
-        inputs["model"] = scorer
+    inputs = _input_hashes(config, pairs, model)
     # the types may differ by explicit choice; the check at step 0 then says by how much it shows
     settings = config.model.model_copy(update={"policy_dtype": config.model.reference_dtype})
     load = partial(load_for_training, settings, model, device=device)
@@ -108,6 +106,38 @@ def run_reference(
             code=code,
             details={"pairs": len(every), "tokens": sum(e.n_tokens for e in every)},
         )
+
+
+def is_scored(config: RunConfig, output: Path, *, pairs: Path, model: Path | None = None) -> bool:
+    """Whether ``output`` already holds what ``run_reference`` would make, within rounding.
+
+    Other processes or threads round otherwise. A training that was ended goes on with the bits that
+    it began with: checkpoints are of no use to others.
+
+    Args:
+        config: As for ``run_reference``.
+        output: The folder.
+        pairs: As there.
+        model: As there.
+    """
+    try:
+        made = read_manifest(output, stage="reference")
+    except ArtifactError:
+        return False
+    inputs = _input_hashes(config, pairs, model)
+    if "model" not in inputs:
+        # a file of weights, which may be another one by now
+        return False
+    settings = stage_settings(config, "reference")
+    differ = {key for key, value in settings.items() if made.settings.get(key) != value}
+    return made.inputs == inputs and differ <= OUT_OF_BAND
+
+
+def _input_hashes(config: RunConfig, pairs: Path, model: Path | None) -> dict[str, str]:
+    inputs = {"pairs": read_manifest(pairs, stage="ingest").content_hash}
+    if scorer := _scorer(config, model):
+        inputs["model"] = scorer
+    return inputs
 
 
 def _scorer(config: RunConfig, model: Path | None) -> str:

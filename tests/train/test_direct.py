@@ -131,6 +131,45 @@ def test_the_reference_is_scored_where_none_is_given(prepared, tmp_path, monkeyp
     assert read_manifest(tmp_path / "reference", stage="reference").details["pairs"] == 13
 
 
+def test_a_run_goes_on_with_the_log_probabilities_that_it_began_with(
+    prepared, tmp_path, monkeypatch, capsys
+):
+    """They were made anew. Of another number of processes they are other bits, so the same command
+    was told that the checkpoints are those of another run."""
+    words = [*SETTINGS, "n_examples=24", "n_eval_examples=4"]
+
+    def train(*more):
+        config = compose([*words, *more]).config
+        given = {"data": prepared.data, "base": prepared.sft}
+        return train_directly(config, output=tmp_path / "model", **given)
+
+    with monkeypatch.context() as changed:
+        stop_after(changed, 2)
+        with pytest.raises(TrainingStopped):
+            train()
+    made = tmp_path / "reference/manifest.json"
+    at = made.stat().st_mtime_ns
+    train("process_timeout_seconds=99")
+    assert "goes on after step 2" in capsys.readouterr().err
+    assert made.stat().st_mtime_ns == at
+    # complete: the next one is a new run
+    train()
+    assert made.stat().st_mtime_ns > at
+
+
+def test_log_probabilities_of_other_settings_are_made_anew(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(direct, "run_train", lambda *_, **__: None)
+    made = tmp_path / "reference/manifest.json"
+
+    def train(*more):
+        config = compose([*SETTINGS, "n_examples=8", *more]).config
+        train_directly(config, data=prepared.data, base=prepared.sft, output=tmp_path / "model")
+        return made.stat().st_mtime_ns
+
+    times = [train(), train(), train("n_eval_examples=4"), train("n_eval_examples=4")]
+    assert times[0] == times[1] < times[2] == times[3] < train("resume=never", "n_eval_examples=4")
+
+
 @pytest.mark.parametrize(
     ("position", "words"),
     [
