@@ -122,9 +122,9 @@ def launch(
 
     _raise_open_files()
     prepare()
-    agent = _launch_config(port, timeout_seconds)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        agent = _launch_config(port, timeout_seconds, logs=name)
         file = folder / "job.json"
         job = {
             "run": [run.__module__, run.__qualname__],
@@ -148,7 +148,8 @@ def launch(
         return _process_file(folder, 0).exists()
 
 
-def _launch_config(port: int, timeout_seconds: int) -> Any:
+def _launch_config(port: int, timeout_seconds: int, logs: str | None = None) -> Any:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
     hosts = n_hosts()
@@ -173,6 +174,8 @@ def _launch_config(port: int, timeout_seconds: int) -> Any:
         rdzv_endpoint=endpoint or f"127.0.0.1:{port}",
         rdzv_configs=rendezvous,
         max_restarts=0,
+        # else torch makes a folder in the system's temporary one, and leaves it there
+        logs_specs=DefaultLogsSpecs(log_dir=logs),
         monitor_interval=0.1,
         # a host alone need not find its own name
         local_addr=os.environ.get("PET_LOCAL_ADDR") or (None if hosts > 1 else "127.0.0.1"),

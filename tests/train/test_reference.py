@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from dataclasses import replace
 
 import numpy as np
@@ -60,6 +61,10 @@ def test_a_basic_trainer_is_one_process(prepared, tmp_path, monkeypatch):
 
 
 def test_a_process_that_fails_is_one_message(prepared, tmp_path, monkeypatch):
+    """And leaves nothing: torch's agent made a folder of its own in /tmp for every run."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     monkeypatch.setenv("DPO_PROCESSES", "2")
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -70,6 +75,7 @@ def test_a_process_that_fails_is_one_message(prepared, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="weights are missing"):
         run_reference(config, tmp_path / "out", pairs=prepared.data)
     assert not (tmp_path / "out").exists()
+    assert [path.name for path in temporary.iterdir() if "inductor" not in path.name] == []
 
 
 @pytest.mark.parametrize("stage", ["reference", "sft"])
