@@ -123,7 +123,8 @@ def mode_of(config: RunConfig, machine: Machine, devices: int) -> Mode:
 
 
 def _is_fused(config: RunConfig, shape: Architecture, machine: Machine) -> bool:
-    plain = config.model.kernels != "auto" or config.model.compile
+    # liger-kernel's keep as little: 41.5 GiB where ours take 41.1 (a Llama of 1.2 B, an H100)
+    plain = config.model.kernels == "plain" or config.model.compile
     return machine.gpus > 0 and not plain and shape.model_type in FUSED
 
 

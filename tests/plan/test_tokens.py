@@ -42,6 +42,7 @@ def config(tmp_path):
     [
         (LLAMA_1B, ["micro_batch_tokens=15248"], 41.15),
         (LLAMA_1B, ["micro_batch_tokens=15248", "model.kernels=plain"], 50.23),
+        (LLAMA_1B, ["micro_batch_tokens=15248", "model.kernels=liger"], 41.48),
         (LLAMA_1B, ["micro_batch_tokens=8192"], 32.03),
         (LLAMA_1B, ["micro_batch_tokens=4096"], 26.97),
         (LLAMA_1B, ["micro_batch_tokens=2048"], 23.52),
