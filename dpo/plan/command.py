@@ -182,7 +182,7 @@ def as_text(plan: Plan) -> str:
             f"({'a step under fake tensors' if plan.simulated else 'by account'})",
             *shares,
             "",
-            f"tokens at once     {plan.micro_batch_tokens:10,}  (micro_batch_tokens)",
+            f"tokens at once     {plan.micro_batch_tokens:10,}  (at most; micro_batch_tokens)",
             f"tokens a pair      {lengths.tokens:10.1f}  (prompt {lengths.prompt:.0f}, responses "
             f"{', '.join(f'{value:.0f}' for value in lengths.responses)}; {lengths.source})",
             f"TFLOP a pair       {plan.flops.training / 1e12:10.4g}",

@@ -11,7 +11,7 @@ from dpo.config.schema import RunConfig
 from dpo.plan.advice import advice
 from dpo.plan.architecture import architecture_of
 from dpo.plan.compute import Flops, flops, seconds
-from dpo.plan.job import GIB, Machine, job_of, lora_rank
+from dpo.plan.job import GIB, Machine, job_of, lora_rank, tokens_at_once
 from dpo.plan.kinds import KNOWN_MARGIN, UNKNOWN_MARGIN
 from dpo.plan.lengths import DEFAULT, Lengths
 from dpo.plan.memory import COMPARED, Memory, predict, reserve
@@ -33,7 +33,7 @@ class Plan:
     machine: Machine
     lengths: Lengths
     micro_batch_tokens: int
-    """Tokens that go through the model at once on a device."""
+    """Tokens that go through the model at once on a device, at most."""
     memory: Memory
     flops: Flops
     pairs: int | None
@@ -102,8 +102,7 @@ def plan_stage(
     found = (lengths or DEFAULT).for_sft() if stage == "sft" else lengths or DEFAULT
     check_length(shape, config.max_length)
     check_spread(config, shape, max(1, machine.gpus))
-    job = job_of(config, shape, machine, found)
-    memory = predict(job)
+    memory = predict(job_of(config, shape, machine, found))
     frozen = lora_rank(config) is not None
     each = flops(
         shape,
@@ -122,7 +121,7 @@ def plan_stage(
         parameters_margin=KNOWN_MARGIN if shape.known else UNKNOWN_MARGIN,
         machine=machine,
         lengths=found,
-        micro_batch_tokens=job.micro_batch_tokens,
+        micro_batch_tokens=tokens_at_once(config, shape, machine),
         memory=memory,
         flops=each,
         pairs=pairs,
