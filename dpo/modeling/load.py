@@ -69,6 +69,8 @@ def load_model(
             device=device,
             trust_remote_code=trust_remote_code,
             kernels=kernels,
+            compiled=compiled,
+            output_layer=output_layer,
             weights=weights,
         )
         # merged weights have the base's names and shapes

@@ -15,6 +15,7 @@ from dpo.config.models import LoraConfig, ModelConfig
 from dpo.config.places import builtin
 from dpo.config.stages import restrict
 from dpo.errors import ConfigError, ModelError
+from dpo.modeling import kernels
 from dpo.modeling.load import load_for_training, load_model
 from dpo.modeling.lora import (
     add_adapter,
@@ -64,7 +65,7 @@ def test_the_base_is_its_own_reference(prepared, tmp_path):
     }
 
 
-def test_an_adapter_alone_is_the_merged_model(prepared, tmp_path):
+def test_an_adapter_alone_is_the_merged_model(prepared, tmp_path, monkeypatch):
     paths = prepared.paths(sft=False)
     run_train(config_of("dpo"), tmp_path / "merged", **paths)
     run_train(config_of("dpo", "lora.save=adapter"), tmp_path / "adapter", **paths)
@@ -78,6 +79,14 @@ def test_an_adapter_alone_is_the_merged_model(prepared, tmp_path):
     # as a start for more training too, and by peft itself
     policy, _ = load_for_training(ModelConfig(), tmp_path / "adapter")
     torch.testing.assert_close(policy.state_dict(), found)
+    # with the settings of the model
+    monkeypatch.setattr(kernels, "has_linear_cross_entropy", lambda: True)
+    compiled = []
+    monkeypatch.setattr(kernels, "compile_blocks", compiled.append)
+    settings = ModelConfig(output_layer="torch", compile=True)
+    policy, _ = load_for_training(settings, tmp_path / "adapter")
+    assert kernels.is_by_torch(policy)
+    assert compiled == [policy]
     # with all weights, which peft had frozen
     whole = config_of("sft", "lora.enabled=false", "n_examples=8")
     run_train(whole, tmp_path / "whole", pairs=prepared.data, base=tmp_path / "adapter")
