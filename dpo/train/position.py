@@ -47,12 +47,14 @@ class Position:
         self.processes, self.tokens = processes, tokens
         self.threads = torch.get_num_threads()
 
-    def other_rounding(self, processes: int) -> str:
+    def other_rounding(self, processes: int, tokens: int) -> str:
         """Why what follows is not what the run that wrote this would have done, to the bit; or
         nothing."""
         threads = torch.get_num_threads()
         if self.processes != processes:
             change = f"written by {self.processes} processes, now {processes}"
+        elif self.tokens not in (0, tokens):
+            change = f"written with {self.tokens:,} tokens at once, now {tokens:,}"
         elif not torch.cuda.is_available() and self.threads not in (0, threads):
             # sums over other parts, and other rows at once
             change = f"written with {self.threads} threads, now {threads}"

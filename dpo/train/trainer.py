@@ -130,10 +130,12 @@ class Trainer:
         assert self.checkpoints is not None
         self.position = self.checkpoints.load(path, self.objective.model, self.optimizer)
         self._began_with = self.position.steps
+        budget = self.objective.token_budget
         if self.config.micro_batch_tokens is None and self.position.tokens:
-            # chosen for the device that it began on; other rows give other sums
-            self.objective.token_budget = self.position.tokens
-        other = self.position.other_rounding(self.objective.ranks.processes)
+            # chosen for the device that it began on; other rows give other sums, but fewer GPUs or
+            # smaller ones may not take them
+            budget = self.objective.token_budget = min(budget, self.position.tokens)
+        other = self.position.other_rounding(self.objective.ranks.processes, budget)
         message(self.stage, f"goes on after step {self.position.steps}, from {path.name}{other}")
         self.position.processes = self.objective.ranks.processes
 

@@ -176,6 +176,7 @@ def test_log_probabilities_of_other_settings_are_made_anew(prepared, tmp_path, m
         (Position(processes=2, threads=3), "written by 2 processes, now 1"),
         (Position(threads=3), "written with 3 threads, now 2"),
         (Position(threads=2), ""),
+        (Position(threads=2, tokens=16384), "written with 16,384 tokens at once, now 2,048"),
         # an earlier version did not say
         (Position(), ""),
     ],
@@ -183,7 +184,7 @@ def test_log_probabilities_of_other_settings_are_made_anew(prepared, tmp_path, m
 def test_what_makes_a_run_go_on_within_rounding_only_is_said(position, words, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    said = position.other_rounding(1)
+    said = position.other_rounding(1, 2048)
     assert words in said
     assert bool(said) is bool(words)
 
@@ -207,6 +208,20 @@ def test_what_goes_on_keeps_the_rows_that_were_chosen_for_it(
     monkeypatch.setattr(Trainer, "train_step", noted)
     train(prepared, tmp_path, *words)
     assert set(used) == {tokens}
+
+
+def test_what_goes_on_with_less_memory_takes_fewer_tokens(prepared, tmp_path, monkeypatch, capfd):
+    """Its checkpoints would be lost: what was chosen does not fit, and set otherwise it is another
+    run."""
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "token_budget", lambda *_: 96)
+        stop_after(patched, 1)
+        with pytest.raises(TrainingStopped):
+            train(prepared, tmp_path)
+    monkeypatch.setattr(stage, "token_budget", lambda *_: 80)
+    train(prepared, tmp_path)
+    assert "written with 96 tokens at once, now 80: equal within rounding" in capfd.readouterr().err
+    assert json.loads((tmp_path / "model/run.json").read_text())["micro_batch_tokens"] == 80
 
 
 def test_a_full_gpu_is_one_message(prepared, tmp_path, monkeypatch):
