@@ -28,7 +28,7 @@ from dpo.distributed.device import best_device
 from dpo.distributed.together import each_a_share
 from dpo.errors import ModelError
 from dpo.evaluate.kl import kl_figures
-from dpo.modeling.budget import token_budget
+from dpo.modeling.budget import scoring_budget
 from dpo.modeling.generation import Answer, answer, decode, encode
 from dpo.modeling.load import load_model
 from dpo.modeling.losses import uses_means
@@ -193,7 +193,7 @@ class Measurement:
             model,
             examples,
             dtype=compute_dtype(types or self.config.model, self.device),
-            token_budget=token_budget(self.config, model, self.device),
+            token_budget=scoring_budget(self.config, model, self.device),
             bar=bar,
         )
 

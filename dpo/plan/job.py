@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from dpo.config.schema import RunConfig
 from dpo.errors import ConfigError
 from dpo.plan.adapters import lora_parameters
 from dpo.plan.compute import DEFAULT_GPU, DEFAULT_UTILISATION, MEMORY_GIB, PEAK_TFLOPS
 from dpo.plan.lengths import DEFAULT, Lengths
-from dpo.plan.memory import FUSED, Job, Mode, predict
+from dpo.plan.memory import FUSED, Job, Mode, predict, scoring
 from dpo.plan.shape import Architecture
 
 GIB = float(2**30)
@@ -71,8 +72,8 @@ def job_of(config: RunConfig, shape: Architecture, machine: Machine, lengths: Le
     at_once = tokens_at_once(config, shape, machine)
     share = config.batch_size / _shares(config, devices)
     micro_batches = max(config.gradient_accumulation_steps, share * lengths.tokens / at_once)
-    a_step = share / config.gradient_accumulation_steps * lengths.tokens
-    longest = lengths.longest or 2 * config.max_length - config.max_prompt_length
+    a_step = _pairs_at_once(config, machine) * lengths.tokens
+    longest = _longest(config, lengths)
     rank = lora_rank(config)
     # with a shard a group of processes, hybrid sharding shares weights within a group only
     shards = max(1, devices // config.trainer.replicas)
@@ -92,6 +93,17 @@ def job_of(config: RunConfig, shape: Architecture, machine: Machine, lengths: Le
         fused=_is_fused(config, shape, machine),
         responses=min(1.0, _MORE_RESPONSES * sum(lengths.responses) / lengths.tokens),
     )
+
+
+def _pairs_at_once(config: RunConfig, machine: Machine) -> float:
+    """Pairs of a micro-batch, on one device."""
+    shares = _shares(config, _devices(config, machine))
+    return config.batch_size / shares / config.gradient_accumulation_steps
+
+
+def _longest(config: RunConfig, lengths: Lengths) -> int:
+    """Most tokens of a pair."""
+    return lengths.longest or 2 * config.max_length - config.max_prompt_length
 
 
 def lora_rank(config: RunConfig) -> int | None:
@@ -135,10 +147,57 @@ def tokens_at_once(config: RunConfig, shape: Architecture, machine: Machine) -> 
     """
     if config.micro_batch_tokens is not None:
         return config.micro_batch_tokens
+
+    def needed(tokens: int) -> float:
+        changed = config.model_copy(update={"micro_batch_tokens": tokens})
+        job = job_of(changed, shape, machine, DEFAULT)
+        # the longest pairs may come together; evaluation fills rows with those of many steps
+        together = _pairs_at_once(config, machine) * _longest(config, DEFAULT)
+        training = replace(job, micro_batch_tokens=min(tokens, max(round(together), job.longest)))
+        return max(predict(training).total, scoring(replace(job, micro_batch_tokens=tokens)))
+
+    return _most_tokens(needed, shape, machine)
+
+
+def tokens_to_score(
+    config: RunConfig, shape: Architecture, machine: Machine, *, dtype: str, shards: int
+) -> int:
+    """Likewise for a step that trains nothing, and reads no settings of training.
+
+    Args:
+        config: Settings of such a step.
+        shape: The model.
+        machine: Where it runs.
+        dtype: Type of the weights.
+        shards: Devices that share the weights; 1: each has them all.
+    """
+    if config.micro_batch_tokens is not None:
+        return config.micro_batch_tokens
+    products: Mode = "float32" if config.model.compute_dtype == "float32" else "autocast"
+    job = Job(
+        shape=shape,
+        micro_batch_tokens=FEW_TOKENS,
+        longest=config.max_length,
+        devices=shards,
+        weights_dtype=dtype,
+        mode=products if dtype == "float32" else "half",
+        optimizer="AdamW",
+        checkpointing="none",
+        several_micro_batches=False,
+        # nothing is trained
+        adapter_parameters=0,
+        on_gpu=machine.gpus > 0,
+        fused=_is_fused(config, shape, machine),
+    )
+    return _most_tokens(
+        lambda tokens: scoring(replace(job, micro_batch_tokens=tokens)), shape, machine
+    )
+
+
+def _most_tokens(needed: Callable[[int], float], shape: Architecture, machine: Machine) -> int:
+    """The most tokens for which the account of bytes stays below the safe share."""
     if machine.gpus and shape.known:
         for tokens in _MANY_TOKENS:
-            changed = config.model_copy(update={"micro_batch_tokens": tokens})
-            needed = predict(job_of(changed, shape, machine, DEFAULT)).total
-            if needed <= _SAFE_SHARE * machine.memory_gib * GIB:
+            if needed(tokens) <= _SAFE_SHARE * machine.memory_gib * GIB:
                 return tokens
     return FEW_TOKENS

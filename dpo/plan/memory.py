@@ -144,6 +144,16 @@ def predict(job: Job) -> Memory:
     return max(moments, key=lambda memory: memory.total)
 
 
+def scoring(job: Job) -> float:
+    """Bytes at the peak of a pass without gradients, of a row of ``micro_batch_tokens``."""
+    weights, _, optimizer = _states(job)
+    gathered, _, casts = _gathered(job)
+    # what a block keeps for backward is what it has made
+    activations = _tokens(job) * (_block(job) + _working(job))
+    total = weights + gathered + casts + optimizer + activations + _logits(job)
+    return total + reserve(total) if job.on_gpu else total
+
+
 def _at_the_head(job: Job) -> Memory:
     """Between forward and backward: logits, and what all blocks have kept."""
     weights, gradients, optimizer = _states(job)

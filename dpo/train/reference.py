@@ -18,7 +18,7 @@ from dpo.distributed.launch import is_shared, launch
 from dpo.distributed.together import is_first
 from dpo.errors import ArtifactError, NonFiniteError
 from dpo.modeling.archive import checkpoint_folder
-from dpo.modeling.budget import token_budget
+from dpo.modeling.budget import scoring_budget
 from dpo.modeling.load import check_length, load_for_training
 from dpo.modeling.memory import enough_memory
 from dpo.modeling.precision import compute_dtype
@@ -86,7 +86,7 @@ def run_reference(
             policy,
             every,
             dtype=compute_dtype(settings, device),
-            token_budget=token_budget(config, policy, device),
+            token_budget=scoring_budget(config, policy, device),
             bar=bar,
         )
     if not is_first():

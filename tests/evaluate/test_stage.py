@@ -4,9 +4,11 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from dpo.config.compose import compose
@@ -14,10 +16,11 @@ from dpo.config.stages import restrict, stage_json
 from dpo.data.log_probs import PairLogProbs, read_log_probs
 from dpo.data.stage import run_ingest
 from dpo.errors import ConfigError, DataError, ModelError
-from dpo.evaluate import inputs
+from dpo.evaluate import inputs, measure
 from dpo.evaluate.measure import Measurement
 from dpo.evaluate.stage import run_evaluate
-from dpo.modeling import load
+from dpo.modeling import budget, load
+from dpo.modeling.budget import scoring_budget
 from dpo.storage.manifest import read_manifest, write_manifest
 from dpo.train.reference import run_reference
 from dpo.train.stage import run_train
@@ -230,6 +233,24 @@ def test_a_published_adapter_is_opened_on_the_sft_model_it_was_trained_on(
         return
     found = evaluate(trained, tmp_path / "out", published=published)
     assert found["published"]["reward_margin"]["value"] != 0
+
+
+def test_on_a_gpu_it_chooses_its_rows_without_settings_of_training(trained, tmp_path, monkeypatch):
+    """It reads none: the step ended in an AttributeError on every GPU."""
+    memory = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
+    monkeypatch.setattr(budget, "compute_dtype", lambda *_: torch.bfloat16)
+    chosen = set()
+
+    def on_gpu(config, model, device):
+        tokens = scoring_budget(config, model, "cuda")
+        chosen.add(tokens)
+        return tokens
+
+    monkeypatch.setattr(measure, "scoring_budget", on_gpu)
+    evaluate(trained, tmp_path / "out")
+    assert chosen == {16384}
 
 
 def test_an_adapter_is_opened_where_its_base_lies_elsewhere_than_in_training(trained, tmp_path):

@@ -4,6 +4,7 @@ import json
 import shutil
 import tempfile
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from dpo.config.stages import restrict
 from dpo.data.log_probs import read_log_probs
 from dpo.errors import ModelError, NonFiniteError
 from dpo.modeling import sharded
+from dpo.modeling.budget import scoring_budget
 from dpo.storage.manifest import read_manifest
 from dpo.train import reference, stage
 from dpo.train.reference import run_reference
@@ -58,6 +60,23 @@ def test_a_basic_trainer_is_one_process(prepared, tmp_path, monkeypatch):
     config = config_of("trainer=BasicTrainer", "n_examples=8")
     run_reference(config, tmp_path / "out", pairs=prepared.data, model=prepared.sft)
     assert len(read_log_probs(tmp_path / "out")) == 13
+
+
+def test_on_a_gpu_it_chooses_its_rows_without_settings_of_training(prepared, tmp_path, monkeypatch):
+    """It reads none: the step ended in an AttributeError on every GPU."""
+    memory = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
+    chosen = []
+
+    def on_gpu(config, model, device):
+        chosen.append(scoring_budget(config, model, "cuda"))
+        return chosen[-1]
+
+    monkeypatch.setattr(reference, "scoring_budget", on_gpu)
+    config = config_of("trainer=BasicTrainer", "n_examples=8", "model.compute_dtype=float32")
+    run_reference(config, tmp_path / "out", pairs=prepared.data, model=prepared.sft)
+    assert chosen == [16384]
 
 
 def test_a_process_that_fails_is_one_message(prepared, tmp_path, monkeypatch):
