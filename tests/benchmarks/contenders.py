@@ -34,6 +34,7 @@ from dpo.data.loader import Order
 from dpo.data.log_probs import PairLogProbs
 from dpo.data.tokenize import TokenizedExample
 from dpo.distributed.device import best_device
+from dpo.modeling.budget import token_budget
 from dpo.modeling.lanes import lanes_for
 from dpo.modeling.precision import autocast
 from dpo.modeling.scoring import score
@@ -71,7 +72,7 @@ def make_trainer(
     """Our trainer; the reference of every pair is computed where it is not given."""
     config, dtype = config_of(case), getattr(torch, case.dtype)
     model = load(case, config.model)
-    budget = config.micro_batch_tokens
+    budget = token_budget(config, model, case.device)
     known = reference or {}
     for examples in [] if reference else steps:
         scored = score(model, examples, dtype=dtype, token_budget=budget)

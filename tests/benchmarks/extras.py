@@ -24,6 +24,7 @@ import torch
 
 from dpo.data.log_probs import PairLogProbs
 from dpo.data.tokenize import TokenizedExample
+from dpo.modeling.budget import token_budget
 from dpo.modeling.scoring import score
 from dpo.train.checkpoint import Checkpoints
 from dpo.train.place import Place
@@ -41,7 +42,7 @@ def run_rerun(case: Case) -> dict[str, Any]:
     every = [example for examples in steps for example in examples]
     config = config_of(case)
     model = load(case, config.model)
-    budget, dtype = config.micro_batch_tokens, getattr(torch, case.dtype)
+    budget, dtype = token_budget(config, model, case.device), getattr(torch, case.dtype)
     start = time.perf_counter()
     scored = score(model, every, dtype=dtype, token_budget=budget)
     reference_seconds = time.perf_counter() - start
