@@ -43,24 +43,7 @@ def add_adapter(model: Any, settings: LoraConfig, base: str) -> None:
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
 
-    known = linear_names(model)
-    refused = _UNSEEN if model.config.model_type in _FUSED else frozenset()
-    able = [name for name in known if name not in refused]
-    wanted = able if settings.modules == "all" else list(settings.modules)
-    if missing := sorted(set(wanted) - set(known)):
-        raise ConfigError(
-            f"lora.modules: the model has no linear layer {missing[0]} in its blocks",
-            where="lora.modules",
-            fix=f"choose among {', '.join(known)}, or write lora.modules=all",
-        )
-    if not wanted:
-        raise ConfigError(
-            "lora.modules names no linear layer"
-            if known
-            else f"{model.config.model_type} models have no linear layer for an adapter to change",
-            where="lora.modules",
-            fix=f"choose among {', '.join(known)}" if known else "use lora.enabled=false",
-        )
+    wanted = names_to_adapt(model, settings)
     config = PeftConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -82,6 +65,33 @@ def add_adapter(model: Any, settings: LoraConfig, base: str) -> None:
             fix="choose other modules, or lora.enabled=false",
         ) from None
     model.dpo_adapter = config
+
+
+def names_to_adapt(model: Any, settings: LoraConfig) -> list[str]:
+    """The linear layers that get an adapter, by the last parts of their names.
+
+    Raises:
+        ConfigError: the model has no module of a given name.
+    """
+    known = linear_names(model)
+    refused = _UNSEEN if model.config.model_type in _FUSED else frozenset()
+    able = [name for name in known if name not in refused]
+    wanted = able if settings.modules == "all" else list(settings.modules)
+    if missing := sorted(set(wanted) - set(known)):
+        raise ConfigError(
+            f"lora.modules: the model has no linear layer {missing[0]} in its blocks",
+            where="lora.modules",
+            fix=f"choose among {', '.join(known)}, or write lora.modules=all",
+        )
+    if not wanted:
+        raise ConfigError(
+            "lora.modules names no linear layer"
+            if known
+            else f"{model.config.model_type} models have no linear layer for an adapter to change",
+            where="lora.modules",
+            fix=f"choose among {', '.join(known)}" if known else "use lora.enabled=false",
+        )
+    return wanted
 
 
 def linear_names(model: Any) -> list[str]:

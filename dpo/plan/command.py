@@ -74,8 +74,28 @@ def make_plan(config: RunConfig, own: dict[str, Any], data: Path | None) -> Plan
     machine = Machine(**given)
     lengths = _lengths(config, own, data)
     plan = plan_stage(config, machine, lengths)
+    named = config.lora.enabled and config.lora.modules != "all"
+    if named and find_spec("torch") is not None:
+        plan = _with_adapter_checked(config, plan)
     wanted = own.get("simulate", find_spec("torch") is not None)
     return simulated(config, plan) if wanted and can_simulate(config) else plan
+
+
+def _with_adapter_checked(config: RunConfig, plan: Plan) -> Plan:
+    """The plan, where the model has the layers that the adapter is to change.
+
+    Raises:
+        DpoError: it has none of such a name.
+    """
+    try:
+        import_module("dpo.train.simulate").check_adapter(config)
+    except DpoError:
+        raise
+    except Exception:
+        # a kind that only code of its own can make
+        text = "whether the model has the layers of lora.modules was not checked"
+        return replace(plan, warnings=(*plan.warnings, text))
+    return plan
 
 
 def can_simulate(config: RunConfig) -> bool:

@@ -30,6 +30,7 @@ from dpo.data.log_probs import PairLogProbs
 from dpo.data.packing import pack
 from dpo.data.tokenize import TokenizedExample
 from dpo.modeling import attention, fused, head, plain, varlen
+from dpo.modeling.lora import names_to_adapt
 from dpo.modeling.precision import DTYPES, autocast
 from dpo.modeling.recompute import checkpoint_activations
 from dpo.modeling.sharded import Scorer, shard
@@ -203,6 +204,17 @@ def _model(config: RunConfig) -> Any:
     # whether padding changes values cannot be seen where there are none
     setattr(model, plain._PADS, True)
     return model.eval()
+
+
+def check_adapter(config: RunConfig) -> None:
+    """Refuse modules for a LoRA adapter that the model does not have, as training does.
+
+    Raises:
+        ConfigError: it has no linear layer of a given name.
+    """
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        names_to_adapt(_model(config), config.lora)
 
 
 def _backward(objective: Objective, row: tuple[int, int, int], n_rows: int) -> None:

@@ -109,6 +109,7 @@ def test_hub_data_is_assumed(capsys):
         ([*FOUR, SPLIT, "trainer.tensor_parallel=3"], "use one of 1, 2, 4"),
         (["model=smollm2", SPLIT, "gpus=2"], "9 attention heads"),
         (["model=gpt2-large", SPLIT, "gpus=2"], "not available for gpt2 models"),
+        (["lora.enabled=true", "lora.modules=[nope]"], "no linear layer nope in its blocks"),
     ],
 )
 def test_mistakes(capsys, words, message):
