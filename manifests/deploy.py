@@ -30,6 +30,7 @@ OVERLAYS = ROOT / "manifests" / "overlays"
 TARGET = ROOT / "build" / "deploy"
 _MOUNTED = "/etc/dpo/deployment.yaml"
 _NAMESPACE = "dpo"
+_SERVICE = "dpo-service"
 _PODS_SECONDS = 10.0
 """In which a cluster makes pods, or says why it does not."""
 _SECRETS = {"base": ("dpo-store", "dpo-service"), "local": ("minio",)}
@@ -52,7 +53,27 @@ def check_overlay(overlay: str) -> None:
         )
 
 
-def write_overlay(overlay: str, deployment: str, built: Path = BUILT_IMAGES) -> Path:
+def namespace_of(kubectl: str, overlay: str) -> str:
+    """The service's namespace: an overlay of the user's own may have chosen another than ours.
+
+    Raises:
+        ConfigError: no such overlay.
+        PipelineError: its files are not what kustomize takes.
+    """
+    check_overlay(overlay)
+    done = _kubectl(kubectl, "kustomize", str(OVERLAYS / overlay))
+    if done.returncode:
+        raise _refused(f"the overlay {overlay} cannot be put together", done.stderr.strip())
+    for each in yaml.safe_load_all(done.stdout):
+        labels = (each or {}).get("metadata", {}).get("labels") or {}
+        if labels.get("app.kubernetes.io/name") == _SERVICE and each["kind"] == "Deployment":
+            return str(each["metadata"].get("namespace") or _NAMESPACE)
+    return _NAMESPACE
+
+
+def write_overlay(
+    overlay: str, deployment: str, built: Path = BUILT_IMAGES, *, namespace: str = _NAMESPACE
+) -> Path:
     """Folder to apply: the overlay itself, or one over it with the images that were built.
 
     Raises:
@@ -77,12 +98,12 @@ def write_overlay(overlay: str, deployment: str, built: Path = BUILT_IMAGES) -> 
     settings = chosen.model_dump(mode="json", exclude_defaults=True)
     (TARGET / "deployment.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     variables = {
-        "name": "dpo-service",
-        "namespace": _NAMESPACE,
+        "name": _SERVICE,
+        "namespace": namespace,
         "behavior": "merge",
         "literals": [f"DPO_SERVICE_DEPLOYMENT={_MOUNTED}"],
     }
-    files = {"name": "dpo-deployment", "namespace": _NAMESPACE, "files": ["deployment.yaml"]}
+    files = {"name": "dpo-deployment", "namespace": namespace, "files": ["deployment.yaml"]}
     kustomization = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
@@ -138,26 +159,27 @@ def _refused(what: str, said: str) -> PipelineError:
     return PipelineError(what, where=said)
 
 
-def missing_secrets(kubectl: str, overlay: str) -> list[str]:
+def missing_secrets(kubectl: str, overlay: str, namespace: str) -> list[str]:
     """Secrets that pods of the overlay wait for."""
     wanted = [*_SECRETS["base"], *_SECRETS.get(overlay, ())]
     return [
         name
         for name in wanted
-        if _kubectl(kubectl, "get", "secret", name, "-n", _NAMESPACE).returncode
+        if _kubectl(kubectl, "get", "secret", name, "-n", namespace).returncode
     ]
 
 
-def refused_pods(kubectl: str) -> list[str]:
+def refused_pods(kubectl: str, namespace: str) -> list[str]:
     """Why pods of the service's namespace are not made (a quota, a limit), as Kubernetes says it.
 
     What was applied is accepted by then, and nobody else would tell.
     """
     deadline = time.monotonic() + _PODS_SECONDS
     while True:
-        found = _items(kubectl, "deployments")
-        others = [each for each in _items(kubectl, "jobs,statefulsets") if not _has_pods(each)]
-        told = _told_by_events(kubectl, others) if others else {}
+        found = _items(kubectl, namespace, "deployments")
+        more = _items(kubectl, namespace, "jobs,statefulsets")
+        others = [each for each in more if not _has_pods(each)]
+        told = _told_by_events(kubectl, namespace, others) if others else {}
         why = {each["metadata"]["name"]: _failure(each) for each in found} | told
         made = all(_failure(each) or _made(each) for each in found) and len(told) == len(others)
         if made or time.monotonic() > deadline:
@@ -165,8 +187,8 @@ def refused_pods(kubectl: str) -> list[str]:
         time.sleep(0.5)
 
 
-def _items(kubectl: str, *asked: str) -> list[dict[str, Any]]:
-    done = _kubectl(kubectl, "get", *asked, "-n", _NAMESPACE, "-o", "json")
+def _items(kubectl: str, namespace: str, *asked: str) -> list[dict[str, Any]]:
+    done = _kubectl(kubectl, "get", *asked, "-n", namespace, "-o", "json")
     found: list[dict[str, Any]] = []
     if done.returncode == 0 and done.stdout:
         found = json.loads(done.stdout)["items"]
@@ -181,10 +203,10 @@ def _has_pods(each: dict[str, Any]) -> bool:
     return bool(idle or any(status.get(name) for name in counted))
 
 
-def _told_by_events(kubectl: str, waiting: list[dict[str, Any]]) -> dict[str, str]:
+def _told_by_events(kubectl: str, namespace: str, waiting: list[dict[str, Any]]) -> dict[str, str]:
     """Why these get no pods, by name: a job or a set says it in no condition of its own."""
     names = {each["metadata"]["uid"]: each["metadata"]["name"] for each in waiting}
-    events = _items(kubectl, "events", "--field-selector", "reason=FailedCreate")
+    events = _items(kubectl, namespace, "events", "--field-selector", "reason=FailedCreate")
     return {
         names[uid]: event["message"]
         for event in events
@@ -243,14 +265,15 @@ def main(arguments: list[str] | None = None) -> int:
             check_overlay(options.overlay)
             remove(options.kubectl, options.overlay)
             return 0
-        folder = write_overlay(options.overlay, options.deployment)
+        namespace = namespace_of(options.kubectl, options.overlay)
+        folder = write_overlay(options.overlay, options.deployment, namespace=namespace)
         apply(options.kubectl, folder)
-        for name in missing_secrets(options.kubectl, options.overlay):
+        for name in missing_secrets(options.kubectl, options.overlay, namespace):
             print(
-                f"the Secret {name} is missing in the namespace {_NAMESPACE}: pods wait for it. "
+                f"the Secret {name} is missing in the namespace {namespace}: pods wait for it. "
                 "Fill in secrets.example.yaml (manifests/README.md) and apply it"
             )
-        for text in refused_pods(options.kubectl):
+        for text in refused_pods(options.kubectl, namespace):
             print(text)
         if options.deployment and (hint := without_store(options.deployment)):
             print(hint)

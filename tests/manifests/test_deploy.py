@@ -131,3 +131,46 @@ def test_a_job_that_gets_no_pod_is_told_by_its_events(tmp_path, capsys, monkeypa
     assert deploy.main(["dev", "--kubectl", str(kubectl)]) == 0
     assert capsys.readouterr().out == f"minio-setup gets no pod: {why}\n"
     assert time.monotonic() - began < 1.0
+
+
+def test_an_overlay_of_the_users_own_is_asked_for_its_namespace(tmp_path, capsys, monkeypatch):
+    """What is merged into the service's settings, and looked for, was that of another one."""
+    monkeypatch.setattr(deploy, "TARGET", tmp_path / "deploy")
+    monkeypatch.setattr(deploy, "_PODS_SECONDS", 0.0)
+    monkeypatch.setattr(deploy, "OVERLAYS", tmp_path / "overlays")
+    (tmp_path / "overlays/mine").mkdir(parents=True)
+    labels = {"app.kubernetes.io/name": "dpo-service"}
+    service = {"name": "a-dpo-service", "namespace": "tuning", "labels": labels}
+    rendered = [
+        {"kind": "ServiceAccount", "metadata": {"name": "launcher", "namespace": "kubeflow"}},
+        {"kind": "Service", "metadata": {**service, "namespace": "of-no-account"}},
+        {"kind": "Deployment", "metadata": service},
+    ]
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump_all(rendered))
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(
+        f'#!/bin/sh\necho "$@" >> "{tmp_path}/calls"\ncase $1 in\n'
+        f'kustomize) cat "{tmp_path}/all.yaml";;\nget) [ "$2" != secret ];;\nesac\n'
+    )
+    kubectl.chmod(0o755)
+    own = tmp_path / "own.yaml"
+    own.write_text("images: {data: r/data:1, train: r/train:2}\nstore_secret: {name: s}\n")
+    assert deploy.main(["mine", "--kubectl", str(kubectl), "--deployment", str(own)]) == 0
+    assert "the Secret dpo-store is missing in the namespace tuning" in capsys.readouterr().out
+    written = yaml.safe_load((tmp_path / "deploy/kustomization.yaml").read_text())
+    assert [each["namespace"] for each in written["configMapGenerator"]] == ["tuning"] * 2
+    asked = [line for line in (tmp_path / "calls").read_text().splitlines() if " -n " in line]
+    assert asked
+    assert all(" -n tuning" in line for line in asked)
+
+
+def test_an_overlay_that_kustomize_does_not_take_is_told(tmp_path, capsys):
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(
+        "#!/bin/sh\necho 'error: accumulating resources: no such file' >&2\nexit 1\n"
+    )
+    kubectl.chmod(0o755)
+    assert deploy.main(["dev", "--kubectl", str(kubectl)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("the overlay dev cannot be put together")
+    assert "accumulating resources" in said

@@ -272,7 +272,9 @@ def test_make_deploy_and_its_undo(deployed, overlay, capsys, monkeypatch, tmp_pa
     monkeypatch.setattr(
         deploy,
         "write_overlay",
-        lambda name, deployment, write=deploy.write_overlay: write(name, deployment, names),
+        lambda name, deployment, write=deploy.write_overlay, **place: write(
+            name, deployment, names, **place
+        ),
     )
     command = [overlay, "--kubectl", kubectl_of(deployed), "--deployment", "gpu"]
     assert deploy.main(command) == 0
