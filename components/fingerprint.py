@@ -72,14 +72,17 @@ def fingerprint(
     parameters = dict(locals())
     from collections import namedtuple
 
-    from dpo.data.plan import check_source, plan_run
-    from dpo.plan.booked import check_booked
-    from dpo.publish.runs import record_plan
+    from dpo.data.plan import check_source
     from dpo.storage.progress import reported
 
     with reported("fingerprint"):
         parameters.pop("run_id")
         check_source()
+        # not before: an image of other code may not have them
+        from dpo.data.plan import plan_run
+        from dpo.plan.booked import check_booked
+        from dpo.publish.runs import record_plan
+
         check_booked(parameters)
         plan = plan_run(parameters, store_needed=True)
         record_plan(parameters, run_id, plan)

@@ -45,13 +45,16 @@ class Step:
         Raises:
             ConfigError: its fingerprint differs; a result would be cached under the wrong key.
         """
-        planned = self.planned.get(name)
-        if planned and planned != found:
-            raise ConfigError(
-                f"the {name} of step {self.stage} changed after the run was planned: "
-                f"fingerprint {found[:12]}, planned {planned[:12]}",
-                fix="start the run again; in containers, build images and pipeline from one commit",
-            )
+        _expect(self.stage, self.planned, name, found)
+
+
+def _expect(stage: Stage, planned: Mapping[str, str], name: str, found: str) -> None:
+    if (before := planned.get(name)) and before != found:
+        raise ConfigError(
+            f"the {name} of step {stage} changed after the run was planned: "
+            f"fingerprint {found[:12]}, planned {before[:12]}",
+            fix="start the run again; in containers, build images and pipeline from one commit",
+        )
 
 
 @contextmanager
@@ -77,18 +80,20 @@ def step(
     """
     changes = json.loads(overrides) if overrides else []
     changes += [f"evaluation.part={part}"] if part else []
+    planned = json.loads(fingerprint) if fingerprint else {}
     with reported(stage), _inputs_named(inputs or {}):
+        # before the settings: other code may not know them, and nobody typed them
+        _expect(stage, planned, "code", code := code_fingerprint(stage))
         config = load_stage(stage, text := overridden(stage, settings, changes))
         if "model" in (inputs or {}):
             config = _without_toy(config, text)
         running = Step(
             stage=stage,
             config=_with_sources(stage, config),
-            code=code_fingerprint(stage),
-            planned=json.loads(fingerprint) if fingerprint else {},
+            code=code,
+            planned=planned,
         )
         note(running.planned)
-        running.expect("code", running.code)
         try:
             yield running
         except OutputGone as error:

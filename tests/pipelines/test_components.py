@@ -1,16 +1,19 @@
 """Each component alone: its compiled form loads and works in a pipeline of somebody else."""
 
 import json
+import sys
 
 import pytest
 from kfp import compiler, components, dsl
 
+from components.fingerprint import fingerprint
 from components.gate import gate
 from components.ingest import ingest
 from components.publish import publish
 from components.sft import sft
 from dpo.storage.given_model import read_model
 from dpo.storage.manifest import read_manifest, staged, write_manifest
+from dpo.storage.step import step as running
 from pipelines import package
 from pipelines.deployment import Images
 from tests.train.conftest import prepared
@@ -183,3 +186,25 @@ def test_a_model_of_others_is_trained_by_defaults(prepared, tmp_path, tiny_model
     manifest = read_manifest(tmp_path / "checkpoint", stage="sft")
     assert manifest.inputs["base"] == read_model(tiny_model).content_hash
     assert manifest.settings["model"]["name_or_path"] == ""
+
+
+def test_an_image_of_other_code_says_so_first(monkeypatch, capsys):
+    """Other code may lack what the package's first step imports, and its settings."""
+    monkeypatch.setenv("DPO_EXPECTED_SOURCE", "0" * 64)
+    for gone in ("dpo.plan.booked", "dpo.publish.runs"):
+        monkeypatch.setitem(sys.modules, gone, None)
+    given = package.defaults(package.load_package())
+    with pytest.raises(SystemExit):
+        fingerprint.python_func(**given)
+    assert "built from other code than the pipeline that runs in it" in capsys.readouterr().err
+
+
+def test_a_setting_that_only_other_code_knows_is_no_mistake_of_the_user(capsys):
+    """Images of two commits: what is wrong are these, not a key that nobody typed."""
+    settings = '{"of_tomorrow": 1}'
+    with pytest.raises(SystemExit), running("gate", settings, json.dumps({"code": "0" * 64})):
+        pass
+    assert "the code of step gate changed after the run was planned" in capsys.readouterr().err
+    with pytest.raises(SystemExit), running("gate", settings):
+        pass
+    assert "of_tomorrow" in capsys.readouterr().err
