@@ -20,6 +20,12 @@ from pipelines.connection import NotTheApi, bounded_client
 ENDED = frozenset({"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"})
 """States of a run that goes on no more."""
 _CERTIFICATES = "SSL_CERT_FILE"
+_UI = "KF_PIPELINES_UI_ENDPOINT"
+_EXPERIMENT = "KF_PIPELINES_DEFAULT_EXPERIMENT_NAME"
+_LONGEST_EXPERIMENT = 128
+"""Its API server counts bytes (``validation/length.go``); a run's name may be longer."""
+_TOKEN_FILE = "KF_PIPELINES_SA_TOKEN_PATH"
+_TOKEN_OF_A_POD = "/var/run/secrets/kubeflow/pipelines/token"
 _BAD_REQUEST = 400
 _REQUEST_TIMEOUT = 408
 
@@ -55,20 +61,9 @@ def endpoint(
             "no Kubeflow Pipelines endpoint is given",
             fix="set KF_PIPELINES_ENDPOINT or pass --endpoint URL; to run here, pass --local",
         )
-    if "://" not in host:
-        # as kfp takes it, which warns of it
-        host = f"https://{host}"
-    # what a browser shows behind it is the UI's own
-    scheme, _, rest = host.partition("#")[0].partition("://")
-    # kfp takes another case for a name
-    host = f"{scheme.lower()}://{rest}"
-    if not _is_address(host):
-        raise ConfigError(
-            f"{host} is no address of an endpoint",
-            where="KF_PIPELINES_ENDPOINT or --endpoint",
-            fix="write http://NAME or https://NAME, with port and path where there are some",
-        )
-    ui = os.environ.get("KF_PIPELINES_UI_ENDPOINT", "").strip() or host
+    host = _address(host, "KF_PIPELINES_ENDPOINT or --endpoint")
+    ui = os.environ.get(_UI, "").strip()
+    ui = _address(ui, _UI) if ui else host
     if holds_password(host) or holds_password(ui):
         raise ConfigError(
             "the URL of the endpoint has credentials in it, and links to it are shown and logged",
@@ -78,10 +73,37 @@ def endpoint(
         host=host.rstrip("/"),
         ui=ui.rstrip("/"),
         namespace=namespace or os.environ.get("KF_PIPELINES_NAMESPACE") or None,
-        experiment=experiment
-        or os.environ.get("KF_PIPELINES_DEFAULT_EXPERIMENT_NAME")
-        or "preference-fine-tuning",
+        experiment=_experiment(experiment),
     )
+
+
+def _experiment(given: str | None) -> str:
+    name = given or os.environ.get(_EXPERIMENT) or "preference-fine-tuning"
+    if (length := len(name.encode())) > _LONGEST_EXPERIMENT:
+        raise ConfigError(
+            f"the name of the experiment has {length} bytes; Kubeflow takes {_LONGEST_EXPERIMENT}",
+            where=f"--experiment or {_EXPERIMENT}",
+            fix="write a shorter one",
+        )
+    return name
+
+
+def _address(text: str, where: str) -> str:
+    """An address as kfp takes it."""
+    if "://" not in text:
+        # kfp does the same, and warns of it
+        text = f"https://{text}"
+    # what a browser shows behind it is the UI's own
+    scheme, _, rest = text.partition("#")[0].partition("://")
+    # kfp takes another case for a name
+    address = f"{scheme.lower()}://{rest}"
+    if not _is_address(address):
+        raise ConfigError(
+            f"{address} is no address of an endpoint",
+            where=where,
+            fix="write http://NAME or https://NAME, with port and path where there are some",
+        )
+    return address
 
 
 def _is_address(url: str) -> bool:
@@ -98,25 +120,18 @@ def connect(target: Endpoint) -> Any:
     """A KFP client; inside a cluster with the pod's own service account token.
 
     Raises:
-        ConfigError: ``SSL_CERT_FILE`` names no file, ``KF_PIPELINES_TOKEN`` holds no token, or the
-            environment names a proxy of another kind.
+        ConfigError: ``SSL_CERT_FILE`` or ``KF_PIPELINES_SA_TOKEN_PATH`` names no file, it or
+            ``KF_PIPELINES_TOKEN`` holds no token, or the environment names a proxy of another kind.
         RequestError: the endpoint does not answer; nothing was started.
     """
-    import kfp
-
     certificates = _certificates(target.host)
     # with host= given the client ignores in-cluster credentials, so they are passed on
     credentials: dict[str, Any] = {}
-    token_path = Path(
-        os.environ.get("KF_PIPELINES_SA_TOKEN_PATH") or "/var/run/secrets/kubeflow/pipelines/token"
-    )
+    named = os.environ.get(_TOKEN_FILE, "")
     if token := credential(os.environ, "KF_PIPELINES_TOKEN"):
         credentials["existing_token"] = token
-    elif token_path.is_file():
-        # read again for each request: the kubelet renews it
-        credentials["credentials"] = kfp.client.ServiceAccountTokenVolumeCredentials(
-            str(token_path)
-        )
+    elif named or Path(_TOKEN_OF_A_POD).is_file():
+        credentials["credentials"] = _TokenFile(Path(named or _TOKEN_OF_A_POD))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -133,6 +148,33 @@ def connect(target: Endpoint) -> Any:
     except Exception as error:
         raise problem("the endpoint does not answer", target, error, RequestError) from None
     return client
+
+
+class _TokenFile:
+    """What kfp asks for a token with each request: the kubelet renews the file.
+
+    kfp's own passes on what is no token, which http.client then prints.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def refresh_api_key_hook(self, config: Any) -> None:
+        """Put the token of now into the client's configuration.
+
+        Raises:
+            ConfigError: there is no file, or no token in it.
+        """
+        try:
+            # what is no text is no token either
+            text = self._path.read_text(encoding="ascii", errors="replace")
+        except OSError as error:
+            raise ConfigError(
+                f"the token of the endpoint cannot be read: {error.strerror}",
+                where=str(self._path),
+                fix=f"name the file that holds it ({_TOKEN_FILE}), or set KF_PIPELINES_TOKEN",
+            ) from None
+        config.api_key["authorization"] = credential({str(self._path): text}, str(self._path))
 
 
 def _certificates(host: str) -> str | None:

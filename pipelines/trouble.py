@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from dpo.errors import PipelineError
@@ -12,6 +14,10 @@ from pipelines.outcome import Outcome
 
 _TOKEN_FAILURES = 2
 _OTHER_FAILURES = 12
+_LATER = (404, 408, 429)
+"""A gateway has no way to the API, gave up on it, or wants to be asked less often."""
+_NOT_FOUND = 5
+"""gRPC's code, which the API gives with a run that it has no more."""
 _STALE_SECONDS = 60.0
 """How long a run that was let go on may still be told as it had ended before."""
 _NO_YEAR = 1970
@@ -58,6 +64,7 @@ class Trouble:
         self.target, self.away_seconds = target, away_seconds
         self.last: PipelineError | None = None
         self.status: int | None = None
+        self.is_gone = False
         self.times = 0
         self.since = 0.0
 
@@ -71,6 +78,7 @@ class Trouble:
             self.since = time.monotonic()
         self.times += 1
         self.status = getattr(error, "status", None)
+        self.is_gone = _is_gone(error)
         self.last = problem("the run cannot be read", self.target, error)
         if (most := self._most_times(error)) is not None:
             return self.times >= most
@@ -82,18 +90,25 @@ class Trouble:
         """How often in a row a request may fail like this; None for an endpoint that is away."""
         from urllib3.exceptions import HTTPError
 
-        if self.status in (403, 404):
+        if self.status == 403 or self.is_gone:
             return 1
         if self.status == 401:
             # a token that the kubelet is just renewing
             return _TOKEN_FAILURES
-        away = isinstance(error, HTTPError) or (self.status or 0) >= 500
+        status = self.status or 0
+        away = isinstance(error, HTTPError) or status in _LATER or status >= 500
         return None if away else _OTHER_FAILURES
 
     def ended(self, outcome: Outcome) -> Outcome:
         """What is known at the end: a run that is gone has failed, every other one may go on."""
-        gone = self.status == 404
-        outcome.state = "failed" if gone else "unknown"
-        text = "" if gone else "how the run goes on is not known: look at its page\n"
+        outcome.state = "failed" if self.is_gone else "unknown"
+        text = "" if self.is_gone else "how the run goes on is not known: look at its page\n"
         outcome.message = f"{text}{self.last}"
         return outcome
+
+
+def _is_gone(error: Exception) -> bool:
+    """Whether the API itself says that there is no such run."""
+    with suppress(ValueError, TypeError, AttributeError):
+        return bool(json.loads(getattr(error, "body", "")).get("code") == _NOT_FOUND)
+    return False

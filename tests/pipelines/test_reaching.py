@@ -258,3 +258,44 @@ def test_the_address_of_a_page_of_the_ui_is_that_of_its_endpoint(backend, comman
     assert code == 0
     assert outcome["where"] == f"{backend.url}/#/runs/details/{outcome['run_id']}"
     assert command("--endpoint", backend.url.replace("http", "HTTP"))[0] == 0
+
+
+@pytest.mark.parametrize("status", [404, 408, 429])
+def test_a_gateway_that_wants_to_be_asked_later_is_waited_for(backend, store, command, status):
+    """A 404 that is not the API's own was told as a run that failed, the others given up soon."""
+    backend.scenario = Scenario(tasks=[all_done()], on_end=verdict(store, True))
+    backend.faults = [Fault(r"/runs/[^/]+$", status=status, times=20, message="later")]
+    code, _, said = command("--wait", "--timeout-seconds", "60")
+    assert code == 0
+    assert said.count(f"later (HTTP {status}); asking again") == 1
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe\x00s3cret", b"Bearer s3cret", b"s3cret\nmore", None]
+)
+def test_a_file_that_holds_no_token_is_named(backend, command, monkeypatch, tmp_path, content):
+    """kfp passed it on: "invalid start byte", or http.client showed it."""
+    if content is not None:
+        (tmp_path / "token").write_bytes(content)
+    monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "token"))
+    code, outcome, said = command()
+    assert code == 2
+    assert f"where: {tmp_path / 'token'}" in said
+    assert "check KF_PIPELINES_ENDPOINT" not in said
+    assert "s3cret" not in said + str(outcome)
+    assert not backend.requests
+    # a token that is given is enough
+    monkeypatch.setenv("KF_PIPELINES_TOKEN", "given")
+    assert command()[0] == 0
+
+
+def test_the_address_of_the_ui_is_one(backend, command, monkeypatch):
+    monkeypatch.setenv("KF_PIPELINES_UI_ENDPOINT", "kubeflow.test/#/runs")
+    code, outcome, _ = command()
+    assert code == 0
+    assert outcome["where"] == f"https://kubeflow.test/#/runs/details/{outcome['run_id']}"
+    monkeypatch.setenv("KF_PIPELINES_UI_ENDPOINT", "kube flow")
+    code, _, said = command()
+    assert (code, len(backend.runs)) == (2, 1)
+    assert "https://kube flow is no address of an endpoint" in said
+    assert "where: KF_PIPELINES_UI_ENDPOINT" in said

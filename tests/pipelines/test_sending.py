@@ -460,3 +460,11 @@ def test_a_name_that_the_database_would_not_take_is_refused(backend, command):
     assert (code, len(backend.runs)) == (2, 0)
     assert "has 256 characters; Kubeflow keeps 255" in said
     assert command("--run-name", "n" * 255)[0] == 0
+
+
+def test_an_experiment_that_the_endpoint_would_not_take_is_refused(backend, command):
+    """``Experiment.Name length cannot exceed 128``, in bytes, says its API server (2.15)."""
+    code, _, said = command("--experiment", "ä" * 65)
+    assert (code, len(backend.requests)) == (2, 0)
+    assert "has 130 bytes; Kubeflow takes 128" in said
+    assert command("--experiment", "ä" * 64)[0] == 0
