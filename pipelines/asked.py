@@ -25,11 +25,13 @@ _ENDPOINT_ONLY = (
 )
 _IMAGES_ONLY = ("deployment", "deploy", "images", "image")
 _MEANINGLESS_WITH = {
+    "list": ("cancel", "retry", "schedule", "upload", "run", "dry_run"),
     "cancel": ("retry", "schedule", "start_from", "dry_run", "upload", "run", "rerun", "wait"),
     "retry": ("schedule", "start_from", "dry_run", "upload", "run", "rerun", "sweep"),
     "schedule": ("wait", "run", "cancel_on_interrupt"),
 }
 _OF_A_RUN = ("assignments", "preset", "run_name", "experiment")
+_OF_A_PACKAGE = ("store", *_IMAGES_ONLY, "nodes")
 _PROGRAM = Path(__file__).with_name("submit.py")
 _BETA = ("loss.beta=", "preference.loss.beta=", "preference_beta=")
 _NEEDS_WAIT = ("timeout_seconds", "cancel_on_interrupt")
@@ -101,7 +103,8 @@ def passed_over(options: argparse.Namespace) -> str:
 
     They are no mistake to end with: whoever sends several commands gives all of them the same.
     """
-    if options.retry and (names := _given(options, (*_OF_A_RUN, *_IMAGES_ONLY, "nodes"))):
+    shards = ("ingest_shards",) if options.ingest_shards != 1 else ()
+    if options.retry and (names := _given(options, (*_OF_A_RUN, *_OF_A_PACKAGE, *shards))):
         return (
             f"run {options.retry} goes on as it was sent, without {names}. With new settings it is "
             "sent anew: finished steps come from the cache, and a training goes on from its last "

@@ -295,9 +295,12 @@ def test_a_run_that_is_told_to_have_failed_for_long_has_failed(backend, command,
 def test_a_run_that_goes_on_is_not_retried(backend, command):
     backend.scenario = Scenario(states=["RUNNING"])
     run_id = command()[1]["run_id"]
-    code, _, said = command("--retry", run_id, "--set", "seed=1")
+    code, _, said = command("--retry", run_id, "--set", "seed=1", "--ingest-shards", "2")
     assert code == 2
-    assert f"run {run_id} goes on as it was sent, without --set, --deploy. With new" in said
+    assert (
+        f"run {run_id} goes on as it was sent, without --set, --store, --deploy, --ingest-shards."
+        in said
+    )
     assert "cannot be retried: Workflow must be Failed/Error to retry" in said
     assert "its state is RUNNING: only one that has failed can be retried" in said
 

@@ -73,6 +73,7 @@ def test_submitting_without_images_fails_before_anything_is_sent(monkeypatch, ca
         (["--retry", ""], "--retry: the value is empty"),
         (["--schedule", " "], "--schedule: the value is empty"),
         (["--cancel", "x", "--retry", "y"], "--cancel and --retry cannot be followed together"),
+        (["--list", "--cancel", "x"], "--list and --cancel cannot be followed together"),
         (["--endpoint", "http://[::1"], "http://[::1 is no address of an endpoint"),
         (["--endpoint", "http://a:b"], "http://a:b is no address of an endpoint"),
         (["--endpoint", "http://a?b=c"], "http://a?b=c is no address of an endpoint"),
