@@ -285,6 +285,7 @@ _FIXES = {
     403: "the account may not do this here: check namespace and role",
     404: "check the endpoint's path, the namespace and the run id",
     409: "look at its state in the UI",
+    429: "it wants to be asked less often: send it again later",
 }
 _FIX_OF_A_PAGE = (
     "if it asks people to sign in, give a token that it takes (KF_PIPELINES_TOKEN, or a token "

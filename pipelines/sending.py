@@ -79,16 +79,28 @@ def _registered(
 ) -> Registered:
     pipeline_id = _pipeline_id(client, target, name)
     if pipeline_id is None:
-        pipeline_id = client.upload_pipeline(
+        uploaded = client.upload_pipeline(
             str(package), pipeline_name=name, namespace=target.namespace
-        ).pipeline_id
+        )
+        pipeline_id = _id(uploaded, "pipeline_id")
     for known in _versions(client, pipeline_id):
         if known.display_name == version:
             return Registered(pipeline_id, known.pipeline_version_id, new=False)
     made = client.upload_pipeline_version(
         str(package), pipeline_version_name=version, pipeline_id=pipeline_id
     )
-    return Registered(pipeline_id, str(made.pipeline_version_id), new=True)
+    return Registered(pipeline_id, _id(made, "pipeline_version_id"), new=True)
+
+
+def _id(answer: Any, name: str) -> str:
+    """The id of what was made.
+
+    Raises:
+        ValueError: the answer has none: something on the way ended it, and not what was asked.
+    """
+    if found := getattr(answer, name, None):
+        return str(found)
+    raise ValueError("its answer holds no id")
 
 
 def _pipeline_id(client: Any, target: Endpoint, name: str) -> str | None:
@@ -138,12 +150,11 @@ def submit(
     """
     try:
         asked = _asked(client, target, package, parameters, run_name, registered)
-        run = client.run_pipeline(**asked)
+        return _id(client.run_pipeline(**asked), "run_id")
     except Exception as error:
         if is_refusal(error):
             raise problem("the endpoint refused the run", target, error, RequestError) from None
         raise problem("the endpoint did not say that the run started", target, error) from None
-    return str(run.run_id)
 
 
 def _asked(
@@ -336,6 +347,7 @@ def schedule(
         made = client.create_recurring_run(
             **asked, cron_expression=cron, max_concurrency=1, no_catchup=True
         )
+        return _id(made, "recurring_run_id")
     except Exception as error:
         if is_refusal(error):
             raise problem(
@@ -347,4 +359,3 @@ def schedule(
             absent=f"it has no new one named {run_name!r}: send it again",
             unknown=f"look for {run_name!r} at {target.ui}/#/recurringruns before sending it again",
         )
-    return str(made.recurring_run_id)

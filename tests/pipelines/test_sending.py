@@ -468,3 +468,27 @@ def test_an_experiment_that_the_endpoint_would_not_take_is_refused(backend, comm
     assert (code, len(backend.requests)) == (2, 0)
     assert "has 130 bytes; Kubeflow takes 128" in said
     assert command("--experiment", "ä" * 64)[0] == 0
+
+
+@pytest.mark.parametrize("answer", ["", "ok", "{}"])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_answer_without_an_id_starts_no_run_none(
+    backend, command, monkeypatch, answer, is_there
+):
+    """``.../runs/details/None`` was printed, and exit code 0."""
+    monkeypatch.setattr(sending, "_LOOKS_SECONDS", (0.0,))
+    fault = {"page": answer or " ", "method": "POST", "after": is_there}
+    backend.faults = [Fault(r"/v2beta1/runs$", **fault)]
+    code, outcome, said = command("--run-name", "mine")
+    assert code == (0 if is_there else 1)
+    assert ([outcome.get("run_id")] == [*backend.runs]) == is_there
+    assert ("its answer holds no id" in said) != is_there
+    backend.faults = [Fault(r"/recurringruns$", **fault)]
+    code, outcome, _ = command("--schedule", "0 0 3 * * *", "--run-name", "mine")
+    assert code == (0 if is_there else 1)
+    assert ([outcome.get("run_id")] == [*backend.schedules]) == is_there
+    backend.faults = [Fault(r"/upload_version$", **fault)]
+    code, _, said = command("--upload")
+    assert code == 2
+    assert "its answer holds no id" in said
+    assert "not registered twice" in said
