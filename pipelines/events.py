@@ -64,6 +64,11 @@ _REASONS = (
         "create it, or see why it has none (kubectl describe pvc)",
     ),
     (
+        r"cannot import name '\w+' from 'dpo\.|No module named 'dpo\.",
+        "the image was built from other code than the pipeline that runs in it: build images and "
+        "pipeline from one commit (`make images-push`, `make pipeline`)",
+    ),
+    (
         r"DeadlineExceeded",
         "the step took longer than its timeout_seconds: raise it in the deployment",
     ),
@@ -76,11 +81,12 @@ _REASONS = (
         "comes again, it ran out of memory (--deploy steps.STEP.memory=...)",
     ),
 )
-"""Words of Kubernetes and what they mean for the person who started the run; the first one wins."""
+"""Words of Kubernetes, and of Python in an image of other code, and what they mean for the person
+who started the run; the first one wins."""
 
 
 def advice(text: str, step: str, run_id: str = "RUN_ID") -> list[str]:
-    """A line that says what to do, where the text is one of Kubernetes that is known here."""
+    """A line that says what to do, where the text is one that is known here."""
     found = [fix for pattern, fix in _REASONS if re.search(pattern, text)]
     return [f"  fix:   {fix.replace('STEP', step).replace('RUN_ID', run_id)}" for fix in found[:1]]
 

@@ -70,6 +70,12 @@ def test_the_step_behind_a_node(node, step):
         ("Error (exit code 137)", "or its process killed"),
         ("Error (exit code 137)", "--deploy steps.sft.memory=..."),
         ("Error (exit code 130)", "--retry"),
+        # what steps of this package said in images of earlier days
+        (
+            "ImportError: cannot import name 'describe' from 'dpo.storage.step' (/app/step.py)",
+            "built from other code",
+        ),
+        ("ModuleNotFoundError: No module named 'dpo.storage.adopt'", "from one commit"),
     ],
 )
 def test_what_to_do(words, fix):
