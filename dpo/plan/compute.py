@@ -108,6 +108,10 @@ def _causal(length: float) -> float:
     return length * (length + 1) / 2
 
 
+WITHOUT_BFLOAT16 = ("T4", "V100")
+"""On these ``model.compute_dtype=auto`` multiplies in float32."""
+
+
 def seconds(operations: float, *, gpus: int, peak_tflops: float, utilisation: float) -> float:
     """How long ``operations`` take on all GPUs together."""
     return operations / (gpus * peak_tflops * 1e12 * utilisation)

@@ -8,7 +8,13 @@ from dataclasses import dataclass, replace
 from dpo.config.schema import RunConfig
 from dpo.errors import ConfigError
 from dpo.plan.adapters import lora_parameters
-from dpo.plan.compute import DEFAULT_GPU, DEFAULT_UTILISATION, MEMORY_GIB, PEAK_TFLOPS
+from dpo.plan.compute import (
+    DEFAULT_GPU,
+    DEFAULT_UTILISATION,
+    MEMORY_GIB,
+    PEAK_TFLOPS,
+    WITHOUT_BFLOAT16,
+)
 from dpo.plan.lengths import DEFAULT, Lengths
 from dpo.plan.memory import FUSED, Job, Mode, predict, scoring
 from dpo.plan.shape import Architecture
@@ -130,7 +136,8 @@ def mode_of(config: RunConfig, machine: Machine, devices: int) -> Mode:
     if _shares(config, devices) > 1 and model.fsdp_policy_mp:
         return "float32" if model.fsdp_policy_mp == "float32" else "half"
     if model.compute_dtype == "auto":
-        return "autocast" if machine.gpus else "float32"
+        fast = machine.gpus and machine.gpu not in WITHOUT_BFLOAT16
+        return "autocast" if fast else "float32"
     return "float32" if model.compute_dtype == "float32" else "autocast"
 
 

@@ -220,9 +220,7 @@ def _load(config: RunConfig, base: Path | None, device: str) -> tuple[Any, Any]:
         f"trainer=BasicTrainer: the layers lie on {gpus} GPUs, of which one works at a time; "
         "trainer=FSDPTrainer lets all work, CUDA_VISIBLE_DEVICES=0 takes one",
     )
-    # kernels for a CPU would stay when the layers leave it
-    own = {"kernels": "plain"} if config.model.kernels == "auto" else {}
-    model, tokenizer = load_for_training(config.model.model_copy(update=own), base)
+    model, tokenizer = load_for_training(config.model, base)
     devices = [torch.device("cuda", number) for number in range(gpus)]
     spread_layers(model, find_blocks(model, config.model.block_name), devices)
     return model, tokenizer

@@ -157,3 +157,16 @@ def test_rows_of_an_evaluation_must_fit_where_all_logits_are_there(config):
     chosen = tokens_at_once(settings, shape, Machine(gpu_memory_gib=24))
     # 16,384 tokens x 1.6 for padding x 250,880 logits x 2 bytes alone are 12.3 GiB
     assert chosen == 4096
+
+
+def test_a_gpu_without_bfloat16_multiplies_in_float32(config):
+    """V100 and T4: `compute_dtype=auto` is float32 there, and keeps twice as much of a token."""
+    words = ("optimizer=AdamW", "micro_batch_tokens=4096")
+    old, new = (
+        plan_stage(config(LLAMA_1B, *words), Machine(gpu=gpu)).memory for gpu in ("V100", "A100")
+    )
+    assert old.activations > 1.5 * new.activations
+    single = plan_stage(
+        config(LLAMA_1B, *words, "model.compute_dtype=float32"), Machine(gpu="A100")
+    )
+    assert old.total == single.memory.total

@@ -25,6 +25,7 @@ from dpo.modeling.scoring import score
 from dpo.modeling.vocab_parallel import _VocabParallel
 from dpo.train.data import Examples
 from dpo.train.log import MetricLog
+from dpo.train import stage
 from dpo.train.spread import spread_layers
 from dpo.train.step import Objective
 from dpo.train.trainer import Trainer
@@ -237,3 +238,16 @@ def test_layers_on_two_gpus_get_what_they_need(kernels, monkeypatch):
         assert places == devices
         assert model.lm_head.weight.device == model.model.norm.weight.device == DEVICE
         assert accumulated(gpu, model, settings()) == (0, 4)
+
+
+def test_layers_on_two_gpus_keep_the_kernels_that_a_plan_counts(monkeypatch):
+    """They choose by the device of what they are given."""
+    loaded = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        stage, "load_for_training", lambda model, *_: loaded.append(model) or (None, None)
+    )
+    monkeypatch.setattr(stage, "find_blocks", lambda *_: [])
+    monkeypatch.setattr(stage, "spread_layers", lambda *_: None)
+    stage._load(settings(), None, "cuda")
+    assert [model.kernels for model in loaded] == ["auto"]
