@@ -23,9 +23,9 @@ from dpo.modeling.lora import add_adapter
 from dpo.modeling.recompute import checkpoint_activations
 from dpo.modeling.scoring import score
 from dpo.modeling.vocab_parallel import _VocabParallel
+from dpo.train import stage
 from dpo.train.data import Examples
 from dpo.train.log import MetricLog
-from dpo.train import stage
 from dpo.train.spread import spread_layers
 from dpo.train.step import Objective
 from dpo.train.trainer import Trainer
