@@ -15,8 +15,9 @@ from dpo.config.schema import RunConfig
 from dpo.errors import ConfigError, DpoError
 from dpo.plan.architecture import architecture_of
 from dpo.plan.estimate import Plan, plan_stage, with_peak
+from dpo.plan.found_lengths import find_lengths
 from dpo.plan.job import GIB, Machine, job_of
-from dpo.plan.lengths import Lengths, find_lengths
+from dpo.plan.lengths import Lengths
 
 DOES_NOT_FIT = 2
 KEYS = {

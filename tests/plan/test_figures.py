@@ -15,8 +15,9 @@ from dpo.plan.adapters import lora_parameters
 from dpo.plan.architecture import _shipped, architecture_of, config_values
 from dpo.plan.compute import flops, seconds
 from dpo.plan.estimate import plan_stage
+from dpo.plan.found_lengths import HH_PAIRS
 from dpo.plan.job import GIB, Machine, job_of
-from dpo.plan.lengths import DEFAULT, HH_PAIRS, Lengths
+from dpo.plan.lengths import DEFAULT, Lengths
 from dpo.plan.memory import LOGITS_AT_ONCE, PACKED_TYPES, SMALLEST_TILE, predict
 from dpo.plan.preflight import check_fit, preflight
 from dpo.plan.sizes import from_config
