@@ -7,8 +7,8 @@ a sequence are aligned (bottom-right causal masks), so a response sees all of it
 ``tests/modeling/test_kernels.py`` compares the layout with dense masks on a CPU, and the kernel
 with it where there is a GPU (seen on an H100).
 
-Axes: H heads, G key/value heads, T tokens of the row, K gathered keys, S sequences, D
-head size.
+Axes: H heads, G key/value heads, T tokens of the row, K gathered keys, S sequences,
+D head size.
 """
 
 from __future__ import annotations

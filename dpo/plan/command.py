@@ -76,9 +76,10 @@ def make_plan(config: RunConfig, own: dict[str, Any], data: Path | None) -> Plan
     lengths = _lengths(config, own, data)
     plan = plan_stage(config, machine, lengths)
     named = config.lora.enabled and config.lora.modules != "all"
-    if named and find_spec("torch") is not None:
+    has_torch = find_spec("torch") is not None
+    if named and has_torch:
         plan = _with_adapter_checked(config, plan)
-    wanted = own.get("simulate", find_spec("torch") is not None)
+    wanted = own.get("simulate", has_torch)
     return simulated(config, plan) if wanted and can_simulate(config) else plan
 
 

@@ -51,6 +51,8 @@ MEMORY_GIB = {
     "V100": 31.7,
 }
 """Memory that a program sees on the largest common model of each."""
+WITHOUT_BFLOAT16 = ("T4", "V100")
+"""On these ``model.compute_dtype=auto`` multiplies in float32."""
 DEFAULT_GPU = "A100"
 DEFAULT_UTILISATION = 0.25
 """Share of the peak that training reaches, over the operations above. Published runs of preference
@@ -106,10 +108,6 @@ def flops(
 
 def _causal(length: float) -> float:
     return length * (length + 1) / 2
-
-
-WITHOUT_BFLOAT16 = ("T4", "V100")
-"""On these ``model.compute_dtype=auto`` multiplies in float32."""
 
 
 def seconds(operations: float, *, gpus: int, peak_tflops: float, utilisation: float) -> float:

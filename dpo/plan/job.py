@@ -141,10 +141,14 @@ def mode_of(config: RunConfig, machine: Machine, devices: int) -> Mode:
     return "float32" if model.compute_dtype == "float32" else "autocast"
 
 
-def _is_fused(config: RunConfig, shape: Architecture, machine: Machine) -> bool:
+def has_fused_norms(config: RunConfig) -> bool:
+    """Whether norms are one kernel on a GPU, of the models that have such (``memory.FUSED``)."""
     # liger-kernel's keep as little: 41.5 GiB where ours take 41.1 (a Llama of 1.2 B, an H100)
-    plain = config.model.kernels == "plain" or config.model.compile
-    return machine.gpus > 0 and not plain and shape.model_type in FUSED
+    return config.model.kernels != "plain" and not config.model.compile
+
+
+def _is_fused(config: RunConfig, shape: Architecture, machine: Machine) -> bool:
+    return machine.gpus > 0 and has_fused_norms(config) and shape.model_type in FUSED
 
 
 def tokens_at_once(config: RunConfig, shape: Architecture, machine: Machine) -> int:
@@ -169,7 +173,7 @@ def tokens_at_once(config: RunConfig, shape: Architecture, machine: Machine) -> 
 def tokens_to_score(
     config: RunConfig, shape: Architecture, machine: Machine, *, dtype: str, shards: int
 ) -> int:
-    """Likewise for a step that trains nothing, and reads no settings of training.
+    """Likewise, where it is left out, for a step that trains nothing and has no such settings.
 
     Args:
         config: Settings of such a step.
@@ -178,8 +182,6 @@ def tokens_to_score(
         dtype: Type of the weights.
         shards: Devices that share the weights; 1: each has them all.
     """
-    if config.micro_batch_tokens is not None:
-        return config.micro_batch_tokens
     products: Mode = "float32" if config.model.compute_dtype == "float32" else "autocast"
     job = Job(
         shape=shape,

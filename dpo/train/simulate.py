@@ -12,8 +12,8 @@ import logging
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ from dpo.modeling.precision import DTYPES, autocast
 from dpo.modeling.recompute import checkpoint_activations
 from dpo.modeling.sharded import Scorer, shard
 from dpo.plan.architecture import config_values
-from dpo.plan.job import FEW_TOKENS
+from dpo.plan.job import FEW_TOKENS, has_fused_norms
 from dpo.train.optimizer import build_optimizer
 from dpo.train.parallel import Layout
 from dpo.train.step import Objective
@@ -132,9 +132,7 @@ def peak_bytes(
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with (
         _processes(gpus),
-        _attention_of_a_gpu(),
-        _logits_of_a_gpu() if on_gpu else nullcontext(),
-        _kernels_of_a_gpu() if on_gpu else nullcontext(),
+        _replaced([_attention_of_a_gpu(), *(_parts_of_a_gpu() if on_gpu else ())]),
         _no_reports(),
         StorageCount() as count,
         warnings.catch_warnings(),
@@ -142,7 +140,7 @@ def peak_bytes(
         warnings.simplefilter("ignore")
         with fake, torch.device("meta" if gpus > 1 else "cpu"):
             model = _model(config)
-        if on_gpu and config.model.kernels == "auto" and not config.model.compile:
+        if on_gpu and has_fused_norms(config):
             fused.fuse(model)
         checkpoint_activations(model, config.activation_checkpointing)
         scorer = Scorer(model)
@@ -233,27 +231,6 @@ def _backward(objective: Objective, row: tuple[int, int, int], n_rows: int) -> N
             losses_E.sum().backward()
 
 
-@contextmanager
-def _attention_of_a_gpu() -> Iterator[None]:
-    """Fused attention for every length: what a CPU does for short ones keeps other tensors."""
-    names = vars(attention)
-    before, names["LONGEST"] = names["LONGEST"], 0
-    try:
-        yield
-    finally:
-        names["LONGEST"] = before
-
-
-@contextmanager
-def _logits_of_a_gpu() -> Iterator[None]:
-    sizes = head.TILE_ELEMENTS
-    before, sizes["cpu"] = sizes["cpu"], sizes["cuda"]
-    try:
-        yield
-    finally:
-        sizes["cpu"] = before
-
-
 class _Norm(torch.autograd.Function):
     """Keeps what a GPU's kernel keeps; there are no values."""
 
@@ -284,24 +261,35 @@ class _Varlen(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
+Change = tuple[dict[str, Any], dict[str, Any]]
+"""Names of a module, or keys, and their values for a while."""
+
+
+def _attention_of_a_gpu() -> Change:
+    """Fused attention for every length: what a CPU does for short ones keeps other tensors."""
+    return vars(attention), {"LONGEST": 0}
+
+
+def _parts_of_a_gpu() -> list[Change]:
+    """Norms and rotations that a CPU works on in blocks, variable-length attention, more logits."""
+    return [
+        (vars(fused), {"in_blocks": lambda _: False, "_norm_by_torch": _Norm.apply}),
+        (vars(attention), {"takes_varlen": lambda value: value.element_size() == 2}),
+        (vars(varlen), {"varlen_kernel": lambda: lambda q, k, v, *_, **__: _Varlen.apply(q, k, v)}),
+        (head.TILE_ELEMENTS, {"cpu": head.TILE_ELEMENTS["cuda"]}),
+    ]
+
+
 @contextmanager
-def _kernels_of_a_gpu() -> Iterator[None]:
-    """Norms and rotations that a CPU works on in blocks, and variable-length attention."""
-    changes: dict[Any, dict[str, Callable[..., Any]]] = {
-        fused: {"in_blocks": lambda _: False, "_norm_by_torch": _Norm.apply},
-        attention: {"takes_varlen": lambda value: value.element_size() == 2},
-        varlen: {"varlen_kernel": lambda: lambda q, k, v, *_, **__: _Varlen.apply(q, k, v)},
-    }
-    before = {
-        module: {name: vars(module)[name] for name in names} for module, names in changes.items()
-    }
+def _replaced(changes: Sequence[Change]) -> Iterator[None]:
+    before = [(names, {name: names[name] for name in values}) for names, values in changes]
     try:
-        for module, names in changes.items():
-            vars(module).update(names)
+        for names, values in changes:
+            names.update(values)
         yield
     finally:
-        for module, names in before.items():
-            vars(module).update(names)
+        for names, values in before:
+            names.update(values)
 
 
 @contextmanager
