@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from dpo.data.quiet import quiet
 from dpo.errors import DataError, ModelError
 
 Ids = npt.NDArray[np.int32]
@@ -76,10 +77,9 @@ def load_tokenizer(folder: Path | str, *, trust_remote_code: bool = False) -> An
         ModelError: there is none, or it has no end-of-sequence token.
     """
     from transformers import AutoTokenizer
-    from transformers.utils import logging
 
     # what it would say of a tokenizer that cannot be loaded is in the message
-    logging.set_verbosity_error()
+    quiet()
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 
 from dpo.config.models import ModelConfig
+from dpo.data.quiet import quiet
 from dpo.data.tokenize import load_tokenizer, moved_ids
 from dpo.errors import ArtifactError, ModelError, writing
 from dpo.modeling.archive import checkpoint_folder, load_policy_file
 from dpo.modeling.kernels import apply_kernels
 from dpo.modeling.lora import merge_saved
 from dpo.modeling.precision import DTYPES
-from dpo.modeling.quiet import quiet
 from dpo.modeling.stored import check_names
 from dpo.storage.base_model import local_model, local_tokenizer
 from dpo.storage.given_model import adapter_base_folder, read_model

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from dpo.config.models import ModelConfig
 from dpo.config.places import packaged_model_lock
+from dpo.data.quiet import quiet
 from dpo.errors import ModelError
-from dpo.modeling.quiet import quiet
 from dpo.storage.base_model import PACKAGED_ID, local_model, packaged_folder
 from dpo.storage.manifest import staged, write_manifest
 from dpo.storage.progress import message
