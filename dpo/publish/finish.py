@@ -53,7 +53,7 @@ def run_finish(store_url: str, run_id: str, state: str, reason: str = "") -> dic
         raise unread
     alone = not (store_url or run_id)
     ended = {
-        "state": _as_told(state) if alone else _how_it_ended(known, state),
+        "state": _how_it_ended(known, state, alone=alone),
         "backend_state": state,
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -110,23 +110,20 @@ def _known(store: Store | None, run_id: str) -> tuple[dict[str, Any], DpoError |
         return {}, error
 
 
-def _how_it_ended(known: dict[str, Any], state: str) -> str:
-    """By what the steps wrote: Kubeflow may go on to say FAILED of a group in which a step failed
-    once and was then tried again with success (kubeflow/pipelines#13591)."""
+def _how_it_ended(known: dict[str, Any], state: str, *, alone: bool) -> str:
+    """By what the steps wrote, if they had a place for it: Kubeflow may go on to say FAILED of a
+    group in which a step failed once and was then tried again with success
+    (kubeflow/pipelines#13591)."""
     if state in ("CANCELED", "CANCELLED"):
         return "cancelled"
+    if alone:
+        return "succeeded" if state in _GOOD_STATES else "failed"
     verdict = known.get("verdict")
     if not verdict:
         return "failed"
     if not verdict.get("approved"):
         return "refused"
     return "succeeded" if known.get("published") else "failed"
-
-
-def _as_told(state: str) -> str:
-    if state in ("CANCELED", "CANCELLED"):
-        return "cancelled"
-    return "succeeded" if state in _GOOD_STATES else "failed"
 
 
 def _message(
