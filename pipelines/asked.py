@@ -106,28 +106,34 @@ def passed_over(options: argparse.Namespace) -> str:
     shards = ("ingest_shards",) if options.ingest_shards != 1 else ()
     if options.retry and (names := _given(options, (*_OF_A_RUN, *_OF_A_PACKAGE, *shards))):
         return (
-            f"run {options.retry} goes on as it was sent, without {names}. With new settings it is "
-            "sent anew: finished steps come from the cache, and a training goes on from its last "
-            "checkpoint"
+            f"run {options.retry} goes on as it was sent, without {', '.join(names)}. With new "
+            "settings it is sent anew: finished steps come from the cache, and a training goes on "
+            "from its last checkpoint"
         )
     starts = options.run or options.wait or options.schedule
     if options.upload and not starts and (names := _given(options, (*_OF_A_RUN, "start_from"))):
-        return f"registered without {names}: values are given with each run (--run, --schedule)"
+        return (
+            f"registered without {', '.join(names)}: values are given with each run (--run, "
+            "--schedule)"
+        )
     return ""
-
-
-def _given(options: argparse.Namespace, names: Iterable[str]) -> str:
-    return ", ".join(filter(None, (_first(options, (name,)) for name in names)))
 
 
 def _first(options: argparse.Namespace, names: Iterable[str]) -> str:
     """The first of these options that was given, as it is written; else nothing."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value is not False and value not in ("", []):
-            written = {"start_from": "--from", "assignments": "--set"}
-            return written.get(name, f"--{name.replace('_', '-')}")
-    return ""
+    return next(iter(_given(options, names)), "")
+
+
+def _given(options: argparse.Namespace, names: Iterable[str]) -> list[str]:
+    """Those of these options that were given, as they are written."""
+    written = {"start_from": "--from", "assignments": "--set"}
+    return [
+        written.get(name, f"--{name.replace('_', '-')}")
+        for name in names
+        if (value := getattr(options, name)) is not None
+        and value is not False
+        and value not in ("", [])
+    ]
 
 
 def next_command(options: argparse.Namespace, state: str, beta: float | None) -> str:

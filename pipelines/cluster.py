@@ -243,11 +243,10 @@ def not_retried(client: Any, target: Endpoint, run_id: str, error: Exception) ->
 
 
 def _of_a_run(what: str, target: Endpoint, error: Exception, state: str) -> RequestError:
-    found = problem(what, target, error, RequestError)
-    if not state:
-        return RequestError(found.found, where=found.where, fix=found.fix)
+    found = problem(what, target, error)
     told = "it has ended" if state in ENDED else "only one that has failed can be retried"
-    return RequestError(found.found, where=found.where, fix=f"its state is {state}: {told}")
+    fix = f"its state is {state}: {told}" if state else found.fix
+    return RequestError(found.found, where=found.where, fix=fix)
 
 
 def error_status(error: Exception) -> int:

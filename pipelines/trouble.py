@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from dpo.errors import PipelineError
-from pipelines.cluster import ENDED, Endpoint, problem
+from pipelines.cluster import ENDED, Endpoint, error_status, problem
 from pipelines.outcome import Outcome
 
 _TOKEN_FAILURES = 2
@@ -63,7 +63,6 @@ class Trouble:
     def __init__(self, target: Endpoint, away_seconds: float) -> None:
         self.target, self.away_seconds = target, away_seconds
         self.last: PipelineError | None = None
-        self.status: int | None = None
         self.is_gone = False
         self.times = 0
         self.since = 0.0
@@ -77,7 +76,6 @@ class Trouble:
         if not self.times:
             self.since = time.monotonic()
         self.times += 1
-        self.status = getattr(error, "status", None)
         self.is_gone = _is_gone(error)
         self.last = problem("the run cannot be read", self.target, error)
         if (most := self._most_times(error)) is not None:
@@ -90,12 +88,12 @@ class Trouble:
         """How often in a row a request may fail like this; None for an endpoint that is away."""
         from urllib3.exceptions import HTTPError
 
-        if self.status == 403 or self.is_gone:
+        status = error_status(error)
+        if status == 403 or self.is_gone:
             return 1
-        if self.status == 401:
+        if status == 401:
             # a token that the kubelet is just renewing
             return _TOKEN_FAILURES
-        status = self.status or 0
         away = isinstance(error, HTTPError) or status in _LATER or status >= 500
         return None if away else _OTHER_FAILURES
 
