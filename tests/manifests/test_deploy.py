@@ -13,6 +13,14 @@ from tests.support.checkout import ROOT
 deploy = load("deploy", folder="manifests")
 
 
+def fake_kubectl(folder, script):
+    """A program in the place of kubectl; its path."""
+    kubectl = folder / "kubectl"
+    kubectl.write_text(f"#!/bin/sh\n{script}")
+    kubectl.chmod(0o755)
+    return str(kubectl)
+
+
 def test_without_images_of_ours_the_overlay_is_applied_as_it_is(tmp_path):
     found = deploy.write_overlay("dev", "", tmp_path / "none.json")
     assert found == ROOT / "manifests" / "overlays" / "dev"
@@ -71,12 +79,10 @@ def test_without_kubectl_there_is_a_message(capsys):
 
 
 def test_a_cluster_that_is_down_has_refused_nothing(tmp_path, capsys):
-    kubectl = tmp_path / "kubectl"
-    kubectl.write_text(
-        "#!/bin/sh\necho 'dial tcp 127.0.0.1:1: connect: connection refused' >&2\nexit 1\n"
+    kubectl = fake_kubectl(
+        tmp_path, "echo 'dial tcp 127.0.0.1:1: connect: connection refused' >&2\nexit 1\n"
     )
-    kubectl.chmod(0o755)
-    assert deploy.main(["dev", "--kubectl", str(kubectl)]) == 1
+    assert deploy.main(["dev", "--kubectl", kubectl]) == 1
     said = capsys.readouterr().err
     assert said.startswith("the cluster does not answer")
     assert "KUBECTL=" in said
@@ -96,10 +102,8 @@ def test_pods_that_a_quota_does_not_let_in_are_told(tmp_path, capsys, monkeypatc
     ]
     answer = tmp_path / "answer.json"
     answer.write_text(json.dumps({"items": items}))
-    kubectl = tmp_path / "kubectl"
-    kubectl.write_text(f'#!/bin/sh\n[ "$1 $2" = "get deployments" ] && cat "{answer}"\nexit 0\n')
-    kubectl.chmod(0o755)
-    assert deploy.main(["dev", "--kubectl", str(kubectl)]) == 0
+    kubectl = fake_kubectl(tmp_path, f'[ "$1 $2" = "get deployments" ] && cat "{answer}"\nexit 0\n')
+    assert deploy.main(["dev", "--kubectl", kubectl]) == 0
     assert capsys.readouterr().out == f"dpo-service gets no pod: {why}\n"
 
 
@@ -122,13 +126,11 @@ def test_a_job_that_gets_no_pod_is_told_by_its_events(tmp_path, capsys, monkeypa
     }
     for name, items in answers.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({"items": items}))
-    kubectl = tmp_path / "kubectl"
-    kubectl.write_text(
-        f'#!/bin/sh\n[ "$1" != get ] || cat "{tmp_path}/$2.json" 2>/dev/null\nexit 0\n'
+    kubectl = fake_kubectl(
+        tmp_path, f'[ "$1" != get ] || cat "{tmp_path}/$2.json" 2>/dev/null\nexit 0\n'
     )
-    kubectl.chmod(0o755)
     began = time.monotonic()
-    assert deploy.main(["dev", "--kubectl", str(kubectl)]) == 0
+    assert deploy.main(["dev", "--kubectl", kubectl]) == 0
     assert capsys.readouterr().out == f"minio-setup gets no pod: {why}\n"
     assert time.monotonic() - began < 1.0
 
@@ -147,15 +149,14 @@ def test_an_overlay_of_the_users_own_is_asked_for_its_namespace(tmp_path, capsys
         {"kind": "Deployment", "metadata": service},
     ]
     (tmp_path / "all.yaml").write_text(yaml.safe_dump_all(rendered))
-    kubectl = tmp_path / "kubectl"
-    kubectl.write_text(
-        f'#!/bin/sh\necho "$@" >> "{tmp_path}/calls"\ncase $1 in\n'
-        f'kustomize) cat "{tmp_path}/all.yaml";;\nget) [ "$2" != secret ];;\nesac\n'
+    kubectl = fake_kubectl(
+        tmp_path,
+        f'echo "$@" >> "{tmp_path}/calls"\ncase $1 in\n'
+        f'kustomize) cat "{tmp_path}/all.yaml";;\nget) [ "$2" != secret ];;\nesac\n',
     )
-    kubectl.chmod(0o755)
     own = tmp_path / "own.yaml"
     own.write_text("images: {data: r/data:1, train: r/train:2}\nstore_secret: {name: s}\n")
-    assert deploy.main(["mine", "--kubectl", str(kubectl), "--deployment", str(own)]) == 0
+    assert deploy.main(["mine", "--kubectl", kubectl, "--deployment", str(own)]) == 0
     assert "the Secret dpo-store is missing in the namespace tuning" in capsys.readouterr().out
     written = yaml.safe_load((tmp_path / "deploy/kustomization.yaml").read_text())
     assert [each["namespace"] for each in written["configMapGenerator"]] == ["tuning"] * 2
@@ -165,12 +166,10 @@ def test_an_overlay_of_the_users_own_is_asked_for_its_namespace(tmp_path, capsys
 
 
 def test_an_overlay_that_kustomize_does_not_take_is_told(tmp_path, capsys):
-    kubectl = tmp_path / "kubectl"
-    kubectl.write_text(
-        "#!/bin/sh\necho 'error: accumulating resources: no such file' >&2\nexit 1\n"
+    kubectl = fake_kubectl(
+        tmp_path, "echo 'error: accumulating resources: no such file' >&2\nexit 1\n"
     )
-    kubectl.chmod(0o755)
-    assert deploy.main(["dev", "--kubectl", str(kubectl)]) == 1
+    assert deploy.main(["dev", "--kubectl", kubectl]) == 1
     said = capsys.readouterr().err
     assert said.startswith("the overlay dev cannot be put together")
     assert "accumulating resources" in said
