@@ -14,6 +14,7 @@ from dpo.config.losses import SFTLoss
 from dpo.config.schema import RunConfig
 from dpo.config.stages import stage_settings
 from dpo.data.schema import Pair
+from dpo.distributed.device import best_device
 from dpo.distributed.launch import is_shared, launch
 from dpo.distributed.together import is_first
 from dpo.errors import ConfigError
@@ -25,6 +26,7 @@ from dpo.evaluate.judge import Match, check_service, judge
 from dpo.evaluate.measure import Measured, Measurement, Models
 from dpo.evaluate.report import write_reports
 from dpo.modeling.memory import enough_memory
+from dpo.modeling.precision import compute_dtype, name_of, say_if_slow
 from dpo.storage.given_model import read_model
 from dpo.storage.lineage import SFT_CHECKPOINT
 from dpo.storage.manifest import (
@@ -35,7 +37,7 @@ from dpo.storage.manifest import (
     write_manifest,
 )
 from dpo.storage.model_folder import base_of, is_adapter
-from dpo.storage.progress import track
+from dpo.storage.progress import message, track
 from dpo.storage.provenance import made_by
 
 FORMAT_VERSION = 2
@@ -93,6 +95,8 @@ def run_evaluate(
         launch(run_evaluate, "evaluate", config, paths, code, timeout_seconds=wait)
         return read_manifest(output, stage="evaluate")
     given = read_inputs(config, pairs=pairs, sft=sft, policy=policy, reference=reference)
+    if is_first():
+        _say_types(config, given.manifests.get("reference"))
     measurement = Measurement(config, given.rows, given.examples, given.tokenizer)
     policy_base = _base_of_policy(given.manifests, sft) if is_adapter(policy) else None
     models = Models(sft, policy, published, policy_base, published_base, not given.before)
@@ -133,6 +137,20 @@ def run_evaluate(
             inputs=inputs,
             code=code,
             details=_details(result),
+        )
+
+
+def _say_types(config: RunConfig, reference: Manifest | None) -> None:
+    device = best_device()
+    dtype = compute_dtype(config.model, device)
+    say_if_slow(dtype, device, "evaluate")
+    ours, theirs = name_of(dtype), reference.details.get("compute_dtype") if reference else None
+    if theirs not in (None, ours):
+        message(
+            "evaluate",
+            f"the SFT model's log-probabilities come from products in {theirs}, the policy's will "
+            f"from {ours}: rewards hold the difference of their rounding (without reference= both "
+            "are scored here)",
         )
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from dpo.config.schema import RunConfig
 from dpo.distributed.together import gather
 from dpo.errors import ModelError
-from dpo.modeling.precision import compute_dtype
+from dpo.modeling.precision import compute_dtype, name_of
 from dpo.modeling.sharded import Scorer
 from dpo.plan.job import FEW_TOKENS, GIB, Machine, tokens_at_once, tokens_to_score
 from dpo.plan.shape import Architecture
@@ -53,7 +53,7 @@ def scoring_budget(config: RunConfig, model: Any, device: str) -> int:
             _settled(config, device),
             shape,
             _machine(1),
-            dtype=str(next(own.parameters()).dtype).removeprefix("torch."),
+            dtype=name_of(next(own.parameters()).dtype),
             shards=dist.get_world_size() if together else 1,
         )
 

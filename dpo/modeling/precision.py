@@ -8,8 +8,14 @@ from functools import cache
 import torch
 
 from dpo.config.models import ModelConfig
+from dpo.storage.progress import message
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As settings and records have it: ``float32``."""
+    return str(dtype).removeprefix("torch.")
 
 
 @cache
@@ -31,6 +37,16 @@ def compute_dtype(model: ModelConfig, device_type: str) -> torch.dtype:
     if model.compute_dtype == "auto":
         return torch.bfloat16 if has_fast_bfloat16(device_type) else torch.float32
     return DTYPES[model.compute_dtype]
+
+
+def say_if_slow(dtype: torch.dtype, device_type: str, step: str) -> None:
+    """Tell of products in a type for which this processor has no instructions."""
+    if device_type == "cpu" and dtype != torch.float32 and not has_fast_bfloat16("cpu"):
+        message(
+            step,
+            f"products in {name_of(dtype)}, for which this processor has no instructions: tens to "
+            "hundreds of times slower than in float32 (model.policy_dtype, model.compute_dtype)",
+        )
 
 
 def autocast(dtype: torch.dtype, device_type: str) -> AbstractContextManager[object]:

@@ -29,6 +29,8 @@ class Position:
     """Of each of them, for work on a CPU; 0 in what an earlier version wrote."""
     tokens: int = 0
     """Through the model at once; 0 in what an earlier version wrote."""
+    compute_dtype: str = ""
+    """Of products; empty in what an earlier version wrote."""
     seconds: float = 0.0
     """Time since the run began, without what was between an end and going on."""
     useful_seconds: float = 0.0
@@ -42,16 +44,19 @@ class Position:
         scale = LossScale(**values.pop("loss_scale", {}))
         return cls(**{**values, "loader": LoaderState(**values["loader"])}, loss_scale=scale)
 
-    def written_by(self, processes: int, tokens: int) -> None:
+    def written_by(self, processes: int, tokens: int, compute_dtype: str) -> None:
         """Note on what the next steps' sums depend beside the tensors."""
-        self.processes, self.tokens = processes, tokens
+        self.processes, self.tokens, self.compute_dtype = processes, tokens, compute_dtype
         self.threads = torch.get_num_threads()
 
-    def other_rounding(self, processes: int, tokens: int) -> str:
+    def other_rounding(self, processes: int, tokens: int, compute_dtype: str) -> str:
         """Why what follows is not what the run that wrote this would have done, to the bit; or
         nothing."""
         threads = torch.get_num_threads()
-        if self.processes != processes:
+        if self.compute_dtype not in ("", compute_dtype):
+            # by model.compute_dtype=auto each processor takes what it is fast with
+            change = f"written with products in {self.compute_dtype}, now in {compute_dtype}"
+        elif self.processes != processes:
             change = f"written by {self.processes} processes, now {processes}"
         elif self.tokens not in (0, tokens):
             change = f"written with {self.tokens:,} tokens at once, now {tokens:,}"

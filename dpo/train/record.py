@@ -9,6 +9,7 @@ from typing import Any
 
 from dpo.config.schema import RunConfig
 from dpo.config.stages import Stage, stage_settings
+from dpo.modeling.precision import name_of
 from dpo.train.data import Examples
 from dpo.train.trainer import NLL_PER_TOKEN, Trainer
 
@@ -24,7 +25,7 @@ def details_of(trainer: Trainer) -> dict[str, Any]:
         "last_nll_per_token": trainer.position.last.get(NLL_PER_TOKEN),
         "useful_time_share": round(trainer.useful_share, 4),
         "micro_batch_tokens": trainer.objective.token_budget,
-        "compute_dtype": str(trainer.objective.dtype).removeprefix("torch."),
+        "compute_dtype": name_of(trainer.objective.dtype),
         "metrics": {
             name: value
             for name, value in {**trainer.position.last, **trainer.position.evaluation}.items()

@@ -21,7 +21,7 @@ from dpo.modeling.archive import checkpoint_folder
 from dpo.modeling.budget import scoring_budget
 from dpo.modeling.load import check_length, load_for_training
 from dpo.modeling.memory import enough_memory
-from dpo.modeling.precision import compute_dtype
+from dpo.modeling.precision import compute_dtype, name_of, say_if_slow
 from dpo.modeling.scoring import NDArray
 from dpo.modeling.sharded import load_once, on_devices, score_shared
 from dpo.storage.base_model import local_model
@@ -81,11 +81,14 @@ def run_reference(
     splits = [TRAIN] * len(train) + [TEST] * len(examples.held_out)
     if dist.is_initialized():
         policy = on_devices(policy, settings, device)
+    dtype = compute_dtype(settings, device)
+    if is_first():
+        say_if_slow(dtype, device, "reference")
     with track("reference", "pairs", len(every)) as bar:
         scored = score_shared(
             policy,
             every,
-            dtype=compute_dtype(settings, device),
+            dtype=dtype,
             token_budget=scoring_budget(config, policy, device),
             bar=bar,
         )
@@ -104,7 +107,11 @@ def run_reference(
             settings=stage_settings(config, "reference"),
             inputs=inputs,
             code=code,
-            details={"pairs": len(every), "tokens": sum(e.n_tokens for e in every)},
+            details={
+                "pairs": len(every),
+                "tokens": sum(e.n_tokens for e in every),
+                "compute_dtype": name_of(dtype),
+            },
         )
 
 

@@ -33,7 +33,7 @@ from dpo.modeling.lora import (
     whole_state,
 )
 from dpo.modeling.memory import enough_memory
-from dpo.modeling.precision import DTYPES, compute_dtype
+from dpo.modeling.precision import DTYPES, compute_dtype, say_if_slow
 from dpo.modeling.recompute import checkpoint_activations
 from dpo.modeling.scoring import score
 from dpo.modeling.sharded import Scorer, find_blocks, load_once, release, shard
@@ -195,6 +195,8 @@ def _trainer(
         scorer = shard(scorer, config.model, layout.data, device=to_get)
         # FSDP casts by itself where it is asked to
         dtype = DTYPES[config.model.fsdp_policy_mp] if config.model.fsdp_policy_mp else dtype
+    if is_first():
+        say_if_slow(dtype, device, stage)
     objective = Objective(
         model,
         config.loss,
@@ -335,6 +337,8 @@ def _reference(
 ) -> dict[str, PairLogProbs]:
     every = [*examples.train.values(), *examples.held_out]
     if folder is not None:
+        details = read_manifest(folder, stage="reference", verify=False).details
+        objective.scored_in = details.get("compute_dtype", "")
         rows = select_log_probs(read_log_probs(folder), every, folder)
     else:
         # an adapter's base is its own reference

@@ -30,7 +30,7 @@ from dpo.modeling.lanes import (
 )
 from dpo.modeling.losses import PairLogps, as_used, preference_loss, sft_loss, starting_loss
 from dpo.modeling.metrics import Split, preference_metrics, sft_metrics
-from dpo.modeling.precision import autocast
+from dpo.modeling.precision import autocast, name_of
 from dpo.modeling.rows import prefetch, sent
 from dpo.modeling.scoring import response_lengths, response_sums
 from dpo.modeling.sharded import Scorer
@@ -63,6 +63,8 @@ class Objective:
     ranks: Ranks = field(default_factory=Ranks)
     lanes: int = 1
     """Rows that are worked on at once; see ``dpo.modeling.lanes``."""
+    scored_in: str = ""
+    """Type of the products behind the reference's values; empty where it is not known."""
 
     def __post_init__(self) -> None:
         self.scorer = self.scorer or Scorer(self.model)
@@ -309,10 +311,18 @@ def check_weights(parameters: Sequence[torch.nn.Parameter], steps: int) -> None:
         )
 
 
-def check_starting_point(figures: dict[str, Tensor], loss: AnyLoss, dtype: torch.dtype) -> float:
+def check_starting_point(
+    figures: dict[str, Tensor], loss: AnyLoss, dtype: torch.dtype, scored_in: str = ""
+) -> float:
     """Before the first update policy and reference are equal: the margin is 0, the loss known.
 
     A mask, a packing or a cache that is wrong shows here.
+
+    Args:
+        figures: Of the first batch.
+        loss: Of the preference stage.
+        dtype: Type of this training's products.
+        scored_in: Type of those behind the reference; empty where it is not known.
 
     Returns:
         The largest log-ratio, if it is more than the rounding of float32 sums: the reference was
@@ -331,7 +341,7 @@ def check_starting_point(figures: dict[str, Tensor], loss: AnyLoss, dtype: torch
             f"policy and reference differ before training: a log-ratio of {margin:.4g} where 0 "
             f"is expected (tolerance {tolerance:.2g})",
             where="step 0",
-            fix="the reference was computed with other weights, tokens or types: run it again",
+            fix=_how_to_mend(name_of(dtype), scored_in),
         )
     seen = margin if margin > _TOLERANCE[torch.float32] * (float(largest) + 1) else 0.0
     expected = starting_loss(loss)
@@ -347,6 +357,16 @@ def check_starting_point(figures: dict[str, Tensor], loss: AnyLoss, dtype: torch
             fix="report a bug: the loss does not see what it should",
         )
     return seen
+
+
+def _how_to_mend(dtype: str, scored_in: str) -> str:
+    if scored_in in ("", dtype):
+        return "the reference was computed with other weights, tokens or types: run it again"
+    return (
+        f"the reference was computed with products in {scored_in}, this training has {dtype} "
+        "(model.compute_dtype=auto takes what a device is fast with): set model.compute_dtype for "
+        "both, or run the reference on such a machine"
+    )
 
 
 def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float) -> float:

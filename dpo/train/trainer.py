@@ -24,6 +24,7 @@ from dpo.distributed.together import barrier, is_first
 from dpo.errors import DpoError, TrainingStopped
 from dpo.modeling.generation import generate
 from dpo.modeling.plain import has_experts
+from dpo.modeling.precision import name_of
 from dpo.modeling.repeatable import NOT_TO_THE_BIT, in_any_order, or_in_any_order, same_bits
 from dpo.storage.progress import message, track
 from dpo.train.checkpoint import Checkpoints
@@ -135,7 +136,9 @@ class Trainer:
             # chosen for the device that it began on; other rows give other sums, but fewer GPUs or
             # smaller ones may not take them
             budget = self.objective.token_budget = min(budget, self.position.tokens)
-        other = self.position.other_rounding(self.objective.ranks.processes, budget)
+        other = self.position.other_rounding(
+            self.objective.ranks.processes, budget, name_of(self.objective.dtype)
+        )
         message(self.stage, f"goes on after step {self.position.steps}, from {path.name}{other}")
         self.position.processes = self.objective.ranks.processes
 
@@ -163,7 +166,10 @@ class Trainer:
     def _checkpoint(self, checkpoints: Checkpoints) -> None:
         check_weights(self.parameters, self.position.steps)
         self._count_seconds()
-        self.position.written_by(self.objective.ranks.processes, self.objective.token_budget)
+        objective = self.objective
+        self.position.written_by(
+            objective.ranks.processes, objective.token_budget, name_of(objective.dtype)
+        )
         # whole lines: the checkpoint takes the log along
         texts = self.log.texts() if is_first() else {}
         checkpoints.save(self.objective.model, self.optimizer, self.position, texts)
@@ -226,7 +232,9 @@ class Trainer:
         figures, grad_norm = self._gradients(examples, n_micro_batches)
         check_finite(figures, grad_norm, examples)
         if self.position.steps == 0:
-            apart = check_starting_point(figures, self.objective.loss, self.objective.dtype)
+            apart = check_starting_point(
+                figures, self.objective.loss, self.objective.dtype, self.objective.scored_in
+            )
             if apart:
                 message(
                     self.stage,

@@ -253,6 +253,17 @@ def test_on_a_gpu_it_chooses_its_rows_without_settings_of_training(trained, tmp_
     assert chosen == {16384}
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_log_probabilities_from_a_machine_with_other_products_are_told(
+    same, trained, tmp_path, capfd
+):
+    scored = read_manifest(trained / "ref").details["compute_dtype"]
+    (other,) = {"float32", "bfloat16"} - {scored}
+    evaluate(trained, tmp_path / "out", f"model.compute_dtype={scored if same else other}")
+    said = f"come from products in {scored}, the policy's will from {other}"
+    assert (said in capfd.readouterr().err) is not same
+
+
 def test_an_adapter_is_opened_where_its_base_lies_elsewhere_than_in_training(trained, tmp_path):
     """Pods of a job over several nodes read the SFT model into folders of their own."""
     config = compose([*SETTINGS, "lora.enabled=true", "lora.save=adapter", "n_examples=8"]).config

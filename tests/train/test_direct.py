@@ -177,6 +177,11 @@ def test_log_probabilities_of_other_settings_are_made_anew(prepared, tmp_path, m
         (Position(threads=3), "written with 3 threads, now 2"),
         (Position(threads=2), ""),
         (Position(threads=2, tokens=16384), "written with 16,384 tokens at once, now 2,048"),
+        (
+            Position(threads=2, compute_dtype="bfloat16"),
+            "written with products in bfloat16, now in float32",
+        ),
+        (Position(threads=2, compute_dtype="float32"), ""),
         # an earlier version did not say
         (Position(), ""),
     ],
@@ -184,7 +189,7 @@ def test_log_probabilities_of_other_settings_are_made_anew(prepared, tmp_path, m
 def test_what_makes_a_run_go_on_within_rounding_only_is_said(position, words, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    said = position.other_rounding(1, 2048)
+    said = position.other_rounding(1, 2048, "float32")
     assert words in said
     assert bool(said) is bool(words)
 

@@ -15,7 +15,7 @@ from dpo.config.compose import compose
 from dpo.config.places import builtin
 from dpo.config.stages import restrict
 from dpo.data.log_probs import read_log_probs
-from dpo.errors import ModelError, NonFiniteError
+from dpo.errors import InvariantError, ModelError, NonFiniteError
 from dpo.modeling import sharded
 from dpo.modeling.budget import scoring_budget
 from dpo.storage.manifest import read_manifest
@@ -151,3 +151,22 @@ def test_a_reference_that_was_rounded_otherwise_is_said_once(
     assert len(lines) == said
     if said:
         assert "log-ratios of up to 0.02 before the first update" in lines[0]
+
+
+def test_a_reference_of_a_machine_with_other_products_is_told_as_that(prepared, tmp_path):
+    """Nodes of two kinds: `auto` is bfloat16 on the one and float32 on the other, and to run the
+    reference again need not help."""
+    run_reference(
+        config_of("n_examples=16", "model.compute_dtype=bfloat16"),
+        tmp_path / "reference",
+        pairs=prepared.data,
+        model=prepared.sft,
+    )
+    made = read_manifest(tmp_path / "reference", stage="reference")
+    assert made.details["compute_dtype"] == "bfloat16"
+    words = [*SETTINGS, "n_examples=16", "loss=dpo", "model.compute_dtype=float32"]
+    config = restrict(compose(words).config, "preference")
+    paths = {**prepared.paths(sft=False), "reference": tmp_path / "reference"}
+    with pytest.raises(InvariantError, match="differ before training") as caught:
+        run_train(config, tmp_path / "model", **paths)
+    assert "products in bfloat16, this training has float32" in caught.value.fix
