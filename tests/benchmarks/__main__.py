@@ -22,7 +22,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from tests.benchmarks.training import PEERS, in_own_process, line, measure
+from dpo.modeling.precision import has_fast_bfloat16
+from tests.benchmarks.training import PEERS, in_own_process, line, measure, say
 from tests.benchmarks.workload import DTYPES, GPU_MODELS, MODELS, Case
 
 _SHORT_STEPS = {"gpt_neox_17m": 6, "smollm2": 2, "llama_1b": 2}
@@ -61,9 +62,17 @@ def options_of(words: list[str]) -> argparse.Namespace:
 def cases(options: argparse.Namespace) -> Iterator[Case]:
     """Every case of the training benchmark."""
     for model in options.model or (MODELS if options.device == "cpu" else GPU_MODELS):
-        for dtype in options.dtype or DTYPES:
+        for dtype in options.dtype or _usual_dtypes(options.device):
             short = _FULL_STEPS if options.full else _SHORT_STEPS[model]
             yield _case(options, model, dtype, options.steps or short)
+
+
+def _usual_dtypes(device: str) -> tuple[str, ...]:
+    """Types of products that are worth timing on this machine, where none is named."""
+    if device != "cpu" or has_fast_bfloat16("cpu"):
+        return DTYPES
+    say("bfloat16 is left out: this processor has no instructions for it (--dtype bfloat16)")
+    return ("float32",)
 
 
 def _case(options: argparse.Namespace, model: str, dtype: str, steps: int) -> Case:

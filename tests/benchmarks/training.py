@@ -18,6 +18,11 @@ from tests.benchmarks.workload import Case
 PEERS = ("trl", "plain")
 
 
+def say(text: str) -> None:
+    """What is being timed, apart from the results."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def in_own_process(module: str, name: str, case: Case) -> dict[str, Any]:
     """What a contender prints, run by itself with the case's threads.
 
@@ -34,6 +39,7 @@ def in_own_process(module: str, name: str, case: Case) -> dict[str, Any]:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
     }
+    say(f"{case.name}: {name} (steps: {case.warmup + case.steps})")
     done = subprocess.run(
         [sys.executable, "-m", module, name, case.as_json()],
         capture_output=True,
