@@ -11,7 +11,9 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import math
 import re
+import time
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -33,6 +35,9 @@ _STATES = {
     "Error": "FAILED",
 }
 _NOT_OFFERED = (404, 405, 501)
+_AGAIN_SECONDS = 30.0
+"""After so long the workflow is asked for although nothing seems to have changed: of one that Argo
+packs, as of a sweep with many candidates, backends tell no news, or no tasks at all."""
 _POD_NAMES = "workflows.argoproj.io/pod-name-format"
 _TEMPLATE = "system-container-impl"
 """Of the pod of a step that has neither retries nor labels."""
@@ -54,21 +59,24 @@ class Linker:
         self._client = client
         self._offered = True
         self._told: tuple[Any, ...] | None = None
+        self._asked_at = -math.inf
         self._tasks: list[Any] = []
 
     def linked(self, run: Any, seconds: float = ANSWER_SECONDS) -> Any:
         """The run with its tasks linked as well as the backend lets us in so many seconds."""
         details = getattr(run.run_details, "task_details", None) or []
-        if not details or any(task.pod_name for task in details):
+        begun = run.state not in (None, "PENDING", OMITTED)
+        if not (details or begun) or any(task.pod_name for task in details):
             return run
         states = sorted((task.display_name or "", task.state or "") for task in details)
         told = (run.state, states)
-        if told != self._told and (tasks := self._asked(run.run_id, seconds)):
+        old = time.monotonic() - self._asked_at > _AGAIN_SECONDS
+        if (told != self._told or old) and (tasks := self._asked(run.run_id, seconds)):
             # a workflow is large: it is asked for again when something has changed; a run's end is
             # stored before the last states of its tasks
-            self._told, self._tasks = told, tasks
+            self._told, self._tasks, self._asked_at = told, tasks, time.monotonic()
         if told == self._told:
-            run.run_details.task_details = self._tasks
+            run.run_details = _with_tasks(run.run_details, self._tasks)
         else:
             _link_by_times(details)
         return run
@@ -90,6 +98,14 @@ class Linker:
             # what is missing is told less well; the run itself is watched all the same
             self._offered = getattr(error, "status", None) not in _NOT_OFFERED
             return []
+
+
+def _with_tasks(details: Any, tasks: list[Any]) -> Any:
+    from kfp_server_api import V2beta1RunDetails
+
+    details = details or V2beta1RunDetails()
+    details.task_details = tasks
+    return details
 
 
 def tasks_of(workflow: Mapping[str, Any]) -> list[Any]:

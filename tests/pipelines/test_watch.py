@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pipelines import submit, watch
+from pipelines import submit, watch, workflow
 from tests.support.kfp_backend import Scenario
 from tests.support.submitted import IMAGES, all_done, verdict
 from tests.support.workflow import DAG, node, pod, task, workflow_of
@@ -88,6 +88,33 @@ def test_a_workflow_that_argo_packed_is_read(backend, command, monkeypatch):
     )
     _, outcome, _ = command("--wait")
     assert outcome["message"].startswith("step sft failed OOMKilled (exit code 137)")
+
+
+@pytest.mark.parametrize("told", [[], [task("ingest", "RUNNING")]])
+def test_what_a_packed_workflow_hides_from_the_api_is_told(
+    told, backend, command, monkeypatch, store
+):
+    """Its list of tasks is read from what Argo has not packed: it stays as it was, or empty."""
+    monkeypatch.setattr(workflow, "_AGAIN_SECONDS", 0.0)
+    done = task("ingest", "SUCCEEDED")
+    stages = [task("ingest", "RUNNING"), done, [*done, *task("sft", "SUCCEEDED")]]
+    seen = []
+
+    def first_version(run_id):
+        plain = workflow_of(stages[min(len(seen), 2)])
+        seen.append(run_id)
+        nodes = gzip.compress(json.dumps(plain["status"].pop("nodes")).encode())
+        plain["status"]["compressedNodes"] = base64.b64encode(nodes).decode()
+        return {"pipeline_runtime": {"workflow_manifest": json.dumps(plain)}}
+
+    monkeypatch.setattr(backend, "get_first_version", first_version)
+    states = ["PENDING", *["RUNNING"] * 4, "SUCCEEDED"]
+    backend.scenario = Scenario(states=states, tasks=told, on_end=verdict(store, True))
+    code, outcome, said = command("--wait")
+    assert code == 0
+    assert outcome["steps"] == {"ingest": "done", "sft": "done"}
+    lines = [line for line in said.splitlines() if line.startswith(("ingest:", "sft:"))]
+    assert lines == ["ingest: running", "ingest: done", "sft: done"]
 
 
 @pytest.mark.parametrize("approved", [True, False])
