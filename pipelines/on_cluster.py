@@ -107,8 +107,10 @@ def name_of(given: str | None, values: Mapping[str, Any]) -> str:
     """The name of a run; one that no other run has where nobody named it.
 
     Raises:
-        ConfigError: it is longer than Kubeflow's database takes.
+        ConfigError: it is longer than Kubeflow's database takes, or has a variable of Argo's in it,
+            which gets the name with the workflow.
     """
+    check_texts({"--run-name": given or ""})
     if given and len(given) > _LONGEST_NAME:
         raise ConfigError(
             f"the name of the run has {len(given)} characters; Kubeflow keeps {_LONGEST_NAME}",

@@ -113,6 +113,14 @@ def test_a_text_that_would_reach_the_steps_as_another_is_refused(text, refused):
             check_texts(values)
 
 
+def test_so_is_such_a_name_of_a_run():
+    values = {"publish_name": "policy"}
+    assert on_cluster.name_of("nightly {beta: 0.1}", values) == "nightly {beta: 0.1}"
+    with pytest.raises(ConfigError, match="means something to the cluster") as refused:
+        on_cluster.name_of("nightly {{workflow.name}}", values)
+    assert refused.value.where == "--run-name"
+
+
 def test_settings_that_are_longer_than_an_argument_may_be_are_refused():
     """Linux gives a process no argument of 128 KiB: the step would not even begin."""
     files = [f"s3://bucket/some/prefix/part-{number:05d}.jsonl" for number in range(400)]

@@ -42,12 +42,16 @@ def log_of(folder):
 
 
 def test_the_base_is_its_own_reference(prepared, tmp_path):
-    """No reference is given: the base scores the pairs, so the first loss is ln 2, the margin 0."""
+    """No reference is given: the base scores the pairs, so the first loss is ln 2, the margin 0.
+
+    Within rounding: on a processor with AVX2 alone that of a product follows its number of rows,
+    which are others where the pairs are scored, and 4e-7 was seen.
+    """
     paths = {**prepared.paths(sft=False), "reference": None}
     run_train(config_of("dpo"), tmp_path / "out", **paths)
     first = next(line for line in log_of(tmp_path / "out") if "loss/train" in line)
     assert first["loss/train"] == pytest.approx(math.log(2), abs=1e-6)
-    assert first["rewards_train/margins"] == 0.0
+    assert first["rewards_train/margins"] == pytest.approx(0.0, abs=1e-5)
     before = load_file(prepared.sft / "model.safetensors")
     after = load_file(tmp_path / "out/model.safetensors")
     assert before.keys() == after.keys()
