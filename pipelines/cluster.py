@@ -22,6 +22,8 @@ ENDED = frozenset({"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"})
 _CERTIFICATES = "SSL_CERT_FILE"
 _UI = "KF_PIPELINES_UI_ENDPOINT"
 _EXPERIMENT = "KF_PIPELINES_DEFAULT_EXPERIMENT_NAME"
+PIPELINE = "preference-fine-tuning"
+"""The name of our packages, and of the experiment where none is named."""
 _LONGEST_EXPERIMENT = 128
 """Its API server counts bytes (``validation/length.go``); a run's name may be longer."""
 _TOKEN_FILE = "KF_PIPELINES_SA_TOKEN_PATH"
@@ -78,7 +80,7 @@ def endpoint(
 
 
 def _experiment(given: str | None) -> str:
-    name = given or os.environ.get(_EXPERIMENT) or "preference-fine-tuning"
+    name = given or os.environ.get(_EXPERIMENT) or PIPELINE
     if (length := len(name.encode())) > _LONGEST_EXPERIMENT:
         raise ConfigError(
             f"the name of the experiment has {length} bytes; Kubeflow takes {_LONGEST_EXPERIMENT}",
@@ -206,6 +208,23 @@ def get_run(client: Any, target: Endpoint, run_id: str) -> Any:
 def parameters_of(run: Any) -> dict[str, Any]:
     """Values of the parameters that a run was given."""
     return dict(getattr(run.runtime_config, "parameters", None) or {})
+
+
+def pipeline_of(client: Any, run: Any) -> str:
+    """Name that the package of a run has; empty where the endpoint does not say it.
+
+    A pipeline that somebody registered in the UI has any name there.
+    """
+    with suppress(Exception):
+        sent = run.pipeline_spec
+        if not sent:
+            version = run.pipeline_version_reference
+            sent = client.get_pipeline_version(
+                version.pipeline_id, version.pipeline_version_id
+            ).pipeline_spec
+        # with settings of Kubernetes beside it, or alone
+        return str(sent.get("pipeline_spec", sent)["pipelineInfo"]["name"])
+    return ""
 
 
 def cancel(client: Any, target: Endpoint, run_id: str) -> None:

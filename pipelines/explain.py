@@ -26,7 +26,7 @@ from dpo.storage.store import Store, open_store
 from pipelines import cluster
 from pipelines.asked import not_empty, place
 from pipelines.history import INPUTS, changes, read_record, steps_of, with_candidates
-from pipelines.start import known_run
+from pipelines.start import known_run, store_of
 from pipelines.steps import SELECT, SWEPT, TASKS
 from pipelines.watch import candidate_states, step_states
 from pipelines.workflow import Linker
@@ -190,7 +190,7 @@ def _remote(options: argparse.Namespace) -> tuple[Told, Told | None]:
             print(f"{error.found}: the states of its steps are not known", file=sys.stderr)
         else:
             states, of_candidates = step_states(run), candidate_states(run)
-            url = url or cluster.parameters_of(run).get("publish_store")
+            url = url or store_of(client, target, run)
     if not url:
         raise RequestError(
             f"nothing is known of run {options.run_id}",

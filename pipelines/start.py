@@ -116,11 +116,27 @@ def known_run(store: str, run_id: str) -> dict[str, Any]:
 
 def _store_of(run_id: str, host: str | None, namespace: str | None) -> str:
     target = cluster.endpoint(host, namespace)
-    run = cluster.get_run(cluster.connect(target), target, run_id)
-    url = str(cluster.parameters_of(run).get("publish_store") or "")
-    if not url:
-        raise RequestError(f"run {run_id} names no store", fix="pass the store's URL with --store")
-    return url
+    client = cluster.connect(target)
+    run = cluster.get_run(client, target, run_id)
+    return store_of(client, target, run)
+
+
+def store_of(client: Any, target: cluster.Endpoint, run: Any) -> str:
+    """Where a run publishes, by its parameters.
+
+    Raises:
+        RequestError: it is a run of another pipeline, or names no store.
+    """
+    if url := str(cluster.parameters_of(run).get("publish_store") or ""):
+        return url
+    name = cluster.pipeline_of(client, run)
+    if name not in ("", cluster.PIPELINE):
+        raise RequestError(
+            f"run {run.run_id} is one of another pipeline, {name}: this is {cluster.PIPELINE}",
+            where=cluster.link(target, run.run_id),
+            fix="name a run of this pipeline (Runs in the UI lists each with its pipeline)",
+        )
+    raise RequestError(f"run {run.run_id} names no store", fix="pass the store's URL with --store")
 
 
 def base(

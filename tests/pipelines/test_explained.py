@@ -9,7 +9,7 @@ from dpo.storage.runs import write_run_manifest
 from dpo.storage.store import open_store
 from pipelines import submit
 from tests.support.kfp_backend import STEPS, Scenario
-from tests.support.submitted import verdict
+from tests.support.submitted import IMAGES, verdict
 from tests.support.workflow import DAG, node, task
 
 
@@ -149,6 +149,29 @@ def test_a_run_that_left_no_artifacts_is_no_start(store, command, backend):
     assert code == 2
     assert "run never left no manifest in the store" in said
     assert backend.runs == {}
+
+
+@pytest.mark.parametrize("how", [["--run", "--upload"], []])
+@pytest.mark.parametrize("asked", [[*IMAGES, "--from"], ["explain"]])
+def test_a_run_of_another_pipeline_is_told_as_one(backend, command, capsys, tmp_path, how, asked):
+    _, outcome, _ = command(*how)
+    run = backend.runs[outcome["run_id"]]
+    theirs = [version for versions in backend.versions.values() for version in versions]
+    for sent in theirs or [run]:
+        spec = sent["pipeline_spec"]
+        spec.get("pipeline_spec", spec)["pipelineInfo"]["name"] = "churn"
+    run["runtime_config"]["parameters"] = {"days": 7}
+    assert submit.main([*asked, run["run_id"], "--runs-dir", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert f"run {run['run_id']} is one of another pipeline, churn" in said
+    assert len(backend.runs) == 1
+
+
+def test_a_run_of_ours_without_a_store_is_not_said_to_be_anothers(backend, command, capsys):
+    _, outcome, _ = command()
+    backend.runs[outcome["run_id"]]["runtime_config"]["parameters"] = {}
+    assert submit.main(["--from", outcome["run_id"], *IMAGES]) == 2
+    assert "names no store\n  fix:   pass the store's URL" in capsys.readouterr().err
 
 
 def test_explain_of_a_run_that_nobody_knows(backend, capsys, tmp_path):

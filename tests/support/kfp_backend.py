@@ -134,10 +134,8 @@ class Backend:
 
     def _spec_of(self, body: dict[str, Any]) -> dict[str, Any]:
         if reference := body.get("pipeline_version_reference"):
-            for version in self.versions.get(reference["pipeline_id"], []):
-                if version["pipeline_version_id"] == reference["pipeline_version_id"]:
-                    return _pipeline_spec(version["pipeline_spec"])
-            raise Refused(404, "PipelineVersion not found", 5)
+            version = self.get_version(reference["pipeline_id"], reference["pipeline_version_id"])
+            return _pipeline_spec(version["pipeline_spec"])
         return _pipeline_spec(body["pipeline_spec"])
 
     def get_run(self, run_id: str) -> dict[str, Any]:
@@ -238,6 +236,12 @@ class Backend:
 
     def list_versions(self, pipeline_id: str, query: dict[str, str]) -> dict[str, Any]:
         return _page("pipeline_versions", self.versions.get(pipeline_id, []), query)
+
+    def get_version(self, pipeline_id: str, version_id: str) -> dict[str, Any]:
+        for version in self.versions.get(pipeline_id, []):
+            if version["pipeline_version_id"] == version_id:
+                return version
+        raise Refused(404, "PipelineVersion not found", 5)
 
     def upload(
         self, name: str, text: str, description: str = "", namespace: str = ""
@@ -348,6 +352,12 @@ _ROUTES: list[tuple[str, str, str | None, Callable[..., Any]]] = [
         r"/pipelines/([^/]+)/versions",
         "V2beta1ListPipelineVersionsResponse",
         lambda b, r, i: b.list_versions(i, r.query),
+    ),
+    (
+        "GET",
+        r"/pipelines/([^/]+)/versions/([^/]+)",
+        "V2beta1PipelineVersion",
+        lambda b, r, i, v: b.get_version(i, v),
     ),
     (
         "POST",
