@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from dpo.errors import ConfigError, DpoError, MissingDependency, PipelineError
-from pipelines.deployment import load_deployment
+from pipelines.deployment import Deployment, load_deployment
 from pipelines.package import BUILT_IMAGES, with_images
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +30,9 @@ OVERLAYS = ROOT / "manifests" / "overlays"
 TARGET = ROOT / "build" / "deploy"
 _MOUNTED = "/etc/dpo/deployment.yaml"
 _NAMESPACE = "dpo"
+_NAMESPACE_OF_STEPS = "kubeflow"
 _SERVICE = "dpo-service"
+_LAUNCHER = "dpo-training-launcher"
 _PODS_SECONDS = 10.0
 """In which a cluster makes pods, or says why it does not."""
 _SECRETS = {"base": ("dpo-store", "dpo-service"), "local": ("minio",)}
@@ -53,8 +55,9 @@ def check_overlay(overlay: str) -> None:
         )
 
 
-def namespace_of(kubectl: str, overlay: str) -> str:
-    """The service's namespace: an overlay of the user's own may have chosen another than ours.
+def namespaces_of(kubectl: str, overlay: str) -> tuple[str, str]:
+    """The service's namespace and that of the steps: an overlay of the user's own may have chosen
+    others than ours.
 
     Raises:
         ConfigError: no such overlay.
@@ -64,11 +67,16 @@ def namespace_of(kubectl: str, overlay: str) -> str:
     done = _kubectl(kubectl, "kustomize", str(OVERLAYS / overlay))
     if done.returncode:
         raise _refused(f"the overlay {overlay} cannot be put together", done.stderr.strip())
+    service, steps = _NAMESPACE, _NAMESPACE_OF_STEPS
     for each in yaml.safe_load_all(done.stdout):
-        labels = (each or {}).get("metadata", {}).get("labels") or {}
-        if labels.get("app.kubernetes.io/name") == _SERVICE and each["kind"] == "Deployment":
-            return str(each["metadata"].get("namespace") or _NAMESPACE)
-    return _NAMESPACE
+        meta = (each or {}).get("metadata", {})
+        named = (meta.get("labels") or {}).get("app.kubernetes.io/name")
+        if each and each["kind"] == "Deployment" and named == _SERVICE:
+            service = str(meta.get("namespace") or service)
+        if each and each["kind"] == "ServiceAccount" and str(meta["name"]).endswith(_LAUNCHER):
+            # the launcher's account lies where Kubeflow runs the steps
+            steps = str(meta.get("namespace") or steps)
+    return service, steps
 
 
 def write_overlay(
@@ -169,6 +177,50 @@ def missing_secrets(kubectl: str, overlay: str, namespace: str) -> list[str]:
     ]
 
 
+def missing_in_steps(kubectl: str, deployment: str, namespace: str) -> list[str]:
+    """Secrets of a deployment that pods of steps would wait for, each with what makes it.
+
+    Values are never part of the commands: other users of a machine see what is started on it.
+    """
+    told: list[str] = []
+    for name, (key, making) in _secrets_of(load_deployment(deployment)).items():
+        asked = _kubectl(kubectl, "get", "secret", name, "-n", namespace)
+        if asked.returncode and "forbidden" in asked.stderr.lower():
+            told.append(
+                f"whether the Secret {name} of the deployment ({key}) is in the namespace "
+                f"{namespace}, where the steps run, this account may not see"
+            )
+        elif asked.returncode:
+            told.append(
+                f"the Secret {name} of the deployment ({key}) is missing in the namespace "
+                f"{namespace}, where the steps run. Make it with: {kubectl} -n {namespace} create "
+                f"secret {making}"
+            )
+    return told
+
+
+def _secrets_of(chosen: Deployment) -> dict[str, tuple[str, str]]:
+    """By name: the deployment's key for it, and kubectl's words that make it."""
+    found: dict[str, tuple[str, str]] = {}
+    if store := chosen.store_secret:
+        lines = " and ".join(f"{key}=..." for key in store.keys)
+        making = f"generic {store.name} --from-env-file=FILE  (lines of FILE: {lines})"
+        found[store.name] = ("store_secret", making)
+    if (told := chosen.notification) and told.secret:
+        making = (
+            f"generic {told.secret} --from-env-file=FILE  (line of FILE: {told.secret_key}=...)"
+        )
+        found.setdefault(told.secret, ("notification", making))
+    if signing := chosen.signing:
+        making = f"generic {signing.secret} --from-file={signing.secret_key}=FILE  (private key)"
+        found.setdefault(signing.secret, ("signing", making))
+    for name in chosen.image_pull_secrets:
+        file = "--from-file=.dockerconfigjson=FILE  (such as ~/.docker/config.json)"
+        making = f"generic {name} --type=kubernetes.io/dockerconfigjson {file}"
+        found.setdefault(name, ("image_pull_secrets", making))
+    return found
+
+
 def refused_pods(kubectl: str, namespace: str) -> list[str]:
     """Why pods of the service's namespace are not made (a quota, a limit), as Kubernetes says it.
 
@@ -265,7 +317,7 @@ def main(arguments: list[str] | None = None) -> int:
             check_overlay(options.overlay)
             remove(options.kubectl, options.overlay)
             return 0
-        namespace = namespace_of(options.kubectl, options.overlay)
+        namespace, of_steps = namespaces_of(options.kubectl, options.overlay)
         folder = write_overlay(options.overlay, options.deployment, namespace=namespace)
         apply(options.kubectl, folder)
         for name in missing_secrets(options.kubectl, options.overlay, namespace):
@@ -273,6 +325,9 @@ def main(arguments: list[str] | None = None) -> int:
                 f"the Secret {name} is missing in the namespace {namespace}: pods wait for it. "
                 "Fill in secrets.example.yaml (manifests/README.md) and apply it"
             )
+        if options.deployment:
+            for text in missing_in_steps(options.kubectl, options.deployment, of_steps):
+                print(text)
         for text in refused_pods(options.kubectl, namespace):
             print(text)
         if options.deployment and (hint := without_store(options.deployment)):

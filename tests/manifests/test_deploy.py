@@ -162,7 +162,8 @@ def test_an_overlay_of_the_users_own_is_asked_for_its_namespace(tmp_path, capsys
     assert [each["namespace"] for each in written["configMapGenerator"]] == ["tuning"] * 2
     asked = [line for line in (tmp_path / "calls").read_text().splitlines() if " -n " in line]
     assert asked
-    assert all(" -n tuning" in line for line in asked)
+    # the Secret of the steps is looked for where the launcher's account is
+    assert all(" -n tuning" in line for line in asked if line != "get secret s -n kubeflow")
 
 
 def test_an_overlay_that_kustomize_does_not_take_is_told(tmp_path, capsys):
@@ -173,3 +174,42 @@ def test_an_overlay_that_kustomize_does_not_take_is_told(tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.startswith("the overlay dev cannot be put together")
     assert "accumulating resources" in said
+
+
+DEPLOYMENT = """
+images: {data: r/data:1, train: r/train:2}
+store_secret: {name: of-the-store, keys: {accesskey: MINIO_ACCESS_KEY, secretkey: MINIO_SECRET_KEY}}
+signing: {secret: of-the-key}
+image_pull_secrets: [of-the-registry]
+notification: {url: "https://hooks.test/x", secret: there}
+"""
+
+
+def test_secrets_that_steps_wait_for_are_looked_for_where_steps_run(tmp_path, capsys, monkeypatch):
+    """The service was told of its own; the first run then waited for the store's."""
+    monkeypatch.setattr(deploy, "TARGET", tmp_path / "deploy")
+    monkeypatch.setattr(deploy, "_PODS_SECONDS", 0.0)
+    launcher = {"name": "dpo-training-launcher", "namespace": "team"}
+    (tmp_path / "all.yaml").write_text(
+        yaml.safe_dump_all([None, {"kind": "ServiceAccount", "metadata": launcher}])
+    )
+    kubectl = fake_kubectl(
+        tmp_path,
+        f'case "$1 $2 $3" in\nkustomize*) cat "{tmp_path}/all.yaml";;\n'
+        "*of-the-store) [ $5 != team ];;\n"
+        "*of-the-registry) echo 'Error: secrets is Forbidden' >&2; exit 1;;\n"
+        "*of-the-key) exit 1;;\nesac\n",
+    )
+    own = tmp_path / "own.yaml"
+    own.write_text(DEPLOYMENT)
+    assert deploy.main(["multi-user", "--kubectl", kubectl, "--deployment", str(own)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "the Secret of-the-store of the deployment (store_secret) is missing in the namespace team,"
+        f" where the steps run. Make it with: {kubectl} -n team create secret generic of-the-store "
+        "--from-env-file=FILE  (lines of FILE: accesskey=... and secretkey=...)",
+        "the Secret of-the-key of the deployment (signing) is missing in the namespace team, where "
+        f"the steps run. Make it with: {kubectl} -n team create secret generic of-the-key "
+        "--from-file=key.pem=FILE  (private key)",
+        "whether the Secret of-the-registry of the deployment (image_pull_secrets) is in the "
+        "namespace team, where the steps run, this account may not see",
+    ]
