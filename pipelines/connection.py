@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from dpo.storage.proxies import proxy_for
@@ -56,7 +58,8 @@ def bounded_client(**arguments: Any) -> Any:
         def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:  # noqa: ARG002
             # asked while the client is being made, before the limit below is set
             limit = pair(ANSWER_SECONDS)
-            return self._healthz_api.healthz_service_get_healthz(_request_timeout=limit)
+            ask = self._healthz_api.healthz_service_get_healthz
+            return _within(sum(limit), lambda: ask(_request_timeout=limit))
 
     client = Client(**arguments)
     rest = client._run_api.api_client.rest_client
@@ -79,16 +82,49 @@ def _bounded(send: Callable[..., Any]) -> Callable[..., Any]:
     def request(method: str, url: str, *given: Any, **named: Any) -> Any:
         if not named.get("_request_timeout"):
             named["_request_timeout"] = pair(_limit(method, url))
+        limit = named["_request_timeout"]
+        whole = sum(limit) if isinstance(limit, tuple) else limit
+
+        def answer() -> Any:
+            return _answer(url, _within(whole, lambda: send(method, url, *given, **named)))
+
         for _ in range(_CUT_TRIES - 1 if method == "GET" else 0):
             try:
-                return _answer(url, send(method, url, *given, **named))
+                return answer()
             except HTTPError as error:
                 if not isinstance(getattr(error, "reason", error), ProtocolError):
                     raise
             time.sleep(_CUT_PAUSE_SECONDS)
-        return _answer(url, send(method, url, *given, **named))
+        return answer()
 
     return request
+
+
+def _within(seconds: float, work: Callable[[], Any]) -> Any:
+    """What ``work`` returns, or raises, where that does not take longer.
+
+    The limit of the API's client is on the time between two bytes: an answer that comes byte by
+    byte would hold it for ever. What is given up here ends by itself or with the process.
+
+    Raises:
+        TimeoutError: it took longer.
+    """
+    done: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put((work(), None))
+        except BaseException as error:
+            done.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result, error = done.get(timeout=seconds)
+    except Empty:
+        raise TimeoutError(f"its answer was not complete after {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return result
 
 
 def _answer(url: str, response: Any) -> Any:

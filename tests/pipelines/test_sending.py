@@ -161,6 +161,27 @@ def test_no_request_waits_for_ever(backend, monkeypatch, asked):
     assert time.monotonic() - began < 10
 
 
+def test_an_answer_that_comes_byte_by_byte_is_no_way_around_the_limit(backend, monkeypatch):
+    client = cluster.connect(cluster.endpoint())
+    monkeypatch.setattr(connection, "ANSWER_SECONDS", 0.2)
+    backend.faults = [Fault(r"/experiments$", times=9, page="{}" + " " * 200, byte_seconds=0.05)]
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"not complete after 0\.4 s"):
+        client.list_experiments()
+    assert time.monotonic() - began < 5
+
+
+def test_neither_is_it_while_a_run_is_waited_for(backend, command):
+    states = [Fault(r"/runs/[^/]+$", times=99, page="{}" + " " * 900, byte_seconds=0.02)]
+    backend.scenario = Scenario(states=["RUNNING"])
+    backend.faults = states
+    began = time.monotonic()
+    code, outcome, _ = command("--wait", "--timeout-seconds", "2")
+    assert (code, outcome["state"]) == (5, "timed out")
+    assert "not complete after" in outcome["message"]
+    assert time.monotonic() - began < 15
+
+
 @pytest.mark.parametrize("status", [500, 502])
 def test_a_lost_answer_starts_no_second_run(backend, command, monkeypatch, status):
     monkeypatch.setattr(sending, "_LOOKS_SECONDS", (0.0, 0.0))

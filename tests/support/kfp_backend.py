@@ -76,6 +76,8 @@ class Fault:
     """Time before the answer."""
     page: str = ""
     """What is sent with 200 in place of an answer, as by a proxy that asks to sign in."""
+    byte_seconds: float = 0.0
+    """Time before each byte of the answer: the connection is never silent for long."""
 
 
 class Refused(Exception):
@@ -388,6 +390,7 @@ _ROUTES: list[tuple[str, str, str | None, Callable[..., Any]]] = [
 
 class _Handler(BaseHTTPRequestHandler):
     backend: Backend
+    _byte_seconds = 0.0
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
@@ -439,6 +442,7 @@ class _Handler(BaseHTTPRequestHandler):
                 time.sleep(fault.hold_seconds)
                 if fault.cut:
                     raise ConnectionAbortedError
+                self._byte_seconds = fault.byte_seconds
                 if fault.page:
                     raise Refused(200, fault.page)
                 raise Refused(fault.status, fault.message, 13)
@@ -470,7 +474,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        for first in range(0, len(data), 1 if self._byte_seconds else len(data)):
+            time.sleep(self._byte_seconds)
+            self.wfile.write(data[first : first + 1] if self._byte_seconds else data)
+        self._byte_seconds = 0.0
 
 
 @contextmanager
