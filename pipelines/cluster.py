@@ -29,6 +29,7 @@ _LONGEST_EXPERIMENT = 128
 _TOKEN_FILE = "KF_PIPELINES_SA_TOKEN_PATH"
 _TOKEN_OF_A_POD = "/var/run/secrets/kubeflow/pipelines/token"
 _BAD_REQUEST = 400
+_NOT_AUTHENTICATED = 401
 _REQUEST_TIMEOUT = 408
 
 
@@ -176,7 +177,14 @@ class _TokenFile:
                 where=str(self._path),
                 fix=f"name the file that holds it ({_TOKEN_FILE}), or set KF_PIPELINES_TOKEN",
             ) from None
-        config.api_key["authorization"] = credential({str(self._path): text}, str(self._path))
+        token = credential({str(self._path): text}, str(self._path))
+        if not token:
+            raise ConfigError(
+                "the file of the endpoint's token is empty",
+                where=str(self._path),
+                fix=f"name the file that holds it ({_TOKEN_FILE}), or set KF_PIPELINES_TOKEN",
+            )
+        config.api_key["authorization"] = token
 
 
 def _certificates(host: str) -> str | None:
@@ -299,7 +307,8 @@ def experiment_id(client: Any, target: Endpoint) -> str:
 
 
 _FIXES = {
-    401: "the token is missing or expired: renew it (KF_PIPELINES_TOKEN or the token volume)",
+    _NOT_AUTHENTICATED: "the token is missing or expired: renew it (KF_PIPELINES_TOKEN or the "
+    "token volume)",
     403: "the account may not do this here: check namespace and role",
     404: "check the endpoint's path, the namespace and the run id",
     409: "look at its state in the UI",
@@ -322,6 +331,8 @@ def problem(
         fix += f", and the proxy {proxy}, through which it is asked (NO_PROXY names exceptions)"
     if isinstance(error, NotTheApi):
         fix = _FIX_OF_A_PAGE
+    if status == _NOT_AUTHENTICATED and target.host.startswith("http://"):
+        fix += "; if http:// leads on to https:// there, write the latter: no token follows"
     if "WRONG_VERSION_NUMBER" in reason:
         fix = "it speaks no TLS there: write http:// before its name if that is meant"
     if "CERTIFICATE_VERIFY_FAILED" in reason:

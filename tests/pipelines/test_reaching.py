@@ -97,6 +97,8 @@ def test_an_expired_token_is_named_before_anything_is_sent(backend, command, mon
     assert code == 2, "nothing was started"
     assert "token expired (HTTP 401)" in said
     assert "renew it" in said
+    # a way from http:// to https:// ends so, for urllib3 takes it for another host
+    assert "if http:// leads on to https:// there, write the latter" in said
     assert not backend.runs
 
 
@@ -271,7 +273,7 @@ def test_a_gateway_that_wants_to_be_asked_later_is_waited_for(backend, store, co
 
 
 @pytest.mark.parametrize(
-    "content", [b"\xff\xfe\x00s3cret", b"Bearer s3cret", b"s3cret\nmore", None]
+    "content", [b"\xff\xfe\x00s3cret", b"Bearer s3cret", b"s3cret\nmore", b"", b"\n", None]
 )
 def test_a_file_that_holds_no_token_is_named(backend, command, monkeypatch, tmp_path, content):
     """kfp passed it on: "invalid start byte", or http.client showed it."""
