@@ -23,6 +23,10 @@ if __name__ == "__main__":
     def _end(*_: object) -> None:
         try:
             os.write(2, b"\nNothing was started.\n")
+            if {"json", "--output=json"} & {*sys.argv[1:]}:
+                # whoever reads it reads one object, however this ends
+                told = {"state": "interrupted", "message": "Nothing was started.", "run_id": ""}
+                os.write(1, f"{json.dumps({**told, 'exit_code': 130})}\n".encode())
         finally:
             # also where that terminal is gone
             os._exit(130)

@@ -32,7 +32,7 @@ def test_while_packages_are_imported(tmp_path, how):
     slow.parent.mkdir()
     slow.write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "pipelines/submit.py"), "--local"],
+        [sys.executable, str(ROOT / "pipelines/submit.py"), "--local", "--output", "json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -41,8 +41,10 @@ def test_while_packages_are_imported(tmp_path, how):
     )
     assert process.stdout.readline() == "importing\n"
     process.send_signal(how)
-    _, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (130, "\nNothing was started.\n")
+    told = {"state": "interrupted", "message": "Nothing was started.", "run_id": ""}
+    assert json.loads(out) == {**told, "exit_code": 130}
 
 
 @pytest.mark.parametrize(
