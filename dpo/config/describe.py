@@ -15,6 +15,7 @@ from dpo.errors import ConfigError
 _TYPE = re.compile(r"literal\[|list\[|constrained-\w+$")
 """How pydantic calls one of several types that a value may have, as if it were a key."""
 _NO_BOOLEAN = ("bool_parsing", "bool_type")
+_NO_MAPPING = ("model_type", "model_attributes_type", "dict_type")
 
 
 def validation_error(
@@ -61,8 +62,27 @@ def _finding(item: Any, schema: type[BaseModel]) -> tuple[str, str]:
     if kind == "union_tag_not_found":
         return "loss.name is missing: choose a loss, such as loss=dpo", ""
     key = ".".join(_without_tags(path))
-    problem = "write true or false" if kind in _NO_BOOLEAN else item["msg"]
-    return f"{key}={item['input']!r}", f"{problem[:1].lower()}{problem[1:]}"
+    return f"{key}={item['input']!r}", _problem(item, schema, key)
+
+
+def _problem(item: Any, schema: type[BaseModel], key: str) -> str:
+    """What is wrong with a value, in words of YAML where pydantic speaks of Python's types."""
+    kind, given = item["type"], item["input"]
+    if kind in _NO_BOOLEAN:
+        return "write true or false"
+    if kind in _NO_MAPPING:
+        keys, _ = _section_at(schema, [*map(str, item["loc"]), ""])
+        return f"input should be a mapping with keys of its own{_listed(keys)}"
+    if kind == "string_type" and isinstance(given, int | float):
+        # what YAML reads without quotes is a number or a truth value
+        text = str(given).lower()
+        return f"input should be a text: write it in quotes, in a shell '{key}=\"{text}\"'"
+    message = str(item["msg"])
+    return f"{message[:1].lower()}{message[1:]}"
+
+
+def _listed(keys: list[str]) -> str:
+    return f": {', '.join(keys)}" if keys else ""
 
 
 def suggestion(key: str, choices: Iterable[str], prefix: str = "") -> str:

@@ -297,6 +297,13 @@ def test_retries_reach_steps_inside_conditions_and_outlast_the_training():
         ("train={retries: 1, timeout_seconds: 700000}", "no retry would ever begin"),
         ("store_secret.name=Not_A_Name", "store_secret.name"),
         ("train.gpus", "is not KEY=VALUE"),
+        (
+            "store_secret=s",
+            "store_secret='s': input should be a mapping with keys of its own: name",
+        ),
+        ("environment=[A]", "environment=['A']: input should be a mapping with keys of its own"),
+        ("environment.A=1", "write it in quotes, in a shell 'environment.A=\"1\"'"),
+        ("labels.a=true", "write it in quotes, in a shell 'labels.a=\"true\"'"),
         ("train.tolerations=[", "is not YAML"),
         ("labels=&a {x: *a}", "is not YAML"),
     ],
