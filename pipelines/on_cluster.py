@@ -20,6 +20,7 @@ from pipelines.asked import not_empty, passed_over
 from pipelines.outcome import Outcome
 from pipelines.request import check_texts
 from pipelines.shared_places import check_inputs, check_places
+from pipelines.start import check_ours
 from pipelines.trouble import EarlierEnd
 from pipelines.watch import wait
 
@@ -74,14 +75,17 @@ def run_on_cluster(
         check_places(documents, values)
         check_inputs(documents, values)
     client = cluster.connect(target)
+    run = None
+    if options.retry:
+        run = cluster.get_run(client, target, options.retry)
+        check_ours(client, target, run)
     if text := passed_over(options):
         print(text, file=sys.stderr)
     if options.cancel:
         cluster.cancel(client, target, options.cancel)
         print(f"asked the endpoint to end run {options.cancel}", file=sys.stderr)
         return Outcome("submitted", options.cancel, where=cluster.link(target, options.cancel))
-    if options.retry:
-        run = cluster.get_run(client, target, options.retry)
+    if run:
         values = {**values, **cluster.parameters_of(run)}
         sending.retry(client, target, options.retry)
         return _follow(options, client, target, options.retry, values, EarlierEnd(run))

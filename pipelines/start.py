@@ -129,6 +129,16 @@ def store_of(client: Any, target: cluster.Endpoint, run: Any) -> str:
     """
     if url := str(cluster.parameters_of(run).get("publish_store") or ""):
         return url
+    check_ours(client, target, run)
+    raise RequestError(f"run {run.run_id} names no store", fix="pass the store's URL with --store")
+
+
+def check_ours(client: Any, target: cluster.Endpoint, run: Any) -> None:
+    """Refuse a run that the endpoint says is one of another pipeline.
+
+    Raises:
+        RequestError: it is.
+    """
     name = cluster.pipeline_of(client, run)
     if name not in ("", cluster.PIPELINE):
         raise RequestError(
@@ -136,7 +146,6 @@ def store_of(client: Any, target: cluster.Endpoint, run: Any) -> str:
             where=cluster.link(target, run.run_id),
             fix="name a run of this pipeline (Runs in the UI lists each with its pipeline)",
         )
-    raise RequestError(f"run {run.run_id} names no store", fix="pass the store's URL with --store")
 
 
 def base(

@@ -94,7 +94,7 @@ class Trouble:
         if status == 401:
             # a token that the kubelet is just renewing
             return _TOKEN_FAILURES
-        away = isinstance(error, HTTPError) or status in _LATER or status >= 500
+        away = isinstance(error, (HTTPError, TimeoutError)) or status in _LATER or status >= 500
         return None if away else _OTHER_FAILURES
 
     def ended(self, outcome: Outcome) -> Outcome:

@@ -152,7 +152,7 @@ def test_a_run_that_left_no_artifacts_is_no_start(store, command, backend):
 
 
 @pytest.mark.parametrize("how", [["--run", "--upload"], []])
-@pytest.mark.parametrize("asked", [[*IMAGES, "--from"], ["explain"]])
+@pytest.mark.parametrize("asked", [[*IMAGES, "--from"], ["explain"], [*IMAGES, "--retry"]])
 def test_a_run_of_another_pipeline_is_told_as_one(backend, command, capsys, tmp_path, how, asked):
     _, outcome, _ = command(*how)
     run = backend.runs[outcome["run_id"]]
@@ -164,6 +164,7 @@ def test_a_run_of_another_pipeline_is_told_as_one(backend, command, capsys, tmp_
     assert submit.main([*asked, run["run_id"], "--runs-dir", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert f"run {run['run_id']} is one of another pipeline, churn" in said
+    assert "goes on as it was sent" not in said
     assert len(backend.runs) == 1
 
 
