@@ -48,6 +48,7 @@ from dpo.train.attempt import Attempt
 from dpo.train.period import Period
 from dpo.train.place import Place
 from dpo.train.position import Position
+from dpo.train.unwritten import explain
 
 LATEST = "LATEST"
 FORMAT = 2
@@ -57,8 +58,6 @@ _IDENTITY = "identity.json"
 _POSITION = "position.json"
 _TENSORS = "tensors"
 _SHOWN_DIFFERENCES = 5
-_FULL_BYTES = 1 << 20
-"""A disk with less than this left counts as full."""
 
 Resume = Literal["auto", "force", "never"]
 
@@ -103,7 +102,7 @@ class Checkpoints:
         if not numbers:
             return None
         if is_first():
-            self._check_identity()
+            self.check_identity()
         for number in reversed(numbers):
             path = self.folder / f"step-{number}"
             problem = self._fetch(path) if is_first_of_host() else ""
@@ -244,7 +243,7 @@ class Checkpoints:
         try:
             work()
         except (Exception, dcp.CheckpointException) as error:
-            problem = _explain(error, partial.parent)
+            problem = explain(error, partial.parent)
         problems = [found for found in gather(problem, saving_group()) if found]
         if not problems:
             return False
@@ -326,7 +325,14 @@ class Checkpoints:
             return error.found
         return ""
 
-    def _check_identity(self) -> None:
+    def check_identity(self, *, left_out: str = "") -> None:
+        """Refuse checkpoints of another run, but for what ``left_out`` names, if there are any.
+
+        Raises:
+            ConfigError, ArtifactError: as ``find`` does.
+        """
+        if not self._numbers():
+            return
         known = self._known_identity()
         now = json.loads(_canonical(self.identity))
         if (written := known.get(_FORMAT_KEY, 1)) != FORMAT:
@@ -338,7 +344,7 @@ class Checkpoints:
         differences = [
             f"{key}: {known.get(key)!r} → {now.get(key)!r}"
             for key in sorted({*known, *now})
-            if known.get(key) != now.get(key)
+            if known.get(key) != now.get(key) and key != left_out
         ]
         if not differences or self.resume == "force":
             return
@@ -364,29 +370,6 @@ class Checkpoints:
 
     def _where(self) -> str:
         return self._mirror.store.root if self._mirror else str(self.folder)
-
-
-def _explain(error: BaseException, folder: Path) -> DpoError:
-    """Why a checkpoint could not be written, in our words."""
-    if isinstance(error, DpoError):
-        return error
-    causes = [one[0] for one in getattr(error, "failures", {}).values()] or [error]
-    reason = " ".join(str(causes[0]).split())
-    # torch's writer does not say why it failed
-    full = "No space left" in reason or _is_full(folder)
-    return ArtifactError(
-        f"a checkpoint could not be written: {'the disk is full' if full else reason[-300:]}",
-        where=str(folder),
-        fix="free space" if full else "see the reason; keep_checkpoints=1 needs least space",
-    )
-
-
-def _is_full(folder: Path) -> bool:
-    try:
-        return shutil.disk_usage(folder).free < _FULL_BYTES
-    except OSError:
-        # the folder is gone, or none
-        return False
 
 
 def _leave_out_unsaved(states: dict[str, Any], tensors: Path) -> None:

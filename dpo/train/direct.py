@@ -26,7 +26,7 @@ from dpo.storage.manifest import MANIFEST
 from dpo.storage.progress import message
 from dpo.train.place import ROOT_VARIABLE
 from dpo.train.reference import is_scored, run_reference
-from dpo.train.stage import run_train
+from dpo.train.stage import check_checkpoints, run_train
 
 
 def train_directly(
@@ -55,6 +55,8 @@ def train_directly(
     if config.loss.needs_reference and reference is None:
         reference = run_dir / "reference"
         scoring = restrict(config, "reference")
+        if own and not config.checkpoint_uri:
+            check_checkpoints(restrict(config, stage), own, pairs=data, base=base)
         goes_on = config.resume != "never" and not (target / MANIFEST).is_file()
         if goes_on and is_scored(scoring, reference, pairs=data, model=base):
             message(stage, f"goes on with the log-probabilities in {reference}")

@@ -122,6 +122,21 @@ def run_train(
     return manifest
 
 
+def check_checkpoints(config: RunConfig, folder: Path, *, pairs: Path, base: Path | None) -> None:
+    """Refuse checkpoints of another run before a reference is scored in the place of theirs.
+
+    Other processes score other bits, with which the run that they belong to could not go on.
+
+    Raises:
+        ConfigError, ArtifactError: as ``run_train`` does; the reference itself is not compared.
+    """
+    stage: Stage = "preference"
+    identity = _identity(config, stage, _input_hashes(pairs, base, None), code="")
+    keeper = Checkpoints(Place(folder), identity, config.keep_checkpoints, config.resume)
+    if config.resume != "never":
+        keeper.check_identity(left_out="input reference")
+
+
 def _discard(keeper: Checkpoints, stage: Stage) -> None:
     """Remove checkpoints that nobody needs any more; that they stay is no reason to fail."""
     try:

@@ -239,3 +239,29 @@ def test_a_full_gpu_is_one_message(prepared, tmp_path, monkeypatch):
     with pytest.raises(TrainingError, match=r"full: CUDA out of memory\. Tried .* 2\.00 GiB\n"):
         train(prepared, tmp_path)
     assert not (tmp_path / "model").exists()
+
+
+def dpo(prepared, folder, *more):
+    config = compose([*RUN, "loss=dpo", "n_examples=24", "n_eval_examples=4", *more]).config
+    return train_directly(config, data=prepared.data, base=prepared.sft, output=folder / "model")
+
+
+@pytest.mark.parametrize("changed", ["n_examples=16", "n_eval_examples=3", "max_length=64"])
+def test_what_is_refused_leaves_the_log_probabilities_of_the_run_that_was_ended(
+    changed, prepared, tmp_path, monkeypatch
+):
+    """They were scored anew for the command that was then refused. Scored again by another number
+    of processes for the first one they are other bits, and it was refused as well."""
+    with monkeypatch.context() as patched:
+        stop_after(patched, 2)
+        with pytest.raises(TrainingStopped):
+            dpo(prepared, tmp_path)
+    before = read_manifest(tmp_path / "reference")
+    monkeypatch.setattr(direct, "run_reference", lambda *_, **__: pytest.fail("scored anew"))
+    with pytest.raises(ConfigError, match="those of another run") as caught:
+        dpo(prepared, tmp_path, changed)
+    assert changed.partition("=")[0] in caught.value.found
+    assert "input" not in caught.value.found
+    assert read_manifest(tmp_path / "reference").content_hash == before.content_hash
+    dpo(prepared, tmp_path)
+    assert read_manifest(tmp_path / "model").details["steps"] == 3
