@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from dpo.data.loader import LoaderState
+from dpo.data.loader import LoaderState, Order
+from dpo.errors import ConfigError
 from dpo.train.scaling import LossScale
 
 
@@ -43,6 +45,25 @@ class Position:
         """What ``dataclasses.asdict`` made of it."""
         scale = LossScale(**values.pop("loss_scale", {}))
         return cls(**{**values, "loader": LoaderState(**values["loader"])}, loss_scale=scale)
+
+    def check_within(self, order: Order, where: Path) -> None:
+        """Refuse to go on where the run, or the data, ends before this (``resume=force``).
+
+        Raises:
+            ConfigError: it does.
+        """
+        trained, total = self.loader.examples, order.total_examples
+        if trained <= total and self.loader.position < order.n_pairs:
+            return
+        ends = f"this run ends after {total:,}"
+        if trained <= total:
+            ends = f"{self.loader.position:,} of them in an epoch that has {order.n_pairs:,} here"
+        raise ConfigError(
+            f"the checkpoint has trained on {trained:,} examples, and {ends}",
+            where=str(where),
+            fix="raise n_examples or n_epochs, give the data that it began with, choose another "
+            "output, or set resume=never to remove the checkpoints and begin again",
+        )
 
     def written_by(self, processes: int, tokens: int, compute_dtype: str) -> None:
         """Note on what the next steps' sums depend beside the tensors."""

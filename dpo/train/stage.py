@@ -111,6 +111,7 @@ def run_train(
             trainer = _trainer(config, stage, pairs, base, reference, log, keeper)
             if start:
                 trainer.go_on_from(start)
+                trainer.position.check_within(trainer.examples.order, start)
             trainer.run()
         finally:
             log.close()

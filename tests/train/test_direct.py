@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from dpo.cli import main
 from dpo.config.compose import compose
 from dpo.config.places import builtin
 from dpo.config.stages import restrict
+from dpo.data.loader import LoaderState, Order
 from dpo.errors import ConfigError, TrainingError, TrainingStopped
 from dpo.storage.manifest import read_manifest
 from dpo.train import direct, stage
@@ -265,3 +268,32 @@ def test_what_is_refused_leaves_the_log_probabilities_of_the_run_that_was_ended(
     assert read_manifest(tmp_path / "reference").content_hash == before.content_hash
     dpo(prepared, tmp_path)
     assert read_manifest(tmp_path / "model").details["steps"] == 3
+
+
+def test_a_run_that_is_forced_to_end_before_its_checkpoint_is_refused(
+    prepared, tmp_path, monkeypatch
+):
+    """It trained nothing, recorded 8 of 4 examples, and removed the checkpoints."""
+    with monkeypatch.context() as patched:
+        stop_after(patched, 1)
+        with pytest.raises(TrainingStopped):
+            train(prepared, tmp_path)
+    with pytest.raises(ConfigError, match="trained on 8 examples, and this run ends after 4"):
+        train(prepared, tmp_path, "n_examples=4", "resume=force")
+    assert (tmp_path / "checkpoints/model/step-1").is_dir()
+    assert not (tmp_path / "model").exists()
+    train(prepared, tmp_path, "n_examples=12", "resume=force")
+    assert read_manifest(tmp_path / "model").details["steps"] == 2
+
+
+def test_a_checkpoint_that_stands_behind_the_end_of_the_data_is_refused():
+    """An epoch of 5 pairs has no 8th: the step after it was one of no examples."""
+    position = Position(steps=2, trained=8, loader=LoaderState(0, 8, 8))
+    order = Order(n_pairs=5, batch_size=4, n_epochs=3, n_examples=None, seed=0)
+    with pytest.raises(ConfigError, match="8 of them in an epoch that has 5 here") as caught:
+        position.check_within(order, Path("kept/step-2"))
+    assert "the data that it began with" in caught.value.fix
+    position.check_within(replace(order, n_pairs=9), Path("kept/step-2"))
+    # the end of an epoch is the beginning of the next
+    ended = Position(steps=4, trained=15, loader=LoaderState(3, 0, 15))
+    ended.check_within(order, Path("kept/step-4"))
