@@ -24,7 +24,10 @@ KEYS = {
     "gpus": (int, "GPUs over all hosts (default 1; 0: one process on a CPU)"),
     "gpu": (str, "their name, such as H100 (default A100)"),
     "gpu_memory_gib": (float, "memory of one GPU, in GiB (default: that of gpu)"),
-    "peak_tflops": (float, "dense 16-bit peak of one GPU, in TFLOP/s (default: that of gpu)"),
+    "peak_tflops": (
+        float,
+        "dense peak of one GPU in the type of the products, in TFLOP/s (default: that of gpu)",
+    ),
     "utilisation": (float, "share of the peak that training reaches (default 0.25)"),
     "pairs": (int, "training pairs (default: those of the data)"),
     "prompt_tokens": (float, "mean tokens of a prompt (default: those of the data)"),
@@ -194,13 +197,14 @@ def as_text(plan: Plan) -> str:
     }
     shares = [f"  {name:18} {value / GIB:8.2f} GiB" for name, value in parts.items() if value]
     limit = f" of {machine.memory_gib:g} GiB" if machine.gpus else ""
+    peak = "peak memory a GPU" if machine.gpus else "peak memory"
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     return "\n".join(
         [
             f"{plan.stage} training of {plan.model} ({plan.parameters / 1e6:,.1f} M weights) "
             f"on {where}",
             "",
-            f"peak memory a GPU  {memory.total / GIB:10.2f} GiB{limit}: {verdict} "
+            f"{peak:17}  {memory.total / GIB:10.2f} GiB{limit}: {verdict} "
             f"({'a step under fake tensors' if plan.simulated else 'by account'})",
             *shares,
             "",
@@ -208,8 +212,6 @@ def as_text(plan: Plan) -> str:
             f"tokens a pair      {lengths.tokens:10.1f}  (prompt {lengths.prompt:.0f}, responses "
             f"{', '.join(f'{value:.0f}' for value in lengths.responses)}; {lengths.source})",
             f"TFLOP a pair       {plan.flops.training / 1e12:10.4g}",
-            f"pairs a second     {plan.pairs_per_second:10.4g}  (at {machine.utilisation:.0%} of "
-            f"{machine.tflops:g} TFLOP/s a GPU)",
             *_times(plan),
             *(f"warning: {text}" for text in plan.warnings),
             *(["", "it would fit with one of:"] if plan.advice else []),
@@ -219,9 +221,14 @@ def as_text(plan: Plan) -> str:
 
 
 def _times(plan: Plan) -> list[str]:
+    if plan.tflops is None:
+        return ["time               unknown: give peak_tflops=..., that of this CPU"]
+    device = "a GPU" if plan.machine.gpus else "of the CPU"
+    share = f"{plan.machine.utilisation:.0%} of {plan.tflops:g} TFLOP/s {device}"
+    lines = [f"pairs a second     {plan.pairs_per_second:10.4g}  (at {share})"]
     if plan.training_seconds is None:
-        return ["time               unknown: give n_examples=..., pairs=... or data=..."]
-    lines = [f"training           {_duration(plan.training_seconds):>10}  ({plan.pairs:,} pairs)"]
+        return [*lines, "time               unknown: give n_examples=..., pairs=... or data=..."]
+    lines += [f"training           {_duration(plan.training_seconds):>10}  ({plan.pairs:,} pairs)"]
     if plan.reference_seconds:
         lines.append(f"reference pass     {_duration(plan.reference_seconds):>10}  (once)")
     return lines

@@ -39,6 +39,18 @@ PEAK_TFLOPS = {
     "V100": 125.0,
 }
 """Dense 16-bit products with tensor cores, as the makers state them."""
+FLOAT32_TFLOPS = {
+    "A10": 31.2,
+    "A100": 19.5,
+    "B200": 75.0,
+    "H100": 67.0,
+    "H200": 67.0,
+    "L4": 30.3,
+    "L40S": 91.6,
+    "T4": 8.1,
+    "V100": 15.7,
+}
+"""Products in float32, likewise: without tensor cores, since torch leaves TF32 off."""
 MEMORY_GIB = {
     "A10": 22.5,
     "A100": 79.2,

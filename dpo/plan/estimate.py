@@ -31,6 +31,8 @@ class Plan:
     parameters_margin: float
     """Share of the parameters by which they may be wrong."""
     machine: Machine
+    tflops: float | None
+    """Peak of one device in the type of the products; None where nothing says it (a CPU)."""
     lengths: Lengths
     micro_batch_tokens: int
     """Tokens that go through the model at once on a device, at most."""
@@ -68,7 +70,7 @@ class Plan:
             "lengths": asdict(self.lengths),
             "pairs": self.pairs,
             "utilisation": self.machine.utilisation,
-            "peak_tflops": self.machine.tflops,
+            "peak_tflops": self.tflops,
             "pairs_per_second": self.pairs_per_second,
             "training_seconds": self.training_seconds,
             "reference_seconds": self.reference_seconds,
@@ -77,9 +79,10 @@ class Plan:
         }
 
     @property
-    def pairs_per_second(self) -> float:
-        """Of training, on all GPUs together."""
-        return 1 / _time(self.flops.training, self.machine)
+    def pairs_per_second(self) -> float | None:
+        """Of training, on all GPUs together; None where no peak is known."""
+        time = _time(self.flops.training, self.machine, self.tflops)
+        return None if time is None else 1 / time
 
 
 def plan_stage(
@@ -102,7 +105,9 @@ def plan_stage(
     found = (lengths or DEFAULT).for_sft() if stage == "sft" else lengths or DEFAULT
     check_length(shape, config.max_length)
     check_spread(config, shape, max(1, machine.gpus))
-    memory = predict(job_of(config, shape, machine, found))
+    job = job_of(config, shape, machine, found)
+    memory = predict(job)
+    tflops = machine.tflops(job.mode)
     frozen = lora_rank(config) is not None
     each = flops(
         shape,
@@ -120,15 +125,14 @@ def plan_stage(
         parameters=shape.parameters,
         parameters_margin=KNOWN_MARGIN if shape.known else UNKNOWN_MARGIN,
         machine=machine,
+        tflops=tflops,
         lengths=found,
         micro_batch_tokens=tokens_at_once(config, shape, machine),
         memory=memory,
         flops=each,
         pairs=pairs,
-        training_seconds=None if pairs is None else pairs * _time(each.training, machine),
-        reference_seconds=(
-            None if unique is None else reads * unique * _time(each.forward, machine)
-        ),
+        training_seconds=_time(each.training, machine, tflops, pairs),
+        reference_seconds=_time(reads * each.forward, machine, tflops, unique),
         fits=fits,
         advice=() if fits or not advise else tuple(advice(config, shape, machine, found)),
         warnings=tuple(_warnings(config, shape, machine)),
@@ -162,11 +166,16 @@ def _pairs(config: RunConfig, lengths: Lengths) -> int | None:
     return min(bounds, default=None)
 
 
-def _time(operations: float, machine: Machine) -> float:
-    return seconds(
+def _time(
+    operations: float, machine: Machine, tflops: float | None, times: int | None = 1
+) -> float | None:
+    """Seconds of so many operations on all devices; None where peak or number is not known."""
+    if tflops is None or times is None:
+        return None
+    return times * seconds(
         operations,
         gpus=max(1, machine.gpus),
-        peak_tflops=machine.tflops,
+        peak_tflops=tflops,
         utilisation=machine.utilisation,
     )
 

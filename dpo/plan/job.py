@@ -11,6 +11,7 @@ from dpo.plan.adapters import lora_parameters
 from dpo.plan.compute import (
     DEFAULT_GPU,
     DEFAULT_UTILISATION,
+    FLOAT32_TFLOPS,
     MEMORY_GIB,
     PEAK_TFLOPS,
     WITHOUT_BFLOAT16,
@@ -66,10 +67,11 @@ class Machine:
         """Of one GPU."""
         return self.gpu_memory_gib or MEMORY_GIB[self.gpu]
 
-    @property
-    def tflops(self) -> float:
-        """Peak of one GPU, in TFLOP/s."""
-        return self.peak_tflops or PEAK_TFLOPS[self.gpu]
+    def tflops(self, mode: Mode) -> float | None:
+        """Peak of one device for such products, in TFLOP/s; None of a CPU, if none was given."""
+        if self.peak_tflops or not self.gpus:
+            return self.peak_tflops
+        return (FLOAT32_TFLOPS if mode == "float32" else PEAK_TFLOPS)[self.gpu]
 
 
 def job_of(config: RunConfig, shape: Architecture, machine: Machine, lengths: Lengths) -> Job:

@@ -127,3 +127,39 @@ def test_the_account_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_no_time_is_named_for_a_cpu_whose_peak_nobody_knows(capsys):
+    """It was that of an A100: 24 pairs/s of a model of 2.8 B on a CPU."""
+    words = ["plan", *GIVEN, "model=pythia28", "gpus=0", "pairs=1000"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert "time               unknown: give peak_tflops=" in text
+    assert "pairs a second" not in text
+    assert "a GPU" not in text
+    assert main([*words, "--output", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    times = ("peak_tflops", "pairs_per_second", "training_seconds", "reference_seconds")
+    assert [found[key] for key in times] == [None] * 4
+    # 4.58 TFLOP a pair at a quarter of 0.4 TFLOP/s
+    assert main([*words, "peak_tflops=0.4", "--output", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["training_seconds"] == pytest.approx(1000 * 4.58 / 0.1, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("words", "tflops"),
+    [
+        (["gpu=V100"], 15.7),
+        (["gpu=V100", "model.policy_dtype=bfloat16"], 125),
+        (["gpu=A100"], 312),
+        (["gpu=A100", "model.compute_dtype=float32"], 19.5),
+        (["gpu=A100", "model.compute_dtype=float32", "peak_tflops=156"], 156),
+    ],
+)
+def test_the_time_follows_the_type_of_the_products(words, tflops, capsys):
+    """NVIDIA's data sheets: V100 and A100 without tensor cores in float32, which torch's default is
+    (no TF32), with them in 16 bits."""
+    _, found = plan(capsys, "model=pythia28", "pairs=1000", *words)
+    assert found["peak_tflops"] == tflops
+    assert found["training_seconds"] == pytest.approx(1000 * 4.58 / (tflops / 4), rel=0.01)
