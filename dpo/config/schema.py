@@ -338,10 +338,11 @@ class RunConfig(Recorded):
                 f"max_prompt_length ({self.max_prompt_length}) must be below max_length "
                 f"({self.max_length}): nothing would be left for the response"
             )
-        if self.batch_size % self.gradient_accumulation_steps:
+        if self.batch_size % (steps := self.gradient_accumulation_steps):
             raise ValueError(
                 f"batch_size ({self.batch_size}) must be a multiple of "
-                f"gradient_accumulation_steps ({self.gradient_accumulation_steps})"
+                f"gradient_accumulation_steps ({steps}), as "
+                f"batch_size={-(-self.batch_size // steps) * steps} is"
             )
         figures = {
             "max_kl": "n_kl_samples",

@@ -143,5 +143,5 @@ def check_batch(batch_size: int, accumulation: int, shares: int) -> None:
             f"batch_size ({batch_size}) must be a multiple of gradient_accumulation_steps "
             f"({accumulation}) x processes ({shares})",
             where="batch_size",
-            fix=f"use a multiple of {parts}",
+            fix=f"use a multiple of {parts}, such as batch_size={-(-batch_size // parts) * parts}",
         )

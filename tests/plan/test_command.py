@@ -104,7 +104,11 @@ def test_hub_data_is_assumed(capsys):
         (["model.name_or_path=org/none"], "org/none is not known"),
         # what the trainers themselves refuse
         ([*FOUR, "trainer=FSDPTrainer", "trainer.replicas=3"], "does not divide the 4 processes"),
-        ([*FOUR, "trainer=FSDPTrainer", "batch_size=6"], "use a multiple of 4"),
+        (
+            [*FOUR, "trainer=FSDPTrainer", "batch_size=6"],
+            "use a multiple of 4, such as batch_size=8",
+        ),
+        (["batch_size=6", "gradient_accumulation_steps=4"], "(4), as batch_size=8 is"),
         ([*FOUR, SPLIT, "batch_size=3", "trainer.tensor_parallel=2"], "use a multiple of 2"),
         ([*FOUR, SPLIT, "trainer.tensor_parallel=3"], "use one of 1, 2, 4"),
         (["model=smollm2", SPLIT, "gpus=2"], "9 attention heads"),
