@@ -8,7 +8,9 @@ the prompts beside it, and two models that answer the same prompt draw the same 
 
 Prompts whose longest answer does not fit into the model's context are answered beside prompts of
 their own length only: no answer is cut by the length of another prompt, and no batch is wider than
-the context (GPT-Neo's mask and others are tables of that size).
+the context (GPT-Neo's mask and others are tables of that size). So are those whose answers reach the
+length at which LongRoPE (Phi-3) changes the rotation of all rows of a batch; there the cached keys,
+which have the old one, are computed again.
 
 Axes: B rows of a batch, L tokens so far, V vocabulary.
 """
@@ -29,6 +31,7 @@ from torch.distributed.tensor import DTensor
 
 from dpo.distributed.heartbeat import arrived
 from dpo.errors import ModelError
+from dpo.modeling.attention import same_rotation_up_to
 from dpo.modeling.load import context_of
 from dpo.modeling.sampler import Sampler, stream
 
@@ -158,9 +161,17 @@ def answer(
         return _answer_batch(state, forward, room, sampler, ends, between, together=together)
 
     found: dict[int, Answer] = {}
-    # without a cache, padding would change what the model sees
-    longest_mixed = (context and context - max_new_tokens) if cached else 0
-    batches = _batches(order, prompts, batch_size, longest_mixed=longest_mixed)
+    turns = same_rotation_up_to(model.config)
+
+    def group(length: int) -> int:
+        # without a cache, padding would change what the model sees
+        if not cached or (context and length + max_new_tokens > context):
+            return length
+        if length > turns:
+            return -1
+        return length if length + max_new_tokens > turns else 0
+
+    batches = _batches(order, prompts, batch_size, group)
     for places, rows in _as_memory_allows(run, list(batches), together=together):
         found.update(zip(places, rows, strict=True))
         if advance:
@@ -194,14 +205,11 @@ def _batches(
     order: list[int],
     prompts: Sequence[Sequence[int]],
     batch_size: int,
-    *,
-    longest_mixed: int | None,
+    group: Callable[[int], int],
 ) -> Iterator[list[int]]:
-    """Numbers of the prompts of each batch; of one length only above ``longest_mixed`` tokens."""
-    lengths = [len(prompts[number]) for number in order]
-    keys = [0 if longest_mixed is None or n <= longest_mixed else n for n in lengths]
-    for _, group in groupby(zip(keys, order, strict=True), key=lambda item: item[0]):
-        numbers = [number for _, number in group]
+    """Numbers of the prompts of each batch; ``group`` tells by length which may share one."""
+    for _, members in groupby(order, key=lambda number: group(len(prompts[number]))):
+        numbers = list(members)
         for first in range(0, len(numbers), batch_size):
             yield numbers[first : first + batch_size]
 
@@ -247,7 +255,7 @@ def _answer_batch(
 
 @dataclass
 class _Batch:
-    """The rows of a batch with their cache; without one (state space models), with their tokens."""
+    """The rows of a batch, with their cache but for state space models."""
 
     model: Any
     prompts: list[list[int]]
@@ -284,8 +292,11 @@ class _Batch:
         """Logits after one more token in each row, [B, V]."""
         next_B1 = torch.tensor(tokens, device=self.device)[:, None]
         self.mask_BL = torch.cat([self.mask_BL, torch.ones_like(next_B1)], 1)
+        self.ids_BL = torch.cat([self.ids_BL, next_B1], 1)
         if self.cache is None:
-            self.ids_BL = torch.cat([self.ids_BL, next_B1], 1)
+            return self.read_prompts(forward)
+        if self.ids_BL.shape[1] == same_rotation_up_to(self.model.config) + 1:
+            self.cache = _new_cache(self.model)
             return self.read_prompts(forward)
         return self._read(forward, next_B1, self.mask_BL.sum(1, keepdim=True) - 1)
 

@@ -99,6 +99,31 @@ def test_a_batch_gives_what_each_prompt_gives_alone(name):
     assert len({tuple(item.ids) for item in found}) > 1
 
 
+def test_where_the_rotation_turns_a_batch_gives_what_each_prompt_gives_alone():
+    """LongRoPE has other factors from the 17th token on, and transformers turns a whole batch.
+
+    Of the prompts some stay below, some begin beyond, and three pass it in their answer.
+    """
+    turning = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [9.0, 30.0, 60.0, 90.0],
+        "factor": 4.0,
+    }
+    # Phi-3's own setting of the length goes before one in rope_parameters
+    turning_at = {"original_max_position_embeddings": 16, "rope_parameters": turning}
+    model = random_model("phi3", {**GROUPED, **ENDS, **turning_at})
+    assert model.config.rope_parameters["original_max_position_embeddings"] == 16
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    prompts = prompts_of(3, 11, 4, 20, 1, 11, 25, 16)
+    expected = [plainly(model, prompt, 12) for prompt in prompts]
+    found = answer(model, Tokenizer, prompts, max_new_tokens=12, batch_size=8)
+    assert [item.ids for item in found] == expected
+    assert len({tuple(ids) for ids in expected}) == len(prompts)
+
+
 def test_states_that_layers_keep_themselves_are_those_of_one_prompt():
     """RecurrentGemma's third layer is of attention: a cache with a length, beside such states."""
     settings = {**ARCHITECTURES["recurrent_gemma"], "num_hidden_layers": 3, **ENDS}

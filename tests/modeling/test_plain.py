@@ -142,6 +142,8 @@ def test_a_pair_is_not_rotated_as_the_longer_one_beside_it(packed):
     """LongRoPE has other factors beyond 12 tokens; of a batch transformers takes the longest's."""
     sizes = {**SIZE, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 48}
     sizes |= {"max_position_embeddings": 96, "pad_token_id": 0, "rope_parameters": LONGROPE}
+    # Phi-3's own setting of the length goes before the one in rope_parameters
+    sizes |= {"original_max_position_embeddings": LONGROPE["original_max_position_embeddings"]}
     model, data = build("phi3", **sizes), examples([(4, 3, 5), (20, 6, 4), (9, 2, 6)])
     (row,) = pack(data, 500)
     expected = torch.stack([torch.stack([by_itself(model, e, r) for r in (0, 1)]) for e in data])
