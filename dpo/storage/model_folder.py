@@ -18,8 +18,9 @@ def check_folder(folder: Path) -> None:
     """Refuse a folder that is no whole model: the files of its weights are looked at, not read.
 
     Raises:
-        ModelError: no ``config.json``, one that is not JSON or names no model, weights that are
-            missing, cut off, integers or not safetensors, or an adapter beside them.
+        ModelError: no ``config.json``, one that is not JSON, names no model or one of an encoder
+            and a decoder, weights that are missing, cut off, integers or not safetensors, or an
+            adapter beside them.
     """
     _check_config(folder / "config.json")
     if (folder / ADAPTER_CONFIG).is_file():
@@ -118,6 +119,14 @@ def _check_config(path: Path) -> None:
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise ModelError(
             "config.json names no model_type",
+            where=str(path),
+            fix="give the folder of a causal language model of transformers",
+        )
+    if values.get("is_encoder_decoder") is True:
+        # transformers would load the decoder of some, and miss what the encoder gives it
+        raise ModelError(
+            f"this {values['model_type']} model is an encoder and a decoder, not one model that "
+            "goes on with a text",
             where=str(path),
             fix="give the folder of a causal language model of transformers",
         )

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BartConfig, BartForConditionalGeneration
 
 from dpo.config.models import ModelConfig
 from dpo.config.places import builtin
@@ -92,6 +93,16 @@ def test_a_folder_that_is_no_whole_model(folder, damage, message):
         load(folder)
     assert message in str(error.value)
     assert error.value.fix
+
+
+def test_a_model_of_encoder_and_decoder_is_named_as_such(tmp_path):
+    """transformers would load Bart's decoder alone, and miss embeddings that both share."""
+    sizes = {"vocab_size": 100, "d_model": 8, "encoder_layers": 1, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = BartConfig(**sizes, **heads, encoder_ffn_dim=8, decoder_ffn_dim=8)
+    BartForConditionalGeneration(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="this bart model is an encoder and a decoder"):
+        load_model(tmp_path, torch.float32)
 
 
 @pytest.mark.parametrize("said", [True, False])
