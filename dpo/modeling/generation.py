@@ -8,9 +8,9 @@ the prompts beside it, and two models that answer the same prompt draw the same 
 
 Prompts whose longest answer does not fit into the model's context are answered beside prompts of
 their own length only: no answer is cut by the length of another prompt, and no batch is wider than
-the context (GPT-Neo's mask and others are tables of that size). So are those whose answers reach the
-length at which LongRoPE (Phi-3) changes the rotation of all rows of a batch; there the cached keys,
-which have the old one, are computed again.
+the context (GPT-Neo's mask and others are tables of that size). So are those whose answers reach
+the length at which LongRoPE (Phi-3) changes the rotation of all rows of a batch; there the cached
+keys, which have the old one, are computed again.
 
 Axes: B rows of a batch, L tokens so far, V vocabulary.
 """
