@@ -77,6 +77,24 @@ def check_spread(config: RunConfig, shape: Architecture, processes: int) -> None
         ConfigError: groups, a model's counts or a batch that do not come out, or LoRA with tensor
             parallelism.
     """
+    check_counts(config, processes)
+    if config.trainer.name != "TensorParallelTrainer":
+        return
+    counts = {
+        "attention heads": shape.n_heads,
+        "key/value heads": shape.n_kv_heads,
+        "inner features": shape.mlp_width,
+        "tokens in the vocabulary": shape.vocabulary,
+    }
+    check_split(shape.model_type, counts, config.trainer.tensor_parallel or processes)
+
+
+def check_counts(config: RunConfig, processes: int) -> None:
+    """What of ``check_spread`` is known without the model.
+
+    Raises:
+        ConfigError: groups or a batch that do not come out, or LoRA with tensor parallelism.
+    """
     trainer = config.trainer
     if trainer.name == "BasicTrainer":
         return
@@ -84,13 +102,6 @@ def check_spread(config: RunConfig, shape: Architecture, processes: int) -> None
         check_lora(config)
         size = trainer.tensor_parallel or processes
         check_divides(size, processes, "trainer.tensor_parallel")
-        counts = {
-            "attention heads": shape.n_heads,
-            "key/value heads": shape.n_kv_heads,
-            "inner features": shape.mlp_width,
-            "tokens in the vocabulary": shape.vocabulary,
-        }
-        check_split(shape.model_type, counts, size)
     check_divides(trainer.replicas, processes, "trainer.replicas")
     check_batch(config.batch_size, config.gradient_accumulation_steps, shares(config, processes))
 

@@ -21,7 +21,9 @@ from dpo.config.losses import SFTLoss
 from dpo.config.schema import RunConfig
 from dpo.config.stages import Stage, restrict
 from dpo.data.stage import run_ingest
+from dpo.distributed.launch import n_hosts, processes_here
 from dpo.errors import ConfigError, TrainingStopped
+from dpo.plan.split import check_counts
 from dpo.storage.manifest import MANIFEST
 from dpo.storage.progress import message
 from dpo.train.place import ROOT_VARIABLE
@@ -42,6 +44,8 @@ def train_directly(
     Raises:
         DpoError: as the stages do.
     """
+    # what training would refuse after hours of reading pairs and scoring a reference
+    check_counts(config, n_hosts() * processes_here())
     run_dir = output.parent if output is not None else make_run_dir(config)
     target = output or run_dir / "LATEST"
     stage: Stage = "sft" if isinstance(config.loss, SFTLoss) else "preference"

@@ -249,6 +249,26 @@ def dpo(prepared, folder, *more):
     return train_directly(config, data=prepared.data, base=prepared.sft, output=folder / "model")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "fix"),
+    [
+        (["trainer=FSDPTrainer", "batch_size=5"], "such as batch_size=6"),
+        (["trainer=TensorParallelTrainer", "trainer.tensor_parallel=3"], "one of 1, 2"),
+        (["trainer=FSDPTrainer", "trainer.replicas=3"], "one of 1, 2"),
+    ],
+)
+def test_what_processes_cannot_share_is_refused_before_anything_is_made(
+    wrong, fix, prepared, tmp_path, monkeypatch
+):
+    """The reference was scored first, for hours with a model of some size."""
+    monkeypatch.setenv("DPO_PROCESSES", "2")
+    monkeypatch.setattr(direct, "run_reference", lambda *_, **__: pytest.fail("scored"))
+    with pytest.raises(ConfigError) as caught:
+        dpo(prepared, tmp_path / "run", *wrong)
+    assert fix in caught.value.fix
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("changed", ["n_examples=16", "n_eval_examples=3", "max_length=64"])
 def test_what_is_refused_leaves_the_log_probabilities_of_the_run_that_was_ended(
     changed, prepared, tmp_path, monkeypatch
