@@ -200,8 +200,9 @@ import resource, sys, json, warnings
 warnings.simplefilter("ignore")
 from dpo.config.compose import compose
 from dpo.train import simulate
+from dpo.modeling.lora import add_adapter
 from dpo.modeling.sharded import Scorer
-import torch
+import peft, torch
 torch.set_num_threads(1)
 words, dtype, row = json.loads(sys.argv[1])
 config = compose(words).config
@@ -210,7 +211,10 @@ small = compose(["model=tiny"]).config
 simulate.attention.LONGEST = 0
 simulate._steps(small, Scorer(simulate._model(small)), dtype, (8, 4, 4), 1)
 before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-simulate._steps(config, Scorer(simulate._model(config)), dtype, tuple(row), 2)
+model = simulate._model(config)
+if config.lora.enabled:
+    add_adapter(model, config.lora, "base")
+simulate._steps(config, Scorer(model), dtype, tuple(row), 2)
 # not getrusage: a child of fork begins with its parent's peak
 status = open("/proc/self/status").read()
 print(int(status.split("VmHWM:")[1].split()[0]) * 1024 - before)
@@ -249,3 +253,20 @@ def test_the_peak_of_a_real_step_of_smollm2():
     row = (292, 97, 123)
     simulated = peak_bytes(compose(words).config, gpus=1, dtype="float32", row=row)
     assert measured(words, "float32", row) == pytest.approx(simulated, rel=0.1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (NEOX, []),
+        (NEOX, ["lora.rank=64", "optimizer=AdamW"]),
+        (LLAMA, []),
+    ],
+)
+def test_the_account_of_an_adapter_is_the_peak_of_a_real_step(settings, tmp_path, values, words):
+    """Which no simulated step makes: the base keeps neither gradients nor an optimiser's state."""
+    more = ("lora.enabled=true", *words)
+    config = settings(values, *more)
+    given = ["model=blank_model", f"model.name_or_path={tmp_path}", *more]
+    assert measured(given, "float32", ROW) == pytest.approx(account(config, 1, "float32"), rel=0.15)
