@@ -33,7 +33,7 @@ from dpo.modeling.lora import (
     whole_state,
 )
 from dpo.modeling.memory import enough_memory
-from dpo.modeling.precision import DTYPES, compute_dtype, say_if_slow
+from dpo.modeling.precision import DTYPES, compute_dtype, name_of, say_if_slow
 from dpo.modeling.recompute import checkpoint_activations
 from dpo.modeling.scoring import score
 from dpo.modeling.sharded import Scorer, find_blocks, load_once, release, shard
@@ -211,6 +211,12 @@ def _trainer(
         scorer = shard(scorer, config.model, layout.data, device=to_get)
         # FSDP casts by itself where it is asked to
         dtype = DTYPES[config.model.fsdp_policy_mp] if config.model.fsdp_policy_mp else dtype
+    elif config.model.fsdp_policy_mp and is_first():
+        message(
+            stage,
+            f"model.fsdp_policy_mp={config.model.fsdp_policy_mp} is of FSDPTrainer, and says "
+            f"nothing here: products are in {name_of(dtype)} (model.compute_dtype)",
+        )
     if is_first():
         say_if_slow(dtype, device, stage)
     objective = Objective(

@@ -317,3 +317,12 @@ def test_a_checkpoint_that_stands_behind_the_end_of_the_data_is_refused():
     # the end of an epoch is the beginning of the next
     ended = Position(steps=4, trained=15, loader=LoaderState(3, 0, 15))
     ended.check_within(order, Path("kept/step-4"))
+
+
+def test_a_setting_of_another_trainer_is_told(prepared, tmp_path, capfd):
+    """It trained in float32 without a word."""
+    words = ("model.fsdp_policy_mp=float16", "model.compute_dtype=float32", "n_examples=8")
+    train(prepared, tmp_path, *words)
+    assert "is of FSDPTrainer, and says nothing here: products are in float32" in (
+        capfd.readouterr().err
+    )
