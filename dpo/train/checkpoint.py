@@ -326,13 +326,11 @@ class Checkpoints:
         return ""
 
     def check_identity(self, *, left_out: str = "") -> None:
-        """Refuse checkpoints of another run, but for what ``left_out`` names, if there are any.
+        """Refuse those that are there as another run's, but for what ``left_out`` names.
 
         Raises:
             ConfigError, ArtifactError: as ``find`` does.
         """
-        if not self._numbers():
-            return
         known = self._known_identity()
         now = json.loads(_canonical(self.identity))
         if (written := known.get(_FORMAT_KEY, 1)) != FORMAT:

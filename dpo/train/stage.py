@@ -131,11 +131,13 @@ def check_checkpoints(config: RunConfig, folder: Path, *, pairs: Path, base: Pat
     Raises:
         ConfigError, ArtifactError: as ``run_train`` does; the reference itself is not compared.
     """
+    if config.resume == "never" or not any(folder.glob("step-*")):
+        # without reading the whole base model once more
+        return
     stage: Stage = "preference"
     identity = _identity(config, stage, _input_hashes(pairs, base, None), code="")
     keeper = Checkpoints(Place(folder), identity, config.keep_checkpoints, config.resume)
-    if config.resume != "never":
-        keeper.check_identity(left_out="input reference")
+    keeper.check_identity(left_out="input reference")
 
 
 def _discard(keeper: Checkpoints, stage: Stage) -> None:

@@ -290,6 +290,13 @@ def test_what_is_refused_leaves_the_log_probabilities_of_the_run_that_was_ended(
     assert read_manifest(tmp_path / "model").details["steps"] == 3
 
 
+def test_where_there_are_no_checkpoints_the_base_model_is_not_read_once_more(tmp_path):
+    """Neither folder is there to be read: each start of a training took a hash of both."""
+    nowhere = tmp_path / "nowhere"
+    config = restrict(compose([*RUN, "loss=dpo"]).config, "preference")
+    stage.check_checkpoints(config, tmp_path / "checkpoints", pairs=nowhere, base=nowhere)
+
+
 def test_a_run_that_is_forced_to_end_before_its_checkpoint_is_refused(
     prepared, tmp_path, monkeypatch
 ):
