@@ -44,8 +44,8 @@ def say_if_slow(dtype: torch.dtype, device_type: str, step: str) -> None:
     if device_type == "cpu" and dtype != torch.float32 and not has_fast_bfloat16("cpu"):
         message(
             step,
-            f"products in {name_of(dtype)}, for which this processor has no instructions: tens to "
-            "hundreds of times slower than in float32 (model.policy_dtype, model.compute_dtype)",
+            f"products in {name_of(dtype)}, for which this processor has no instructions: several "
+            "to hundreds of times slower than in float32 (model.policy_dtype, model.compute_dtype)",
         )
 
 

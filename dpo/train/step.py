@@ -360,12 +360,14 @@ def check_starting_point(
 
 
 def _how_to_mend(dtype: str, scored_in: str) -> str:
-    if scored_in in ("", dtype):
+    # of 16 bits the tolerance has room for the difference between types
+    if scored_in in ("", dtype) or dtype != "float32":
         return "the reference was computed with other weights, tokens or types: run it again"
     return (
         f"the reference was computed with products in {scored_in}, this training has {dtype} "
         "(model.compute_dtype=auto takes what a device is fast with): set model.compute_dtype for "
-        "both, or run the reference on such a machine"
+        "both, or run the reference on such a machine; where model.reference_dtype is another type "
+        "than model.policy_dtype, make them one"
     )
 
 

@@ -22,6 +22,7 @@ from dpo.storage.manifest import read_manifest
 from dpo.train import reference, stage
 from dpo.train.reference import run_reference
 from dpo.train.stage import run_train
+from dpo.train.step import check_starting_point
 from tests.train.conftest import SETTINGS
 
 FSDP = "trainer=FSDPTrainer"
@@ -170,3 +171,15 @@ def test_a_reference_of_a_machine_with_other_products_is_told_as_that(prepared, 
     with pytest.raises(InvariantError, match="differ before training") as caught:
         run_train(config, tmp_path / "model", **paths)
     assert "products in bfloat16, this training has float32" in caught.value.fix
+    # which takes them from the one machine to the other as well, by explicit choice
+    assert "model.reference_dtype is another type" in caught.value.fix
+
+
+def test_the_type_is_no_reason_where_the_tolerance_has_room_for_it():
+    """4e-3 of 100 is what products of 16 bits may differ by; 5 is another model."""
+    figures = {f"logps_train/{side}": torch.tensor([-100.0]) for side in ("chosen", "rejected")}
+    figures["rewards_train/margins"] = torch.tensor([0.5])
+    loss = compose(["loss=dpo", "loss.beta=0.1"]).config.loss
+    with pytest.raises(InvariantError, match="a log-ratio of 5 where 0") as caught:
+        check_starting_point(figures, loss, torch.bfloat16, "float32")
+    assert "other weights, tokens or types" in caught.value.fix
