@@ -93,7 +93,7 @@ def _half_gathered(config: RunConfig, machine: Machine) -> Iterator[_Change]:
     the whole model, on every GPU.
     """
     sharded = config.trainer.name == "FSDPTrainer" and machine.gpus > 1
-    if sharded and mode_of(config, machine, machine.gpus) == "autocast":
+    if sharded and mode_of(config, machine) == "autocast":
         yield _Change(_HALF_GATHERED, _with_half_gathered(config), machine)
 
 

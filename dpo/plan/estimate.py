@@ -11,7 +11,7 @@ from dpo.config.schema import RunConfig
 from dpo.plan.advice import advice
 from dpo.plan.architecture import architecture_of
 from dpo.plan.compute import Flops, flops, seconds
-from dpo.plan.job import GIB, Machine, job_of, lora_rank, tokens_at_once
+from dpo.plan.job import GIB, Machine, job_of, lora_rank, products_of, tokens_at_once
 from dpo.plan.kinds import KNOWN_MARGIN, UNKNOWN_MARGIN
 from dpo.plan.lengths import DEFAULT, Lengths
 from dpo.plan.memory import COMPARED, Memory, predict, reserve
@@ -105,9 +105,8 @@ def plan_stage(
     found = (lengths or DEFAULT).for_sft() if stage == "sft" else lengths or DEFAULT
     check_length(shape, config.max_length)
     check_spread(config, shape, max(1, machine.gpus))
-    job = job_of(config, shape, machine, found)
-    memory = predict(job)
-    tflops = machine.tflops(job.mode)
+    memory = predict(job_of(config, shape, machine, found))
+    tflops = machine.tflops(products_of(config, machine))
     frozen = lora_rank(config) is not None
     each = flops(
         shape,

@@ -67,11 +67,14 @@ class Machine:
         """Of one GPU."""
         return self.gpu_memory_gib or MEMORY_GIB[self.gpu]
 
-    def tflops(self, mode: Mode) -> float | None:
-        """Peak of one device for such products, in TFLOP/s; None of a CPU, if none was given."""
+    def tflops(self, dtype: str) -> float | None:
+        """Peak of one device for products in a type, in TFLOP/s; None of a CPU, if none was
+        given."""
         if self.peak_tflops or not self.gpus:
             return self.peak_tflops
-        return (FLOAT32_TFLOPS if mode == "float32" else PEAK_TFLOPS)[self.gpu]
+        # tensor cores without bfloat16 are of no use to it
+        plain = dtype == "float32" or (dtype == "bfloat16" and self.gpu in WITHOUT_BFLOAT16)
+        return (FLOAT32_TFLOPS if plain else PEAK_TFLOPS)[self.gpu]
 
 
 def job_of(config: RunConfig, shape: Architecture, machine: Machine, lengths: Lengths) -> Job:
@@ -91,7 +94,7 @@ def job_of(config: RunConfig, shape: Architecture, machine: Machine, lengths: Le
         longest=min(longest, 2 * config.max_length),
         devices=shards,
         weights_dtype=config.model.policy_dtype,
-        mode=mode_of(config, machine, devices),
+        mode=mode_of(config, machine),
         optimizer=config.optimizer,
         checkpointing=config.activation_checkpointing,
         several_micro_batches=micro_batches > 1,
@@ -130,17 +133,29 @@ def _shares(config: RunConfig, devices: int) -> int:
     return devices
 
 
-def mode_of(config: RunConfig, machine: Machine, devices: int) -> Mode:
+def mode_of(config: RunConfig, machine: Machine) -> Mode:
     """In which types weights are gathered and multiplied."""
+    if products_of(config, machine) == "float32":
+        return "float32"
+    return "half" if _gathered(config, machine) else "autocast"
+
+
+def products_of(config: RunConfig, machine: Machine) -> str:
+    """The type of matrix products."""
+    if gathered := _gathered(config, machine):
+        return gathered
+    if config.model.compute_dtype != "auto":
+        return config.model.compute_dtype
+    fast = machine.gpus and machine.gpu not in WITHOUT_BFLOAT16
+    return "bfloat16" if fast else "float32"
+
+
+def _gathered(config: RunConfig, machine: Machine) -> str | None:
+    """The type in which weights are there to be multiplied; None where they are cast for it."""
     model = config.model
     if model.policy_dtype != "float32":
-        return "half"
-    if _shares(config, devices) > 1 and model.fsdp_policy_mp:
-        return "float32" if model.fsdp_policy_mp == "float32" else "half"
-    if model.compute_dtype == "auto":
-        fast = machine.gpus and machine.gpu not in WITHOUT_BFLOAT16
-        return "autocast" if fast else "float32"
-    return "float32" if model.compute_dtype == "float32" else "autocast"
+        return model.policy_dtype
+    return model.fsdp_policy_mp if _shares(config, _devices(config, machine)) > 1 else None
 
 
 def has_fused_norms(config: RunConfig) -> bool:

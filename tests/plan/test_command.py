@@ -155,7 +155,9 @@ def test_no_time_is_named_for_a_cpu_whose_peak_nobody_knows(capsys):
     ("words", "tflops"),
     [
         (["gpu=V100"], 15.7),
-        (["gpu=V100", "model.policy_dtype=bfloat16"], 125),
+        (["gpu=V100", "model.policy_dtype=float16"], 125),
+        (["gpu=V100", "model.policy_dtype=bfloat16"], 15.7),
+        (["gpu=V100", "model.compute_dtype=bfloat16"], 15.7),
         (["gpu=A100"], 312),
         (["gpu=A100", "model.compute_dtype=float32"], 19.5),
         (["gpu=A100", "model.compute_dtype=float32", "peak_tflops=156"], 156),
@@ -163,7 +165,7 @@ def test_no_time_is_named_for_a_cpu_whose_peak_nobody_knows(capsys):
 )
 def test_the_time_follows_the_type_of_the_products(words, tflops, capsys):
     """NVIDIA's data sheets: V100 and A100 without tensor cores in float32, which torch's default is
-    (no TF32), with them in 16 bits."""
+    (no TF32), with them in 16 bits; those of a V100 take float16 alone."""
     _, found = plan(capsys, "model=pythia28", "pairs=1000", *words)
     assert found["peak_tflops"] == tflops
     assert found["training_seconds"] == pytest.approx(1000 * 4.58 / (tflops / 4), rel=0.01)
