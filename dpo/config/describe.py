@@ -76,7 +76,10 @@ def _problem(item: Any, schema: type[BaseModel], key: str) -> str:
     if kind == "string_type" and isinstance(given, int | float):
         # what YAML reads without quotes is a number or a truth value
         text = str(given).lower()
-        return f"input should be a text: write it in quotes, in a shell '{key}=\"{text}\"'"
+        # nobody sets one item of a list
+        is_item = any(isinstance(part, int) for part in item["loc"])
+        shell = "" if is_item else f", in a shell '{key}=\"{text}\"'"
+        return f"input should be a text: write it in quotes{shell}"
     message = str(item["msg"])
     return f"{message[:1].lower()}{message[1:]}"
 

@@ -304,6 +304,10 @@ def test_retries_reach_steps_inside_conditions_and_outlast_the_training():
         ("environment=[A]", "environment=['A']: input should be a mapping with keys of its own"),
         ("environment.A=1", "write it in quotes, in a shell 'environment.A=\"1\"'"),
         ("labels.a=true", "write it in quotes, in a shell 'labels.a=\"true\"'"),
+        (
+            "image_pull_secrets=[1]",
+            "image_pull_secrets.0=1: input should be a text: write it in quotes\n",
+        ),
         ("train.tolerations=[", "is not YAML"),
         ("labels=&a {x: *a}", "is not YAML"),
     ],
