@@ -121,7 +121,7 @@ def _within(seconds: float, work: Callable[[], Any]) -> Any:
     try:
         result, error = done.get(timeout=seconds)
     except Empty:
-        raise TimeoutError(f"its answer was not complete after {seconds:g} s") from None
+        raise TimeoutError(f"its answer was not complete after {seconds:.3g} s") from None
     if error is not None:
         raise error
     return result
