@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -23,7 +24,8 @@ if __name__ == "__main__":
     def _end(*_: object) -> None:
         try:
             os.write(2, b"\nNothing was started.\n")
-            if {"json", "--output=json"} & {*sys.argv[1:]}:
+            # an option may be shortened: --out=json
+            if any(re.fullmatch("(--o[a-z]*=)?json", word) for word in sys.argv[1:]):
                 # whoever reads it reads one object, however this ends
                 told = {"state": "interrupted", "message": "Nothing was started.", "run_id": ""}
                 os.write(1, f"{json.dumps({**told, 'exit_code': 130})}\n".encode())

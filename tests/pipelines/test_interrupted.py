@@ -24,15 +24,21 @@ def heed_signals():
 
 
 @pytest.mark.parametrize(
-    "how", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=["sigterm", "ctrl-c", "sighup"]
+    ("how", "output"),
+    [
+        (signal.SIGTERM, ["--output", "json"]),
+        (signal.SIGINT, ["--output=json"]),
+        (signal.SIGHUP, ["--out=json"]),
+    ],
+    ids=["sigterm", "ctrl-c", "sighup"],
 )
-def test_while_packages_are_imported(tmp_path, how):
+def test_while_packages_are_imported(tmp_path, how, output):
     """Imports take a second; here the first of others' takes a minute."""
     slow = tmp_path / "rich" / "__init__.py"
     slow.parent.mkdir()
     slow.write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "pipelines/submit.py"), "--local", "--output", "json"],
+        [sys.executable, str(ROOT / "pipelines/submit.py"), "--local", *output],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
