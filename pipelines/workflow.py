@@ -74,7 +74,7 @@ class Linker:
         if (told != self._told or old) and (tasks := self._asked(run.run_id, seconds)):
             # a workflow is large: it is asked for again when something has changed; a run's end is
             # stored before the last states of its tasks
-            self._told, self._tasks, self._asked_at = told, tasks, time.monotonic()
+            self._told, self._tasks = told, tasks
         if told == self._told:
             run.run_details = _with_tasks(run.run_details, self._tasks)
         else:
@@ -84,6 +84,7 @@ class Linker:
     def _asked(self, run_id: str, seconds: float) -> list[Any]:
         if not self._offered:
             return []
+        self._asked_at = time.monotonic()
         try:
             found = self._client._run_api.api_client.call_api(
                 f"/apis/v1beta1/runs/{quote(run_id)}",
