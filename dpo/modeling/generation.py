@@ -262,6 +262,8 @@ class _Batch:
     ids_BL: Tensor
     mask_BL: Tensor
     cache: Any
+    turns: float
+    """The length beyond which all rows are rotated otherwise."""
 
     @classmethod
     def of(
@@ -277,6 +279,7 @@ class _Batch:
             torch.tensor(ids, device=model.device),
             torch.tensor(mask, device=model.device),
             _new_cache(model) if cached else None,
+            same_rotation_up_to(model.config),
         )
 
     @property
@@ -295,7 +298,7 @@ class _Batch:
         self.ids_BL = torch.cat([self.ids_BL, next_B1], 1)
         if self.cache is None:
             return self.read_prompts(forward)
-        if self.ids_BL.shape[1] == same_rotation_up_to(self.model.config) + 1:
+        if self.ids_BL.shape[1] == self.turns + 1:
             self.cache = _new_cache(self.model)
             return self.read_prompts(forward)
         return self._read(forward, next_B1, self.mask_BL.sum(1, keepdim=True) - 1)

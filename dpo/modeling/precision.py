@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 from dpo.config.models import ModelConfig
+from dpo.distributed.together import is_first
 from dpo.storage.progress import message
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,7 +42,8 @@ def compute_dtype(model: ModelConfig, device_type: str) -> torch.dtype:
 
 def say_if_slow(dtype: torch.dtype, device_type: str, step: str) -> None:
     """Tell of products in a type for which this processor has no instructions."""
-    if device_type == "cpu" and dtype != torch.float32 and not has_fast_bfloat16("cpu"):
+    slow = device_type == "cpu" and dtype != torch.float32 and not has_fast_bfloat16("cpu")
+    if slow and is_first():
         message(
             step,
             f"products in {name_of(dtype)}, for which this processor has no instructions: several "

@@ -311,8 +311,7 @@ class Checkpoints:
     def _numbers(self) -> list[int]:
         if self._mirror:
             return self._mirror.numbers()
-        found = (path.name[5:] for path in self.folder.glob("step-*"))
-        return sorted(int(number) for number in found if number.isdigit())
+        return steps_in(self.folder)
 
     def _fetch(self, path: Path) -> str:
         """Make sure that a checkpoint is whole and here; what is wrong with it, or nothing."""
@@ -368,6 +367,12 @@ class Checkpoints:
 
     def _where(self) -> str:
         return self._mirror.store.root if self._mirror else str(self.folder)
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Numbers of the steps whose checkpoints are in a folder, in order."""
+    found = (path.name[5:] for path in folder.glob("step-*"))
+    return sorted(int(number) for number in found if number.isdigit())
 
 
 def _leave_out_unsaved(states: dict[str, Any], tensors: Path) -> None:

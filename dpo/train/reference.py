@@ -82,8 +82,7 @@ def run_reference(
     if dist.is_initialized():
         policy = on_devices(policy, settings, device)
     dtype = compute_dtype(settings, device)
-    if is_first():
-        say_if_slow(dtype, device, "reference")
+    say_if_slow(dtype, device, "reference")
     with track("reference", "pairs", len(every)) as bar:
         scored = score_shared(
             policy,

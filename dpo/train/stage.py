@@ -41,7 +41,7 @@ from dpo.plan.split import check_lora
 from dpo.storage.given_model import read_model
 from dpo.storage.manifest import MANIFEST, Manifest, read_manifest, staged, write_manifest
 from dpo.storage.progress import message, track
-from dpo.train.checkpoint import Checkpoints
+from dpo.train.checkpoint import Checkpoints, steps_in
 from dpo.train.data import Examples, load_examples
 from dpo.train.launch import launch
 from dpo.train.log import MetricLog, open_sinks
@@ -131,7 +131,7 @@ def check_checkpoints(config: RunConfig, folder: Path, *, pairs: Path, base: Pat
     Raises:
         ConfigError, ArtifactError: as ``run_train`` does; the reference itself is not compared.
     """
-    if config.resume == "never" or not any(folder.glob("step-*")):
+    if config.resume == "never" or not steps_in(folder):
         # without reading the whole base model once more
         return
     stage: Stage = "preference"
@@ -219,8 +219,7 @@ def _trainer(
             f"model.fsdp_policy_mp={config.model.fsdp_policy_mp} is of FSDPTrainer, and says "
             f"nothing here: products are in {name_of(dtype)} (model.compute_dtype)",
         )
-    if is_first():
-        say_if_slow(dtype, device, stage)
+    say_if_slow(dtype, device, stage)
     objective = Objective(
         model,
         config.loss,
