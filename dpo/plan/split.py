@@ -118,7 +118,12 @@ def is_taken(config: RunConfig, shape: Architecture, processes: int) -> bool:
 def next_batch(config: RunConfig, processes: int) -> int:
     """The smallest batch, of at least the configured size, that ``processes`` can share."""
     parts = config.gradient_accumulation_steps * max(1, shares(config, processes))
-    return -(-config.batch_size // parts) * parts
+    return _multiple_from(config.batch_size, parts)
+
+
+def _multiple_from(least: int, parts: int) -> int:
+    """The smallest multiple of ``parts`` that is not below ``least``."""
+    return -(-least // parts) * parts
 
 
 def shares(config: RunConfig, processes: int) -> int:
@@ -154,5 +159,6 @@ def check_batch(batch_size: int, accumulation: int, shares: int) -> None:
             f"batch_size ({batch_size}) must be a multiple of gradient_accumulation_steps "
             f"({accumulation}) x processes ({shares})",
             where="batch_size",
-            fix=f"use a multiple of {parts}, such as batch_size={-(-batch_size // parts) * parts}",
+            fix=f"use a multiple of {parts}, such as batch_size="
+            f"{_multiple_from(batch_size, parts)}",
         )

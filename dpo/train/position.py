@@ -53,11 +53,12 @@ class Position:
             ConfigError: it does.
         """
         trained, total = self.loader.examples, order.total_examples
-        if trained <= total and self.loader.position < order.n_pairs:
-            return
-        ends = f"this run ends after {total:,}"
-        if trained <= total:
+        if trained > total:
+            ends = f"this run ends after {total:,}"
+        elif self.loader.position >= order.n_pairs:
             ends = f"{self.loader.position:,} of them in an epoch that has {order.n_pairs:,} here"
+        else:
+            return
         raise ConfigError(
             f"the checkpoint has trained on {trained:,} examples, and {ends}",
             where=str(where),
