@@ -16,14 +16,13 @@ from dpo.errors import ConfigError, PipelineError, RequestError, holds_password
 from dpo.storage.credentials import credential
 from dpo.storage.proxies import proxy_for
 from pipelines.connection import NotTheApi, bounded_client
+from pipelines.steps import PIPELINE
 
 ENDED = frozenset({"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"})
 """States of a run that goes on no more."""
 _CERTIFICATES = "SSL_CERT_FILE"
 _UI = "KF_PIPELINES_UI_ENDPOINT"
 _EXPERIMENT = "KF_PIPELINES_DEFAULT_EXPERIMENT_NAME"
-PIPELINE = "preference-fine-tuning"
-"""The name of our packages, and of the experiment where none is named."""
 _LONGEST_EXPERIMENT = 128
 """Its API server counts bytes (``validation/length.go``); a run's name may be longer."""
 _TOKEN_FILE = "KF_PIPELINES_SA_TOKEN_PATH"
@@ -168,6 +167,7 @@ class _TokenFile:
         Raises:
             ConfigError: there is no file, or no token in it.
         """
+        fix = f"name the file that holds it ({_TOKEN_FILE}), or set KF_PIPELINES_TOKEN"
         try:
             # what is no text is no token either
             text = self._path.read_text(encoding="ascii", errors="replace")
@@ -175,14 +175,14 @@ class _TokenFile:
             raise ConfigError(
                 f"the token of the endpoint cannot be read: {error.strerror}",
                 where=str(self._path),
-                fix=f"name the file that holds it ({_TOKEN_FILE}), or set KF_PIPELINES_TOKEN",
+                fix=fix,
             ) from None
         token = credential({str(self._path): text}, str(self._path))
         if not token:
             raise ConfigError(
                 "the file of the endpoint's token is empty",
                 where=str(self._path),
-                fix=f"name the file that holds it ({_TOKEN_FILE}), or set KF_PIPELINES_TOKEN",
+                fix=fix,
             )
         config.api_key["authorization"] = token
 

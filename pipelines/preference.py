@@ -13,11 +13,12 @@ from components.publish import publish
 from components.reference import reference
 from components.sft import sft
 from pipelines.sharded import ingest_tasks
+from pipelines.steps import PIPELINE
 from pipelines.sweep import train_and_judge
 
 
 @dsl.pipeline(
-    name="preference-fine-tuning",
+    name=PIPELINE,
     description="Preference data to a published model: SFT, then DPO, conservative DPO or IPO.",
     display_name="Preference fine-tuning",
 )

@@ -13,6 +13,7 @@ from dpo.errors import ConfigError, PipelineError, RequestError
 from dpo.storage.runs import read_run_manifest
 from pipelines import cluster
 from pipelines.history import INPUTS, read_record
+from pipelines.steps import PIPELINE
 
 
 def beginning(
@@ -140,9 +141,9 @@ def check_ours(client: Any, target: cluster.Endpoint, run: Any) -> None:
         RequestError: it is.
     """
     name = cluster.pipeline_of(client, run)
-    if name not in ("", cluster.PIPELINE):
+    if name not in ("", PIPELINE):
         raise RequestError(
-            f"run {run.run_id} is one of another pipeline, {name}: this is {cluster.PIPELINE}",
+            f"run {run.run_id} is one of another pipeline, {name}: this is {PIPELINE}",
             where=cluster.link(target, run.run_id),
             fix="name a run of this pipeline (Runs in the UI lists each with its pipeline)",
         )

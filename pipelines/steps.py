@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Literal, get_args
 
+PIPELINE = "preference-fine-tuning"
+"""The name of our packages, and of the experiment where none is named."""
 Step = Literal[
     "fingerprint",
     "ingest",
