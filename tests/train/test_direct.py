@@ -45,6 +45,14 @@ def stop_after(monkeypatch, steps):
     monkeypatch.setattr(Trainer, "train_step", stopping)
 
 
+def stopped_after(monkeypatch, steps, run):
+    """A run that SIGTERM ended; the next one is not."""
+    with monkeypatch.context() as patched:
+        stop_after(patched, steps)
+        with pytest.raises(TrainingStopped):
+            run()
+
+
 def test_a_command_that_is_asked_to_end_before_its_first_step_says_how_to_go_on(
     tmp_path, monkeypatch, capsys
 ):
@@ -86,10 +94,7 @@ def test_sft_of_no_pass_hands_the_model_on_as_it_is(prepared, tmp_path, capsys):
 def test_checkpoints_of_a_run_that_was_ended_are_not_taken_for_another(
     prepared, tmp_path, monkeypatch
 ):
-    with monkeypatch.context() as patched:
-        stop_after(patched, 1)
-        with pytest.raises(TrainingStopped):
-            train(prepared, tmp_path)
+    stopped_after(monkeypatch, 1, lambda: train(prepared, tmp_path))
     assert (tmp_path / "checkpoints/model/step-1").is_dir()
     with pytest.raises(ConfigError, match="those of another run") as caught:
         train(prepared, tmp_path, "lr=1e-4")
@@ -146,10 +151,7 @@ def test_a_run_goes_on_with_the_log_probabilities_that_it_began_with(
         given = {"data": prepared.data, "base": prepared.sft}
         return train_directly(config, output=tmp_path / "model", **given)
 
-    with monkeypatch.context() as changed:
-        stop_after(changed, 2)
-        with pytest.raises(TrainingStopped):
-            train()
+    stopped_after(monkeypatch, 2, lambda: train())
     made = tmp_path / "reference/manifest.json"
     at = made.stat().st_mtime_ns
     train("process_timeout_seconds=99")
@@ -275,10 +277,7 @@ def test_what_is_refused_leaves_the_log_probabilities_of_the_run_that_was_ended(
 ):
     """They were scored anew for the command that was then refused. Scored again by another number
     of processes for the first one they are other bits, and it was refused as well."""
-    with monkeypatch.context() as patched:
-        stop_after(patched, 2)
-        with pytest.raises(TrainingStopped):
-            dpo(prepared, tmp_path)
+    stopped_after(monkeypatch, 2, lambda: dpo(prepared, tmp_path))
     before = read_manifest(tmp_path / "reference")
     monkeypatch.setattr(direct, "run_reference", lambda *_, **__: pytest.fail("scored anew"))
     with pytest.raises(ConfigError, match="those of another run") as caught:
@@ -301,10 +300,7 @@ def test_a_run_that_is_forced_to_end_before_its_checkpoint_is_refused(
     prepared, tmp_path, monkeypatch
 ):
     """It trained nothing, recorded 8 of 4 examples, and removed the checkpoints."""
-    with monkeypatch.context() as patched:
-        stop_after(patched, 1)
-        with pytest.raises(TrainingStopped):
-            train(prepared, tmp_path)
+    stopped_after(monkeypatch, 1, lambda: train(prepared, tmp_path))
     with pytest.raises(ConfigError, match="trained on 8 examples, and this run ends after 4"):
         train(prepared, tmp_path, "n_examples=4", "resume=force")
     assert (tmp_path / "checkpoints/model/step-1").is_dir()
