@@ -22,7 +22,7 @@ from dpo.plan.lengths import Lengths
 DOES_NOT_FIT = 2
 KEYS = {
     "gpus": (int, "GPUs over all hosts (default 1; 0: one process on a CPU)"),
-    "gpu": (str, "their name, such as H100 (default A100)"),
+    "gpu": (str.upper, "their name, such as H100 (default A100)"),
     "gpu_memory_gib": (float, "memory of one GPU, in GiB (default: that of gpu)"),
     "peak_tflops": (
         float,
@@ -176,7 +176,10 @@ def _lengths(config: RunConfig, own: dict[str, Any], data: Path | None) -> Lengt
     if not all(0 < value < math.inf for value in stated.values()):
         raise ConfigError("lengths must be above 0", fix=f"correct {', '.join(_LENGTHS)}")
     if own.get("pairs", 1) < 1:
-        raise ConfigError(f"pairs={own['pairs']} must be at least 1")
+        raise ConfigError(
+            f"pairs={own['pairs']} is no number of training pairs",
+            fix="give 1 or more, or leave it out for those of the data",
+        )
     found = Lengths(**stated, source="as given") if stated else find_lengths(config, data)
     if "pairs" in own:
         found = replace(found, pairs=own["pairs"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -59,8 +60,11 @@ class Machine:
             )
         for name in ("gpu_memory_gib", "peak_tflops"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name}={value} must be above 0")
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(
+                    f"{name}={value} is no amount",
+                    fix=f"give a number above 0, or leave it out for that of gpu={self.gpu}",
+                )
 
     @property
     def memory_gib(self) -> float:

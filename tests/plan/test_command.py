@@ -89,6 +89,15 @@ def test_hub_data_is_assumed(capsys):
     assert "160,800 pairs" in shown
 
 
+def test_a_gpu_is_found_as_people_write_it(capsys):
+    plans = []
+    for name in ("H100", "h100"):
+        words = ["plan", "--output", "json", "simulate=false", "model=pythia28", *GIVEN]
+        assert main([*words, f"gpu={name}"]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    assert plans[0] == plans[1]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -99,7 +108,10 @@ def test_hub_data_is_assumed(capsys):
         ([*GIVEN[1:], "prompt_tokens=inf"], "lengths must be above 0"),
         (["data=/no/such/folder"], "/no/such/folder"),
         (["model=pythai28"], "did you mean pythia28"),
-        (["pairs=0"], "at least 1"),
+        (["pairs=0"], "give 1 or more"),
+        (["gpu_memory_gib=-1"], "or leave it out for that of gpu=A100"),
+        (["peak_tflops=nan"], "or leave it out for that of gpu=A100"),
+        (["gpu_memory_gib=inf"], "gpu_memory_gib=inf is no amount"),
         (["simulate=maybe"], "true or false"),
         (["model.name_or_path=org/none"], "org/none is not known"),
         # what the trainers themselves refuse
