@@ -50,9 +50,7 @@ def check_names(model: Any, found: dict[str, Any], folder: Path) -> None:
     missing = sorted(set(found.get("missing_keys", ())) - tied)
     missing += sorted(str(item[0]) for item in found.get("mismatched_keys", ()))
     if missing:
-        raise _other_weights(
-            f"lack {missing[0]} in the shape that config.json describes{_more(missing)}", folder
-        )
+        raise _lacking(missing, model, folder)
     names = found.get("unexpected_keys", ())
     shapes = _shapes(folder) if names else {}
     unused = sorted(name for name in names if not is_computed(name, shapes.get(name)))
@@ -69,6 +67,21 @@ def check_names(model: Any, found: dict[str, Any], folder: Path) -> None:
             "%s: left out, as the language model has no such part: %s%s",
             *(folder, ", ".join(unused[:_NAMED]), more),
         )
+
+
+def _lacking(names: Sequence[str], model: Any, folder: Path) -> ModelError:
+    kinds = getattr(model.config, "architectures", None) or ()
+    if kinds and type(model).__name__ not in kinds:
+        # a reward model has another head, a bare body has none
+        return ModelError(
+            f"config.json describes a {kinds[0]}, whose weights lack {names[0]}{_more(names)} of a "
+            f"{type(model).__name__}",
+            where=str(folder),
+            fix="give the folder of a causal language model of transformers",
+        )
+    return _other_weights(
+        f"lack {names[0]} in the shape that config.json describes{_more(names)}", folder
+    )
 
 
 def _other_weights(problem: str, folder: Path) -> ModelError:

@@ -7,7 +7,13 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BartConfig, BartForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    BartConfig,
+    BartForConditionalGeneration,
+    GPTNeoXForSequenceClassification,
+    GPTNeoXModel,
+)
 
 from dpo.config.models import ModelConfig
 from dpo.config.places import builtin
@@ -103,6 +109,14 @@ def test_a_model_of_encoder_and_decoder_is_named_as_such(tmp_path):
     BartForConditionalGeneration(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="this bart model is an encoder and a decoder"):
         load_model(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("kind", [GPTNeoXForSequenceClassification, GPTNeoXModel])
+def test_a_reward_model_and_a_bare_body_are_named_as_such(kind, folder):
+    kind(AutoConfig.from_pretrained(TINY)).save_pretrained(folder)
+    with pytest.raises(ModelError, match=f"describes a {kind.__name__}.*lack lm_head") as error:
+        load(folder)
+    assert "causal language model" in error.value.fix
 
 
 @pytest.mark.parametrize("said", [True, False])
