@@ -235,9 +235,9 @@ def route(assignment: str) -> tuple[str, Value]:
         ConfigError: no ``=``, or a key that both stages have with values of their own.
     """
     key, separator, value = assignment.partition("=")
-    if not separator or not key:
+    if not separator or not key or key != key.strip():
         raise ConfigError(
-            f"{assignment!r} is not KEY=VALUE",
+            f"{assignment!r} is not KEY=VALUE, without blanks around the =",
             fix="for example loss.beta=0.2; a value with spaces is quoted: --set 'KEY=A B', with "
             "make ARGS=\"--set 'KEY=A B'\"",
         )

@@ -87,6 +87,7 @@ def test_every_key_finds_its_parameter(assignment, expected):
     ("assignment", "words"),
     [
         ("loss.beta", ["KEY=VALUE"]),
+        ("model = tiny", ["KEY=VALUE", "without blanks around"]),
         ("lr=1e-5", ["sft.lr=1e-5", "preference.lr=1e-5"]),
         ("preference_bta=1", ["preference_bta", "preference_beta"]),
         ("nonsense=1", ["nonsense"]),
