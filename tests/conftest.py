@@ -103,5 +103,6 @@ def bucket_url(minio_environment: MinioServer) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes longest comes first: begun last, one processor would wait for it."""
-    items.sort(key=lambda item: item.path.name != "test_run.py")
+    """Files that take longest come first: begun last, one processor would wait for them."""
+    long_ones = ("test_run.py", "test_resume.py", "test_parallel.py", "test_runs.py")
+    items.sort(key=lambda item: item.path.name not in long_ones)

@@ -78,7 +78,6 @@ def test_what_each_exit_code_becomes(tmp_path, code, ends, output, words):
         assert words in said
 
 
-@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "approved", "code"), [("github.yaml", True, 0), ("gitlab.yaml", False, 3)]

@@ -15,7 +15,6 @@ from dpo.publish.verify import verify
 from pipelines import run_pipeline
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_a_run_ends_in_a_published_model(tmp_path):
     data = tmp_path / "toy.json"

@@ -78,6 +78,7 @@ def test_a_second_run_finds_every_cacheable_step_cached(checkout, first):
     assert checkpoint(second) == checkpoint(first)
 
 
+@pytest.mark.long
 def test_a_run_of_another_folder_reads_its_files_there(checkout, first, tmp_path):
     """Relative paths are the user's; a file of theirs is no module of ours, nor of Python's."""
     # other rows: what equal ones give is taken from the cache, also by the tests that follow

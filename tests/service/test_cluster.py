@@ -24,8 +24,6 @@ images:
 """.format("1" * 64)
 NOBODY = "http://127.0.0.1:9"
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def no_endpoint_answers(monkeypatch):

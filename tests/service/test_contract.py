@@ -60,7 +60,6 @@ def schemathesis(tmp_path, examples):
     return int(re.findall(r"([\d,]+) generated", done.stdout)[-1].replace(",", ""))
 
 
-@pytest.mark.slow
 def test_a_few_hundred_requests_of_the_document(tmp_path):
     assert schemathesis(tmp_path, 10) > 100
 

@@ -43,8 +43,6 @@ SECRETS = {
 }
 SECRET = SECRETS["DPO_SERVICE_CALLBACK_SECRET"]
 
-pytestmark = pytest.mark.slow
-
 
 class Receiver:
     """Takes callbacks; refuses the first of each path, to see it tried again."""
