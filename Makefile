@@ -11,7 +11,7 @@ READY := .venv/.ready
 IMAGES := data train service
 KUBECTL ?= kubectl
 # browser tests; container engine and what its networks need; base images; a registry; a cluster's store
-SYSTEM_PACKAGES := chromium docker.io iptables mmdebstrap docker-registry etcd-server openssl prometheus
+SYSTEM_PACKAGES := chromium docker.io iptables mmdebstrap docker-registry etcd-server openssl podman prometheus
 UV_LOCK := --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet
 # a worker for each of two processors, a file's tests in one of them; SPREAD= runs them in a row
 SPREAD ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder

@@ -53,6 +53,14 @@ def engine() -> str:
     )
 
 
+def is_rootless(command: str) -> bool:
+    """Whether the engine runs as its user: then only some ids exist in containers, and root there
+    is the user outside."""
+    told = "{{.Host.Security.Rootless}}" if command == "podman" else "{{.SecurityOptions}}"
+    found = output([command, "info", "--format", told], f"{command} info")
+    return found == "true" or "name=rootless" in found
+
+
 def silent(command: list[str]) -> bool:
     """Whether a command succeeds; nothing of it is shown."""
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
@@ -225,15 +233,25 @@ def push(options: argparse.Namespace) -> int:
         target = f"{options.registry.rstrip('/')}/{tag}"
         output([command, "tag", name, target], "tag")
         print(f"pushing {target} ...", flush=True)
-        output([command, "push", target], f"{target} could not be pushed")
-        listed = output(
-            [command, "image", "inspect", "--format", '{{join .RepoDigests "\\n"}}', target],
-            "inspect",
-        )
-        repository = target.rpartition(":")[0]
-        digests[image] = next(d for d in listed.split() if d.startswith(f"{repository}@"))
+        digests[image] = f"{target.rpartition(':')[0]}@{_push(command, target)}"
     _write_names(digests)
     return 0
+
+
+def _push(command: str, target: str) -> str:
+    """Push an image; returns the digest that the registry has it under."""
+    failed = f"{target} could not be pushed"
+    if command == "podman":
+        # it compresses layers while it pushes, and goes on to show the digest of those before
+        with tempfile.TemporaryDirectory() as folder:
+            told = Path(folder) / "digest"
+            output([command, "push", "--digestfile", str(told), target], failed)
+            return told.read_text(encoding="utf-8").strip()
+    output([command, "push", target], failed)
+    form = '{{join .RepoDigests "\\n"}}'
+    listed = output([command, "image", "inspect", "--format", form, target], "inspect")
+    start = f"{target.rpartition(':')[0]}@"
+    return next(d for d in listed.split() if d.startswith(start)).removeprefix(start)
 
 
 def pushed(options: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from build import NAMES, ROOT, ImageError, engine, output, read_names, silent
+from build import NAMES, ROOT, ImageError, engine, is_rootless, output, read_names, silent
 
 FOLDER = ROOT / "runs" / "docker"
 SERVICE, WORKER = "dpo-service", "dpo-worker"
@@ -37,7 +37,7 @@ def start(options: argparse.Namespace) -> int:
             raise ImageError(f"the {image} image is not here: run `make docker-build`")
     token = _token()
     _remove(command)
-    shared = _shared(options, token)
+    shared = _shared(command, options, token)
     port = ["--publish", f"127.0.0.1:{options.port}:8000"]
     service = ["python3", "-m", "pipelines.service", "--no-worker"]
     worker = ["python3", "-m", "pipelines.service.worker"]
@@ -59,7 +59,7 @@ def _token() -> str:
     return file.read_text(encoding="utf-8").strip()
 
 
-def _shared(options: argparse.Namespace, token: str) -> list[str]:
+def _shared(command: str, options: argparse.Namespace, token: str) -> list[str]:
     """What both containers are started with; secrets go by name, so that no argument shows them."""
     os.environ["DPO_SERVICE_TOKEN"] = token
     given = {
@@ -74,11 +74,20 @@ def _shared(options: argparse.Namespace, token: str) -> list[str]:
     passed = sorted(n for n in os.environ if n.startswith(_PASSED_ON) and n not in given)
     return [
         *_STRICT,
-        *("--tmpfs", "/tmp:size=2g", "--user", f"{os.getuid()}:{os.getgid()}"),
+        *("--tmpfs", "/tmp:size=2g", *_as_me(command)),
         *("--volume", f"{FOLDER}:/data"),
         *(f"--env={name}={value}" for name, value in given.items()),
         *(part for name in passed for part in ("--env", name)),
     ]
+
+
+def _as_me(command: str) -> list[str]:
+    """Who runs in the containers: whoever starts them, so that the files are theirs."""
+    own = f"{os.getuid()}:{os.getgid()}"
+    if not is_rootless(command):
+        return ["--user", own]
+    # root in there is the user outside, unless ids are kept
+    return ["--userns=keep-id", "--user", own] if command == "podman" else ["--user", "0:0"]
 
 
 def _wait_until_ready(command: str, port: int) -> None:
@@ -115,7 +124,12 @@ def clean(_: argparse.Namespace) -> int:
     _remove(command)
     listed = output([command, "image", "ls", "--format", "{{.Repository}}:{{.Tag}}"], "image ls")
     ours = {f"dpo-{image}" for image in ("data", "train", "service")}
-    names = [line for line in listed.splitlines() if line.partition(":")[0] in ours]
+    # podman puts a host before the names that have none
+    names = [
+        line
+        for line in listed.splitlines()
+        if line.removeprefix("localhost/").partition(":")[0] in ours
+    ]
     if names:
         output([command, "image", "rm", "--force", *names], "image rm")
     for file in (NAMES, FOLDER / "token"):

@@ -38,7 +38,7 @@ _HOME_INSIDE = Path("/tmp")  # nosec B108
 
 
 def container_settings(
-    run_id: str, runs: Path, events: Path, parameters: Mapping[str, Any]
+    run_id: str, runs: Path, events: Path, parameters: Mapping[str, Any], user: str
 ) -> dict[str, Any]:
     """Arguments of ``kfp.local.DockerRunner`` for one run.
 
@@ -47,6 +47,7 @@ def container_settings(
         runs: Folder of local runs; steps write there.
         events: File that steps append their progress to.
         parameters: The run's parameters; files and folders they name become readable.
+        user: As whom the steps run, from ``own_user``.
 
     Raises:
         RequestError: another user's folder is where the steps write.
@@ -75,8 +76,7 @@ def container_settings(
         },
         # stores on this machine are reached as from outside
         "network": "host",
-        # what the steps write belongs to whoever started the run
-        "user": f"{os.getuid()}:{os.getgid()}",
+        "user": user,
         "shm_size": _SHARED_MEMORY,
         "labels": {RUN_LABEL: run_id, FOLDER_LABEL: str(runs.resolve())},
         "mounts": [
@@ -86,6 +86,23 @@ def container_settings(
         # relative paths mean this folder there, too; of it nothing is there but what is mounted
         "working_dir": str(Path.cwd()),
     }
+
+
+def own_user() -> str:
+    """Ids in a container with which what it writes belongs to whoever started it.
+
+    Raises:
+        RequestError: no engine answers.
+    """
+    client = connect()
+    try:
+        options = client.info().get("SecurityOptions") or []
+    finally:
+        client.close()
+    if any("name=rootless" in option for option in options):
+        # root in there is the user outside, and the user's own id somebody else
+        return "0:0"
+    return f"{os.getuid()}:{os.getgid()}"
 
 
 def _make_own(folder: Path) -> None:

@@ -142,7 +142,9 @@ def _start_worker(job: Job, folder: Path, events: Path, lock: int) -> subprocess
         "pipeline_root": str(job.runs / "artifacts"),
         "cache_root": str(job.runs / "cache"),
         "runner": job.runner,
-        "docker": containers.container_settings(folder.name, job.runs, events, job.parameters)
+        "docker": containers.container_settings(
+            folder.name, job.runs, events, job.parameters, containers.own_user()
+        )
         if job.runner == "docker"
         else {},
     }

@@ -16,16 +16,30 @@ from tests.support.registry import digest, running_registry
 pytestmark = pytest.mark.containers
 
 
-@pytest.fixture
-def build(tmp_path, monkeypatch):
+@pytest.fixture(params=["docker", "podman"])
+def build(request, tmp_path, monkeypatch):
     build = load("build")
+    monkeypatch.setattr(build, "_ENGINES", (request.param,))
+    if request.param == "podman":
+        _keep_apart(tmp_path, monkeypatch)
     try:
         build.engine()
     except build.ImageError as error:
-        pytest.skip(str(error))
+        pytest.skip(f"{request.param}: {error}")
     monkeypatch.setattr(build, "NAMES", tmp_path / "images.json")
     monkeypatch.setattr(build, "ROOT", tmp_path)
     return build
+
+
+def _keep_apart(folder, monkeypatch):
+    """Podman with images of its own, and a registry on loopback that needs no certificate."""
+    storage = {"driver": "vfs", "graphroot": f"{folder}/images", "runroot": f"{folder}/run"}
+    lines = ["[storage]", *(f'{key} = "{value}"' for key, value in storage.items())]
+    (folder / "storage.conf").write_text("\n".join(lines))
+    registries = '[[registry]]\nlocation = "127.0.0.1"\ninsecure = true\n'
+    (folder / "registries.conf").write_text(registries)
+    monkeypatch.setenv("CONTAINERS_STORAGE_CONF", str(folder / "storage.conf"))
+    monkeypatch.setenv("CONTAINERS_REGISTRIES_CONF", str(folder / "registries.conf"))
 
 
 @pytest.fixture

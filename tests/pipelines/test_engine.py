@@ -14,6 +14,7 @@ from pipelines.local_worker import _Steps
 from pipelines.request import local_store, parameters
 
 PARAMETERS = package.defaults(package.load_package())
+USER = "1000:1000"
 
 
 def test_it_changes_nothing_of_how_the_run_is_said_to_have_ended(monkeypatch, capsys):
@@ -53,15 +54,30 @@ def test_the_containers_are_told_to_end_though_one_has_ended_meanwhile(monkeypat
     assert told == ["SIGTERM"]
 
 
+@pytest.mark.parametrize(
+    ("said", "user"),
+    [
+        (["name=seccomp,profile=default", "name=rootless"], "0:0"),
+        (["name=seccomp,profile=default"], f"{os.getuid()}:{os.getgid()}"),
+        (None, f"{os.getuid()}:{os.getgid()}"),
+    ],
+)
+def test_what_the_steps_write_is_the_users_also_where_the_engine_is(monkeypatch, said, user):
+    """An engine without root maps the user's own id to somebody else: nothing could be written."""
+    client = SimpleNamespace(info=lambda: {"SecurityOptions": said}, close=lambda: None)
+    monkeypatch.setattr(containers, "connect", lambda: client)
+    assert containers.own_user() == user
+
+
 def test_what_the_steps_write_to_is_made_by_who_starts_them(tmp_path, monkeypatch):
     """The engine made it as root: each first run of another user failed."""
     monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache"))
     runs = tmp_path / "runs"
-    containers.container_settings("run", runs, tmp_path / "e", PARAMETERS)
+    containers.container_settings("run", runs, tmp_path / "e", PARAMETERS, USER)
     assert (runs / "artifacts").is_dir()
     monkeypatch.setattr(os, "access", lambda place, _: place != runs / "artifacts")
     with pytest.raises(RequestError, match="another user made it") as caught:
-        containers.container_settings("run", runs, tmp_path / "e", PARAMETERS)
+        containers.container_settings("run", runs, tmp_path / "e", PARAMETERS, USER)
     assert caught.value.where == str(runs / "artifacts")
 
 
@@ -89,7 +105,9 @@ def test_containers_of_a_run_that_was_killed_are_ended_before_the_next(
     monkeypatch.setattr(containers, "connect", lambda: client)
     (tmp_path / "link").symlink_to(tmp_path)
     containers.end_left(tmp_path / "link" / "runs")
-    settings = containers.container_settings("run", tmp_path / "runs", tmp_path / "e", PARAMETERS)
+    settings = containers.container_settings(
+        "run", tmp_path / "runs", tmp_path / "e", PARAMETERS, USER
+    )
     label = f"{containers.FOLDER_LABEL}={settings['labels'][containers.FOLDER_LABEL]}"
     assert asked == {"all": True, "filters": {"label": label}, "ignore_removed": True}
     assert done == [
@@ -106,7 +124,7 @@ def test_training_in_containers_keeps_its_checkpoints_in_the_runs_folder(tmp_pat
     monkeypatch.delenv("DPO_CHECKPOINTS", raising=False)
     runs = tmp_path / "runs"
     values = {**PARAMETERS, "publish_store": "s3://models"}
-    found = containers.container_settings("run", runs, runs / "events", values)
+    found = containers.container_settings("run", runs, runs / "events", values, USER)
     assert found["environment"]["DPO_CHECKPOINTS"] == str(runs / "checkpoints")
 
 
@@ -119,7 +137,7 @@ def test_a_store_on_this_machine_is_mounted_wherever_it_is(tmp_path, monkeypatch
 
     def mounted(store):
         values = {**PARAMETERS, "publish_store": store}
-        found = containers.container_settings("run", named, named / "events", values)
+        found = containers.container_settings("run", named, named / "events", values, USER)
         return [mount["Target"] for mount in found["mounts"] if not mount["ReadOnly"]]
 
     # the store of a local run that names none; the link is followed in its name
@@ -184,7 +202,7 @@ def test_what_a_run_reads_here_is_seen_in_its_containers(setting, mounted, tmp_p
     monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache"))
     runs = tmp_path / "runs"
     values = parameters(PARAMETERS, assignments=[setting.format(home=tmp_path)], store="s3://m")
-    found = containers.container_settings("run", runs, runs / "events", values)
+    found = containers.container_settings("run", runs, runs / "events", values, USER)
     assert found["working_dir"] == str(tmp_path / "here"), "relative paths are of this folder"
     read = {(m["Source"], m["Target"]) for m in found["mounts"] if m["ReadOnly"]}
     assert read == {(str(tmp_path / name), str(tmp_path / name)) for name in mounted}
@@ -208,7 +226,9 @@ def test_the_home_folder_of_a_container_is_another_one(named, mounted, tmp_path,
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_text("x")
     values = parameters(PARAMETERS, assignments=[f"datasets=['{named}']"], store="s3://m")
-    found = containers.container_settings("run", tmp_path / "runs", tmp_path / "events", values)
+    found = containers.container_settings(
+        "run", tmp_path / "runs", tmp_path / "events", values, USER
+    )
     # images/Dockerfile: HOME=/tmp
     inside = {
         (mount["Source"], mount["Target"])
