@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ from dpo.plan.job import GIB, Machine, job_of
 from dpo.plan.lengths import Lengths
 
 DOES_NOT_FIT = 2
-KEYS = {
+KEYS: dict[str, tuple[Callable[[str], Any], str]] = {
     "gpus": (int, "GPUs over all hosts (default 1; 0: one process on a CPU)"),
     "gpu": (str.upper, "their name, such as H100 (default A100)"),
     "gpu_memory_gib": (float, "memory of one GPU, in GiB (default: that of gpu)"),
