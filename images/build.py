@@ -137,15 +137,16 @@ def build(options: argparse.Namespace) -> int:
     """Build the images and write their names."""
     command = engine()
     base = base_image(command, options.base)
+    digest = _digest(command, base)
     names = {}
     with tempfile.TemporaryDirectory() as folder:
         tag = write_context(Path(folder))
         for image in options.image or IMAGES:
             names[image] = f"dpo-{image}:{tag}"
-            if silent([command, "image", "inspect", names[image]]):
+            if _is_built(command, names[image], digest):
                 print(f"{names[image]} is there")
             else:
-                _build_one(command, base, names[image], Path(folder))
+                _build_one(command, base, digest, names[image], Path(folder))
             if options.tag:
                 names[image] = f"dpo-{image}:{options.tag}"
                 output([command, "tag", f"dpo-{image}:{tag}", names[image]], "tag")
@@ -153,14 +154,27 @@ def build(options: argparse.Namespace) -> int:
     return 0
 
 
-def _build_one(command: str, base: str, name: str, context: Path) -> None:
+def _is_built(command: str, name: str, base_digest: str) -> bool:
+    """Whether the image is here, and on this base: its name tells only what went into it."""
+    if not silent([command, "image", "inspect", name]):
+        return False
+    return label(command, name, "base.digest") == base_digest
+
+
+def label(command: str, name: str, key: str) -> str:
+    """What an image says of itself under ``org.opencontainers.image.``; empty: nothing."""
+    form = f'{{{{index .Config.Labels "org.opencontainers.image.{key}"}}}}'
+    return output([command, "image", "inspect", "--format", form, name], "inspect")
+
+
+def _build_one(command: str, base: str, base_digest: str, name: str, context: Path) -> None:
     image = name.partition(":")[0].removeprefix("dpo-")
     print(f"building {name} on {base} ...", flush=True)
     started = time.monotonic()
     arguments = {
         "IMAGE": image,
         "BASE_IMAGE": base,
-        "BASE_DIGEST": _digest(command, base),
+        "BASE_DIGEST": base_digest,
         **_version(),
     }
     if index := os.environ.get("PIP_INDEX_URL"):

@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 
-from build import IMAGES, ImageError, engine, is_rootless, mebibytes, output, read_names
+from build import IMAGES, ImageError, engine, is_rootless, label, mebibytes, output, read_names
 
 _MOST_MIB = {"data": 1_100, "train": 6_000, "service": 1_000}
 """Sizes above these fail the check: something came in that nobody meant."""
@@ -82,11 +82,9 @@ def check(command: str, image: str, name: str) -> None:
     for line in _COMMANDS[image]:
         output([*strict, name, "sh", "-c", line], f"{image} as user {user}: {line}")
     _check_signals(strict, image, name)
-    for label in _LABELS:
-        key = f"org.opencontainers.image.{label}"
-        form = f'{{{{index .Config.Labels "{key}"}}}}'
-        if not output([command, "image", "inspect", "--format", form, name], "inspect"):
-            raise ImageError(f"{image} has no label {key}")
+    for key in _LABELS:
+        if not label(command, name, key):
+            raise ImageError(f"{image} has no label org.opencontainers.image.{key}")
     size = mebibytes(command, name)
     if size > _MOST_MIB[image]:
         raise ImageError(f"{image} is {size} MiB, more than the {_MOST_MIB[image]} allowed")

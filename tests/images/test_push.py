@@ -105,3 +105,17 @@ def test_a_registry_that_does_not_answer_is_a_message(build, small):
 def test_names_of_another_registry_are_refused(build, small):
     with pytest.raises(build.ImageError, match=r"make images-push REGISTRY=other.test/x"):
         build.pushed(SimpleNamespace(registry="other.test/x"))
+
+
+def test_an_image_is_there_on_its_own_base_only(build, tmp_path):
+    """Names tell what went in but not the base: ``make images BASE=...`` would change nothing."""
+    (tmp_path / "Dockerfile").write_text(
+        "FROM scratch\nCOPY Dockerfile /\nLABEL org.opencontainers.image.base.digest=sha256:1\n"
+    )
+    engine = build.engine()
+    command = [engine, "build", "-q", "-t", "dpo-data:base-test", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    assert build._is_built(engine, "dpo-data:base-test", "sha256:1")
+    assert not build._is_built(engine, "dpo-data:base-test", "sha256:2")
+    build.output([engine, "image", "rm", "-f", "dpo-data:base-test"], "rm")
+    assert not build._is_built(engine, "dpo-data:base-test", "sha256:1")
