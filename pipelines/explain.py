@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from rich.table import Table
 
 from dpo.config.arguments import Arguments
 from dpo.config.stages import STAGES
-from dpo.errors import RequestError
-from dpo.storage.runs import MANIFEST_NAME
+from dpo.errors import ArtifactError, ObjectMissing, RequestError
+from dpo.storage.runs import MANIFEST_NAME, parse_run
 from dpo.storage.store import Store, open_store
 from pipelines import cluster
 from pipelines.asked import not_empty, place
@@ -230,9 +231,11 @@ def _run_before(store: Store, manifest: Mapping[str, Any]) -> dict[str, Any] | N
     found: list[dict[str, Any]] = []
     for key in store.list("runs/"):
         if key.endswith(f"/{MANIFEST_NAME}") and key.count("/") == 2:
-            other = json.loads(store.read(key))
-            if "plan" in other and _name(other) == name and other.get("began", "") < began:
-                found.append(other)
+            # one that is damaged, or was removed meanwhile, is none to compare with
+            with suppress(ArtifactError, ObjectMissing):
+                other = parse_run(store.read(key), store.url(key))
+                if "plan" in other and _name(other) == name and other.get("began", "") < began:
+                    found.append(other)
     return max(found, key=lambda other: str(other["began"]), default=None)
 
 

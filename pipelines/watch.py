@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from urllib.parse import quote
 
-from dpo.errors import DpoError, PipelineError, StoreError
+from dpo.errors import DpoError, PipelineError
 from dpo.storage.runs import read_run_manifest
 from pipelines.cluster import ENDED, Endpoint, link
 from pipelines.connection import ANSWER_SECONDS, NotTheApi, pair
@@ -244,7 +244,8 @@ def _ended(client: Any, run: Any, outcome: Outcome, store: str, watcher: Watcher
                 where=store,
                 fix="look at its gate in the UI",
             )
-    except (PipelineError, StoreError) as error:
+    except DpoError as error:
+        # whatever it is: the run itself has ended well
         return _without_store(outcome, error)
     outcome.verdict = manifest["verdict"]
     outcome.published = manifest.get("published") or {}

@@ -191,6 +191,19 @@ def test_explain_of_a_run_that_kubeflow_forgot(backend, store, capsys):
     assert "the states of its steps are not known" in printed.err
 
 
+def test_explain_passes_over_damaged_manifests_of_others(store, capsys, monkeypatch):
+    """One in the store ended every explanation in a traceback."""
+    monkeypatch.delenv("KF_PIPELINES_ENDPOINT", raising=False)
+    for identity, beta in (("first", 0.1), ("second", 0.2)):
+        began = f"2026-01-0{len(identity) - 4}"
+        record_plan({"publish_store": store, "publish_name": "policy"}, identity, plan(beta=beta))
+        write_run_manifest(open_store(store), identity, began=began)
+    for name, text in (("torn", b"{"), ("list", b"[]")):
+        open_store(store).write(f"runs/{name}/manifest.json", text)
+    assert submit.main(["explain", "second", "--store", store]) == 0
+    assert "compared with first" in capsys.readouterr().out
+
+
 def test_explain_without_an_endpoint_says_what_is_missing(capsys, tmp_path, monkeypatch):
     monkeypatch.delenv("KF_PIPELINES_ENDPOINT", raising=False)
     assert submit.main(["explain", "foo", "--runs-dir", str(tmp_path)]) == 2

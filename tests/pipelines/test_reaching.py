@@ -5,6 +5,7 @@ import time
 import pytest
 
 from dpo.errors import StoreUnavailable
+from dpo.storage.store import open_store
 from pipelines import watch
 from tests.support.certificates import self_signed
 from tests.support.kfp_backend import STEPS, Fault, Scenario, running_backend
@@ -158,6 +159,32 @@ def test_a_store_that_this_machine_does_not_reach(backend, command, monkeypatch,
     assert found == code
     assert "the verdict is read from the run's steps" in outcome["message"]
     assert "the store does not answer" in outcome["message"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"{", "the run's manifest cannot be read"),
+        (b'{"format_version": 99}', "this version reads up to"),
+    ],
+)
+def test_a_good_run_with_a_damaged_manifest_has_not_failed(
+    backend, command, store, monkeypatch, text, said
+):
+    """It was told as failed, without a link, as if nothing were known of it."""
+    read = watch.read_run_manifest
+
+    def damaged(url, run_id):
+        open_store(url).write(f"runs/{run_id}/manifest.json", text)
+        return read(url, run_id)
+
+    monkeypatch.setattr(watch, "read_run_manifest", damaged)
+    backend.scenario = Scenario(tasks=[[r for s in STEPS for r in task(s, "SUCCEEDED")]])
+    code, outcome, _ = command("--wait")
+    assert (code, outcome["state"]) == (0, "succeeded")
+    assert outcome["run_id"] in outcome["where"]
+    assert "the verdict is read from the run's steps" in outcome["message"]
+    assert said in outcome["message"]
 
 
 def test_an_endpoint_that_only_the_proxy_knows(backend, command, monkeypatch):
