@@ -64,19 +64,28 @@ def namespaces_of(kubectl: str, overlay: str) -> tuple[str, str]:
         PipelineError: its files are not what kustomize takes.
     """
     check_overlay(overlay)
-    done = _kubectl(kubectl, "kustomize", str(OVERLAYS / overlay))
-    if done.returncode:
-        raise _refused(f"the overlay {overlay} cannot be put together", done.stderr.strip())
     service, steps = _NAMESPACE, _NAMESPACE_OF_STEPS
-    for each in yaml.safe_load_all(done.stdout):
-        meta = (each or {}).get("metadata", {})
+    for each in _rendered(kubectl, OVERLAYS / overlay):
+        meta = each["metadata"]
         named = (meta.get("labels") or {}).get("app.kubernetes.io/name")
-        if each and each["kind"] == "Deployment" and named == _SERVICE:
+        if each["kind"] == "Deployment" and named == _SERVICE:
             service = str(meta.get("namespace") or service)
-        if each and each["kind"] == "ServiceAccount" and str(meta["name"]).endswith(_LAUNCHER):
+        if each["kind"] == "ServiceAccount" and str(meta["name"]).endswith(_LAUNCHER):
             # the launcher's account lies where Kubeflow runs the steps
             steps = str(meta.get("namespace") or steps)
     return service, steps
+
+
+def _rendered(kubectl: str, folder: Path) -> list[dict[str, Any]]:
+    """The objects of an overlay.
+
+    Raises:
+        PipelineError: its files are not what kustomize takes.
+    """
+    done = _kubectl(kubectl, "kustomize", str(folder))
+    if done.returncode:
+        raise _refused(f"the overlay {folder.name} cannot be put together", done.stderr.strip())
+    return [each for each in yaml.safe_load_all(done.stdout) if each]
 
 
 def write_overlay(
@@ -144,16 +153,47 @@ def _kubectl(kubectl: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         ) from None
 
 
-def apply(kubectl: str, folder: Path) -> None:
-    """Apply a folder on the server's side.
+def apply(kubectl: str, folder: Path, namespace: str = _NAMESPACE) -> None:
+    """Apply a folder on the server's side; its jobs run anew, and so does a service whose settings
+    changed.
+
+    Args:
+        kubectl: The command.
+        folder: What to apply.
+        namespace: Of the service.
 
     Raises:
         PipelineError: the cluster refused something or does not answer.
     """
+    before = _service(kubectl, namespace)
+    _remove_jobs(kubectl, folder)
     done = _kubectl(kubectl, "apply", "--server-side", "-k", str(folder))
     print(done.stdout, end="")
     if done.returncode:
         raise _refused("the cluster refused the manifests", done.stderr.strip())
+    after = _service(kubectl, namespace)
+    if before and after and before[0] != after[0] and before[1] == after[1]:
+        # they are variables of its pod, which has those of its start
+        _kubectl(kubectl, "rollout", "restart", f"deployment/{_SERVICE}", "-n", namespace)
+        print(f"{_SERVICE} starts again, with its changed settings")
+
+
+def _service(kubectl: str, namespace: str) -> tuple[dict[str, str], int] | None:
+    """The settings of the service and the generation of its Deployment, where both are there."""
+    names = f"configmap/{_SERVICE}", f"deployment/{_SERVICE}"
+    found = {each["kind"]: each for each in _items(kubectl, namespace, *names)}
+    if len(found) < len(names):
+        return None
+    return found["ConfigMap"].get("data", {}), found["Deployment"]["metadata"]["generation"]
+
+
+def _remove_jobs(kubectl: str, folder: Path) -> None:
+    """What a job runs cannot be changed: one with another image would be refused."""
+    for each in _rendered(kubectl, folder):
+        meta = each["metadata"]
+        if each["kind"] == "Job":
+            place = ("-n", str(meta.get("namespace") or _NAMESPACE))
+            _kubectl(kubectl, "delete", "job", str(meta["name"]), *place, "--ignore-not-found")
 
 
 def _refused(what: str, said: str) -> PipelineError:
@@ -319,7 +359,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         namespace, of_steps = namespaces_of(options.kubectl, options.overlay)
         folder = write_overlay(options.overlay, options.deployment, namespace=namespace)
-        apply(options.kubectl, folder)
+        apply(options.kubectl, folder, namespace)
         for name in missing_secrets(options.kubectl, options.overlay, namespace):
             print(
                 f"the Secret {name} is missing in the namespace {namespace}: pods wait for it. "

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 
 import pytest
 from kubernetes import client
@@ -308,3 +309,48 @@ def test_a_cluster_that_does_not_answer_is_a_message(capsys):
     )
     assert deploy.main(["dev", "--kubectl", kubectl]) == 1
     assert "the cluster does not answer" in capsys.readouterr().err
+
+
+def test_an_overlay_is_deployed_again_with_other_images_and_settings(
+    deployed, tmp_path, monkeypatch, capsys
+):
+    """It was refused: what a job runs cannot be changed; and a service went on as before."""
+    folder = MANIFESTS.parent / "build" / "deploy-again"
+    monkeypatch.setattr(deploy, "TARGET", folder)
+    kubectl = (
+        f"{shlex.quote(binary('kubectl'))} --kubeconfig={shlex.quote(str(deployed.kubeconfig))}"
+    )
+    built = tmp_path / "images.json"
+    restarted = "kubectl.kubernetes.io/restartedAt"
+
+    def deploy_again(tag, deployment):
+        built.write_text(
+            json.dumps({kind: f"dpo-{kind}:{tag}" for kind in ("data", "train", "service")})
+        )
+        deploy.apply(kubectl, deploy.write_overlay("local", deployment, built))
+        job = got(deployed, "dpo", "job", "minio-setup")["spec"]["template"]["spec"]
+        assert job["containers"][0]["image"] == f"dpo-data:{tag}"
+        service = got(deployed, "dpo", "deployment", "dpo-service")["spec"]["template"]
+        return (service["metadata"].get("annotations") or {}).get(restarted)
+
+    try:
+        before = deploy_again("1", "cpu")
+        # a new image starts it anew by itself
+        assert deploy_again("2", "cpu") == before
+        settings = [
+            "create",
+            "configmap",
+            "dpo-service",
+            "-n",
+            "dpo",
+            "--dry-run=client",
+            "-o",
+            "json",
+        ]
+        other = deployed.kubectl(*settings, "--from-literal=DPO_SERVICE_MAX_RUNS=2").stdout
+        done = deployed.kubectl("replace", "-f", "-", text=other)
+        assert done.returncode == 0, done.stderr
+        assert deploy_again("2", "cpu") not in (None, before)
+        assert "dpo-service starts again" in capsys.readouterr().out
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
