@@ -37,6 +37,8 @@ _IMAGE = re.compile(
     re.ASCII,
 )
 _FIX = "config/schemas/deployment.json describes every key"
+_BY_NAME = {"environment", "labels", "node_selector", "keys"}
+"""Settings whose keys are names of somebody else, which may have dots in them."""
 
 DATA_STEPS = ("fingerprint", "ingest", "gate", "select", "publish", "finish")
 TRAIN_STEPS = ("sft", "reference", "preference", "evaluate")
@@ -181,6 +183,23 @@ class Deployment(Recorded):
             raise ConfigError(error.found, where=told.field_name, fix=error.fix) from None
         return url
 
+    @model_validator(mode="after")
+    def _each_variable_once(self) -> Deployment:
+        # Argo puts both into one entry, which no API server takes
+        of_secret = list(self.store_secret.keys.values()) if self.store_secret else []
+        for name in of_secret:
+            if name in self.environment:
+                raise ValueError(
+                    f"the variable {name} is set by environment and by store_secret.keys: leave it "
+                    "out of one of them"
+                )
+            if of_secret.count(name) > 1:
+                raise ValueError(
+                    f"two keys of the Secret in store_secret.keys set the variable {name}: name "
+                    "another one, or leave one of them out"
+                )
+        return self
+
     @property
     def checkpoint_root(self) -> str:
         """URL under which the training steps keep their checkpoints; empty for none."""
@@ -294,7 +313,7 @@ def _mark(error: yaml.YAMLError) -> yaml.Mark | None:
 
 def _assign(values: dict[str, Any], assignment: str) -> None:
     key, equals, text = assignment.partition("=")
-    *parents, last = key.split(".")
+    *parents, last = _parts(key)
     if not equals or not all([*parents, last]):
         raise ConfigError(f"{assignment!r} is not KEY=VALUE", fix="write for example train.gpus=2")
     place = values
@@ -306,6 +325,15 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
         place[last] = yaml.load(text, Loader=_KeysOnce)  # nosec B506
     except yaml.YAMLError:
         raise ConfigError(f"the value of {key} is not YAML: {text}", fix="quote it") from None
+
+
+def _parts(key: str) -> list[str]:
+    """Of a dotted key: ``train``, ``node_selector`` and ``kubernetes.io/arch``, for example."""
+    parts = key.split(".")
+    for place, part in enumerate(parts[:-1]):
+        if part in _BY_NAME:
+            return [*parts[: place + 1], ".".join(parts[place + 1 :])]
+    return parts
 
 
 def image_assignments(images: Iterable[str]) -> list[str]:
