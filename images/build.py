@@ -243,8 +243,7 @@ def push(options: argparse.Namespace) -> int:
     command = engine()
     digests = {}
     for image, name in read_names().items():
-        tag = name.rpartition("/")[2]
-        target = f"{options.registry.rstrip('/')}/{tag}"
+        target = f"{options.registry.rstrip('/')}/{_tagged(name)}"
         output([command, "tag", name, target], "tag")
         print(f"pushing {target} ...", flush=True)
         digests[image] = f"{target.rpartition(':')[0]}@{_push(command, target)}"
@@ -266,6 +265,12 @@ def _push(command: str, target: str) -> str:
     listed = output([command, "image", "inspect", "--format", form, target], "inspect")
     start = f"{target.rpartition(':')[0]}@"
     return next(d for d in listed.split() if d.startswith(start)).removeprefix(start)
+
+
+def _tagged(name: str) -> str:
+    """A name by its last part and a tag; of one that was pushed the digest takes its place."""
+    image, _, digest = name.rpartition("/")[2].partition("@sha256:")
+    return f"{image}:{digest[:12]}" if digest else image
 
 
 def pushed(options: argparse.Namespace) -> int:

@@ -66,7 +66,7 @@ def small(build, tmp_path):
     listed = build.output(
         [build.engine(), "image", "ls", "--format", "{{.Repository}}:{{.Tag}}"], ""
     )
-    ours = [line for line in listed.splitlines() if line.endswith(":push-test")]
+    ours = [n for n in listed.splitlines() if n.endswith(":push-test") or "/other/dpo-" in n]
     build.output([build.engine(), "image", "rm", "-f", *ours], "rm")
 
 
@@ -80,6 +80,17 @@ def test_pushed_images_are_named_by_the_digest_that_the_registry_gives(build, re
         assert build.pushed(options) == 0
         command = [build.engine(), "pull", "-q", names[image]]
         subprocess.run(command, check=True, capture_output=True)
+
+
+def test_what_was_pushed_can_be_pushed_to_another_place(build, registry, small):
+    """It was refused: a digest is no name that an image could be given."""
+    build.push(SimpleNamespace(registry=f"{registry}/team"))
+    digests = {k: name.partition("@")[2] for k, name in json.loads(build.NAMES.read_text()).items()}
+    build.push(SimpleNamespace(registry=f"{registry}/other"))
+    names = json.loads(build.NAMES.read_text())
+    for image, given in digests.items():
+        assert names[image] == f"{registry}/other/dpo-{image}@{given}"
+    assert build.pushed(SimpleNamespace(registry=f"{registry}/other")) == 0
 
 
 def test_a_package_for_the_cluster_names_these_digests(build, registry, small, tmp_path):
