@@ -8,6 +8,7 @@ import re
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,6 +31,7 @@ _TOKEN_OF_A_POD = "/var/run/secrets/kubeflow/pipelines/token"
 _BAD_REQUEST = 400
 _NOT_AUTHENTICATED = 401
 _REQUEST_TIMEOUT = 408
+_CONFLICT = 409
 
 
 @dataclass(frozen=True)
@@ -302,8 +304,14 @@ def schedule_link(target: Endpoint, schedule_id: str) -> str:
 
 def experiment_id(client: Any, target: Endpoint) -> str:
     """Id of the experiment, which is made where it is missing."""
-    found = client.create_experiment(target.experiment, namespace=target.namespace)
-    return str(found.experiment_id)
+    named = partial(client.create_experiment, target.experiment, namespace=target.namespace)
+    try:
+        return str(named().experiment_id)
+    except Exception as error:
+        if error_status(error) != _CONFLICT:
+            raise
+    # somebody made it since it was looked for: it is found now
+    return str(named().experiment_id)
 
 
 _FIXES = {

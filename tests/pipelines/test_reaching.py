@@ -187,6 +187,21 @@ def test_a_good_run_with_a_damaged_manifest_has_not_failed(
     assert said in outcome["message"]
 
 
+def test_two_first_runs_at_once_share_the_experiment(backend, command, monkeypatch):
+    """Both look for it and find none, and the second to make it was refused: no run was started."""
+    command()
+    looked = []
+
+    def late(query):
+        looked.append(query)
+        return {} if len(looked) == 1 else type(backend).list_experiments(backend, query)
+
+    monkeypatch.setattr(backend, "list_experiments", late)
+    code, outcome, _ = command()
+    assert (code, len(backend.experiments)) == (0, 1)
+    assert outcome["run_id"] in backend.runs
+
+
 def test_an_endpoint_that_only_the_proxy_knows(backend, command, monkeypatch):
     monkeypatch.setenv("KF_PIPELINES_ENDPOINT", "http://kubeflow.invalid")
     for name in ("no_proxy", "NO_PROXY"):

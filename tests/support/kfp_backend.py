@@ -217,6 +217,8 @@ class Backend:
     def create_experiment(self, body: dict[str, Any]) -> dict[str, Any]:
         _checked(body, "V2beta1Experiment")
         self._profile(body)
+        if any(body.items() <= known.items() for known in self.experiments.values()):
+            raise Refused(409, f"experiment {body['display_name']} already exists", 6)
         experiment = {**body, "experiment_id": str(uuid4()), "created_at": _now()}
         self.experiments[experiment["experiment_id"]] = experiment
         return experiment
