@@ -197,8 +197,9 @@ def _require_conditions(store: Store, key: str, text: bytes) -> None:
             f"the store has no conditional writes{problem}, so two publishers could overwrite each "
             "other's latest.json; it was left as it is",
             where=store.root,
-            fix="publish to a store that honours If-Match and If-None-Match on writes: MinIO, AWS "
-            "S3, or Google's storage as gs://bucket",
+            fix="publish to a store that honours If-Match and If-None-Match on writes: MinIO of "
+            "2025 or newer (not that of 2019, which Kubeflow's manifests name), AWS S3, Google's "
+            "storage as gs://bucket",
         )
 
 
