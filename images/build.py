@@ -24,6 +24,7 @@ import time
 import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ("data", "train", "service")
@@ -178,7 +179,7 @@ def _build_one(command: str, base: str, base_digest: str, name: str, context: Pa
         **_version(),
     }
     if index := os.environ.get("PIP_INDEX_URL"):
-        arguments["PIP_INDEX_URL"] = index
+        arguments["PIP_INDEX_URL"] = without_password(index)
     given = [f"--build-arg={key}={value}" for key, value in arguments.items()]
     target = ["-f", str(context / "images" / "Dockerfile"), "-t", name, str(context)]
     output(
@@ -186,6 +187,21 @@ def _build_one(command: str, base: str, base_digest: str, name: str, context: Pa
         f"the {image} image could not be built",
     )
     print(f"built {name} in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def without_password(index: str) -> str:
+    """The address of a package index that an image may tell of.
+
+    Raises:
+        ImageError: it has credentials in it: whoever pulls the image reads what it was built with.
+    """
+    if "@" in urlsplit(index).netloc:
+        raise ImageError(
+            "PIP_INDEX_URL has credentials in it, and the history of an image keeps what it was "
+            "built with: name an index that asks for none from here (a mirror or a proxy on this "
+            "machine; images are built in its network)"
+        )
+    return index
 
 
 def _version() -> dict[str, str]:
