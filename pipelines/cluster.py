@@ -58,15 +58,14 @@ def endpoint(
         RequestError: neither names one.
         ConfigError: it has credentials in it, or is no URL of HTTP.
     """
-    # a line's end comes with what a file or a CI variable holds
-    host = (host or os.environ.get("KF_PIPELINES_ENDPOINT") or "").strip()
+    host = _given(host, "KF_PIPELINES_ENDPOINT")
     if not host:
         raise RequestError(
             "no Kubeflow Pipelines endpoint is given",
             fix="set KF_PIPELINES_ENDPOINT or pass --endpoint URL; to run here, pass --local",
         )
     host = _address(host, "KF_PIPELINES_ENDPOINT or --endpoint")
-    ui = os.environ.get(_UI, "").strip()
+    ui = _given(None, _UI)
     ui = _address(ui, _UI) if ui else host
     if holds_password(host) or holds_password(ui):
         raise ConfigError(
@@ -76,13 +75,18 @@ def endpoint(
     return Endpoint(
         host=host.rstrip("/"),
         ui=ui.rstrip("/"),
-        namespace=namespace or os.environ.get("KF_PIPELINES_NAMESPACE") or None,
+        namespace=_given(namespace, "KF_PIPELINES_NAMESPACE") or None,
         experiment=_experiment(experiment),
     )
 
 
+def _given(text: str | None, variable: str) -> str:
+    """An argument or a variable, without the line's end that a file or a CI variable brings."""
+    return (text or os.environ.get(variable) or "").strip()
+
+
 def _experiment(given: str | None) -> str:
-    name = given or os.environ.get(_EXPERIMENT) or PIPELINE
+    name = _given(given, _EXPERIMENT) or PIPELINE
     if (length := len(name.encode())) > _LONGEST_EXPERIMENT:
         raise ConfigError(
             f"the name of the experiment has {length} bytes; Kubeflow takes {_LONGEST_EXPERIMENT}",

@@ -343,3 +343,13 @@ def test_the_address_of_the_ui_is_one(backend, command, monkeypatch):
     assert (code, len(backend.runs)) == (2, 1)
     assert "https://kube flow is no address of an endpoint" in said
     assert "where: KF_PIPELINES_UI_ENDPOINT" in said
+
+
+def test_a_lines_end_of_a_variable_is_no_part_of_a_name(backend, command, monkeypatch):
+    """A ConfigMap made of a file brings one; the profile was not found, the experiment another."""
+    backend.has_users = True
+    for name, value in (("NAMESPACE", "team\n"), ("DEFAULT_EXPERIMENT_NAME", "nightly\n")):
+        monkeypatch.setenv(f"KF_PIPELINES_{name}", value)
+    assert command()[0] == 0
+    (made,) = backend.experiments.values()
+    assert (made["namespace"], made["display_name"]) == ("team", "nightly")
