@@ -23,6 +23,10 @@ _COMMAND = ["python3", "-m", "dpo.train.node"]
 _PYTORCH_CONTAINER = "pytorch"
 """Name that the training operator asks for."""
 _TRAINJOB_CONTAINER = "node"
+_NO_SIDECAR = {"sidecar.istio.io/inject": "false"}
+"""In a profile of multi-user Kubeflow every pod gets Istio's proxy: nodes do not find each other
+through it (kubeflow/trainer#2794), and it does not end with them. Kubeflow's own pods say the same
+of themselves."""
 _GRACE_SECONDS = 120
 """A pod that is asked to end has this long to write a checkpoint."""
 
@@ -118,7 +122,7 @@ def _patch(config: NodesConfig) -> m.TrainerV1alpha1RuntimePatch:
         securityContext=_container_security(),
     )
     pod = m.TrainerV1alpha1PodTemplatePatch(
-        metadata=m.IoK8sApimachineryPkgApisMetaV1ObjectMeta(labels=config.labels or None),
+        metadata=_pod_metadata(config),
         spec=m.TrainerV1alpha1PodSpecPatch(**_pod(config), containers=[container]),
     )
     node = m.TrainerV1alpha1ReplicatedJobPatch(
@@ -157,6 +161,10 @@ def _pod(config: NodesConfig) -> dict[str, Any]:
         ),
         "volumes": _volumes(resources),
     }
+
+
+def _pod_metadata(config: NodesConfig) -> m.IoK8sApimachineryPkgApisMetaV1ObjectMeta:
+    return m.IoK8sApimachineryPkgApisMetaV1ObjectMeta(labels={**_NO_SIDECAR, **config.labels})
 
 
 def _affinity(resources: NodeResources) -> m.IoK8sApiCoreV1Affinity | None:
@@ -215,7 +223,7 @@ def _pytorch_job(
         ports=[m.IoK8sApiCoreV1ContainerPort(name="pytorchjob-port", containerPort=_PORT)],
     )
     template = m.IoK8sApiCoreV1PodTemplateSpec(
-        metadata=m.IoK8sApimachineryPkgApisMetaV1ObjectMeta(labels=config.labels or None),
+        metadata=_pod_metadata(config),
         spec=m.IoK8sApiCoreV1PodSpec(**_pod(config), containers=[container]),
     ).to_dict()
     # every try of the step makes a new job: the operator itself does not restart

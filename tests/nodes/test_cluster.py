@@ -76,6 +76,7 @@ def test_a_job_is_created_scheduled_on_gpu_nodes_and_completed(
     pods = bound(plane, training)
     assert {pod.spec.node_name for pod in pods} <= {"gpu-a", "gpu-b"}
     for pod in pods:
+        assert pod.metadata.labels["sidecar.istio.io/inject"] == "false"
         container = pod.spec.containers[0]
         assert container.image == "registry.test/train:1"
         assert container.command == ["python3", "-m", "dpo.train.node"]
