@@ -31,6 +31,7 @@ from pipelines.deployment import (
 )
 from pipelines.pods import deploy
 from pipelines.request import check_candidates, parameters, preset, presets
+from pipelines.shared_places import check_places
 from pipelines.steps import SELECT, STEPS, TASKS, step_of
 from pipelines.sweep import NO_SWEEP, Sweep, compiled_with, parse_sweep
 
@@ -347,6 +348,7 @@ def _write_for_cluster(options: argparse.Namespace) -> int:
     if options.preset:
         set_defaults(documents, preset(options.preset))
     check_candidates(parameters(defaults(documents)), sweep.candidates)
+    check_places(documents, defaults(documents))
     save_package(documents, options.output)
     print(f"wrote {options.output}: upload it in the Kubeflow UI under Pipelines")
     if not defaults(documents)["publish_store"]:

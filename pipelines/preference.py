@@ -103,7 +103,8 @@ def preference_pipeline(
         gate_min_reward_accuracy: The policy is published when the lower 95 % bound of its held-out
             reward accuracy exceeds this.
         gate_force: Publish although a rule fails; recorded in the verdict.
-        publish_store: Where to publish: s3://bucket/prefix, minio://bucket/prefix or file:///folder.
+        publish_store: Where to publish: s3://bucket/prefix or minio://bucket/prefix;
+            file:///folder only where all steps share that folder.
         publish_name: Name of the published model.
         data_uri: Start from these pairs instead of datasets: URL of an earlier run's output of
             ingest (s3://, minio://, file://), verified file by file. Usually left empty.

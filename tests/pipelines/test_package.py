@@ -68,6 +68,18 @@ def test_a_package_that_cannot_be_written_is_one_message(tmp_path, capsys):
     assert str(tmp_path) in said
 
 
+def test_a_package_does_not_publish_into_a_folder_of_one_pod(tmp_path, capsys):
+    """A run that was started in the form ended well, and its model was gone with the pod."""
+    target = tmp_path / "package.yaml"
+    command = ["--output", str(target), "--deployment", "cpu", "--image", "data=d:1"]
+    command += ["--image", "train=t:1", "--store", "file:///shared/models"]
+    assert package.main(command) == 2
+    assert "is a folder of each pod's own" in capsys.readouterr().err
+    assert not target.exists()
+    volume = "model_cache={claim: models, mount_path: /shared}"
+    assert package.main([*command, "--deploy", volume]) == 0
+
+
 def test_every_step_is_there(documents):
     steps = {name for name in tasks(documents) if not name.startswith(("condition", "exit"))}
     assert steps == set(package.STEPS)
