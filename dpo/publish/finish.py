@@ -14,10 +14,11 @@ import os
 import ssl
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from dpo.errors import ConfigError, DpoError, PipelineError
 from dpo.storage.progress import message
+from dpo.storage.proxies import Proxy, proxy_for
 from dpo.storage.runs import MANIFEST_NAME, run_prefix, stored_run_manifest, write_run_manifest
 from dpo.storage.store import Store, open_store
 
@@ -26,6 +27,7 @@ SECRET_VARIABLE = "DPO_NOTIFY_SECRET"  # nosec B105
 SIGNATURE = "X-DPO-Signature"
 """``sha256=`` and the HMAC-SHA256 of the body, in hex, as the service signs its callbacks."""
 _TIMEOUT_SECONDS = 10.0
+_PORTS = {"http": 80, "https": 443}
 _GOOD_STATES = {"SUCCEEDED", "COMPLETE", "CACHED"}
 _GOOD_ENDS = {"succeeded", "refused"}
 
@@ -167,18 +169,13 @@ def _post(url: str, body: bytes) -> int:
     if secret := os.environ.get(SECRET_VARIABLE):
         digest = hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
         headers[SIGNATURE] = f"sha256={digest}"
-    connection: http.client.HTTPConnection
-    if parts.scheme == "https":
-        context = ssl.create_default_context()
-        connection = http.client.HTTPSConnection(
-            parts.hostname, parts.port, timeout=_TIMEOUT_SECONDS, context=context
-        )
-    else:
-        connection = http.client.HTTPConnection(
-            parts.hostname, parts.port, timeout=_TIMEOUT_SECONDS
-        )
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    proxy = proxy_for(url)
+    connection = _connection(parts, proxy)
+    if proxy and parts.scheme == "http":
+        # asked for the whole address; of https:// it sees the host alone
+        target, headers = f"http://{parts.netloc}{target}", {**headers, **proxy.headers}
     try:
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         connection.request("POST", target, body, headers)
         status = connection.getresponse().status
     finally:
@@ -186,3 +183,16 @@ def _post(url: str, body: bytes) -> int:
     if not 200 <= status < 300:
         raise PipelineError(f"answered with status {status}")
     return status
+
+
+def _connection(parts: SplitResult, proxy: Proxy | None) -> http.client.HTTPConnection:
+    """To the receiver, by the proxy that the environment names."""
+    way = urlsplit(proxy.address) if proxy else parts
+    host, port = str(way.hostname), way.port or _PORTS[way.scheme]
+    if parts.scheme == "http":
+        return http.client.HTTPConnection(host, port, timeout=_TIMEOUT_SECONDS)
+    context = ssl.create_default_context()
+    connection = http.client.HTTPSConnection(host, port, timeout=_TIMEOUT_SECONDS, context=context)
+    if proxy:
+        connection.set_tunnel(str(parts.hostname), parts.port, proxy.headers)
+    return connection

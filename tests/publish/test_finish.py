@@ -120,6 +120,42 @@ def test_a_notification_that_cannot_be_sent_is_noted(url, monkeypatch, address, 
     assert words in read_run_manifest(url, "r1")["notification"]
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_receiver_behind_the_proxy_is_told(url, receiver, monkeypatch, scheme):
+    """The only way out of some clusters; the store is asked by it as well."""
+    address, got, handler = receiver
+    asked = []
+
+    def connect(self):
+        asked.append((self.path, self.headers["Proxy-Authorization"]))
+        self.send_error(403)
+
+    monkeypatch.setattr(handler, "do_CONNECT", connect, raising=False)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    proxy = address.partition("/ended")[0].replace("://", "://me:word@")
+    monkeypatch.setenv(f"{scheme}_proxy", proxy)
+    monkeypatch.setenv("DPO_NOTIFY_URL", f"{scheme}://hooks.invalid/ended?x=1")
+    write_run_manifest(open_store(url), "r1", **APPROVED, **PUBLISHED)
+    run_finish(url, "r1", "SUCCEEDED")
+    told = read_run_manifest(url, "r1")["notification"]
+    if scheme == "https":
+        assert asked == [("hooks.invalid:443", "Basic bWU6d29yZA==")]
+        assert (got, told) == ([], "failed: OSError")
+        return
+    ((path, headers, _),) = got
+    assert path == "http://hooks.invalid/ended?x=1"
+    assert headers["Host"] == "hooks.invalid"
+    assert {name.lower(): value for name, value in headers.items()}[
+        "proxy-authorization"
+    ] == "Basic bWU6d29yZA=="
+    assert told == "sent, answered with 204"
+    # this machine is always reached directly
+    monkeypatch.setenv("DPO_NOTIFY_URL", address)
+    run_finish(url, "r1", "SUCCEEDED")
+    assert got[-1][0] == "/ended?x=1"
+
+
 def test_a_store_that_is_missing_hides_no_failure_and_fails_no_failed_run():
     text = run_finish("", "r1", "FAILED")
     assert text["state"] == "failed"
