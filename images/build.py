@@ -260,6 +260,9 @@ def push(options: argparse.Namespace) -> int:
     digests = {}
     for image, name in read_names().items():
         target = f"{options.registry.rstrip('/')}/{_tagged(name)}"
+        if "@" in name and not silent([command, "image", "inspect", name]):
+            # Podman does not know what it pushed by the digest that the registry has
+            output([command, "pull", name], f"{name} could not be pulled")
         output([command, "tag", name, target], "tag")
         print(f"pushing {target} ...", flush=True)
         digests[image] = f"{target.rpartition(':')[0]}@{_push(command, target)}"
