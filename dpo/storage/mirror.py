@@ -60,14 +60,19 @@ class Mirror:
         for key in list(self.store.list(f"{name}/")):
             self.store.delete(key)
 
-    def keep_newest(self, n: int) -> None:
+    def keep_newest(self, n: int, newest: int) -> None:
         """Remove all but the ``n`` newest complete folders, and what was begun before the newest.
 
         The parts of a folder that was never completed are as large as a folder.
+
+        Args:
+            n: How many to keep.
+            newest: Number of the one that was completed last. What has a higher one stays: it could
+                not be used, or is another run's.
         """
-        kept = self.numbers()[-n:]
+        kept = [number for number in self.numbers() if number <= newest][-n:]
         begun = {int(match[1]) for key in self.store.list("step-") if (match := _STEP.match(key))}
-        # none where another run has removed them meanwhile
+        # nothing is removed where another run has removed them meanwhile
         newest = max(kept, default=0)
         for number in sorted(begun):
             if number < newest and number not in kept:

@@ -285,7 +285,9 @@ class Checkpoints:
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         write_atomically(self.folder / LATEST, f"{target.name}\n")
-        for number in self._numbers()[: -self.keep]:
+        # those with higher numbers could not be used, or are another run's: not newer than this one
+        numbers = [number for number in self._numbers() if number <= _number_of(target.name)]
+        for number in numbers[: -self.keep]:
             shutil.rmtree(self.folder / f"step-{number}", ignore_errors=True)
 
     def _check_shared(self, target: Path) -> None:
@@ -304,7 +306,7 @@ class Checkpoints:
             store.write(_IDENTITY, _canonical(self.identity).encode())
             self._mirror.complete(partial, name)
             store.write(LATEST, f"{name}\n".encode())
-            self._mirror.keep_newest(self.keep)
+            self._mirror.keep_newest(self.keep, _number_of(name))
         if is_first_of_host():
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -373,6 +375,10 @@ def steps_in(folder: Path) -> list[int]:
     """Numbers of the steps whose checkpoints are in a folder, in order."""
     found = (path.name[5:] for path in folder.glob("step-*"))
     return sorted(int(number) for number in found if number.isdigit())
+
+
+def _number_of(name: str) -> int:
+    return int(name.removeprefix("step-"))
 
 
 def _leave_out_unsaved(states: dict[str, Any], tensors: Path) -> None:

@@ -254,3 +254,31 @@ def test_a_checkpoint_that_another_run_removed_meanwhile_says_so(tmp_path):
     with pytest.raises(ArtifactError, match="another run of the same training") as caught:
         keeper.load(found, model, optimizer)
     assert "resume" not in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["a folder", "a store"])
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_checkpoint_is_not_given_up_for_ones_that_cannot_be_used(where, keep, tmp_path):
+    """Both were damaged, so the training began anew: its own had lower numbers, and each went as
+    soon as it was whole."""
+    store = open_store(f"file://{tmp_path}/store") if where == "a store" else None
+    root = tmp_path / ("store" if store else "here")
+    place = Place(tmp_path / "here", store)
+    model, optimizer = half_used()
+
+    def keeper_after(*steps):
+        keeper = Checkpoints(place, {}, keep)
+        assert keeper.find() is None
+        for step in steps:
+            keeper.save(model, optimizer, Position(steps=step), {})
+            keeper.finish()
+        keeper.close()
+        return keeper
+
+    keeper_after(10, 20)
+    for damaged in root.glob("step-*/position.json"):
+        damaged.write_text("{")
+    keeper_after(4, 5, 6)
+    assert Checkpoints(place, {}, keep).find().name == "step-6"
+    own = {path.parent.name for path in root.glob("step-?/manifest.json")}
+    assert own == {f"step-{step}" for step in range(7 - keep, 7)}
