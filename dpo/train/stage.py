@@ -21,6 +21,7 @@ from dpo.data.tokenize import TokenizedExample
 from dpo.distributed.device import best_device
 from dpo.distributed.together import barrier, is_first
 from dpo.errors import ConfigError, StoreError
+from dpo.modeling.archive import checkpoint_folder
 from dpo.modeling.budget import token_budget
 from dpo.modeling.lanes import lanes_for
 from dpo.modeling.load import check_length, load_for_training, save_model
@@ -284,7 +285,11 @@ def _base_of_adapter(config: RunConfig, base: Path | None) -> str:
     Raises:
         ConfigError: the base is no model that an adapter alone could be opened on.
     """
-    name = str(base or config.model.archive or config.model.name_or_path)
+    archive = config.model.archive
+    if base is None and archive and not Path(archive).is_file():
+        # it may name a run's folder, or a policy.pt that lies in none
+        base = checkpoint_folder(Path(archive))
+    name = str(base or archive or config.model.name_or_path)
     if Path(name).is_file() and config.lora.save == "adapter":
         raise ConfigError(
             "an adapter alone needs a base that can be opened, and the base here is a file of "

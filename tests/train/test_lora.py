@@ -221,6 +221,17 @@ def test_an_adapter_opens_from_any_folder_and_on_its_own_base_alone(
         load_model(tmp_path / "out", torch.float32)
 
 
+@pytest.mark.parametrize("named", ["", "LATEST/policy.pt"])
+def test_an_adapter_on_a_run_that_an_archive_names_opens(named, prepared, tmp_path):
+    """``model.archive`` may be a run's folder, or the policy.pt that was once in it: neither is a
+    folder that a base can be opened from, and the adapter named it."""
+    shutil.copytree(prepared.sft, tmp_path / "run/LATEST")
+    archive = f"model.archive={tmp_path}/run/{named}"
+    config = config_of("sft", "n_epochs=0", "lora.save=adapter", archive)
+    run_train(config, tmp_path / "out", pairs=prepared.data)
+    load_model(tmp_path / "out", torch.float32)
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
