@@ -182,7 +182,7 @@ def _lengths(config: RunConfig, own: dict[str, Any], data: Path | None) -> Lengt
         )
     found = Lengths(**stated, source="as given") if stated else find_lengths(config, data)
     if "pairs" in own:
-        found = replace(found, pairs=own["pairs"])
+        found = replace(found, pairs=own["pairs"], different=None)
     return found
 
 

@@ -117,7 +117,7 @@ def plan_stage(
     pairs = _pairs(config, found)
     fits = memory.total <= machine.memory_gib * GIB or machine.gpus == 0
     reads = config.loss.needs_reference
-    unique = None if pairs is None else min(pairs, found.pairs or pairs)
+    unique = None if pairs is None else min(pairs, found.different or found.pairs or pairs)
     return Plan(
         stage=stage,
         model=config.model.name_or_path,

@@ -47,6 +47,7 @@ def read_lengths(config: RunConfig, data: Path, named: str) -> Lengths:
         ArtifactError: the folder is no complete output of ingest.
         DataError: it holds no training pair.
     """
+    from dpo.data.loader import weighted
     from dpo.data.parquet import read_pairs
     from dpo.data.schema import TRAIN
     from dpo.errors import DataError
@@ -54,16 +55,18 @@ def read_lengths(config: RunConfig, data: Path, named: str) -> Lengths:
 
     read_manifest(data, stage="ingest", verify=False)
     pairs = read_pairs(data, TRAIN)
-    rows = pairs.rows
-    if not rows:
+    # as training takes them: some sources come more than once, or in part
+    draws = weighted(pairs.rows, pairs.weights, config.seed)
+    if not draws:
         raise DataError("there is no pair to train on", where=str(data))
-    sample = rows[:: -(-len(rows) // _SAMPLE_PAIRS)]
+    sample = [pairs.rows[index] for index in draws[:: -(-len(draws) // _SAMPLE_PAIRS)]]
     count, how = _counter(config)
     measured = [
         _cut(config, count(row.prompt), [count(row.chosen) + 1, count(row.rejected) + 1])
         for row in sample
     ]
-    return _summary(measured, len(rows), f"{len(sample):,} pairs of {named}, counted by {how}")
+    source = f"{len(sample):,} pairs of {named}, counted by {how}"
+    return replace(_summary(measured, len(draws), source), different=len(set(draws)))
 
 
 def _summary(measured: Sequence[tuple[int, int, int]], n_pairs: int, source: str) -> Lengths:

@@ -16,7 +16,9 @@ class Lengths:
     chosen: float
     rejected: float
     pairs: int | None = None
-    """Training pairs, where they are known."""
+    """Training pairs of an epoch, where they are known."""
+    different: int | None = None
+    """How many of them are different ones, where sources come more than once by their weight."""
     longest: int | None = None
     """Most tokens of a pair with its prompt counted once, where it is known."""
     padded: float = 0.0

@@ -72,6 +72,28 @@ def test_lengths_of_ingested_pairs(tmp_path, capsys):
     assert from_data["lengths"]["rejected"] == len(count(" no no no")["input_ids"]) + 1
 
 
+def test_a_source_counts_as_often_as_training_takes_it(tmp_path, capsys):
+    """With weight 3 each pair comes three times in an epoch, and is scored once."""
+    rows = [{"prompt": f"{n}?", "chosen": f"{n} yes", "rejected": f"{n} no"} for n in range(20)]
+    source = tmp_path / "pairs.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)))
+    words = ["plan", "--output", "json", "simulate=false", "model=tiny", f"datasets=[{source}]"]
+    once, thrice = (_json(capsys, [*words, f"sources.pairs.weight={weight}"]) for weight in (1, 3))
+    assert thrice["pairs"] == 3 * once["pairs"]
+    assert thrice["training_seconds"] == pytest.approx(3 * once["training_seconds"])
+    assert thrice["reference_seconds"] == pytest.approx(once["reference_seconds"])
+    # as many as are said are other pairs than those
+    said = _json(capsys, [*words, "sources.pairs.weight=3", "pairs=1000"])
+    assert said["reference_seconds"] == pytest.approx(
+        once["reference_seconds"] * 1000 / once["pairs"]
+    )
+
+
+def _json(capsys, words):
+    assert main(words) == 0
+    return json.loads(capsys.readouterr().out)
+
+
 def test_hub_data_is_assumed(capsys):
     code = main(
         [
