@@ -243,8 +243,10 @@ def _first_error(folder: Path, error: Any, stopped: Stage | None) -> DpoError:
         )
     rank, failure = error.get_first_failure()
     if failure.exitcode < 0 or not reports:
+        name = ""
         with suppress(ValueError):
-            name = f" ({signal.Signals(-failure.exitcode).name})" if failure.exitcode < 0 else ""
+            # a code above 0 is none of a signal, and real-time signals have no names
+            name = f" ({signal.Signals(-failure.exitcode).name})"
         return TrainingError(
             f"process {rank} ended with exit code {failure.exitcode}{name}",
             where=f"host {os.uname().nodename}, rank {rank}",

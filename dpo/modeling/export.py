@@ -16,7 +16,8 @@ def export_policy(checkpoint: Path, output: Path, *, trust_remote_code: bool = F
     """Write ``output`` from one of our checkpoints; an adapter is added to its base first.
 
     ``model.archive=policy.pt`` reads it back, here and in the reference code; weights keep their
-    type, tied ones are written under both names.
+    type (those of a base with its adapter added are float32), tied ones are written under both
+    names.
 
     Raises:
         ModelError: ``checkpoint`` is no model's folder.

@@ -114,3 +114,10 @@ def test_torch_2_11_is_not_given_what_it_does_not_have():
     assert launch._shutdown(old) == {}
     config = launch._launch_config(0, 60)
     assert getattr(config, "shutdown_timeout", 10) == 10
+
+
+def test_a_signal_without_a_name_is_told_by_its_number(tmp_path):
+    """Of the real-time ones Python names two; the message failed over the others."""
+    failed = SimpleNamespace(get_first_failure=lambda: (3, SimpleNamespace(exitcode=-35)))
+    said = str(launch._first_error(tmp_path, failed, None))
+    assert "process 3 ended with exit code -35\n" in said
