@@ -11,9 +11,9 @@ import torch
 
 from dpo.errors import ConfigError, MissingDependency
 from dpo.modeling.attention import ARCHITECTURES, is_known
+from dpo.modeling.blocks import find_blocks
 from dpo.modeling.fused import fuse
 from dpo.modeling.head import has_linear_cross_entropy
-from dpo.modeling.recompute import blocks_of
 from dpo.storage.host_memory import keep_freed_memory
 
 ROW_MULTIPLE = 512
@@ -97,7 +97,7 @@ def compile_blocks(model: Any, backend: str = "inductor") -> None:
             fix="set model.compile=false",
         )
     _allow_lengths(_MOST_LENGTHS)
-    for block in blocks_of(model):
+    for block in find_blocks(model, None):
         # its function, not the module: what recomputes activations goes around it
         block.forward = torch.compile(block.forward, backend=backend, dynamic=False)
     setattr(model, _COMPILED, True)

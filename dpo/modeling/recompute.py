@@ -8,15 +8,35 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
+from dpo.errors import ConfigError
 from dpo.modeling.attention import NAME as PACKED
 from dpo.modeling.attention import packed_attention
+from dpo.modeling.blocks import find_blocks
 
 
-def checkpoint_activations(model: Any, mode: str) -> None:
-    """Recompute the activations of every block (``full``) or of every second one in backward."""
+def checkpoint_activations(model: Any, mode: str, block_name: str | None = None) -> None:
+    """Recompute the activations of every block (``full``) or of every second one in backward.
+
+    Args:
+        model: A causal language model of transformers.
+        mode: As ``activation_checkpointing``.
+        block_name: As ``model.block_name``.
+
+    Raises:
+        ModelError: it has no blocks of that name.
+        ConfigError: it does not say what its blocks are.
+    """
     if mode == "none":
         return
-    for number, block in enumerate(blocks_of(model)):
+    blocks = find_blocks(model, block_name)
+    if not blocks:
+        raise ConfigError(
+            f"{model.config.model_type} models do not say which of their modules are blocks: no "
+            "activations would be made again",
+            where=f"activation_checkpointing={mode}",
+            fix="set model.block_name to the class of a block, or activation_checkpointing=none",
+        )
+    for number, block in enumerate(blocks):
         if mode == "full" or number % 2 == 0:
             block.forward = _recomputed(model, block.forward)
 
@@ -38,9 +58,3 @@ def _recomputed(model: Any, forward: Any) -> Any:
         return checkpoint(forward, *arguments, use_reentrant=False, context_fn=contexts, **named)
 
     return run
-
-
-def blocks_of(model: Any) -> list[Any]:
-    """The transformer blocks of ``model``, as transformers names their class."""
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__ in names]

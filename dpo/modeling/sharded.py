@@ -17,8 +17,8 @@ from dpo.data.packing import PackedBatch
 from dpo.data.tokenize import TokenizedExample
 from dpo.distributed.together import agree, barrier, each_a_share, gather, is_first
 from dpo.distributed.weights import outline, take_from_first
-from dpo.errors import ModelError
 from dpo.modeling.attention import supports_packing
+from dpo.modeling.blocks import find_blocks
 from dpo.modeling.load import context_of
 from dpo.modeling.precision import DTYPES
 from dpo.modeling.scoring import NDArray, score, token_log_probs
@@ -180,21 +180,3 @@ def release(scorer: Any) -> None:
 
     if isinstance(scorer, FSDPModule):
         scorer.reshard()
-
-
-def find_blocks(model: Any, block_name: str | None) -> list[Any]:
-    """The transformer blocks: modules of class ``block_name``, or those that the model declares.
-
-    Raises:
-        ModelError: there are none of that name.
-    """
-    names = {block_name} if block_name else set(getattr(model, "_no_split_modules", None) or ())
-    found = [module for module in model.modules() if type(module).__name__ in names]
-    if found or not block_name:
-        return found
-    known = sorted({type(module).__name__ for module in model.modules() if any(module.children())})
-    raise ModelError(
-        f"the model has no block {block_name}",
-        where="model.block_name",
-        fix=f"set model.block_name=null to have it found, or name one of {', '.join(known)}",
-    )

@@ -142,7 +142,7 @@ def peak_bytes(
             model = _model(config)
         if on_gpu and has_fused_norms(config):
             fused.fuse(model)
-        checkpoint_activations(model, config.activation_checkpointing)
+        checkpoint_activations(model, config.activation_checkpointing, config.model.block_name)
         scorer = Scorer(model)
         if gpus > 1:
             # outside: the mesh of processes is made of real tensors

@@ -22,6 +22,7 @@ from dpo.distributed.device import best_device
 from dpo.distributed.together import barrier, is_first
 from dpo.errors import ConfigError, StoreError
 from dpo.modeling.archive import checkpoint_folder
+from dpo.modeling.blocks import find_blocks
 from dpo.modeling.budget import token_budget
 from dpo.modeling.lanes import lanes_for
 from dpo.modeling.load import check_length, load_for_training, save_model
@@ -37,7 +38,7 @@ from dpo.modeling.memory import enough_memory
 from dpo.modeling.precision import DTYPES, compute_dtype, name_of, say_if_slow
 from dpo.modeling.recompute import checkpoint_activations
 from dpo.modeling.scoring import score
-from dpo.modeling.sharded import Scorer, find_blocks, load_once, release, shard
+from dpo.modeling.sharded import Scorer, load_once, release, shard
 from dpo.plan.split import check_lora
 from dpo.storage.given_model import read_model
 from dpo.storage.manifest import MANIFEST, Manifest, read_manifest, staged, write_manifest
@@ -191,7 +192,7 @@ def _trainer(
     if config.lora.enabled:
         check_lora(config)
         add_adapter(model, config.lora, _base_of_adapter(config, base))
-    checkpoint_activations(model, config.activation_checkpointing)
+    checkpoint_activations(model, config.activation_checkpointing, config.model.block_name)
     examples = load_examples(
         config,
         pairs,

@@ -15,8 +15,8 @@ from dpo.config.places import builtin
 from dpo.config.stages import restrict, stage_json
 from dpo.distributed.launch import processes_here
 from dpo.errors import ConfigError, MissingDependency, ModelError
+from dpo.modeling.blocks import find_blocks
 from dpo.modeling.load import load_model
-from dpo.modeling.sharded import find_blocks
 from dpo.modeling.vocab_parallel import _own
 from dpo.train.spread import shares, spread_layers
 from dpo.train.stage import run_train
