@@ -24,6 +24,7 @@ from dpo.data.stage import run_ingest
 from dpo.distributed.launch import n_hosts, processes_here
 from dpo.errors import ConfigError, TrainingStopped
 from dpo.plan.split import check_counts
+from dpo.storage.fingerprint import code_fingerprint
 from dpo.storage.manifest import MANIFEST
 from dpo.storage.progress import message
 from dpo.train.place import ROOT_VARIABLE
@@ -50,6 +51,8 @@ def train_directly(
     target = output or run_dir / "LATEST"
     stage: Stage = "sft" if isinstance(config.loss, SFTLoss) else "preference"
     own = None if os.environ.get(ROOT_VARIABLE) else run_dir / "checkpoints" / target.name
+    # checkpoints of other code are another run's
+    code = code_fingerprint(stage)
     if (target / MANIFEST).is_file():
         message(stage, f"{target} is complete: it is replaced once the new result is")
     if data is None:
@@ -60,7 +63,7 @@ def train_directly(
         reference = run_dir / "reference"
         scoring = restrict(config, "reference")
         if own and not config.checkpoint_uri:
-            check_checkpoints(restrict(config, stage), own, pairs=data, base=base)
+            check_checkpoints(restrict(config, stage), own, pairs=data, base=base, code=code)
         goes_on = config.resume != "never" and not (target / MANIFEST).is_file()
         if goes_on and is_scored(scoring, reference, pairs=data, model=base):
             message(stage, f"goes on with the log-probabilities in {reference}")
@@ -74,6 +77,7 @@ def train_directly(
             base=base,
             reference=reference,
             checkpoints=own,
+            code=code,
         )
     except TrainingStopped as stopped:
         if output is None and config.local_run_dir is None:

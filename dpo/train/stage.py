@@ -116,16 +116,19 @@ def run_train(
                 trainer.position.check_within(trainer.examples.order, start)
             trainer.run()
         finally:
-            log.close()
             if keeper:
+                # first: on a full disk the log cannot be closed either
                 keeper.close()
+            log.close()
         manifest = _write(trainer, folder, config, stage, inputs, code)
     if keeper and not given:
         _discard(keeper, stage)
     return manifest
 
 
-def check_checkpoints(config: RunConfig, folder: Path, *, pairs: Path, base: Path | None) -> None:
+def check_checkpoints(
+    config: RunConfig, folder: Path, *, pairs: Path, base: Path | None, code: str
+) -> None:
     """Refuse checkpoints of another run before a reference is scored in the place of theirs.
 
     Other processes score other bits, with which the run that they belong to could not go on.
@@ -137,7 +140,7 @@ def check_checkpoints(config: RunConfig, folder: Path, *, pairs: Path, base: Pat
         # without reading the whole base model once more
         return
     stage: Stage = "preference"
-    identity = _identity(config, stage, _input_hashes(pairs, base, None), code="")
+    identity = _identity(config, stage, _input_hashes(pairs, base, None), code)
     keeper = Checkpoints(Place(folder), identity, config.keep_checkpoints, config.resume)
     keeper.check_identity(left_out="input reference")
 

@@ -17,6 +17,7 @@ from dpo.config.places import builtin
 from dpo.config.stages import restrict
 from dpo.data.loader import LoaderState, Order
 from dpo.errors import ConfigError, TrainingError, TrainingStopped
+from dpo.storage.fingerprint import code_fingerprint
 from dpo.storage.manifest import read_manifest
 from dpo.train import direct, stage
 from dpo.train.direct import train_directly
@@ -102,6 +103,29 @@ def test_checkpoints_of_a_run_that_was_ended_are_not_taken_for_another(
     assert "resume=never" in caught.value.fix
     train(prepared, tmp_path, "lr=1e-4", "resume=never")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_checkpoints_of_other_code_are_not_gone_on_from(prepared, tmp_path, monkeypatch):
+    """The one command did not look at the code: after an update it went on with two kinds of it."""
+    stopped_after(monkeypatch, 1, lambda: train(prepared, tmp_path))
+    made = json.loads((tmp_path / "checkpoints/model/identity.json").read_text())["code"]
+    assert made == code_fingerprint("sft")
+    monkeypatch.setattr(direct, "code_fingerprint", lambda stage: f"newer code of {stage}")
+    with pytest.raises(ConfigError, match=f"code: '{made}' → 'newer code of sft'"):
+        train(prepared, tmp_path)
+    train(prepared, tmp_path, "resume=force")
+    assert read_manifest(tmp_path / "model").code == "newer code of sft"
+
+
+def test_other_code_is_seen_before_a_reference_is_scored(prepared, tmp_path, monkeypatch):
+    config = compose([*SETTINGS, "n_examples=8", "checkpoint_every=8"]).config
+    given = {"data": prepared.data, "base": prepared.sft, "output": tmp_path / "model"}
+    stopped_after(monkeypatch, 1, lambda: train_directly(config, **given))
+    monkeypatch.setattr(direct, "code_fingerprint", lambda stage: "newer")
+    monkeypatch.setattr(direct, "run_reference", lambda *_, **__: 1 / 0)
+    (tmp_path / "reference/manifest.json").unlink()
+    with pytest.raises(ConfigError, match="code: "):
+        train_directly(config, **given)
 
 
 def test_a_run_without_a_place_for_checkpoints_does_not_say_that_it_goes_on(
@@ -293,7 +317,7 @@ def test_where_there_are_no_checkpoints_the_base_model_is_not_read_once_more(tmp
     """Neither folder is there to be read: each start of a training took a hash of both."""
     nowhere = tmp_path / "nowhere"
     config = restrict(compose([*RUN, "loss=dpo"]).config, "preference")
-    stage.check_checkpoints(config, tmp_path / "checkpoints", pairs=nowhere, base=nowhere)
+    stage.check_checkpoints(config, tmp_path / "checkpoints", pairs=nowhere, base=nowhere, code="")
 
 
 def test_a_run_that_is_forced_to_end_before_its_checkpoint_is_refused(
