@@ -16,6 +16,8 @@ from dpo.train.trainer import NLL_PER_TOKEN, Trainer
 
 def details_of(trainer: Trainer) -> dict[str, Any]:
     """What a finished training tells of itself, in its manifest and ``run.json``."""
+    # others are of a model before its last steps
+    evaluation = trainer.position.evaluation if trainer.config.do_last_eval else {}
     details: dict[str, Any] = {
         "examples": trainer.position.trained,
         "steps": trainer.position.steps,
@@ -28,7 +30,7 @@ def details_of(trainer: Trainer) -> dict[str, Any]:
         "compute_dtype": name_of(trainer.objective.dtype),
         "metrics": {
             name: value
-            for name, value in {**trainer.position.last, **trainer.position.evaluation}.items()
+            for name, value in {**trainer.position.last, **evaluation}.items()
             if math.isfinite(value)
         },
     }

@@ -81,6 +81,20 @@ def test_a_complete_output_is_replaced_and_no_checkpoints_are_left(prepared, tmp
     assert before.content_hash != now.content_hash
 
 
+def test_figures_from_before_the_training_are_not_recorded_as_the_model_s(prepared, tmp_path):
+    """Without a last evaluation the record had those of the first one."""
+    train(prepared, tmp_path, "do_last_eval=false")
+    line, *_ = (tmp_path / "model/metrics.jsonl").read_text().splitlines()
+    assert "loss/eval" in json.loads(line)
+    metrics = read_manifest(tmp_path / "model").details["metrics"]
+    assert "loss/train" in metrics
+    assert not [name for name in metrics if "eval" in name]
+    train(prepared, tmp_path)
+    line = (tmp_path / "model/metrics.jsonl").read_text().splitlines()[-1]
+    metrics = read_manifest(tmp_path / "model").details["metrics"]
+    assert metrics["loss/eval"] == json.loads(line)["loss/eval"]
+
+
 def test_sft_of_no_pass_hands_the_model_on_as_it_is(prepared, tmp_path, capsys):
     train(prepared, tmp_path, "n_epochs=0")
     manifest = read_manifest(tmp_path / "model")
