@@ -183,7 +183,7 @@ def tokenize_pair(
         pair_id: Named in errors.
 
     Raises:
-        DataError: the end-of-sequence token stands inside a text.
+        DataError: the end-of-sequence token stands inside a text, or the prompt has no token.
     """
     eos = tokenizer.eos_token_id
     prompt_ids = _ids(tokenizer, prompt)
@@ -194,6 +194,13 @@ def tokenize_pair(
             f"the end-of-sequence token {tokenizer.eos_token!r} stands inside a text",
             where=f"pair {pair_id}" if pair_id else prompt[:60],
             fix="remove it from the data: training on it would teach the model to stop there",
+        )
+    if not prompt_ids:
+        # nothing would predict the first token of a response
+        raise DataError(
+            "the tokenizer gives no token for the prompt",
+            where=f"pair {pair_id}" if pair_id else prompt[:60],
+            fix="remove the pair, or use a model whose tokenizer knows its script",
         )
     response_ids = [[*ids, eos] for ids in response_ids]
     longest, whole = max(map(len, response_ids)), len(prompt_ids)

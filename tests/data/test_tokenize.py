@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from dpo.config.models import ModelConfig
 from dpo.config.places import builtin
@@ -204,3 +206,18 @@ def test_a_configuration_that_names_no_type_is_not_taken_for_the_tokenizer(tmp_p
     (tmp_path / "model/tokenizer.json").write_text("{", encoding="utf-8")
     with pytest.raises(ModelError, match="the tokenizer cannot be loaded"):
         load_tokenizer(tmp_path / "model")
+
+
+def test_a_prompt_without_a_token_is_refused() -> None:
+    """A tokenizer without bytes and without a token for the unknown drops what it does not know.
+
+    The first token of a response was then predicted from the last one of its row, or of the example
+    before it.
+    """
+    bpe = models.BPE(vocab={"a": 0, "b": 1, "</s>": 2}, merges=[])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(bpe), eos_token="</s>")
+    limits = Limits(8, 4, "keep_end")
+    assert tokenize_pair("aé", ["b", "é"], tokenizer, limits).prompt_T.tolist() == [0]
+    with pytest.raises(DataError, match="no token for the prompt") as caught:
+        tokenize_pair("é", ["a", "b"], tokenizer, limits, pair_id="one")
+    assert caught.value.where == "pair one"
