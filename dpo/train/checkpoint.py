@@ -126,9 +126,9 @@ class Checkpoints:
         try:
             # weights that no gradient has reached yet have no state (an image tower, for one)
             _leave_out_unsaved(optimizer_state["state"], path / _TENSORS)
+            position = Position.of(json.loads((path / _POSITION).read_text(encoding="utf-8")))
+            # returns once every process has read
             dcp.load(state, checkpoint_id=path / _TENSORS, no_dist=not dist.is_initialized())
-            values = json.loads((path / _POSITION).read_text(encoding="utf-8"))
-            position = Position.of(values)
         except (Exception, dcp.CheckpointException) as error:
             if not path.is_dir():
                 raise ArtifactError(
@@ -152,6 +152,9 @@ class Checkpoints:
             options=StateDictOptions(strict=False),
         )
         torch.set_rng_state(state["rng"])
+        if self._mirror and is_first_of_host():
+            # it was fetched for this alone, and is as large as what is to be written here
+            shutil.rmtree(path, ignore_errors=True)
         return position
 
     def save(

@@ -282,3 +282,16 @@ def test_a_checkpoint_is_not_given_up_for_ones_that_cannot_be_used(where, keep, 
     assert Checkpoints(place, {}, keep).find().name == "step-6"
     own = {path.parent.name for path in root.glob("step-?/manifest.json")}
     assert own == {f"step-{step}" for step in range(7 - keep, 7)}
+
+
+def test_what_was_fetched_from_a_store_does_not_stay_on_the_disk(tmp_path):
+    """It did until the end of the training, beside what was being written."""
+    keeper, _ = in_store(tmp_path)
+    model, optimizer = half_used()
+    keeper.save(model, optimizer, Position(steps=3), {})
+    keeper.finish()
+    path = keeper.find()
+    assert path.is_dir()
+    assert keeper.load(path, model, optimizer).steps == 3
+    assert not list((tmp_path / "here").glob("step-*"))
+    assert keeper.find() == path
