@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from dpo.errors import ModelError
+
 
 def shares(sizes: Sequence[int], rest: int, n_devices: int) -> list[int]:
     """Device of each layer: consecutive layers together, about equal bytes on each device.
@@ -31,7 +33,18 @@ def shares(sizes: Sequence[int], rest: int, n_devices: int) -> list[int]:
 
 
 def spread_layers(model: Any, blocks: Sequence[Any], devices: Sequence[torch.device]) -> None:
-    """Put ``blocks`` of ``model`` on ``devices``, everything else on the first; in place."""
+    """Put ``blocks`` of ``model`` on ``devices``, everything else on the first; in place.
+
+    Raises:
+        ModelError: there are no blocks.
+    """
+    if not blocks:
+        raise ModelError(
+            f"{model.config.model_type} models do not say which of their modules are blocks, to be "
+            f"spread over {len(devices)} GPUs",
+            where="trainer=BasicTrainer",
+            fix="set model.block_name to the class of a block, or CUDA_VISIBLE_DEVICES=0",
+        )
     sizes = [sum(p.nbytes for p in block.parameters()) for block in blocks]
     rest = sum(p.nbytes for p in model.parameters()) - sum(sizes)
     placed = shares(sizes, rest, len(devices))

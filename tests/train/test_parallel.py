@@ -300,6 +300,15 @@ def test_a_model_whose_layers_were_spread_computes_the_same(prepared):
     assert torch.equal(model(ids).logits, expected)
 
 
+def test_a_model_without_known_layers_is_not_spread():
+    """It was an IndexError, in which a run on two GPUs ended."""
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 11, "n_positions": 16}
+    model = random_model("openai-gpt", sizes)
+    with pytest.raises(ModelError, match="spread over 2 GPUs") as caught:
+        spread_layers(model, find_blocks(model, None), [torch.device("cpu")] * 2)
+    assert "model.block_name" in caught.value.fix
+
+
 def test_each_target_is_looked_up_by_the_process_that_has_it():
     targets = torch.tensor([0, 3, 4, 7])
     rows, here = _own(targets, first=4, size=4)
