@@ -195,8 +195,10 @@ def _parsed(
             _ = float(sample.get("reward_change") or 0.0)
         return Run(where, values, json.loads(pairs) if pairs else None, answers)
     except (ValueError, KeyError, TypeError) as error:
+        # not of a UnicodeDecodeError: that holds the whole file
+        found = f"{type(error).__name__}: {error}"
         raise EvaluationError(
-            f"the evaluation cannot be read: {error!r}", where=where, fix="run evaluate again"
+            f"the evaluation cannot be read: {found}", where=where, fix="run evaluate again"
         ) from None
 
 

@@ -47,6 +47,16 @@ def test_the_best_comes_first_and_runs_are_named_by_what_differs(three, tmp_path
     assert values == sorted(values, reverse=True)
 
 
+@pytest.mark.parametrize("name", ["evaluation.json", "pairs.json", "samples.json"])
+def test_a_file_that_is_no_text_is_not_printed(name, three, tmp_path):
+    """The message held the whole of it."""
+    (three[1] / name).write_bytes(b"\xff" * 5000)
+    with pytest.raises(EvaluationError, match="cannot be read") as caught:
+        compare([str(path) for path in three], tmp_path / "out")
+    assert len(caught.value.found) < 200
+    assert caught.value.where == str(three[1])
+
+
 def test_equal_accuracies_are_not_decided_by_the_scale_of_beta(tmp_path):
     """The same policies under five times the beta have five times the margin, and no more skill."""
     small = write(tmp_path / "small", beta=0.1)
