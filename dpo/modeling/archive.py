@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -40,9 +41,8 @@ def load_policy_file(model: Any, path: Path) -> None:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
         state = loaded["state"]
     except Exception as error:
-        reason = str(error).splitlines()[0][:200]
         raise ModelError(
-            f"not a policy.pt of the reference code: {reason}",
+            f"not a policy.pt of the reference code: {_reason(error, path)}",
             where=str(path),
             fix="it must hold {step_idx, state, metrics}; only tensors and plain values are read",
         ) from None
@@ -57,6 +57,19 @@ def load_policy_file(model: Any, path: Path) -> None:
         names = ", ".join((missing or unexpected)[:3])
         word = "missing" if missing else "unexpected"
         raise _other_architecture(path, f"{word} weights: {names}")
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """What is wrong with a file, without torch's advice to read it in a way that runs its code."""
+    if not path.stat().st_size:
+        return "the file is empty"
+    if isinstance(error, KeyError | TypeError):
+        return "it holds no 'state'"
+    if isinstance(error, UnpicklingError):
+        return "it holds something else than tensors and plain values, or is no file of torch.save"
+    if isinstance(error, RuntimeError | EOFError):
+        return "the file is cut short or damaged"
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _other_architecture(path: Path, detail: str) -> ModelError:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dpo.config.models import ModelConfig
 from dpo.config.places import builtin
 from dpo.errors import ModelError
+from dpo.modeling.archive import load_policy_file
 from dpo.modeling.load import load_for_training, load_model, save_model
 
 TINY = builtin("builtin:tiny")
@@ -77,6 +79,31 @@ def test_a_file_with_code_in_it_is_not_run(tmp_path):
     with pytest.raises(ModelError, match=r"not a policy\.pt"):
         weights(path)
     assert not (tmp_path / "planted").exists()
+
+
+def _cut(path):
+    torch.save({"state": {"weight": torch.zeros(9)}}, path)
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+@pytest.mark.parametrize(
+    ("write", "reason"),
+    [
+        (Path.touch, "the file is empty"),
+        (_cut, "the file is cut short or damaged"),
+        (lambda path: torch.save({"weight": torch.zeros(9)}, path), "it holds no 'state'"),
+        (lambda path: torch.save([torch.zeros(9)], path), "it holds no 'state'"),
+        (lambda path: path.write_bytes(b"weights"), "or is no file of torch.save"),
+        (lambda path: torch.save(torch.nn.Linear(1, 1), path), "else than tensors"),
+    ],
+)
+def test_what_is_wrong_with_a_policy_file_is_said_in_our_words(tmp_path, write, reason):
+    """An empty file ended in a traceback, and torch's words advise to set weights_only to False."""
+    path = tmp_path / "policy.pt"
+    write(path)
+    with pytest.raises(ModelError, match=reason) as caught:
+        load_policy_file(torch.nn.Linear(1, 1), path)
+    assert "weights_only" not in str(caught.value)
 
 
 def test_weights_of_another_architecture_are_named(tmp_path):
