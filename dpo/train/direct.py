@@ -7,25 +7,29 @@ The pipeline runs these stages as steps of their own; here they are folders of t
     <run dir>/LATEST      the trained model
     <run dir>/checkpoints what a run that was ended goes on from; removed when it is complete,
                           and elsewhere with checkpoint_uri or DPO_CHECKPOINTS
+
+Pairs and log-probabilities that another output in the run's folder was made from are not replaced
+by other ones: those are then in <run dir>/<output>-data and <run dir>/<output>-reference.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
 from dpo.config.losses import SFTLoss
 from dpo.config.schema import RunConfig
-from dpo.config.stages import Stage, restrict
+from dpo.config.stages import Stage, restrict, stage_settings
 from dpo.data.stage import run_ingest
 from dpo.distributed.launch import n_hosts, processes_here
-from dpo.errors import ConfigError, TrainingStopped
+from dpo.errors import ArtifactError, ConfigError, TrainingStopped
 from dpo.plan.split import check_counts
 from dpo.storage.fingerprint import code_fingerprint
-from dpo.storage.manifest import MANIFEST
+from dpo.storage.manifest import MANIFEST, Manifest, read_manifest
 from dpo.storage.progress import message
 from dpo.train.place import ROOT_VARIABLE
 from dpo.train.reference import is_scored, run_reference
@@ -56,19 +60,22 @@ def train_directly(
     if (target / MANIFEST).is_file():
         message(stage, f"{target} is complete: it is replaced once the new result is")
     if data is None:
-        data = run_dir / "data"
         message(stage, f"run folder: {run_dir}")
-        run_ingest(restrict(config, "ingest"), data)
+        ingesting = restrict(config, "ingest")
+        data = _place(run_dir / "data", target, lambda made: _asks_for(ingesting, made))
+        run_ingest(ingesting, data)
     if config.loss.needs_reference and reference is None:
-        reference = run_dir / "reference"
         scoring = restrict(config, "reference")
+        given = {"pairs": data, "model": base}
+        place = run_dir / "reference"
+        reference = _place(place, target, lambda _: is_scored(scoring, place, **given))
         if own and not config.checkpoint_uri:
             check_checkpoints(restrict(config, stage), own, pairs=data, base=base, code=code)
         goes_on = config.resume != "never" and not (target / MANIFEST).is_file()
-        if goes_on and is_scored(scoring, reference, pairs=data, model=base):
+        if goes_on and is_scored(scoring, reference, **given):
             message(stage, f"goes on with the log-probabilities in {reference}")
         else:
-            run_reference(scoring, reference, pairs=data, model=base)
+            run_reference(scoring, reference, **given)
     try:
         run_train(
             restrict(config, stage),
@@ -91,6 +98,35 @@ def train_directly(
             # unless it holds those of another output
             own.parent.rmdir()
     return target
+
+
+def _place(folder: Path, target: Path, is_same: Callable[[Manifest], bool]) -> Path:
+    """Where to prepare for ``target``: ``folder``, or beside it where that is of use to others.
+
+    ``dpo ingest output=out/data`` and ``dpo train output=out/policy`` share a folder: a training
+    that is not told of ``out/data`` would put its own in the place.
+    """
+    made = _manifest(folder)
+    others = [place for place in folder.parent.glob("*") if place not in (folder, target)]
+    found = [manifest for place in others if (manifest := _manifest(place))]
+    used = made and any(made.content_hash in manifest.inputs.values() for manifest in found)
+    if not made or not used or is_same(made):
+        return folder
+    beside = folder.with_name(f"{target.name}-{folder.name}")
+    message("train", f"{folder} stays, since others were made from it: this run has {beside}")
+    return beside
+
+
+def _manifest(folder: Path) -> Manifest | None:
+    """Of a complete output; None for any other folder."""
+    try:
+        return read_manifest(folder, verify=False)
+    except (ArtifactError, OSError):
+        return None
+
+
+def _asks_for(ingesting: RunConfig, made: Manifest) -> bool:
+    return made.settings == stage_settings(ingesting, "ingest")
 
 
 def make_run_dir(config: RunConfig) -> Path:
