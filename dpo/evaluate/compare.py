@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from dpo.errors import ConfigError, EvaluationError, ObjectMissing
+from dpo.errors import ConfigError, EvaluationError, ObjectMissing, writing
 from dpo.evaluate import charts
 from dpo.evaluate.bootstrap import Bootstrap
 from dpo.evaluate.compared_samples import shared_samples
@@ -99,9 +99,10 @@ def compare(names: Sequence[str], output: Path) -> list[Run]:
     output.mkdir(parents=True, exist_ok=True)
     samples, n_left_out = shared_samples([run.samples for run in runs])
     html = _page(runs, same, samples, n_left_out)
-    (output / "compare.html").write_text(html, encoding="utf-8", errors="replace")
     text = _markdown(runs, same, samples)
-    (output / "compare.md").write_text(text, encoding="utf-8", errors="replace")
+    with writing(output):
+        (output / "compare.html").write_text(html, encoding="utf-8", errors="replace")
+        (output / "compare.md").write_text(text, encoding="utf-8", errors="replace")
     return ranked(runs)
 
 

@@ -57,6 +57,15 @@ def test_a_file_that_is_no_text_is_not_printed(name, three, tmp_path):
     assert caught.value.where == str(three[1])
 
 
+def test_a_full_disk_is_named(three, tmp_path, capsys):
+    """It said that a disk is full, and not which."""
+    (tmp_path / "out").mkdir()
+    # every write to this device fails as on a full disk
+    (tmp_path / "out/compare.html").symlink_to("/dev/full")
+    assert main(["compare", *map(str, three), f"output={tmp_path / 'out'}"]) == 1
+    assert f"disk is full\n  where: {tmp_path / 'out'}\n" in capsys.readouterr().err
+
+
 def test_equal_accuracies_are_not_decided_by_the_scale_of_beta(tmp_path):
     """The same policies under five times the beta have five times the margin, and no more skill."""
     small = write(tmp_path / "small", beta=0.1)
