@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from dpo.config.losses import SFTLoss
@@ -66,16 +67,16 @@ def train_directly(
         run_ingest(ingesting, data)
     if config.loss.needs_reference and reference is None:
         scoring = restrict(config, "reference")
-        given = {"pairs": data, "model": base}
+        is_same = partial(is_scored, scoring, pairs=data, model=base)
         place = run_dir / "reference"
-        reference = _place(place, target, lambda _: is_scored(scoring, place, **given))
+        reference = _place(place, target, lambda _: is_same(place))
         if own and not config.checkpoint_uri:
             check_checkpoints(restrict(config, stage), own, pairs=data, base=base, code=code)
         goes_on = config.resume != "never" and not (target / MANIFEST).is_file()
-        if goes_on and is_scored(scoring, reference, **given):
+        if goes_on and is_same(reference):
             message(stage, f"goes on with the log-probabilities in {reference}")
         else:
-            run_reference(scoring, reference, **given)
+            run_reference(scoring, reference, pairs=data, model=base)
     try:
         run_train(
             restrict(config, stage),
