@@ -67,7 +67,8 @@ def train_directly(
         run_ingest(ingesting, data)
     if config.loss.needs_reference and reference is None:
         scoring = restrict(config, "reference")
-        is_same = partial(is_scored, scoring, pairs=data, model=base)
+        scorer = code_fingerprint("reference")
+        is_same = partial(is_scored, scoring, pairs=data, model=base, code=scorer)
         place = run_dir / "reference"
         reference = _place(place, target, lambda _: is_same(place))
         if own and not config.checkpoint_uri:
@@ -76,7 +77,7 @@ def train_directly(
         if goes_on and is_same(reference):
             message(stage, f"goes on with the log-probabilities in {reference}")
         else:
-            run_reference(scoring, reference, pairs=data, model=base)
+            run_reference(scoring, reference, pairs=data, model=base, code=scorer)
     try:
         run_train(
             restrict(config, stage),

@@ -114,7 +114,9 @@ def run_reference(
         )
 
 
-def is_scored(config: RunConfig, output: Path, *, pairs: Path, model: Path | None = None) -> bool:
+def is_scored(
+    config: RunConfig, output: Path, *, pairs: Path, model: Path | None = None, code: str = ""
+) -> bool:
     """Whether ``output`` already holds what ``run_reference`` would make, within rounding.
 
     Other processes or threads round otherwise. A training that was ended goes on with the bits that
@@ -125,6 +127,7 @@ def is_scored(config: RunConfig, output: Path, *, pairs: Path, model: Path | Non
         output: The folder.
         pairs: As there.
         model: As there.
+        code: As there.
     """
     try:
         made = read_manifest(output, stage="reference")
@@ -136,7 +139,7 @@ def is_scored(config: RunConfig, output: Path, *, pairs: Path, model: Path | Non
         return False
     settings = stage_settings(config, "reference")
     differ = {key for key, value in settings.items() if made.settings.get(key) != value}
-    return made.inputs == inputs and differ <= OUT_OF_BAND
+    return (made.inputs, made.code) == (inputs, code) and differ <= OUT_OF_BAND
 
 
 def _input_hashes(config: RunConfig, pairs: Path, model: Path | None) -> dict[str, str]:
