@@ -149,11 +149,13 @@ def _split_datasets(
     known = choices("dataset", directories)
     names: list[str] = []
     locations: dict[str, str] = {}
+    # also those that come after a file of the same name: one of the two would be lost
+    named = set(known) & set(map(str, entries))
     for entry in map(str, entries):
         if entry in known:
             names.append(entry)
         elif _LOCATION.search(entry):
-            locations[_source_name(entry, {*names, *locations})] = entry
+            locations[_source_name(entry, {*named, *locations})] = entry
         else:
             raise ConfigError(
                 f"datasets: there is no data set {entry}{suggestion(entry, known)}",

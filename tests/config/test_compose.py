@@ -110,6 +110,16 @@ def test_a_file_among_the_datasets_is_a_source():
     assert config.sources["pairs"].path == "pairs.jsonl"
 
 
+@pytest.mark.parametrize(
+    "datasets", ["/data/hh_sample.jsonl,hh_sample", "hh_sample,/data/hh_sample.jsonl"]
+)
+def test_a_file_and_a_data_set_of_one_name_are_both_read(datasets):
+    config = compose([f"datasets=[{datasets}]"]).config
+    paths = {name: source.path for name, source in config.sources.items()}
+    assert paths == {"hh_sample": "builtin:hh-harmless", "hh_sample_2": "/data/hh_sample.jsonl"}
+    assert sorted(config.datasets) == ["hh_sample", "hh_sample_2"]
+
+
 @pytest.mark.parametrize("name", ["org/name", "./folder", "/models/mine"])
 def test_a_model_may_be_a_hub_id_or_a_folder(name):
     config = compose([f"model={name}", "model.policy_dtype=float32"]).config
