@@ -47,6 +47,13 @@ _DATA = {
     "shp": ("stanfordnlp/SHP", "Reddit's terms"),
     "se": ("StackExchange preferences", "CC BY-SA 4.0"),
 }
+_PLACES = {
+    "hh": "Anthropic/hh-rlhf",
+    "hh_sample": "builtin:hh-harmless",
+    "shp": "stanfordnlp/SHP",
+    "se": "HuggingFaceH4/stack-exchange-preferences",
+}
+"""Where the shipped configuration has them from: a file of such a name is somebody's own."""
 
 
 def model_card(
@@ -278,17 +285,32 @@ def _hub_data(manifest: Manifest) -> list[str]:
     sources = _ingest(manifest).get("sources", {})
     # what is part of a set is named after a comma
     found = {
-        _DATA[name][0].partition(",")[0] if name in _DATA else _hub_id(sources.get(name) or {})
+        known[0].partition(",")[0] if (known := _stated(name, source)) else _hub_id(source)
         for name in _data_names(manifest)
+        for source in [sources.get(name) or {}]
     }
     return sorted(item for item in found if _HUB_ID.fullmatch(item))
 
 
+def _stated(name: str, source: Mapping[str, Any]) -> tuple[str, str] | None:
+    """What is known of a data set by its name, and its licence; None of other data of that name."""
+    if name not in _DATA or (source and _place(source) != _PLACES[name]):
+        return None
+    return _DATA[name]
+
+
+def _place(source: Mapping[str, Any]) -> str:
+    """Where a source has its rows from; empty for what is computed or was posted."""
+    if source.get("loader") or source.get("community"):
+        return ""
+    return str(source.get("path") or source.get("hub") or "")
+
+
 def _hub_id(source: Mapping[str, Any]) -> str:
     """The data set of the hub that a source names; empty where it is another place."""
-    path = str(source.get("path") or "")
-    if not path:
-        return str(source.get("hub") or "")
+    path = _place(source)
+    if path == source.get("hub"):
+        return path
     owner, _, rest = path.removeprefix("hf://").removeprefix("datasets/").partition("/")
     return f"{owner}/{rest.partition('/')[0]}" if path.startswith("hf://") else ""
 
@@ -298,8 +320,8 @@ def _data(manifest: Manifest) -> str:
     lines = []
     for name in _data_names(manifest):
         source = sources.get(name) or {}
-        if name in _DATA:
-            what, license_ = _DATA[name]
+        if known := _stated(name, source):
+            what, license_ = known
             lines.append(f"- {what} (licence: {license_})")
         elif hub := _hub_id(source):
             lines.append(f"- {hub} (licence: as its card says)")

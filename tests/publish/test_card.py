@@ -206,6 +206,16 @@ def test_the_card_says_whether_the_training_used_the_chat_template(
             "- mine: pairs of one's",
         ),
         ("se", {}, None, "StackExchange preferences (licence: CC BY-SA 4.0)"),
+        ("hh", {"hub": "Anthropic/hh-rlhf"}, ["Anthropic/hh-rlhf"], "- Anthropic/hh-rlhf (licence"),
+        # a file of that name is somebody's own, and so is what replaces the set's place
+        ("hh", {"path": "/home/me/hh.jsonl"}, None, "- hh: pairs of one's own (licence: its own"),
+        (
+            "hh",
+            {"path": "x.jsonl", "hub": "Anthropic/hh-rlhf"},
+            None,
+            "- hh: pairs of one's own (licence: its owner's)",
+        ),
+        ("shp", {"loader": "mine:rows", "hub": "stanfordnlp/SHP"}, None, "- shp: pairs of one's"),
     ],
 )
 def test_data_sets_of_the_hub_are_named_as_such(tmp_path, name, source, ids, shown):
