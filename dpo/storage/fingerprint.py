@@ -1,8 +1,9 @@
 """Fingerprints: of the code that a step runs, and of files and folders.
 
 The code fingerprint of a step covers the modules of ``dpo`` that its entry module reaches by
-imports (those inside functions too), the lock file and the Python version. So a change in
-``dpo/evaluate`` gives a new fingerprint to the evaluation and to no other step.
+imports (those inside functions too) with the templates that these fill in, the lock file and the
+Python version. So a change in ``dpo/evaluate`` gives a new fingerprint to the evaluation and to no
+other step.
 """
 
 from __future__ import annotations
@@ -31,6 +32,14 @@ ENTRY_MODULES: dict[Stage, str] = {
 }
 """Where each step's code starts."""
 
+_TEMPLATES = {
+    "dpo.data.report": "data/templates/*.j2",
+    "dpo.data.rules": "data/templates/chat/*.jinja",
+    "dpo.evaluate.report": "evaluate/templates/*.j2",
+}
+"""Files of the package that a module fills in, by its name: they make its results as its code does.
+"""
+
 
 @cache
 def code_fingerprint(stage: Stage) -> str:
@@ -40,21 +49,32 @@ def code_fingerprint(stage: Stage) -> str:
     digest.update(b"no lock file" if lock is None else sha256_file(lock).encode())
     for module, path in sorted(imported_modules(ENTRY_MODULES[stage]).items()):
         digest.update(f"\n{module}\0{sha256_file(path)}".encode())
+        for template in _templates(module):
+            digest.update(f"\n{_inside(template)}\0{sha256_file(template)}".encode())
     return digest.hexdigest()
 
 
 @cache
 def source_fingerprint() -> str:
-    """sha256, in hex, of all of ``dpo``'s sources and the lock file: the same in every image.
+    """sha256, in hex, of ``dpo``'s sources, templates and lock file: the same in every image.
 
     Unlike ``code_fingerprint`` it leaves out the Python version, so a package that was compiled on
     one machine can say what code it expects on another.
     """
     lock = lock_file()
     digest = hashlib.sha256(b"no lock file" if lock is None else sha256_file(lock).encode())
-    for path in sorted(_PACKAGE.rglob("*.py")):
-        digest.update(f"\n{path.relative_to(_PACKAGE).as_posix()}\0{sha256_file(path)}".encode())
+    templates = [path for module in _TEMPLATES for path in _templates(module)]
+    for path in sorted([*_PACKAGE.rglob("*.py"), *templates]):
+        digest.update(f"\n{_inside(path)}\0{sha256_file(path)}".encode())
     return digest.hexdigest()
+
+
+def _templates(module: str) -> list[Path]:
+    return sorted(_PACKAGE.glob(_TEMPLATES[module])) if module in _TEMPLATES else []
+
+
+def _inside(path: Path) -> str:
+    return path.relative_to(_PACKAGE).as_posix()
 
 
 def imported_modules(entry: str) -> dict[str, Path]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import dpo
+from dpo.storage import fingerprint
 from dpo.storage.fingerprint import ENTRY_MODULES, imported_modules, path_fingerprint
 
 PACKAGE = Path(dpo.__file__).parent
@@ -62,6 +63,10 @@ def fingerprints(root):
         ("data/stage.py", {"ingest"}),
         ("publish/stage.py", {"publish"}),
         ("errors.py", set(ENTRY_MODULES)),
+        # what a step fills in makes its output as its code does
+        ("evaluate/templates/report.html.j2", {"evaluate"}),
+        ("data/templates/data_report.html.j2", {"ingest"}),
+        ("data/templates/chat/llama3.jinja", {"ingest"}),
     ],
 )
 def test_an_edited_line_changes_the_steps_that_import_it(copy, edited, changed):
@@ -70,6 +75,13 @@ def test_an_edited_line_changes_the_steps_that_import_it(copy, edited, changed):
         file.write("\n# one more line\n")
     after = fingerprints(copy)
     assert {stage for stage in ENTRY_MODULES if before[stage] != after[stage]} == changed
+
+
+def test_every_template_of_the_package_is_in_a_fingerprint():
+    found = [path for pattern in ("*.j2", "*.jinja") for path in PACKAGE.rglob(pattern)]
+    known = [path for pattern in fingerprint._TEMPLATES.values() for path in PACKAGE.glob(pattern)]
+    assert found
+    assert sorted(found) == sorted(known)
 
 
 def test_equal_folders_have_equal_fingerprints(tmp_path):
