@@ -371,7 +371,7 @@ def check_service(config: JudgeConfig) -> bool:
         if not listed:
             with suppress(outbound.NameUnknown):
                 port = outbound.port_of(parts)
-                outbound.address_of(parts.hostname or "", port, _WHAT, private=False)
+                outbound.addresses_of(parts.hostname or "", port, _WHAT, private=False)
     except outbound.AddressRefused as error:
         raise ConfigError(error.found, where=config.url, fix=_FIX) from None
     return listed

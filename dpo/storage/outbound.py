@@ -1,7 +1,7 @@
 """Calls to addresses that somebody else names: which are refused, and how the others are reached.
 
-A name is resolved once, every address it has is checked, and the checked address is the one that
-is connected to: a name that means another address a moment later (DNS rebinding) gains nothing.
+A name is resolved once, every address it has is checked, and the checked addresses are those that
+are connected to: a name that means another address a moment later (DNS rebinding) gains nothing.
 Redirects are never followed by those who call from here.
 """
 
@@ -67,8 +67,8 @@ def is_listed(parts: SplitResult, hosts: Collection[str]) -> bool:
     return bool({host, f"{host}:{port_of(parts)}"} & {item.lower() for item in hosts})
 
 
-def address_of(host: str, port: int, what: str, *, private: bool) -> str:
-    """The address to call for a host name: checked, and to be used as it is.
+def addresses_of(host: str, port: int, what: str, *, private: bool) -> list[str]:
+    """The addresses to call for a host name, in turn: checked, and to be used as they are.
 
     Args:
         host: Name or address, in any form that the system's resolver takes.
@@ -87,7 +87,7 @@ def address_of(host: str, port: int, what: str, *, private: bool) -> str:
     addresses = [str(item[4][0]) for item in found]
     if not private and not all(map(is_public, addresses)):
         raise AddressRefused(f"the host of {what} has a private address")
-    return addresses[0]
+    return addresses
 
 
 def is_public(address: str) -> bool:
@@ -111,9 +111,17 @@ class _Connection(http.client.HTTPConnection):
         self._what, self._private = what, private
 
     def connect(self) -> None:
-        """Resolve, check, connect."""
-        address = address_of(self.host, self.port, self._what, private=self._private)
-        self.sock = socket.create_connection((address, self.port), self.timeout)
+        """Resolve, check, connect to the first address that takes a connection."""
+        found = addresses_of(self.host, self.port, self._what, private=self._private)
+        # localhost is ::1 as well, where few services listen
+        for remaining in reversed(range(len(found))):
+            try:
+                address = found[-1 - remaining]
+                self.sock = socket.create_connection((address, self.port), self.timeout)
+                return
+            except OSError:
+                if not remaining:
+                    raise
 
 
 class _SecureConnection(_Connection):
@@ -131,7 +139,7 @@ class _SecureConnection(_Connection):
 def connection_to(
     parts: SplitResult, what: str, *, private: bool, timeout_seconds: float
 ) -> http.client.HTTPConnection:
-    """A connection to the host of a URL; connecting may raise what ``address_of`` raises."""
+    """A connection to the host of a URL; connecting may raise what ``addresses_of`` raises."""
     kind = _SecureConnection if parts.scheme == "https" else _Connection
     host = parts.hostname or ""
     return kind(host, port=port_of(parts), what=what, private=private, timeout=timeout_seconds)

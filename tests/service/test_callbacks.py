@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from dpo.storage.outbound import AddressRefused, address_of
+from dpo.storage.outbound import AddressRefused, addresses_of
 from pipelines.service import callbacks
 from pipelines.service.callbacks import CallbackFailed, CallbackRefused, check_url, sign
 from pipelines.service.settings import Settings
@@ -62,12 +62,12 @@ def test_private_addresses_are_refused_although_listed(settings, host):
         callbacks.call(f"http://{host}/", {"a": 1}, settings)
     parts = check_url(f"http://{host}/", settings)
     with pytest.raises(AddressRefused, match="private address"):
-        address_of(parts.hostname, 80, "callbackUrl", private=False)
+        addresses_of(parts.hostname, 80, "callbackUrl", private=False)
 
 
 def test_a_public_address_is_called_as_it_was_checked(settings):
     assert check_url("https://8.8.8.8/x", settings).hostname == "8.8.8.8"
-    assert address_of("8.8.8.8", 443, "callbackUrl", private=False) == "8.8.8.8"
+    assert addresses_of("8.8.8.8", 443, "callbackUrl", private=False) == ["8.8.8.8"]
     assert check_url("https://a.example:8443/x", settings).port == 8443
     assert check_url("https://HOOKS.example/", settings).hostname == "hooks.example"
 

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from dpo.storage import outbound
-from dpo.storage.outbound import AddressRefused, NameUnknown, address_of, is_public, web_url
+from dpo.storage.outbound import AddressRefused, NameUnknown, addresses_of, is_public, web_url
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_public_addresses(address):
 )
 def test_no_way_to_write_a_private_address_gets_past(host):
     with pytest.raises((AddressRefused, NameUnknown)):
-        address_of(host, 80, "x", private=False)
+        addresses_of(host, 80, "x", private=False)
 
 
 def resolves(monkeypatch, *answers):
@@ -64,7 +64,7 @@ def resolves(monkeypatch, *answers):
 def test_a_name_with_one_private_address_among_others_is_refused(monkeypatch):
     resolves(monkeypatch, ["8.8.8.8", "10.0.0.1"])
     with pytest.raises(AddressRefused, match="private address"):
-        address_of("rebound.example", 80, "x", private=False)
+        addresses_of("rebound.example", 80, "x", private=False)
 
 
 def test_the_address_that_was_checked_is_the_one_that_is_called(monkeypatch):
@@ -138,3 +138,28 @@ def test_a_private_address_is_called_where_it_is_allowed():
         assert connection.getresponse().status == http.client.NO_CONTENT
         connection.close()
         thread.join()
+
+
+def test_a_name_with_several_addresses_is_reached_at_the_one_that_answers(monkeypatch):
+    """``localhost`` is ::1 first on many machines, where a server listens at 127.0.0.1 alone."""
+    resolves(monkeypatch, ["::1", "127.0.0.1"], ["::1", "::2"])
+    called = []
+
+    def connect(address, _):
+        called.append(address[0])
+        if address[0] != "127.0.0.1":
+            raise ConnectionRefusedError(address[0])
+        return here
+
+    monkeypatch.setattr(outbound.socket, "create_connection", connect)
+    here, there = socket.socketpair()
+    with here, there:
+        there.sendall(b"HTTP/1.1 204 x\r\n\r\n")
+        parts = web_url("http://judge.example:8000/", "x")
+        connection = outbound.connection_to(parts, "x", private=True, timeout_seconds=5)
+        connection.request("GET", "/")
+        assert connection.getresponse().status == http.client.NO_CONTENT
+        assert called == ["::1", "127.0.0.1"]
+        connection.close()
+    with pytest.raises(ConnectionRefusedError, match="::2"):
+        connection.request("GET", "/")
