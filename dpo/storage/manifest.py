@@ -11,6 +11,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from dpo.errors import ArtifactError, OutputGone, writing
 from dpo.storage.provenance import made_by
@@ -168,7 +170,7 @@ def write_manifest(
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old bytes or the new ones, never a part."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{_own_name()}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -301,13 +303,13 @@ def staged(output: Path) -> Iterator[Path]:
     output = output.absolute()
     output.parent.mkdir(parents=True, exist_ok=True)
     _tidy(output)
+    own = _own_name()
     partial, previous = (
-        output.with_name(f".{output.name}.{os.getpid()}.{kind}") for kind in ("partial", "previous")
+        output.with_name(f".{output.name}.{own}.{kind}") for kind in ("partial", "previous")
     )
-    shutil.rmtree(partial, ignore_errors=True)
     # it is taken before it has the name under which others look for what was abandoned
     begun = partial.with_suffix(".begun")
-    begun.mkdir(exist_ok=True)
+    begun.mkdir()
     try:
         with _alone_in(begun):
             begun.rename(partial)
@@ -329,12 +331,11 @@ def staged(output: Path) -> Iterator[Path]:
 
 def _tidy(output: Path) -> None:
     """Remove what killed processes left, and put back the output that one was about to replace."""
-    name = f".{glob.escape(output.name)}"
-    for abandoned in output.parent.glob(f"{name}.*.partial"):
+    for abandoned in _remains(output, "partial"):
         with _alone_in(abandoned) as alone:
             if alone:
                 shutil.rmtree(abandoned, ignore_errors=True)
-    for previous in output.parent.glob(f"{name}.*.previous"):
+    for previous in _remains(output, "previous"):
         if previous.with_suffix(".partial").exists():
             # of a process that lives, between its two renames
             continue
@@ -342,3 +343,15 @@ def _tidy(output: Path) -> None:
             shutil.rmtree(previous, ignore_errors=True)
         else:
             previous.rename(output)
+
+
+def _own_name() -> str:
+    """No other process has it; one in another container may well have the same number."""
+    return uuid4().hex[:12]
+
+
+def _remains(output: Path, kind: str) -> list[Path]:
+    """What processes left of ``output``, and not of one whose name begins so (``model.v2``)."""
+    name = re.compile(rf"\.{re.escape(output.name)}\.[0-9a-f]+\.{kind}")
+    found = output.parent.glob(f".{glob.escape(output.name)}.*.{kind}")
+    return [path for path in found if name.fullmatch(path.name)]

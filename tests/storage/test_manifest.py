@@ -111,18 +111,21 @@ def test_a_failed_step_leaves_nothing(tmp_path):
 
 def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     """Not what a process that lives is still writing, nor what another output is made of."""
+    # two containers on one volume: each of their processes has the same number
     script = (
-        "import sys, time, pathlib; from dpo.storage.manifest import staged\n"
+        "import os, sys, time, pathlib; from dpo.storage.manifest import staged\n"
+        "os.getpid = lambda: 7\n"
         "with staged(pathlib.Path(sys.argv[1])) as folder:\n"
-        "    (folder / 'weights').write_text('half'); print('written', flush=True); time.sleep(600)"
+        "    (folder / 'weights').write_text('half'); print(folder.name, flush=True)\n"
+        "    time.sleep(600)"
     )
-    begun = []
-    for name in ("model", "model", "other"):
+    begun, folders = [], []
+    for name in ("model", "model", "model.v2"):
         process = subprocess.Popen(
             [sys.executable, "-c", script, str(tmp_path / name)], stdout=subprocess.PIPE
         )
         assert process.stdout is not None
-        assert process.stdout.readline() == b"written\n"
+        folders.append(process.stdout.readline().decode().strip())
         begun.append(process)
     killed, lives, other = begun
     try:
@@ -132,10 +135,24 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
         with staged(tmp_path / "model") as folder:
             write_manifest(folder, "sft")
         left = sorted(path.name for path in tmp_path.glob(".*"))
-        assert left == sorted([f".model.{lives.pid}.partial", f".other.{other.pid}.partial"])
+        assert left == sorted(folders[1:])
     finally:
         lives.kill()
         lives.communicate()
+
+
+def test_what_was_to_be_replaced_is_put_back_as_itself_alone(tmp_path):
+    """Its process was killed between two renames; another output's name is the start of its own."""
+    with staged(tmp_path / "model.v2") as folder:
+        write_manifest(folder, "sft")
+    (tmp_path / "model.v2").rename(tmp_path / ".model.v2.0123456789ab.previous")
+    with staged(tmp_path / "model") as folder:
+        assert not (tmp_path / "model").exists()
+        write_manifest(folder, "preference")
+    with pytest.raises(ZeroDivisionError), staged(tmp_path / "model.v2"):
+        raise ZeroDivisionError
+    assert read_manifest(tmp_path / "model.v2").stage == "sft"
+    assert read_manifest(tmp_path / "model").stage == "preference"
 
 
 def begin_and_fail(output):
