@@ -16,7 +16,7 @@ from dpo.config.models import ModelConfig
 from dpo.config.places import BUILTIN_PREFIX, builtin, builtins, cache_dir
 from dpo.errors import ModelError
 from dpo.storage.allowed import MODELS, check_allowed
-from dpo.storage.fingerprint import path_fingerprint
+from dpo.storage.fingerprint import path_fingerprint, visible_files
 from dpo.storage.manifest import MANIFEST, read_manifest, write_atomically
 
 PACKAGED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -147,8 +147,8 @@ def _expanded(name: str) -> Path:
 
 
 def _folder_fingerprint(folder: Path) -> str:
-    """Hash of all files, kept in the cache by path, sizes and times so that it is read once."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    """Hash of its files, kept in the cache by path, sizes and times so that it is read once."""
+    files = sorted(visible_files(folder))
     state = [[str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
     memory = cache_dir() / "fingerprints.json"
     known = _read_memory(memory)

@@ -125,9 +125,16 @@ def _module_file(module: str) -> Path | None:
     return file if file.is_file() else None
 
 
+def visible_files(folder: Path) -> list[Path]:
+    """All files in a folder but hidden ones, which are tools' own: ``.git``, ``.cache`` of the hub
+    with the time of the download."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return [p for p in files if not any(n.startswith(".") for n in p.relative_to(folder).parts)]
+
+
 def path_fingerprint(path: Path) -> str:
-    """sha256 of a file's bytes, or over the names and hashes of all files in a folder."""
+    """sha256 of a file's bytes, or over the names and hashes of a folder's ``visible_files``."""
     if path.is_file():
         return sha256_file(path)
-    files = {p.relative_to(path).as_posix(): sha256_file(p) for p in path.rglob("*") if p.is_file()}
+    files = {p.relative_to(path).as_posix(): sha256_file(p) for p in visible_files(path)}
     return content_hash(files)

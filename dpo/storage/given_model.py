@@ -16,6 +16,7 @@ from typing import Any
 from dpo.config.models import ModelConfig
 from dpo.errors import ArtifactError, ModelError, OutputGone
 from dpo.storage.base_model import local_model
+from dpo.storage.fingerprint import visible_files
 from dpo.storage.manifest import (
     MANIFEST,
     FileEntry,
@@ -204,11 +205,10 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _whole(folder: Path, entries: Sequence[FileEntry]) -> str:
-    """Hash of all files: of a version that was pulled it is the version's, by which `dpo forget`
+    """Hash of its files: of a version that was pulled it is the version's, by which `dpo forget`
     finds what is made of it. Empty where more lies there than beside any version."""
     known = {entry.path: entry.sha256 for entry in entries}
-    rest = [p for p in folder.rglob("*") if p.is_file()]
-    rest = [p for p in rest if p.relative_to(folder).as_posix() not in known]
+    rest = [p for p in visible_files(folder) if p.relative_to(folder).as_posix() not in known]
     if sum(p.stat().st_size for p in rest) > _MOST_BESIDE_BYTES:
         return ""
     return content_hash(known | {entry.path: entry.sha256 for entry in hashed(folder, rest)})

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 import dpo
+from dpo.config.models import ModelConfig
+from dpo.config.places import builtin
 from dpo.storage import fingerprint
+from dpo.storage.base_model import model_fingerprint
 from dpo.storage.fingerprint import ENTRY_MODULES, imported_modules, path_fingerprint
 
 PACKAGE = Path(dpo.__file__).parent
@@ -91,3 +94,21 @@ def test_equal_folders_have_equal_fingerprints(tmp_path):
     assert path_fingerprint(tmp_path / "one") == path_fingerprint(tmp_path / "two")
     (tmp_path / "two" / "sub" / "file").write_text("other")
     assert path_fingerprint(tmp_path / "one") != path_fingerprint(tmp_path / "two")
+
+
+def test_what_tools_keep_in_a_models_folder_is_none_of_the_model(tmp_path):
+    """``git status`` writes .git/index, and the hub's client the time of a download."""
+    folder = tmp_path / ".cache/model"
+    shutil.copytree(builtin("builtin:tiny"), folder)
+    before = model_fingerprint(ModelConfig(name_or_path=str(folder)))
+    assert before == model_fingerprint(ModelConfig(name_or_path="builtin:tiny"))
+    for name in (
+        ".git/index",
+        ".cache/huggingface/download/config.json.metadata",
+        ".gitattributes",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("1764201234.5")
+    assert model_fingerprint(ModelConfig(name_or_path=str(folder))) == before
+    (folder / "extra.json").write_text("{}")
+    assert model_fingerprint(ModelConfig(name_or_path=str(folder))) != before
