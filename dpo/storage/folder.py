@@ -111,10 +111,16 @@ class FolderStore(Store):
             path.unlink(missing_ok=True)
             # as in a bucket, a folder is there only as long as something is in it
             for folder in path.parents:
-                if folder == self.folder or not folder.is_dir() or any(folder.iterdir()):
+                if folder == self.folder:
                     break
-                with suppress(OSError):
+                try:
                     folder.rmdir()
+                except FileNotFoundError:
+                    # another process was faster
+                    continue
+                except OSError:
+                    # something is in it
+                    break
 
     def _path(self, key: str) -> Path:
         return self.folder / safe_key(key)

@@ -159,6 +159,24 @@ def test_links_between_disks_end(tmp_path):
     assert list(store.list()) == ["policy/one", "policy/to/two"]
 
 
+@pytest.mark.parametrize("moment", ["iterdir", "rmdir"])
+def test_a_folder_that_another_deletion_removes_meanwhile_is_gone(tmp_path, monkeypatch, moment):
+    store = open_store(f"file://{tmp_path}/store")
+    store.write("name/publishing/one.json", b"{}")
+    plain, folder = getattr(Path, moment), tmp_path / "store/name/publishing"
+
+    def after_another(path):
+        if path == folder:
+            os.rmdir(folder)
+        return plain(path)
+
+    monkeypatch.setattr(Path, moment, after_another)
+    store.delete("name/publishing/one.json")
+    assert list(store.list()) == []
+    if moment == "rmdir":
+        assert not (tmp_path / "store/name").exists()
+
+
 @pytest.mark.parametrize("error", [FileExistsError, FileNotFoundError])
 def test_a_folder_that_is_removed_while_it_is_made_is_made_again(tmp_path, monkeypatch, error):
     """Path.mkdir says that it exists when another process removes it just then."""
