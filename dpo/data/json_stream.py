@@ -182,6 +182,8 @@ def _object(text: _Text) -> Iterator[tuple[int, Any]]:
         key = text.value()
         if not isinstance(key, str):
             raise JsonSyntax("expected a key in quotes", text.line)
+        if key in row:
+            raise JsonSyntax(f"the key {key!r} stands there twice", text.line)
         text.take(":")
         if key in _ROW_LISTS and text.peek() == "[":
             lists += 1

@@ -141,13 +141,36 @@ def json_row(line: bytes, shown: str, number: int) -> RawRow:
         value = orjson.loads(line)
     except orjson.JSONDecodeError as error:
         return RawRow(shown, number, _text(line), _json_problem(line, error))
-    if type(value) is dict and any(line.count(b'"%b"' % key.encode()) > 1 for key in value):
+    if type(value) is dict and _may_have_a_key_twice(line, value):
         # orjson keeps the last of two equal keys and says nothing
         try:
             json.loads(line, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             return RawRow(shown, number, _text(line), str(error))
     return RawRow(shown, number, value)
+
+
+def _may_have_a_key_twice(line: bytes, row: dict[str, Any]) -> bool:
+    """Whether a line has more keys than what became of it; a text may hold what looks like one."""
+    if any(line.count(b'"%b"' % key.encode()) > 1 for key in row):
+        return True
+    if not any(type(value) in (dict, list) for value in row.values()):
+        return False
+    # a regular expression took ten times as long
+    return line.count(b'":') - line.count(b'\\":') > _n_keys(row)
+
+
+def _n_keys(value: Any) -> int:
+    """How many keys the objects in a JSON value have."""
+    n_keys, waiting = 0, [value]
+    while waiting:
+        one = waiting.pop()
+        if type(one) is dict:
+            n_keys += len(one)
+            waiting += one.values()
+        elif type(one) is list:
+            waiting += one
+    return n_keys
 
 
 def _json_problem(line: bytes, error: orjson.JSONDecodeError) -> str:

@@ -27,7 +27,23 @@ _SHOWN_CHARS = 200
 def parquet_rows(path: Path, shown: str) -> Iterator[RawRow]:
     """Every row of a Parquet file."""
     with pq.ParquetFile(path, memory_map=False, pre_buffer=False) as file:
+        _refuse_twice(file.schema_arrow, shown)
         yield from _rows(_parts(_parquet_batches(file)), shown)
+
+
+def _refuse_twice(schema: pa.Schema, shown: str) -> None:
+    """Refuse two columns of one name, of which a row would have the last.
+
+    Raises:
+        DataError: there are.
+    """
+    names: list[str] = schema.names
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(
+            f"the table has two columns named {twice[0]!r}",
+            where=shown,
+            fix="rename one of them, or leave it out",
+        )
 
 
 def _parquet_batches(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
@@ -49,7 +65,7 @@ def arrow_rows(path: Path, shown: str) -> Iterator[RawRow]:
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size <= _READ_BYTES:
             with pa.OSFile(str(path)) as source:
-                yield from _rows(_parts(_arrow_batches(source)), shown)
+                yield from _rows(_parts(_arrow_batches(source, shown)), shown)
             return
         # a batch may be the whole table, as polars writes it: only what is looked at is in memory
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -58,18 +74,21 @@ def arrow_rows(path: Path, shown: str) -> Iterator[RawRow]:
 
 def _mapped_rows(mapped: mmap.mmap, file: IO[bytes], shown: str) -> Iterator[RawRow]:
     with pa.BufferReader(pa.py_buffer(mapped)) as source:
-        parts = _parts(_arrow_batches(source))
+        parts = _parts(_arrow_batches(source, shown))
         yield from _rows(_forgotten(parts, mapped, file, shown), shown)
 
 
-def _arrow_batches(source: pa.NativeFile) -> Iterator[pa.RecordBatch]:
+def _arrow_batches(source: pa.NativeFile, shown: str) -> Iterator[pa.RecordBatch]:
     is_file = source.read(6) == b"ARROW1"
     source.seek(0)
     if is_file:
         reader = pa.ipc.open_file(source)
+        _refuse_twice(reader.schema, shown)
         yield from (reader.get_batch(index) for index in range(reader.num_record_batches))
     else:
-        yield from pa.ipc.open_stream(source)
+        stream = pa.ipc.open_stream(source)
+        _refuse_twice(stream.schema, shown)
+        yield from stream
 
 
 def _forgotten(

@@ -42,6 +42,19 @@ def zstd(data: bytes) -> bytes:
     return zstandard.ZstdCompressor().compress(data)
 
 
+def table(form: str, names: list[str]) -> bytes:
+    """A table of one row, in Parquet or in Arrow's file or stream format."""
+    made = pa.Table.from_arrays([pa.array([name]) for name in names], names=names)
+    sink = pa.BufferOutputStream()
+    if form == "parquet":
+        pq.write_table(made, sink)
+    else:
+        new = pa.ipc.new_file if form == "file" else pa.ipc.new_stream
+        with new(sink, made.schema) as writer:
+            writer.write_table(made)
+    return bytes(sink.getvalue())
+
+
 def csv_bytes() -> bytes:
     cells = [["prompt", "chosen", "rejected"], *[list(row.values()) for row in ROWS]]
     text = "".join(
@@ -131,6 +144,7 @@ def test_lines_are_counted_with_blank_and_broken_ones(tmp_path: Path) -> None:
         (b'{"a": NaN}', "not JSON: NaN is not a JSON number, write null (column 7)"),
         (b'{"a": [1, -Infinity]}', "Infinity is not a JSON number"),
         (b'{"a": 1, "b": 0, "a": 2}', "the key 'a' stands there twice"),
+        (b'{"a": [{"role": "user", "b": 1, "b": 2}]}', "the key 'b' stands there twice"),
         (b"[" * 3000, "not JSON"),
         (b'{"a": "x', "not JSON"),
     ],
@@ -198,7 +212,11 @@ def test_a_very_long_line_is_not_held(tmp_path: Path, monkeypatch: pytest.Monkey
         ("x.json", b"[1] [2]", "text after the end"),
         ("x.json", b'["\xff"]', "broken encoding"),
         ("x.json", b"[" * 100_000, "nested too deeply"),
+        ("x.json", b'{\n"a": 1,\n"b": 2,\n"a": 3\n}', "the key 'a' stands there twice"),
         ("x.csv", b"a,b,a\n1,2,3\n", "names 'a' twice"),
+        ("x.parquet", table("parquet", ["a", "b", "a"]), "two columns named 'a'"),
+        ("x.arrow", table("file", ["a", "b", "a"]), "two columns named 'a'"),
+        ("x.arrow", table("stream", ["a", "b", "a"]), "two columns named 'a'"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_message(
@@ -207,6 +225,11 @@ def test_a_file_that_cannot_be_read_is_one_message(
     with pytest.raises(DataError, match=message) as caught:
         read(tmp_path / name, data)
     assert name in str(caught.value)
+
+
+def test_what_looks_like_a_key_in_a_text_is_none(tmp_path: Path) -> None:
+    row = {"a": [{"b": 'say {"b": 1, "b": 2}'}, {"b": '"b":'}], '"c"': "x\\"}
+    assert read(tmp_path / "x.jsonl", json.dumps(row).encode())[0].value == row
 
 
 def test_missing_and_forbidden_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
