@@ -200,20 +200,23 @@ def _forget(given: Given) -> int:
     if not _as_json(given):
         caches = f" and {len(found.tokens)} caches of its tokens" if found.tokens else ""
         print(
-            f"removed {len(found.data)} data sets of {community}{caches}; what still depends on "
-            "them:"
+            f"removed {len(found.data)} data sets of {community}{caches}; these, and what still "
+            "depends on them:"
         )
-    return _print_dependents(given, found, community)
+    return _print_dependents(given, found, community, place="removed")
 
 
-def _print_dependents(given: Given, found: lineage.Dependents, community: str) -> int:
+def _print_dependents(
+    given: Given, found: lineage.Dependents, community: str, *, place: str = "data"
+) -> int:
+    """What was made of a community's data, after where that is, or was; the exit code."""
     store = open_store(given.url)
     code = 1 if found.unread or found.kept else 0
     if _as_json(given):
         print(json.dumps({**asdict(found), "fingerprints": sorted(found.fingerprints)}, indent=1))
         return code
-    for place in [*found.data, *found.tokens] if "reports" not in given.settings else []:
-        print(f"data      {place}")
+    for where in [*found.data, *found.tokens]:
+        print(f"{place:9} {where}")
     for print_ in sorted(found.fingerprints):
         print(f"data      fingerprint {print_}")
     for model in found.models:

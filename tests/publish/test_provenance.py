@@ -319,6 +319,9 @@ def test_the_commands_on_published_models(pipeline, communities, capsys):
     code, out, _ = run_command(capsys, "forget", root, "community=acme")
     assert "removed 1 data sets of acme" in out
     assert out.count("\nmodel ") == 2
+    # what is gone is not told as what is there, whatever else was asked for
+    assert out.count("\nremoved   ") == 1
+    assert f"\ndata      {root}" not in out
 
 
 def test_a_url_may_have_an_equals_sign_in_its_path(pipeline, capsys):
