@@ -35,6 +35,7 @@ def findings(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
     """What is worth calling out in an evaluation's figures, the gravest first."""
     makers = (
         _models,
+        _other_pairs,
         _other_loss,
         _few_prompts,
         _chosen_log_probs,
@@ -101,6 +102,27 @@ def _models(evaluation: Mapping[str, Any]) -> Iterator[Finding]:
             f"The SFT model ends its answers with {sft['end']}, the policy with {policy['end']}: "
             "both were measured with that of the policy, which favours it.",
         )
+
+
+def _other_pairs(evaluation: Mapping[str, Any]) -> Iterator[Finding]:
+    """Held out of one output of ingest, a pair may be trained on in another."""
+    models = evaluation.get("models") or {}
+    names: dict[str, tuple[str, Literal["warning", "note"]]]
+    names = {"policy": ("policy", "warning"), "sft": ("SFT model", "note")}
+    for name, (shown, tone) in names.items():
+        if hashes := models.get(name, {}).get("trained_on"):
+            yield Finding(
+                "other_pairs",
+                tone,
+                f"The {shown} was trained on other outputs of ingest than these pairs are held out "
+                f"of ({', '.join(hash_[:12] for hash_ in hashes)}): it may have seen them.",
+            )
+
+
+def unseen(evaluation: Mapping[str, Any]) -> bool:
+    """Whether it was recorded that neither model was trained on the held-out pairs."""
+    models = evaluation.get("models") or {}
+    return all(models.get(name, {}).get("trained_on") == [] for name in ("sft", "policy"))
 
 
 def _model_text(model: Mapping[str, str]) -> str:

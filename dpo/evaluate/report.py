@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from dpo.evaluate import charts
 from dpo.evaluate.bounds import PAGE_BYTES, clipped, first_values, in_bytes, largest, shortened
-from dpo.evaluate.findings import ROUNDING
+from dpo.evaluate.findings import ROUNDING, unseen
 from dpo.evaluate.markdown import markdown_report
 from dpo.evaluate.numbers import interval_text, percent_text, signed_text
 from dpo.evaluate.samples import BUDGET_BYTES, CHANGES, shown_samples
@@ -87,6 +87,7 @@ def write_reports(
         "headline": text,
         "tone": tone,
         "e": evaluation,
+        "unseen": unseen(evaluation),
         "rows": [_row(evaluation, *figure) for figure in FIGURES],
         "columns": _columns(evaluation),
         "slices": _slices(evaluation),

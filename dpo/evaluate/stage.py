@@ -27,7 +27,7 @@ from dpo.evaluate.measure import Measured, Measurement, Models
 from dpo.evaluate.report import write_reports
 from dpo.modeling.memory import enough_memory
 from dpo.modeling.precision import compute_dtype, name_of, say_if_slow
-from dpo.storage.given_model import read_model
+from dpo.storage.given_model import FOREIGN, read_model
 from dpo.storage.lineage import SFT_CHECKPOINT
 from dpo.storage.manifest import (
     Manifest,
@@ -218,9 +218,20 @@ def _models(given: Inputs) -> dict[str, dict[str, Any]]:
             "content_hash": manifest.content_hash,
             **({} if manifest.settings else manifest.details.get("sources", {})),
             **({"end": given.ends[name]} if given.ends else {}),
+            **_trained_on(given, manifest),
         }
         for name in ("sft", "policy")
     }
+
+
+def _trained_on(given: Inputs, manifest: Manifest) -> dict[str, list[str]]:
+    """Outputs of ingest that a model was trained on, but the one that is measured on; nothing where
+    that was not recorded."""
+    known = {hash_ for hash_, made in manifest.lineage.items() if made["step"] == "ingest"}
+    known |= {manifest.inputs["pairs"]} if "pairs" in manifest.inputs else set()
+    if manifest.stage == FOREIGN or not known:
+        return {}
+    return {"trained_on": sorted(known - {given.manifests["pairs"].content_hash})}
 
 
 def _made_by(values: Mapping[str, Any]) -> str:

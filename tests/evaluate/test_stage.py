@@ -82,6 +82,33 @@ def whole(trained, tmp_path_factory):
     return evaluate(trained, output, published=trained / "policy"), output
 
 
+def test_pairs_of_another_division_may_have_been_trained_on(trained, tmp_path):
+    """The same rows held out otherwise: prompts of the old training part are in the new test."""
+    quick = ("evaluation.n_samples=0", "evaluation.n_kl_samples=0")
+    config = compose([*SETTINGS, f"datasets=[{trained / 'one.jsonl'}]", "test_fraction=0.9"]).config
+    run_ingest(restrict(config, "ingest"), tmp_path / "data")
+    for name in ("sft", "policy"):
+        (tmp_path / name).symlink_to(trained / name)
+    run_evaluate(
+        restrict(compose([*SETTINGS, *quick]).config, "evaluate"),
+        tmp_path / "other",
+        pairs=tmp_path / "data",
+        sft=tmp_path / "sft",
+        policy=tmp_path / "policy",
+    )
+    evaluate(trained, tmp_path / "own", *quick)
+    shown = {}
+    for name in ("other", "own"):
+        found = json.loads((tmp_path / name / "evaluation.json").read_text())["findings"]
+        shown[name] = [(f["tone"], f["text"]) for f in found if f["kind"] == "other_pairs"]
+        html = (tmp_path / name / "report.html").read_text()
+        assert ("that neither model was trained on" in html) == (name == "own")
+    assert [tone for tone, _ in shown["other"]] == ["warning", "note"]
+    hash_ = read_manifest(trained / "data").content_hash[:12]
+    assert all(hash_ in text and "may have seen them" in text for _, text in shown["other"])
+    assert shown["own"] == []
+
+
 def test_models_are_loaded_with_the_kernels_of_training(trained, tmp_path, monkeypatch):
     chosen = []
     apply = load.apply_kernels

@@ -164,10 +164,11 @@ def test_a_folder_that_another_deletion_removes_meanwhile_is_gone(tmp_path, monk
     store = open_store(f"file://{tmp_path}/store")
     store.write("name/publishing/one.json", b"{}")
     plain, folder = getattr(Path, moment), tmp_path / "store/name/publishing"
+    remove = Path.rmdir
 
     def after_another(path):
         if path == folder:
-            os.rmdir(folder)
+            remove(folder)
         return plain(path)
 
     monkeypatch.setattr(Path, moment, after_another)
