@@ -19,7 +19,8 @@ class ModelConfig(Section):
     tokenizer_name_or_path: str | None = None
     """Tokenizer to use when it is not the model's own."""
     revision: str | None = None
-    """Commit or tag on the hub; the pipeline pins the commit it resolved."""
+    """Commit or tag of the model on the hub, where that is not the newest. A pipeline run whose
+    model changes between its plan and SFT is refused."""
     archive: str | None = None
     """Weights to start from: a ``policy.pt``, a checkpoint folder of ours, or its ``LATEST``."""
     block_name: str | None = None

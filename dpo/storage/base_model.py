@@ -69,28 +69,35 @@ def local_tokenizer(model: ModelConfig) -> Path:
     Raises:
         ModelError: it is nowhere.
     """
-    other = model.tokenizer_name_or_path
-    wanted = model if other is None else model.model_copy(update={"name_or_path": other})
+    wanted = _of_tokenizer(model) or model
     # the model's kind tells the tokenizer's class where its own files do not
     files = [*TOKENIZER_FILES, "config.json"]
     return _without_network(wanted.name_or_path) or _from_hub(wanted, files)
 
 
+def _of_tokenizer(model: ModelConfig) -> ModelConfig | None:
+    """The model whose tokenizer is used, where it is another one; the revision is not its."""
+    if not model.tokenizer_name_or_path:
+        return None
+    changes = {"name_or_path": model.tokenizer_name_or_path, "revision": None}
+    return model.model_copy(update=changes)
+
+
 def model_fingerprint(model: ModelConfig) -> str:
-    """What identifies weights and tokenizer: the hash of a folder's bytes, or a hub commit.
+    """What identifies weights and tokenizer: the hash of a folder's bytes, or a hub commit; both
+    where the tokenizer is that of another model.
 
     Raises:
         ModelError: the model is nowhere.
     """
+    return "+".join(_place_fingerprint(one) for one in (model, _of_tokenizer(model)) if one)
+
+
+def _place_fingerprint(model: ModelConfig) -> str:
     folder = _without_network(model.name_or_path)
     if folder is None:
         return f"{model.name_or_path}@{_hub_commit(model)}"
-    tokenizer = model.tokenizer_name_or_path
-    prints = [_folder_fingerprint(folder)]
-    if tokenizer:
-        place = _without_network(tokenizer)
-        prints.append(tokenizer if place is None else _folder_fingerprint(place))
-    return "+".join(prints)
+    return _folder_fingerprint(folder)
 
 
 def _without_network(name: str) -> Path | None:

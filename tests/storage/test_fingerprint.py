@@ -10,7 +10,7 @@ import pytest
 import dpo
 from dpo.config.models import ModelConfig
 from dpo.config.places import builtin
-from dpo.storage import fingerprint
+from dpo.storage import base_model, fingerprint
 from dpo.storage.base_model import model_fingerprint
 from dpo.storage.fingerprint import ENTRY_MODULES, imported_modules, path_fingerprint
 
@@ -112,3 +112,21 @@ def test_what_tools_keep_in_a_models_folder_is_none_of_the_model(tmp_path):
     assert model_fingerprint(ModelConfig(name_or_path=str(folder))) == before
     (folder / "extra.json").write_text("{}")
     assert model_fingerprint(ModelConfig(name_or_path=str(folder))) != before
+
+
+def test_a_tokenizer_of_another_model_is_in_the_fingerprint(tmp_path, monkeypatch):
+    """Of a model of the hub too, and with the commit where the tokenizer is there."""
+    commits = {("org/model", "v1"): "c1", ("org/model", None): "c2", ("org/words", None): "c3"}
+    monkeypatch.setattr(
+        base_model, "_hub_commit", lambda model: commits[model.name_or_path, model.revision]
+    )
+    shutil.copytree(builtin("builtin:tiny"), tmp_path / "words")
+    here = {"tokenizer_name_or_path": str(tmp_path / "words")}
+    print_ = model_fingerprint(ModelConfig(name_or_path=str(tmp_path / "words")))
+    found = [
+        model_fingerprint(ModelConfig(name_or_path="org/model", **given))
+        for given in ({}, here, {"tokenizer_name_or_path": "org/words", "revision": "v1"})
+    ]
+    assert found == ["org/model@c2", f"org/model@c2+{print_}", "org/model@c1+org/words@c3"]
+    (tmp_path / "words/tokenizer_config.json").write_text("{}")
+    assert model_fingerprint(ModelConfig(name_or_path="org/model", **here)) != found[1]
