@@ -23,6 +23,7 @@ from dpo.publish.lease import being_written
 from dpo.storage.manifest import MANIFEST, FileEntry, content_hash
 from dpo.storage.progress import message, track
 from dpo.storage.published import (
+    HASH,
     LATEST,
     LATEST_FORMAT,
     UNKNOWN,
@@ -301,7 +302,7 @@ def _target(store: Store, name: str, latest: Latest, version: str, where: str) -
             "there is no earlier version to go back to", where=where, fix="see `dpo list`"
         )
     keys = {key.split("/")[1] for key in store.list(f"{name}/{version}")}
-    found = sorted(hash_ for hash_ in keys if hash_.startswith(version))
+    found = sorted(hash_ for hash_ in keys if HASH.fullmatch(hash_))
     if len(found) != 1:
         problem = "is not unique" if found else "does not exist"
         raise ArtifactError(f"version {version} {problem}", where=where, fix="see `dpo list`")

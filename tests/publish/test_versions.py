@@ -78,6 +78,9 @@ def test_a_rollback_skips_what_was_removed(url, tmp_path):
     assert rollback(store, "policy") == first.content_hash
     with pytest.raises(ArtifactError, match="not complete"):
         rollback(store, "policy", second.content_hash)
+    # the start of latest.json, which is no version
+    with pytest.raises(ArtifactError, match="version latest does not exist"):
+        rollback(store, "policy", "latest")
     with pytest.raises(ArtifactError, match="does not exist"):
         rollback(store, "policy", "abcdef")
     with pytest.raises(ArtifactError, match="no published model"):
