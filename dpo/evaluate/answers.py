@@ -40,8 +40,7 @@ def answer_figures(
     bootstrap = Bootstrap(prompts, n_bootstrap=n_bootstrap, seed=seed)
     found: dict[str, Any] = {"n_prompts": len(prompts)}
     for name, (given, texts) in answers.items():
-        # the end-of-sequence token is no part of the text
-        tokens = [item.ids[: len(item.ids) - item.ended] for item in given]
+        tokens = [item.said for item in given]
         lengths = [len(ids) for ids in tokens]
         shares = {
             "empty": [float(not text.strip()) for text in texts],
@@ -56,8 +55,7 @@ def answer_figures(
         low, median, high = np.percentile(lengths, (5, 50, 95))
         found[name]["tokens_percentiles"] = {"5": low, "50": median, "95": high}
     sft, policy = (
-        np.array([float(len(item.ids) - item.ended) for item in answers[name][0]])
-        for name in ("sft", "policy")
+        np.array([float(len(item.said)) for item in answers[name][0]]) for name in ("sft", "policy")
     )
     if sft.sum() > 0:
         ratio = bootstrap.ratios({"growth": (policy, sft)})["growth"]

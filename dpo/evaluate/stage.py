@@ -276,7 +276,7 @@ def _judge(config: RunConfig, measured: Measured) -> dict[str, Any]:
     wanted = config.evaluation
     sft, policy = measured.answers["sft"], measured.answers["policy"]
     matches = [
-        Match(row.prompt, theirs, ours, len(policy[0][number].ids) - len(sft[0][number].ids))
+        Match(row.prompt, theirs, ours, len(policy[0][number].said) - len(sft[0][number].said))
         for number, (row, theirs, ours) in enumerate(
             zip(measured.rows, sft[1], policy[1], strict=True)
         )

@@ -55,6 +55,11 @@ class Answer:
     ended: bool
     """Whether it ended before ``max_new_tokens``."""
 
+    @property
+    def said(self) -> list[int]:
+        """The tokens of its text: the end token is none."""
+        return self.ids[: len(self.ids) - self.ended]
+
 
 def generate(
     model: Any,
@@ -101,7 +106,7 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
 def decode(tokenizer: Any, answered: Answer) -> str:
     """The text of an answer, without special tokens and the token that ended it."""
     # which is no special token for every tokenizer
-    ids = answered.ids[: len(answered.ids) - answered.ended]
+    ids = answered.said
     text: str = tokenizer.decode(ids, skip_special_tokens=True)
     return text
 

@@ -5,16 +5,20 @@ import sys
 import time
 import urllib.request
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from dpo.config.compose import compose
-from dpo.config.schema import JudgeConfig
+from dpo.config.schema import JudgeConfig, RunConfig
 from dpo.errors import ConfigError, EvaluationError
+from dpo.evaluate import stage
 from dpo.evaluate.judge import Match, judge
+from dpo.evaluate.measure import Measured
 from dpo.evaluate.win_rate import length_controlled
 from dpo.evaluate.winner import read_winner
+from dpo.modeling.generation import Answer
 
 MATCHES = [
     Match("p1", sft="short", policy="a longer answer", extra_tokens=2),
@@ -22,6 +26,19 @@ MATCHES = [
     Match("p3", sft="same", policy="size", extra_tokens=0),
     Match("p4", sft="no", policy="a much longer answer than that", extra_tokens=6),
 ]
+
+
+def test_the_end_token_makes_no_answer_longer(monkeypatch):
+    """Of two texts of three tokens one was cut off, the other ended: neither is longer."""
+    seen = []
+    monkeypatch.setattr(stage, "judge", lambda _, matches, **__: seen.extend(matches) or {})
+    cut, ended = Answer([1], [5, 6, 7], False), Answer([1], [5, 6, 8, 0], True)
+    measured = Measured(
+        rows=[SimpleNamespace(prompt="p")],
+        answers={"sft": ([cut], ["a b c"]), "policy": ([ended], ["a b d"])},
+    )
+    stage._judge(RunConfig(), measured)
+    assert seen == [Match("p", "a b c", "a b d", 0)]
 
 
 @contextmanager
