@@ -93,12 +93,14 @@ def _gained(evaluation: Mapping[str, Any], published: Standing) -> tuple[float |
     ours = finite(evaluation, "after", "reward_accuracy", "value")
     if theirs is None or ours is None:
         return None, "its reward accuracy is missing or no number"
-    same = (published.evaluation or {}).get("held_out") == evaluation.get("held_out")
+    pairs, its_pairs = evaluation.get("held_out"), (published.evaluation or {}).get("held_out")
+    if pairs and pairs == its_pairs:
+        return ours - theirs, "each measured in its run on the same pairs"
+    # figures of format 1 do not say on which they were measured
+    which = "other held-out pairs" if pairs and its_pairs else "pairs that nobody noted"
     return ours - theirs, (
-        "each measured in its run on the same pairs"
-        if same
-        else "measured in its run on other held-out pairs, so compare with care: "
-        "evaluation.published=URL measures both on the same"
+        f"measured in its run on {which}, so compare with care: evaluation.published=URL measures "
+        "both on the same"
     )
 
 

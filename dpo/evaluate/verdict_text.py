@@ -7,6 +7,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from dpo.evaluate.markdown import cell
+
 MARK = "<!-- verdict -->"
 """Where the verdict goes in a report."""
 
@@ -42,7 +44,7 @@ def with_verdict(report: str, verdict: Mapping[str, Any]) -> str:
         shown = str(_HTML.format(tone=tone, word=word, text=text, rules=rules))
     else:
         lines = [
-            f"- {'✓' if rule['passed'] else '✗'} {' '.join(rule['explanation'].split())}"
+            f"- {'✓' if rule['passed'] else '✗'} {cell(rule['explanation'])}"
             for rule in verdict["rules"]
         ]
         shown = "\n".join([f"**{word}.** {text}", "", *lines])

@@ -198,6 +198,17 @@ def test_a_run_in_a_store(three, bucket_url, tmp_path):
         compare([str(three[0]), f"{bucket_url}/runs/run-2"], tmp_path / "out")
 
 
+def test_runs_that_do_not_say_their_pairs_are_not_of_the_same(three, tmp_path):
+    for path in three:
+        values = json.loads((path / "evaluation.json").read_text(encoding="utf-8"))
+        del values["held_out"]
+        (path / "evaluation.json").write_text(json.dumps(values), encoding="utf-8")
+    compare([str(path) for path in three], tmp_path / "out")
+    assert "not measured on the same held-out pairs, as far" in (
+        tmp_path / "out/compare.md"
+    ).read_text(encoding="utf-8")
+
+
 def test_other_pairs_are_called_out(three, tmp_path):
     path = three[1] / "evaluation.json"
     values = json.loads(path.read_text(encoding="utf-8")) | {"held_out": "others"}

@@ -205,6 +205,10 @@ def test_a_rule_cannot_bring_markup_into_the_report():
     page = with_verdict(f"<!doctype html>{MARK}", verdict)
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
+    verdict["rules"][0]["explanation"] = "<img src=x> ![x](https://x.example/x.png)"
+    text = with_verdict(f"# Evaluation\n{MARK}", verdict)
+    assert "<img" not in text
+    assert "![x](" not in text
 
 
 @pytest.fixture(params=["folder", pytest.param("bucket", marks=pytest.mark.minio)])
@@ -265,6 +269,13 @@ def test_other_held_out_pairs_are_said(store_url, tmp_path):
     publish(store_url, held_out="others")
     verdict = judged_against(store_url, tmp_path, "gate.min_improvement=0")
     assert "other held-out pairs" in rule(verdict, "min_improvement").explanation
+
+
+def test_pairs_that_nobody_noted_are_not_called_the_same(store_url, tmp_path):
+    """As of two evaluations of format 1."""
+    publish(store_url, held_out=None)
+    verdict = judged_against(store_url, tmp_path, "gate.min_improvement=0", held_out=None)
+    assert "on pairs that nobody noted" in rule(verdict, "min_improvement").explanation
 
 
 def test_what_was_measured_here_on_the_same_pairs_comes_first(store_url, tmp_path):
