@@ -207,12 +207,14 @@ def _hub_commit(model: ModelConfig) -> str:
         )
         return str(info.sha)
     except Exception as error:
-        cached = try_to_load_from_cache(
-            model.name_or_path, "config.json", revision=model.revision or "main"
-        )
-        if isinstance(cached, str):
-            # snapshots/<commit>/config.json
-            return Path(cached).parent.name
+        # of a tokenizer alone there may be no config.json
+        for name in ("config.json", "tokenizer_config.json"):
+            cached = try_to_load_from_cache(
+                model.name_or_path, name, revision=model.revision or "main"
+            )
+            if isinstance(cached, str):
+                # snapshots/<commit>/config.json
+                return Path(cached).parent.name
         raise _hub_error(model, error) from None
 
 

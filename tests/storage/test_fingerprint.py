@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 import dpo
@@ -130,3 +131,16 @@ def test_a_tokenizer_of_another_model_is_in_the_fingerprint(tmp_path, monkeypatc
     assert found == ["org/model@c2", f"org/model@c2+{print_}", "org/model@c1+org/words@c3"]
     (tmp_path / "words/tokenizer_config.json").write_text("{}")
     assert model_fingerprint(ModelConfig(name_or_path="org/model", **here)) != found[1]
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_without_a_network_the_commit_is_that_of_the_hubs_cache(file, tmp_path, monkeypatch):
+    def no_network(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", no_network)
+    found = {file: str(tmp_path / "snapshots/c0ffee" / file)}
+    monkeypatch.setattr(
+        huggingface_hub, "try_to_load_from_cache", lambda _, name, **__: found.get(name)
+    )
+    assert model_fingerprint(ModelConfig(name_or_path="org/words")) == "org/words@c0ffee"
