@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpo.config.nodes import VARIABLE as NODES_VARIABLE
-from dpo.config.nodes import NodeResources, NodesConfig
+from dpo.config.nodes import NodeResources, NodesConfig, cache_variables
 from dpo.storage.fingerprint import source_fingerprint
 from pipelines.deployment import (
     CHECKPOINTED_STEPS,
@@ -104,9 +104,15 @@ def _nodes(deployment: Deployment, resources: Resources) -> NodesConfig:
         environment=deployment.environment,
         secret=secret.name if secret else None,
         secret_keys=secret.keys if secret else {},
+        **_cache(deployment),
         labels=_pod_labels(deployment, resources),
         timeout_seconds=resources.timeout_seconds,
     )
+
+
+def _cache(deployment: Deployment) -> dict[str, str]:
+    cache = deployment.model_cache
+    return {"model_cache": cache.claim, "model_cache_path": cache.mount_path} if cache else {}
 
 
 def _own_variables(step: str, deployment: Deployment) -> dict[str, str]:
@@ -211,8 +217,8 @@ def _set_pod(task: Any, deployment: Deployment, resources: Resources) -> None:
         task.set_env_variable(name, value)
     if cache := deployment.model_cache:
         kubernetes.mount_pvc(task, cache.claim, cache.mount_path)
-        task.set_env_variable("DPO_CACHE_DIR", f"{cache.mount_path}/dpo")
-        task.set_env_variable("HF_HOME", f"{cache.mount_path}/huggingface")
+        for name, value in cache_variables(cache.mount_path).items():
+            task.set_env_variable(name, value)
     for name, value in _pod_labels(deployment, resources).items():
         kubernetes.add_pod_label(task, name, value)
 

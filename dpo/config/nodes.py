@@ -90,10 +90,19 @@ class NodesConfig(Section):
     """Secret with the store's credentials."""
     secret_keys: dict[str, str] = {}
     """Key of that Secret to name of the variable."""
+    model_cache: Name | None = None
+    """PersistentVolumeClaim with base models."""
+    model_cache_path: str = "/cache"
+    """Where it is mounted."""
     labels: dict[str, str] = {}
     """Labels of the job and of its pods, such as that of a Kueue queue."""
     timeout_seconds: int = Field(0, ge=0)
     """The job is ended when it takes longer; 0 sets no limit."""
+
+
+def cache_variables(mount_path: str) -> dict[str, str]:
+    """What lets a pod find base models in a volume that is mounted there, and keep them."""
+    return {"DPO_CACHE_DIR": f"{mount_path}/dpo", "HF_HOME": f"{mount_path}/huggingface"}
 
 
 def wanted_nodes() -> NodesConfig | None:

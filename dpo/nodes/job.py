@@ -10,7 +10,7 @@ from typing import Any
 
 from kubeflow_trainer_api import models as m
 
-from dpo.config.nodes import NodeResources, NodesConfig
+from dpo.config.nodes import NodeResources, NodesConfig, cache_variables
 from dpo.nodes.request import VARIABLE, Request
 
 MANAGER = "dpo.pipeline/launcher"
@@ -18,6 +18,7 @@ MANAGER = "dpo.pipeline/launcher"
 LABEL = "app.kubernetes.io/managed-by"
 _SCRATCH = "scratch"
 _SHM = "dshm"
+_CACHE = "model-cache"
 _PORT = 29500
 _COMMAND = ["python3", "-m", "dpo.train.node"]
 _PYTORCH_CONTAINER = "pytorch"
@@ -103,6 +104,7 @@ def _quantity(value: str) -> m.IoK8sApimachineryPkgApiResourceQuantity:
 def _environment(config: NodesConfig, request: Request) -> list[m.IoK8sApiCoreV1EnvVar]:
     plain = {
         **config.environment,
+        **(cache_variables(config.model_cache_path) if config.model_cache else {}),
         VARIABLE: request.to_json(),
         "DPO_PROCESSES": str(max(1, config.resources.gpus)),
     }
@@ -118,7 +120,7 @@ def _patch(config: NodesConfig) -> m.TrainerV1alpha1RuntimePatch:
     """Where the pods run, their volumes and rights, over what the runtime says."""
     container = m.TrainerV1alpha1ContainerPatch(
         name=_TRAINJOB_CONTAINER,
-        volumeMounts=_mounts(config.resources),
+        volumeMounts=_mounts(config),
         securityContext=_container_security(),
     )
     pod = m.TrainerV1alpha1PodTemplatePatch(
@@ -159,7 +161,7 @@ def _pod(config: NodesConfig) -> dict[str, Any]:
             runAsNonRoot=True,
             seccompProfile=m.IoK8sApiCoreV1SeccompProfile(type="RuntimeDefault"),
         ),
-        "volumes": _volumes(resources),
+        "volumes": _volumes(config),
     }
 
 
@@ -180,21 +182,26 @@ def _affinity(resources: NodeResources) -> m.IoK8sApiCoreV1Affinity | None:
     )
 
 
-def _volumes(resources: NodeResources) -> list[m.IoK8sApiCoreV1Volume]:
+def _volumes(config: NodesConfig) -> list[m.IoK8sApiCoreV1Volume]:
     volumes = [
         m.IoK8sApiCoreV1Volume(name=_SCRATCH, emptyDir=m.IoK8sApiCoreV1EmptyDirVolumeSource())
     ]
-    if resources.shared_memory:
-        size = _quantity(resources.shared_memory)
+    if config.resources.shared_memory:
+        size = _quantity(config.resources.shared_memory)
         memory = m.IoK8sApiCoreV1EmptyDirVolumeSource(medium="Memory", sizeLimit=size)
         volumes.append(m.IoK8sApiCoreV1Volume(name=_SHM, emptyDir=memory))
+    if config.model_cache:
+        claim = m.IoK8sApiCoreV1PersistentVolumeClaimVolumeSource(claimName=config.model_cache)
+        volumes.append(m.IoK8sApiCoreV1Volume(name=_CACHE, persistentVolumeClaim=claim))
     return volumes
 
 
-def _mounts(resources: NodeResources) -> list[m.IoK8sApiCoreV1VolumeMount]:
+def _mounts(config: NodesConfig) -> list[m.IoK8sApiCoreV1VolumeMount]:
     mounts = [m.IoK8sApiCoreV1VolumeMount(name=_SCRATCH, mountPath="/tmp")]  # nosec B108
-    if resources.shared_memory:
+    if config.resources.shared_memory:
         mounts.append(m.IoK8sApiCoreV1VolumeMount(name=_SHM, mountPath="/dev/shm"))  # nosec B108
+    if config.model_cache:
+        mounts.append(m.IoK8sApiCoreV1VolumeMount(name=_CACHE, mountPath=config.model_cache_path))
     return mounts
 
 
@@ -218,7 +225,7 @@ def _pytorch_job(
         command=_COMMAND,
         env=_environment(config, request),
         resources=_amounts(config.resources),
-        volumeMounts=_mounts(config.resources),
+        volumeMounts=_mounts(config),
         securityContext=_container_security(),
         ports=[m.IoK8sApiCoreV1ContainerPort(name="pytorchjob-port", containerPort=_PORT)],
     )
