@@ -13,9 +13,11 @@ from typing import Any
 from dpo.config.schema import PublishConfig
 from dpo.errors import ConfigError, DpoError, masked, printable
 from dpo.publish.finish import tell_of_retry
+from dpo.publish.version import require_conditions
 from dpo.storage.lineage import read_sources
 from dpo.storage.manifest import read_manifest, sha256_file
 from dpo.storage.runs import (
+    MANIFEST_NAME,
     artifact_records,
     policy_of_run,
     run_prefix,
@@ -55,11 +57,13 @@ def record_plan(parameters: Mapping[str, Any], run_id: str, plan: Mapping[str, s
     """Begin the run's manifest: what it was asked for, and each step's settings and fingerprints.
 
     Raises:
-        StoreError: the store refuses or does not answer.
+        StoreError: the store refuses, does not answer, or is none that a model can be published
+            to: better told now than after the training.
     """
     candidates = json.loads(os.environ.get(CANDIDATES_VARIABLE) or "[]")
+    store = open_store(str(parameters["publish_store"]))
     write_run_manifest(
-        open_store(str(parameters["publish_store"])),
+        store,
         run_id,
         state="running",
         began=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -68,6 +72,8 @@ def record_plan(parameters: Mapping[str, Any], run_id: str, plan: Mapping[str, s
         **({"candidates": candidates} if candidates else {}),
         images=json.loads(os.environ.get(IMAGES_VARIABLE) or "{}"),
     )
+    key = f"{run_prefix(run_id)}/{MANIFEST_NAME}"
+    require_conditions(store, key, store.read(key))
 
 
 def run_state(state: str, reason: str | None = None) -> dict[str, Any]:

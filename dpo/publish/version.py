@@ -173,11 +173,16 @@ def _write_manifest(store: Store, prefix: str, manifest: Mapping[str, Any]) -> N
     except WriteConflict:
         # another publisher of the same content completed it
         return
-    _require_conditions(store, key, text)
+    require_conditions(store, key, text)
 
 
-def _require_conditions(store: Store, key: str, text: bytes) -> None:
+def require_conditions(store: Store, key: str, text: bytes) -> None:
     """Make sure that the store refuses a write whose condition does not hold.
+
+    Args:
+        store: The store.
+        key: An object that is there and that nobody else writes meanwhile.
+        text: What it holds.
 
     Raises:
         StoreError: it does not; two publishers could overwrite each other's ``latest.json``.

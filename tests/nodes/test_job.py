@@ -10,7 +10,7 @@ REQUEST = Request("sft", "{}", "", {}, "s3://bucket/out", "", 300)
 
 
 def pods(kind, **values):
-    """Templates of the job's pods (of a TrainJob: what is laid over the runtime's), and its spec."""
+    """Templates of the job's pods, of a TrainJob those laid over the runtime's; and its spec."""
     config = NodesConfig(options=NodesOptions(count=2, kind=kind), image="i:1", **values)
     spec = build(config, REQUEST, "team", None)["spec"]
     if kind == "PyTorchJob":

@@ -146,6 +146,12 @@ def test_gpus_of_all_nodes_count():
     check_booked(values, many)
 
 
+def test_the_nodes_of_a_training_are_told_of_the_volume_with_base_models():
+    _, containers, _ = deployed(model_cache={"claim": "models"}, nodes={"count": 2})
+    told = json.loads(variables(containers, "sft")["DPO_NODES"])
+    assert (told["model_cache"], told["model_cache_path"]) == ("models", "/cache")
+
+
 def test_the_store_is_the_forms_default_and_the_checkpoints_lie_under_it():
     documents, containers, _ = deployed(store="s3://models/team")
     assert package.defaults(documents)["publish_store"] == "s3://models/team"

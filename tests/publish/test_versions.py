@@ -10,9 +10,11 @@ from dpo.cli import main
 from dpo.errors import ArtifactError, StoreError, StoreFull, WriteConflict
 from dpo.publish import lease, version, versions
 from dpo.publish.lease import being_retired, being_written
+from dpo.publish.runs import record_plan
 from dpo.publish.version import point_latest, publish_files, rollback
 from dpo.publish.versions import list_versions, retain
 from dpo.storage.published import read_latest
+from dpo.storage.runs import read_run_manifest
 from dpo.storage.store import open_store
 from tests.publish.conftest import check_store, make_folder
 
@@ -306,7 +308,12 @@ def test_a_store_without_conditional_writes_is_refused(bucket_url, tmp_path, mon
         patch.setattr(S3Store, "_condition", condition)
         with pytest.raises(StoreError, match=r"(?s)no conditional writes.*MinIO of 2025 or newer"):
             publish(url, tmp_path, 2)
+        # what a run begins with: not after hours of training
+        with pytest.raises(StoreError, match="no conditional writes"):
+            record_plan({"publish_store": url}, "run", {})
     check_store(url, [first])
+    assert read_run_manifest(url, "run")["state"] == "running"
+    record_plan({"publish_store": url}, "run", {})
 
 
 def test_what_cannot_be_read_is_told_and_nothing_is_removed_for_it(url, tmp_path, capsys):
