@@ -21,11 +21,17 @@ def export_policy(checkpoint: Path, output: Path, *, trust_remote_code: bool = F
 
     Raises:
         ModelError: ``checkpoint`` is no model's folder.
-        ArtifactError: ``output`` is a folder.
+        ArtifactError: ``output`` is a folder, or a file of the checkpoint.
     """
     if output.is_dir():
         raise ArtifactError(
             "a policy.pt is a file", where=str(output), fix="name a file: output=out/policy.pt"
+        )
+    if output.exists() and output.resolve().parent == checkpoint.resolve():
+        raise ArtifactError(
+            "a file of the checkpoint would be replaced",
+            where=str(output),
+            fix="name a file beside the checkpoint, or one that is not there yet",
         )
     model = load_model(checkpoint, _dtype(checkpoint), trust_remote_code=trust_remote_code)
     record = _record(checkpoint)

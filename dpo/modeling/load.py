@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from dpo.config.models import ModelConfig
+from dpo.config.places import builtin
 from dpo.data.quiet import quiet
 from dpo.data.tokenize import load_tokenizer, moved_ids
 from dpo.errors import ArtifactError, ModelError, writing
@@ -218,6 +220,8 @@ def load_for_training(
     else:
         folder = base or (checkpoint_folder(archive) if archive else local_model(model))
         policy = load_model(folder, dtype, **options)
+        if archive is not None:
+            _check_kind(policy, model)
         own = base is not None or archive is not None
         place = folder if own else local_tokenizer(model)
         tokenizer = load_tokenizer(place, trust_remote_code=trusted)
@@ -225,6 +229,27 @@ def load_for_training(
     if model.tokenizer_name_or_path and base is None:
         _check_same_ids(local_model(model), tokenizer, trusted)
     return policy, tokenizer
+
+
+def _check_kind(policy: Any, model: ModelConfig) -> None:
+    """Refuse an archive's folder with another kind of model than the settings name, as a
+    ``policy.pt`` of one is refused. What is not on this machine is not compared.
+
+    Raises:
+        ModelError: they differ.
+    """
+    named = builtin(model.name_or_path) or Path(model.name_or_path)
+    if not model.name_or_path or not (named / "config.json").is_file():
+        return
+    asked = json.loads((named / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if asked != policy.config.model_type:
+        raise ModelError(
+            f"the archive holds a {policy.config.model_type} model, and {model.name_or_path} is a "
+            f"{asked} model",
+            where=f"model.archive={model.archive}",
+            fix="name the model that the archive was trained from: model=..., or give the folder "
+            "as base=",
+        )
 
 
 def check_tokenizer(model: Any, tokenizer: Any) -> None:

@@ -166,7 +166,8 @@ def _post(url: str, body: bytes) -> int:
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
         raise ConfigError(f"{URL_VARIABLE} is not an http:// or https:// URL without credentials")
     headers = {"Content-Type": "application/json", "User-Agent": "dpo-pipeline"}
-    if secret := os.environ.get(SECRET_VARIABLE):
+    # a Secret that was made of a file ends in the file's line end
+    if secret := os.environ.get(SECRET_VARIABLE, "").strip():
         digest = hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
         headers[SIGNATURE] = f"sha256={digest}"
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")

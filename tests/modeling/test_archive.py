@@ -14,6 +14,7 @@ from dpo.config.places import builtin
 from dpo.errors import ModelError
 from dpo.modeling.archive import load_policy_file
 from dpo.modeling.load import load_for_training, load_model, save_model
+from tests.modeling.architectures import random_model
 
 TINY = builtin("builtin:tiny")
 
@@ -111,6 +112,15 @@ def test_weights_of_another_architecture_are_named(tmp_path):
     torch.save({"state": {"transformer.wte.weight": torch.zeros(2, 2)}}, path)
     with pytest.raises(ModelError, match="another model"):
         weights(path)
+
+
+def test_a_folder_of_another_architecture_is_named(tmp_path):
+    """The run would say that it trained builtin:tiny."""
+    sizes = {"vocab_size": 8, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 1}
+    random_model("gpt2", sizes).save_pretrained(tmp_path / "gpt2")
+    given = ModelConfig(name_or_path="builtin:tiny", archive=str(tmp_path / "gpt2"))
+    with pytest.raises(ModelError, match="holds a gpt2 model, and builtin:tiny is a gpt_neox"):
+        load_for_training(given, None)
 
 
 def test_biases_that_the_model_lacks_are_not_dropped(shifted, tmp_path):

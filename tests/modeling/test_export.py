@@ -58,6 +58,10 @@ def test_the_reference_code_reads_it(checkpoint, tmp_path):
         (["checkpoint={tmp}/nothing", "output={tmp}/policy.pt"], "config.json is missing"),
         (["checkpoint={folder}", "output={tmp}"], "a policy.pt is a file"),
         (["checkpoint={folder}"], "needs output="),
+        (
+            ["checkpoint={folder}", "output={folder}/model.safetensors"],
+            "a file of the checkpoint would be replaced",
+        ),
     ],
 )
 def test_mistakes_are_named(checkpoint, tmp_path, capsys, words, message):

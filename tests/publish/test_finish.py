@@ -81,7 +81,8 @@ def test_how_a_run_ended(url, known, state, ended):
 def test_the_message_is_signed_and_tells_where_the_model_is(url, receiver, monkeypatch):
     address, got, _ = receiver
     monkeypatch.setenv("DPO_NOTIFY_URL", address)
-    monkeypatch.setenv("DPO_NOTIFY_SECRET", "hush")
+    # as a Secret has it that was made of a file
+    monkeypatch.setenv("DPO_NOTIFY_SECRET", "hush\n")
     write_run_manifest(open_store(url), "r1", **APPROVED, **PUBLISHED)
     run_finish(url, "r1", "SUCCEEDED")
     ((path, headers, body),) = got
