@@ -194,14 +194,30 @@ class WandbLog:
             ) from None
         self._interval = config.minimum_log_interval_secs
         self._last = float("-inf")
+        self._left: Mapping[str, Any] | None = None
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """One point, unless the last one is too recent; evaluations are always written."""
+        """One point, unless the last one is too recent; evaluations are always written, and so is
+        the point before each and the last of all."""
         now = time.monotonic()
-        if "loss/eval" in values or now - self._last >= self._interval:
-            self._last = now
-            self._run.log({k: v for k, v in values.items() if isinstance(v, int | float)})
+        evaluated = "loss/eval" in values
+        if not evaluated and now - self._last < self._interval:
+            self._left = values
+            return
+        if evaluated:
+            self._write_left()
+        self._last, self._left = now, None
+        self._send(values)
 
     def close(self) -> None:
         """Send what is left."""
+        self._write_left()
         self._run.finish()
+
+    def _write_left(self) -> None:
+        if self._left is not None:
+            self._send(self._left)
+            self._left = None
+
+    def _send(self, values: Mapping[str, Any]) -> None:
+        self._run.log({k: v for k, v in values.items() if isinstance(v, int | float)})

@@ -130,15 +130,19 @@ class Recorder:
 def test_the_interval_thins_wandb_and_not_the_file(tmp_path):
     recorder = Recorder()
     sink = WandbLog.__new__(WandbLog)
-    sink._run, sink._interval, sink._last = recorder, 3600.0, float("-inf")
+    sink._run, sink._interval, sink._last, sink._left = recorder, 3600.0, float("-inf"), None
     log = MetricLog(tmp_path)
     log.sinks.append(sink)
     for number in range(5):
         log.write({"loss/train": float(number)})
     log.write({"loss/eval": 9.0})
+    for number in (5, 6):
+        log.write({"loss/train": float(number)})
     log.close()
-    assert recorder.points == [{"loss/train": 0.0}, {"loss/eval": 9.0}]
-    assert len(log_of(tmp_path)) == 6
+    # the point before an evaluation and the last one are not left out: short runs had no others
+    trained = [{"loss/train": number} for number in (0.0, 4.0, 6.0)]
+    assert recorder.points == [*trained[:2], {"loss/eval": 9.0}, trained[2]]
+    assert len(log_of(tmp_path)) == 8
 
 
 def shown_of_collapse(change, start, capsys):
