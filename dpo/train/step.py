@@ -19,7 +19,7 @@ from dpo.data.log_probs import PairLogProbs
 from dpo.data.packing import PackedBatch, pack
 from dpo.data.tokenize import TokenizedExample
 from dpo.distributed.heartbeat import arrived
-from dpo.errors import InvariantError, NonFiniteError
+from dpo.errors import NonFiniteError
 from dpo.modeling.lanes import (
     balanced,
     has_weights_of,
@@ -28,16 +28,13 @@ from dpo.modeling.lanes import (
     take_gradients,
     work_of,
 )
-from dpo.modeling.losses import PairLogps, as_used, preference_loss, sft_loss, starting_loss
+from dpo.modeling.losses import PairLogps, as_used, preference_loss, sft_loss
 from dpo.modeling.metrics import Split, preference_metrics, sft_metrics
-from dpo.modeling.precision import autocast, name_of
+from dpo.modeling.precision import autocast
 from dpo.modeling.rows import prefetch, sent
 from dpo.modeling.scoring import response_lengths, response_sums
 from dpo.modeling.sharded import Scorer
 from dpo.train.parallel import Ranks
-
-_TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 4e-3}
-"""Largest |h| at step 0 as a share of the responses' summed log-probabilities."""
 
 _CLIP_EPSILON = 1e-6
 """What torch adds to the norm before it divides by it."""
@@ -309,66 +306,6 @@ def check_weights(parameters: Sequence[torch.nn.Parameter], steps: int) -> None:
             if steps
             else "the weights that training begins with hold NaN or infinity: take others",
         )
-
-
-def check_starting_point(
-    figures: dict[str, Tensor], loss: AnyLoss, dtype: torch.dtype, scored_in: str = ""
-) -> float:
-    """Before the first update policy and reference are equal: the margin is 0, the loss known.
-
-    A mask, a packing or a cache that is wrong shows here.
-
-    Args:
-        figures: Of the first batch.
-        loss: Of the preference stage.
-        dtype: Type of this training's products.
-        scored_in: Type of those behind the reference; empty where it is not known.
-
-    Returns:
-        The largest log-ratio, if it is more than the rounding of float32 sums: the reference was
-        scored in other types, or by a model that was split otherwise. Else 0.
-
-    Raises:
-        InvariantError: they differ by more than the precision in use explains.
-    """
-    if isinstance(loss, SFTLoss) or not loss.needs_reference:
-        return 0.0
-    largest = max(figures[f"logps_train/{side}"].abs().max() for side in ("chosen", "rejected"))
-    tolerance = _TOLERANCE[dtype] * float(largest) + _TOLERANCE[dtype]
-    margin = float(figures["rewards_train/margins"].abs().max()) / loss.beta
-    if margin > tolerance:
-        raise InvariantError(
-            f"policy and reference differ before training: a log-ratio of {margin:.4g} where 0 "
-            f"is expected (tolerance {tolerance:.2g})",
-            where="step 0",
-            fix=_how_to_mend(name_of(dtype), scored_in),
-        )
-    seen = margin if margin > _TOLERANCE[torch.float32] * (float(largest) + 1) else 0.0
-    expected = starting_loss(loss)
-    if expected is None:
-        return seen
-    found = float(figures["loss/train"].mean())
-    drifted = [starting_loss(loss, drift) for drift in (-tolerance, tolerance)]
-    allowed = max(abs(value - expected) for value in drifted if value is not None)
-    if abs(found - expected) > allowed + 1e-5:
-        raise InvariantError(
-            f"the loss before training is {found:.6f}, expected {expected:.6f}",
-            where="step 0",
-            fix="report a bug: the loss does not see what it should",
-        )
-    return seen
-
-
-def _how_to_mend(dtype: str, scored_in: str) -> str:
-    # of 16 bits the tolerance has room for the difference between types
-    if scored_in in ("", dtype) or dtype != "float32":
-        return "the reference was computed with other weights, tokens or types: run it again"
-    return (
-        f"the reference was computed with products in {scored_in}, this training has {dtype} "
-        "(model.compute_dtype=auto takes what a device is fast with): set model.compute_dtype for "
-        "both, or run the reference on such a machine; where model.reference_dtype is another type "
-        "than model.policy_dtype, make them one"
-    )
 
 
 def clip_gradients(parameters: Sequence[torch.nn.Parameter], max_norm: float) -> float:

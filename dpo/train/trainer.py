@@ -32,11 +32,11 @@ from dpo.train.data import Examples
 from dpo.train.log import MetricLog
 from dpo.train.optimizer import build_optimizer, learning_rate
 from dpo.train.position import Position
+from dpo.train.start import check_starting_point, rounded_otherwise
 from dpo.train.step import (
     Interrupted,
     Objective,
     check_finite,
-    check_starting_point,
     check_weights,
     clip_gradients,
 )
@@ -236,12 +236,7 @@ class Trainer:
                 figures, self.objective.loss, self.objective.dtype, self.objective.scored_in
             )
             if apart:
-                message(
-                    self.stage,
-                    f"the reference was rounded otherwise: log-ratios of up to {apart:.2g} before "
-                    "the first update, where 0 is meant; accuracies say nothing while the margins "
-                    "are no larger than beta times that",
-                )
+                message(self.stage, rounded_otherwise(apart, self.config.model))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.position.steps += 1

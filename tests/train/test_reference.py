@@ -12,6 +12,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from dpo.config.compose import compose
+from dpo.config.models import ModelConfig
 from dpo.config.places import builtin
 from dpo.config.stages import restrict
 from dpo.data.log_probs import read_log_probs
@@ -22,7 +23,7 @@ from dpo.storage.manifest import read_manifest
 from dpo.train import reference, stage
 from dpo.train.reference import run_reference
 from dpo.train.stage import run_train
-from dpo.train.step import check_starting_point
+from dpo.train.start import check_starting_point, rounded_otherwise
 from tests.train.conftest import SETTINGS
 
 FSDP = "trainer=FSDPTrainer"
@@ -152,6 +153,14 @@ def test_a_reference_that_was_rounded_otherwise_is_said_once(
     assert len(lines) == said
     if said:
         assert "log-ratios of up to 0.02 before the first update" in lines[0]
+
+
+def test_types_that_differ_are_named_where_a_reference_was_rounded_otherwise():
+    """model.policy_dtype=bfloat16 alone leaves the reference at float32."""
+    told = rounded_otherwise(0.02, ModelConfig(policy_dtype="bfloat16"))
+    assert "(model.policy_dtype=bfloat16, model.reference_dtype=float32:" in told
+    assert "log-ratios of up to 0.02 before the first update" in told
+    assert "dtype" not in rounded_otherwise(0.02, ModelConfig())
 
 
 def test_a_reference_of_a_machine_with_other_products_is_told_as_that(prepared, tmp_path):
