@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from dpo.config.parameters import STARTS, stage_configs
 from dpo.config.schema import RunConfig
@@ -27,6 +29,8 @@ _CACHED: tuple[Stage, ...] = ("ingest", "sft", "reference", "preference", "evalu
 _NEVER_CACHED: tuple[Stage, ...] = ("gate", "publish")
 
 
+_POD_VARIABLE = "KFP_POD_NAME"
+"""Kubeflow sets it in the pods of steps."""
 EXPECTED_SOURCE = "DPO_EXPECTED_SOURCE"
 """Set on the first step when a package is made for a cluster: ``source_fingerprint`` there."""
 
@@ -66,6 +70,7 @@ def plan_run(
     configs = stage_configs(parameters)
     publish = configs["publish"].publish
     if publish.store:
+        _check_outlives_pod(publish.store)
         open_store(publish.store).check(create=publish.create_bucket)
     elif store_needed:
         raise ConfigError(
@@ -82,6 +87,25 @@ def plan_run(
         known = {"code": code_fingerprint(stage), **sources.get(stage, {})}
         plan[f"{stage}_fingerprint"] = json.dumps(known, sort_keys=True)
     return plan
+
+
+def _check_outlives_pod(store: str) -> None:
+    """Refuse a store in the file system of a pod: the form takes any text, and the model that was
+    published there would be gone with the pod. A volume that is mounted may be kept.
+
+    Raises:
+        ConfigError: it is such a folder.
+    """
+    parts = urlsplit(store)
+    if parts.scheme != "file" or not os.environ.get(_POD_VARIABLE):
+        return
+    folder = Path(unquote(parts.path))
+    if not any(os.path.ismount(place) for place in (folder, *folder.parents[:-1])):
+        raise ConfigError(
+            f"{store} is a folder of this pod, and what is published there would be gone with it",
+            where="publish_store",
+            fix="name a bucket: s3://bucket/prefix or minio://bucket/prefix",
+        )
 
 
 def _sources(

@@ -1,10 +1,11 @@
 """Packages for a cluster: the command that writes them, and what is refused before they run."""
 
 import json
+import os
 
 import pytest
 
-from dpo.data.plan import check_source
+from dpo.data.plan import check_source, plan_run
 from dpo.errors import ConfigError
 from dpo.plan.booked import check_booked
 from pipelines import package
@@ -316,3 +317,18 @@ def test_training_keeps_checkpoints_where_a_new_pod_finds_them(store, uri, place
     package.keep_checkpoints(documents, store)
     expected = {"sft": place, "preference": place} if place else {}
     assert checkpoint_places(documents) == expected
+
+
+def test_a_store_in_a_pods_own_files_is_refused_there(tmp_path, monkeypatch):
+    """The form takes any text: the model was published, and gone with the pod."""
+    values = package.defaults(package.load_package())
+    values |= {"model": "tiny", "publish_store": (tmp_path / "a store").as_uri()}
+    plan_run(values)
+    mounts = {"/"}
+    monkeypatch.setattr(os.path, "ismount", lambda place: str(place) in mounts)
+    monkeypatch.setenv("KFP_POD_NAME", "run-1")
+    with pytest.raises(ConfigError, match="a folder of this pod"):
+        plan_run(values)
+    # a volume
+    mounts.add(str(tmp_path))
+    plan_run(values)
