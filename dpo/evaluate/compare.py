@@ -20,7 +20,7 @@ from dpo.errors import ConfigError, EvaluationError, ObjectMissing, writing
 from dpo.evaluate import charts
 from dpo.evaluate.bootstrap import Bootstrap
 from dpo.evaluate.compared_samples import shared_samples
-from dpo.evaluate.markdown import cell, fenced
+from dpo.evaluate.escaped import cell, fenced
 from dpo.evaluate.numbers import finite, interval_text
 from dpo.evaluate.ranking import ranks
 from dpo.evaluate.report import environment

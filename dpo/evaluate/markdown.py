@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpo.evaluate.bounds import clipped, largest, shortened
+from dpo.evaluate.escaped import cell, fenced
 from dpo.evaluate.numbers import interval_text, number_text, percent_text, signed_text
 
 _LONGEST_CHARACTERS = 2000
@@ -38,20 +38,6 @@ def markdown_report(
         _provenance(provenance),
     ]
     return "\n".join("\n".join([*part, ""]) for part in parts if part)
-
-
-def cell(text: object) -> str:
-    """A text that cannot leave its cell of a table."""
-    plain = " ".join(str(text).split()).replace("\\", "\\\\").replace("|", "\\|")
-    # nor become a link, an image that is fetched, or emphasis
-    return re.sub(r"([`*_\[\]])", r"\\\1", plain.replace("<", "&lt;"))
-
-
-def fenced(text: str) -> str:
-    """A code block that the text cannot close."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}"
 
 
 def _findings(evaluation: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from dpo.evaluate.markdown import cell
+from dpo.evaluate.escaped import cell
 
 MARK = "<!-- verdict -->"
 """Where the verdict goes in a report."""

@@ -8,7 +8,7 @@ import pytest
 
 from dpo.evaluate import charts
 from dpo.evaluate.bounds import largest
-from dpo.evaluate.markdown import cell
+from dpo.evaluate.escaped import cell
 from dpo.evaluate.report import FIGURES, write_reports
 from dpo.evaluate.samples import change_of, matched, shown_samples, words_of
 from tests.evaluate.conftest import made_evaluation
