@@ -77,7 +77,7 @@ def local_tokenizer(model: ModelConfig) -> Path:
 
 def _of_tokenizer(model: ModelConfig) -> ModelConfig | None:
     """The model whose tokenizer is used, where it is another one; the revision is not its."""
-    if not model.tokenizer_name_or_path:
+    if model.tokenizer_name_or_path in (None, "", model.name_or_path):
         return None
     changes = {"name_or_path": model.tokenizer_name_or_path, "revision": None}
     return model.model_copy(update=changes)

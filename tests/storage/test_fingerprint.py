@@ -129,6 +129,8 @@ def test_a_tokenizer_of_another_model_is_in_the_fingerprint(tmp_path, monkeypatc
         for given in ({}, here, {"tokenizer_name_or_path": "org/words", "revision": "v1"})
     ]
     assert found == ["org/model@c2", f"org/model@c2+{print_}", "org/model@c1+org/words@c3"]
+    same = {"tokenizer_name_or_path": "org/model", "revision": "v1"}
+    assert model_fingerprint(ModelConfig(name_or_path="org/model", **same)) == "org/model@c1"
     (tmp_path / "words/tokenizer_config.json").write_text("{}")
     assert model_fingerprint(ModelConfig(name_or_path="org/model", **here)) != found[1]
 
