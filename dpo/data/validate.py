@@ -314,6 +314,13 @@ class Validator:
         blank = self._blank_parts(candidate)
         if not alike and not blank:
             return
+        if not self.tokenizer(candidate.prompt, add_special_tokens=False)["input_ids"]:
+            raise RowError(
+                "empty_after_truncation",
+                "the tokenizer gives no token for prompt: remove the row, or use a model whose "
+                "tokenizer knows its script",
+                "prompt",
+            )
         example = tokenize_pair(
             candidate.prompt,
             (candidate.chosen, candidate.rejected),

@@ -112,6 +112,10 @@ def test_white_space_at_the_end_of_a_prompt_is_read_forwards(tmp_path: Path) -> 
     with pytest.raises(RowError) as caught:
         validator.check(Candidate("Q" + " \n\t" * 40, "a", "b"))
     assert (caught.value.reason, caught.value.field) == ("empty_after_truncation", "prompt")
+    # it knows no such letter, and has no token for what it does not know
+    with pytest.raises(RowError) as caught:
+        validator.check(Candidate("é", "a" * 12 + "b", "a" * 13))
+    assert (caught.value.reason, caught.value.field) == ("empty_after_truncation", "prompt")
 
 
 def test_the_cut_is_counted_in_bytes_not_characters(ingest: Ingest) -> None:
