@@ -46,12 +46,17 @@ def engine() -> str:
         ImageError: there is none.
     """
     for name in _ENGINES:
-        if shutil.which(name) and silent([name, "info"]):
+        if shutil.which(name) and silent([name, "info"]) and not _is_podman(name):
             return name
     raise ImageError(
         "no container engine answers: install one (Debian, as root: make setup-system) and start "
         "it (make engine starts one of its own), or point DOCKER_HOST at its socket"
     )
+
+
+def _is_podman(command: str) -> bool:
+    """Whether it is Podman under Docker's name (podman-docker), which answers as Podman does."""
+    return command == "docker" and "podman" in output([command, "--version"], "docker --version")
 
 
 def is_rootless(command: str) -> bool:
