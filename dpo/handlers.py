@@ -124,10 +124,18 @@ def _train(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
 def _reference(composed: Any, paths: dict[str, Path], _: argparse.Namespace) -> int:
     prepare()
     from dpo.config.stages import restrict
+    from dpo.storage.fingerprint import code_fingerprint
     from dpo.train.reference import run_reference
 
     config = restrict(composed.config, "reference")
-    run_reference(config, paths["output"], pairs=paths["data"], model=paths.get("base"))
+    run_reference(
+        config,
+        paths["output"],
+        pairs=paths["data"],
+        model=paths.get("base"),
+        # `dpo train` in the same folder scores anew what other code scored
+        code=code_fingerprint("reference"),
+    )
     print(f"log-probabilities: {paths['output']}")
     return 0
 

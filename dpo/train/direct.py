@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
@@ -60,12 +60,15 @@ def train_directly(
     code = code_fingerprint(stage)
     if (target / MANIFEST).is_file():
         message(stage, f"{target} is complete: it is replaced once the new result is")
+    needs_scores = config.loss.needs_reference and reference is None
     if data is None:
         message(stage, f"run folder: {run_dir}")
+        remade = [run_dir / "reference"] if needs_scores else []
         ingesting = restrict(config, "ingest")
-        data = _place(run_dir / "data", target, lambda made: _asks_for(ingesting, made))
+        place = run_dir / "data"
+        data = _place(place, target, lambda made: _asks_for(ingesting, made), remade)
         run_ingest(ingesting, data)
-    if config.loss.needs_reference and reference is None:
+    if needs_scores:
         scoring = restrict(config, "reference")
         scorer = code_fingerprint("reference")
         is_same = partial(is_scored, scoring, pairs=data, model=base, code=scorer)
@@ -102,21 +105,37 @@ def train_directly(
     return target
 
 
-def _place(folder: Path, target: Path, is_same: Callable[[Manifest], bool]) -> Path:
+def _place(
+    folder: Path, target: Path, is_same: Callable[[Manifest], bool], remade: Sequence[Path] = ()
+) -> Path:
     """Where to prepare for ``target``: ``folder``, or beside it where that is of use to others.
 
     ``dpo ingest output=out/data`` and ``dpo train output=out/policy`` share a folder: a training
     that is not told of ``out/data`` would put its own in the place.
+
+    Args:
+        folder: The place.
+        target: What is trained.
+        is_same: Whether what is in the place is what would be made.
+        remade: Made anew for ``target`` as well, unless others were made from it.
     """
     made = _manifest(folder)
-    others = [place for place in folder.parent.glob("*") if place not in (folder, target)]
-    found = [manifest for place in others if (manifest := _manifest(place))]
-    used = made and any(made.content_hash in manifest.inputs.values() for manifest in found)
-    if not made or not used or is_same(made):
+    if not made or not _is_used(folder, target, remade) or is_same(made):
         return folder
     beside = folder.with_name(f"{target.name}-{folder.name}")
     message("train", f"{folder} stays, since others were made from it: this run has {beside}")
     return beside
+
+
+def _is_used(folder: Path, target: Path, remade: Sequence[Path] = ()) -> bool:
+    """Whether outputs beside ``folder`` were made from it, but for ``target`` and ``remade``."""
+    made = _manifest(folder)
+    for place in folder.parent.glob("*"):
+        other = None if place in (folder, target) else _manifest(place)
+        made_from_it = made and other and made.content_hash in other.inputs.values()
+        if made_from_it and (place not in remade or _is_used(place, target)):
+            return True
+    return False
 
 
 def _manifest(folder: Path) -> Manifest | None:

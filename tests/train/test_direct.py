@@ -18,7 +18,7 @@ from dpo.config.stages import restrict
 from dpo.data.loader import LoaderState, Order
 from dpo.errors import ConfigError, TrainingError, TrainingStopped
 from dpo.storage.fingerprint import code_fingerprint
-from dpo.storage.manifest import read_manifest, write_manifest
+from dpo.storage.manifest import read_manifest
 from dpo.train import direct, stage
 from dpo.train.direct import train_directly
 from dpo.train.position import Position
@@ -198,51 +198,6 @@ def test_a_run_goes_on_with_the_log_probabilities_that_it_began_with(
     # complete: the next one is a new run
     train()
     assert made.stat().st_mtime_ns > at
-
-
-@pytest.mark.parametrize("user", ["evaluation", "policy"])
-def test_what_another_output_was_made_from_is_not_replaced(
-    user, prepared, tmp_path, monkeypatch, capsys
-):
-    """Without ``reference=``, out/reference of another training beside it was overwritten."""
-    kept = []
-    monkeypatch.setattr(direct, "run_train", lambda *_, **paths: kept.append(paths["reference"]))
-
-    def train(name, *more):
-        config = compose([*SETTINGS, "n_examples=8", *more]).config
-        train_directly(config, data=prepared.data, base=prepared.sft, output=tmp_path / name)
-
-    train("policy")
-    made = read_manifest(tmp_path / "reference")
-    (tmp_path / user).mkdir()
-    (tmp_path / user / "model.txt").write_text("trained")
-    write_manifest(tmp_path / user, stage="preference", inputs={"reference": made.content_hash})
-    train("other", "n_eval_examples=4")
-    assert read_manifest(tmp_path / "reference").content_hash == made.content_hash
-    assert "reference stays, since others were made from it" in capsys.readouterr().err
-    # the same ones are shared
-    train("third")
-    # what an output itself was made from is replaced with it
-    train("policy", "n_eval_examples=4")
-    others = tmp_path / ("reference" if user == "policy" else "policy-reference")
-    assert kept == [tmp_path / name for name in ("reference", "other-reference", "reference")] + [
-        others
-    ]
-
-
-def test_pairs_that_another_output_was_made_from_are_not_replaced(tmp_path, monkeypatch):
-    """``dpo train`` without ``data=`` put the pairs of its own settings into out/data."""
-    monkeypatch.setattr(direct, "run_train", lambda *_, **__: None)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/pairs.txt").write_text("mine")
-    mine = write_manifest(tmp_path / "data", stage="ingest", settings={"datasets": ["mine.csv"]})
-    (tmp_path / "sft").mkdir()
-    (tmp_path / "sft/model.txt").write_text("trained")
-    write_manifest(tmp_path / "sft", stage="sft", inputs={"pairs": mine.content_hash})
-    train_directly(compose(RUN).config, output=tmp_path / "model")
-    assert read_manifest(tmp_path / "data").content_hash == mine.content_hash
-    ours = read_manifest(tmp_path / "model-data", stage="ingest")
-    assert ours.settings["datasets"] == ["hh_sample"]
 
 
 def test_log_probabilities_of_other_settings_are_made_anew(prepared, tmp_path, monkeypatch):
