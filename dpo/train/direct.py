@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from dpo.plan.split import check_counts
 from dpo.storage.fingerprint import code_fingerprint
 from dpo.storage.manifest import MANIFEST, Manifest, read_manifest
 from dpo.storage.progress import message
+from dpo.train.checkpoint import steps_in
 from dpo.train.place import ROOT_VARIABLE
 from dpo.train.reference import is_scored, run_reference
 from dpo.train.stage import check_checkpoints, run_train
@@ -81,7 +82,9 @@ def train_directly(
             message(stage, f"goes on with the log-probabilities in {reference}")
         else:
             run_reference(scoring, reference, pairs=data, model=base, code=scorer)
-    try:
+    # otherwise the next run would begin in a folder of its own
+    other = run_dir if output is None and config.local_run_dir is None else None
+    with _told_how_to_go_on(stage, other, own):
         run_train(
             restrict(config, stage),
             target,
@@ -91,18 +94,35 @@ def train_directly(
             checkpoints=own,
             code=code,
         )
-    except TrainingStopped as stopped:
-        if output is None and config.local_run_dir is None:
-            # otherwise the next run would begin in a folder of its own
-            again = f"run the same command with local_run_dir={run_dir}: it goes on from there"
-            raise TrainingStopped(stopped.found, where=stopped.where, fix=again) from None
-        raise
     if own:
         shutil.rmtree(own, ignore_errors=True)
         with suppress(OSError):
             # unless it holds those of another output
             own.parent.rmdir()
     return target
+
+
+@contextmanager
+def _told_how_to_go_on(stage: Stage, run_dir: Path | None, own: Path | None) -> Iterator[None]:
+    """Name what goes on with a training that is ended in here.
+
+    Args:
+        stage: Of the training.
+        run_dir: Its folder, where the same command would make another one.
+        own: Where its checkpoints are, if that is in its folder.
+    """
+    same = f"the same command with local_run_dir={run_dir}" if run_dir else "the same command"
+    again = f"run {same}: it goes on from there"
+    try:
+        yield
+    except TrainingStopped as stopped:
+        if run_dir:
+            raise TrainingStopped(stopped.found, where=stopped.where, fix=again) from None
+        raise
+    except KeyboardInterrupt:
+        if own and steps_in(own):
+            message(stage, f"interrupted after a checkpoint: {again}")
+        raise
 
 
 def _place(

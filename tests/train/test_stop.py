@@ -1,15 +1,19 @@
-"""SIGTERM in an evaluation ends it at once; nothing is lost, and nothing logged twice."""
+"""SIGTERM in an evaluation ends it at once; nothing is lost, and nothing logged twice. Ctrl-C."""
 
 import os
 import signal
 
 import pytest
 
+from dpo.config.compose import compose
 from dpo.errors import StoreUnavailable, TrainingStopped
 from dpo.modeling import generation
 from dpo.train.checkpoint import Checkpoints
+from dpo.train.direct import train_directly
 from dpo.train.stage import run_train
 from dpo.train.step import Objective
+from dpo.train.trainer import Trainer
+from tests.train.conftest import SETTINGS
 from tests.train.test_resume import (
     FSDP,
     TWO,
@@ -149,3 +153,28 @@ def test_two_processes_stopped_in_an_evaluation(prepared, tmp_path, monkeypatch)
     _, errors = start(prepared, "sft", tmp_path, *more).communicate(timeout=300)
     assert "goes on after step 1" in errors
     assert_same(tmp_path / "model", tmp_path / "whole")
+
+
+def test_a_run_that_ctrl_c_ended_says_how_to_go_on(prepared, tmp_path, monkeypatch, capsys):
+    """It said that nothing half-written was kept; the same command began in another folder."""
+    words = [*SETTINGS, "loss=sft", "n_examples=16", "checkpoint_every=8", "checkpoint_seconds=0"]
+    words.append(f"local_dirs=[{tmp_path}]")
+    train_step = Trainer.train_step
+
+    def interrupted(self, *arguments, **named):
+        if self.position.steps == len(said):
+            raise KeyboardInterrupt
+        return train_step(self, *arguments, **named)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    said = []
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train_directly(compose(words).config, data=prepared.data)
+        said.append(capsys.readouterr().err)
+    (folder,) = (path.parents[2] for path in tmp_path.rglob("checkpoints/LATEST/step-1"))
+    again = f"local_run_dir={folder}"
+    # where there was no checkpoint yet, nothing is promised
+    assert [again in text for text in said] == [False, True]
+    train_directly(compose([*words, again]).config, data=prepared.data)
+    assert "goes on after step 1" in capsys.readouterr().err
