@@ -69,9 +69,18 @@ class Order:
     @property
     def total_steps(self) -> int:
         """Optimiser steps of the whole run."""
-        full_epochs, rest = divmod(self.total_examples, self.n_pairs)
-        steps_an_epoch = -(-self.n_pairs // self.batch_size)
-        return full_epochs * steps_an_epoch + -(-rest // self.batch_size)
+        return self.steps_from(LoaderState())
+
+    def steps_from(self, state: LoaderState) -> int:
+        """Optimiser steps that ``batches`` gives from ``state`` on."""
+        left = self.total_examples - state.examples
+        in_epoch = min(left, self.n_pairs - state.position)
+        full_epochs, rest = divmod(left - in_epoch, self.n_pairs)
+        steps_an_epoch = self._steps(self.n_pairs)
+        return self._steps(in_epoch) + full_epochs * steps_an_epoch + self._steps(rest)
+
+    def _steps(self, n_examples: int) -> int:
+        return -(-n_examples // self.batch_size)
 
     def batches(self, state: LoaderState | None = None) -> Iterator[tuple[list[int], LoaderState]]:
         """(indices of one optimiser step, state after it), from ``state`` on."""

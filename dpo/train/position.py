@@ -46,6 +46,10 @@ class Position:
         scale = LossScale(**values.pop("loss_scale", {}))
         return cls(**{**values, "loader": LoaderState(**values["loader"])}, loss_scale=scale)
 
+    def total_steps(self, order: Order) -> int:
+        """Steps of the whole run: those done, by whatever batch size, and those that follow."""
+        return self.steps + order.steps_from(self.loader)
+
     def check_within(self, order: Order, where: Path) -> None:
         """Refuse to go on where the run, or the data, ends before this (``resume=force``).
 

@@ -78,7 +78,7 @@ class Trainer:
         order = self.examples.order
         before, started = self.position.trained, time.monotonic()
         self._counted_at = started
-        steps = track(self.stage, "steps", order.total_steps, self.position.steps)
+        steps = track(self.stage, "steps", self.position.total_steps(order), self.position.steps)
         with self._polite_end(), same_bits(self._repeats()), steps as bar:
             bar.shortest_seconds = self.config.minimum_log_interval_secs
             begins = self.config.do_first_eval and not self.position.steps
@@ -226,7 +226,8 @@ class Trainer:
     ) -> dict[str, float]:
         """One optimiser step on ``examples``; returns the means of its figures."""
         began = time.monotonic()
-        rate = learning_rate(self.config, self.position.steps, self.examples.order.total_steps)
+        order = self.examples.order
+        rate = learning_rate(self.config, self.position.steps, self.position.total_steps(order))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         figures, grad_norm = self._gradients(examples, n_micro_batches)

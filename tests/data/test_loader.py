@@ -43,6 +43,7 @@ def test_a_restored_state_gives_the_same_next_batch(order: Order, after: int) ->
     start = after % len(everything)
     state = everything[start - 1][1] if start else LoaderState()
     restored = LoaderState(**json.loads(json.dumps(state.as_json())))
+    assert order.steps_from(restored) == len(everything) - start
     assert list(order.batches(restored)) == everything[start:]
 
 

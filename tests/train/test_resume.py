@@ -323,6 +323,23 @@ def test_checkpoints_of_other_settings_are_refused_unless_forced(prepared, tmp_p
     assert (1e-3 in rates) is (resume == "force")
 
 
+def test_a_rate_that_falls_ends_at_the_end_of_a_run_forced_to_another_batch(prepared, tmp_path):
+    """It fell below 0, and steps went up the loss.
+
+    24 of 32 examples are trained on in 3 steps of 8. In batches of 16 one more step is left, the
+    last of 4: a quarter of the rate. The whole run in such batches would have had 2 steps, and the
+    fourth a rate of (2 - 3) / 2.
+    """
+    more = ("n_examples=32", "warmup_steps=0", "lr_schedule=linear", "checkpoint_every=8")
+    arguments = {"checkpoints": tmp_path / "kept", **prepared.paths(sft=True)}
+    run_train(config_of("sft", *more), tmp_path / "model", **arguments)
+    assert (tmp_path / "kept/LATEST").read_text().strip() == "step-3"
+    forced = config_of("sft", *more, "batch_size=16", "resume=force")
+    run_train(forced, tmp_path / "again", **arguments)
+    rates = [line["lr"] for line in log_of(tmp_path / "again") if "lr" in line]
+    assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+
+
 def test_debug_keeps_no_checkpoints_and_writes_the_model(prepared, tmp_path):
     config = config_of("sft", "debug=true")
     paths = prepared.paths(sft=True)
