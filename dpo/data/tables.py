@@ -136,23 +136,55 @@ def _values(part: pa.RecordBatch) -> Iterator[tuple[Any, str]]:
     """(row, what is wrong with it) of each row."""
     try:
         rows = part.to_pylist()
-    except UnicodeDecodeError as error:
-        if part.num_rows > 1:
+    except (ValueError, OverflowError) as error:
+        numbers = None if isinstance(error, UnicodeDecodeError) else _times_as_numbers(part)
+        if numbers is not None:
+            yield from _values(numbers)
+        elif part.num_rows > 1:
             for index in range(part.num_rows):
                 yield from _values(part.slice(index, 1))
         else:
             row = {name: _lossy(part[name][0]) for name in part.column_names}
-            yield row, f"broken encoding: {not_utf8(error.object)}"
+            yield row, _problem(part, error)
         return
     for row in rows:
         yield row, ""
+
+
+def _times_as_numbers(part: pa.RecordBatch) -> pa.RecordBatch | None:
+    """The same with the numbers behind its dates and times, which no text is made of.
+
+    Python has none for the year 20,000, for an unknown zone and, without pandas, for nanoseconds.
+    None where no column is one.
+    """
+    columns = []
+    for column in part.columns:
+        is_time = pa.types.is_temporal(column.type) and column.type.bit_width in (32, 64)
+        columns.append(column.view(f"int{column.type.bit_width}") if is_time else column)
+    changed = any(new is not old for new, old in zip(columns, part.columns, strict=True))
+    return pa.record_batch(columns, names=part.schema.names) if changed else None
+
+
+def _problem(row: pa.RecordBatch, error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"broken encoding: {not_utf8(error.object)}"
+    bad = next(name for name in row.column_names if not _is_read(row[name][0]))
+    return f"the value of {bad} ({row.schema.field(bad).type}) cannot be read: leave it out"
+
+
+def _is_read(cell: pa.Scalar) -> bool:
+    try:
+        cell.as_py()
+    except (ValueError, OverflowError):
+        return False
+    return True
 
 
 def _lossy(cell: pa.Scalar) -> Any:
     """A value whose broken characters are marked as lost; of a list nothing is kept."""
     try:
         return cell.as_py()
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError):
         is_text = hasattr(cell, "as_buffer")
         return cell.as_buffer().to_pybytes().decode("utf-8", "replace") if is_text else None
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,3 +104,30 @@ def test_others_read_it(ingest: Callable[..., Outcome]) -> None:
     loaded = datasets.Dataset.from_parquet(str(path), cache_dir=str(found.folder.parent / "cache"))
     assert loaded[0]["prompt_messages"] == turns
     assert loaded.num_rows == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [
+        (pa.timestamp("ns"), 1_700_000_000_123_456_789),
+        (pa.timestamp("ms"), 10**15),
+        (pa.timestamp("us", "Mars/Phobos"), 1),
+        (pa.date32(), 10**7),
+    ],
+)
+def test_a_time_that_python_has_none_for_costs_no_row(tmp_path, kind, number):
+    """Seen: nanoseconds, which pandas writes, ended ingest in a traceback where pandas is not."""
+    column = pa.array([number, None, number], kind)
+    texts = ["one", "two", "three"]
+    pq.write_table(pa.table({"prompt": texts, "created": column}), tmp_path / "x.parquet")
+    code = (
+        "import sys; from pathlib import Path; from dpo.data import check\n"
+        "from dpo.data.readers import rows\n"
+        "check._spare_pandas()\n"
+        "for row in rows(Path(sys.argv[1]), 'x'): print(row.value, row.problem)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "x.parquet")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    values = [number, None, number]
+    rows = [{"prompt": text, "created": n} for text, n in zip(texts, values, strict=True)]
+    assert done.stdout.splitlines() == [f"{row} " for row in rows]
