@@ -13,10 +13,13 @@ better and the worse response) and ``sft_target``.
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from dpo.data import formats
 from dpo.data.formats import Candidate, Parser, Rating, RowError
@@ -83,6 +86,32 @@ def load_rows(name: str, source: str) -> Iterator[dict[str, Any]]:
                 fix="return {prompt: {responses: [text, ...], pairs: [(better, worse), ...], "
                 "sft_target: text}}",
             ) from None
+
+
+def load_lines(name: str, source: str) -> Iterator[bytes]:
+    """The rows of ``load_rows`` as JSON Lines.
+
+    Raises:
+        ConfigError: there is no such function.
+        DataError: it fails, or returns what no JSON can hold.
+    """
+    for row in load_rows(name, source):
+        try:
+            yield orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
+        except TypeError:
+            # half a character stays what it is, for the check of the rows to name it
+            yield f"{_as_json(name, source, row)}\n".encode()
+
+
+def _as_json(name: str, source: str, row: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(row)
+    except TypeError as error:
+        raise DataError(
+            f"{name} gives a value that is no text: {error}",
+            where=f"sources.{source}.loader, split {row.get('split')}",
+            fix="return prompt, responses and sft_target as str",
+        ) from None
 
 
 def code_hash(name: str) -> str:

@@ -12,8 +12,6 @@ from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-import orjson
-
 from dpo.config.schema import RunConfig
 from dpo.config.sources import SourceConfig
 from dpo.data import custom
@@ -82,8 +80,8 @@ def source_fingerprint(name: str, source: SourceConfig) -> str:
 
 def _loader_fingerprint(name: str, loader: str) -> str:
     digest = hashlib.sha256()
-    for row in custom.load_rows(loader, name):
-        digest.update(orjson.dumps(row) + b"\n")
+    for line in custom.load_lines(loader, name):
+        digest.update(line)
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -138,8 +136,7 @@ def opened(
         with TemporaryDirectory() as folder:
             path = Path(folder, "rows.jsonl")
             with path.open("wb") as file:
-                for row in custom.load_rows(source.loader, name):
-                    file.write(orjson.dumps(row) + b"\n")
+                file.writelines(custom.load_lines(source.loader, name))
             yield [SourceFile(path, f"{name}: {source.loader}", None)]
         return
     source = located(name, source)

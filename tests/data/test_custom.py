@@ -31,6 +31,13 @@ def with_unpaired(split, silent=False, cache_dir=None):
     found = {f"alone {split}": alone, f"both {split}": both, f"many {split}": many}
     return {**whole(split), **found}
 
+def half(split, silent=False, cache_dir=None):
+    cut = {"responses": ["a", "b\\ud83d"], "pairs": [(0, 1)], "sft_target": "a"}
+    return {**whole(split), f"cut {split}": cut}
+
+def no_text(split, silent=False, cache_dir=None):
+    return {"q": {"responses": [b"a", b"b"], "pairs": [(0, 1)], "sft_target": "a"}}
+
 def broken(split, silent=False, cache_dir=None):
     return ["no mapping"]
 """
@@ -93,3 +100,13 @@ def test_the_reference_codes_form_is_accepted(ingest_sources: Ingest, custom: st
     assert "no_pair" in NOT_FAULTY
     with pytest.raises(DataError, match="broken failed: AttributeError"):
         ingest_sources({"mine": {"loader": f"{custom}:broken"}})
+
+
+def test_what_a_loader_gives_and_no_file_can_hold(ingest_sources: Ingest, custom: str) -> None:
+    """Seen: both ended in a traceback."""
+    found = ingest_sources({"mine": {"loader": f"{custom}:half"}})
+    assert len(found.pairs) == 4
+    assert [item["row"].count("cut ") for item in found.quarantine] == [1, 1]
+    with pytest.raises(DataError, match=r"no_text gives a value that is no text: .*bytes") as error:
+        ingest_sources({"mine": {"loader": f"{custom}:no_text"}})
+    assert error.value.where == "sources.mine.loader, split train"
