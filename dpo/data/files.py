@@ -120,6 +120,8 @@ def source_files(name: str, source: SourceConfig) -> list[Path]:
     if not files:
         missing = not path.exists() and not _GLOB.search(str(path))
         hidden = hidden_places(filter(is_hidden_data, names_in(source)))
+        if linked := linked_folders(source):
+            hidden = f"links to folders are not followed ({', '.join(linked)}): name that folder"
         raise DataError(
             "there is no such file or folder" if missing else "there are no data files here",
             where=where,
@@ -139,6 +141,16 @@ def names_in(source: SourceConfig) -> list[str]:
         return [item.relative_to(path).as_posix() for item in path.rglob("*") if item.is_file()]
     left_out = set(_matches(path)) - set(_found(path))
     return [within(source.path, item).as_posix() for item in left_out if item.is_file()]
+
+
+def linked_folders(source: SourceConfig) -> list[str]:
+    """Links to folders in a source's folder, by their paths in it: they are not followed."""
+    path = Path(source.path or "").expanduser()
+    if source.path is None or not path.is_dir():
+        return []
+    found = (item for item in path.rglob("*") if item.is_symlink() and item.is_dir())
+    names = (item.relative_to(path).as_posix() for item in found)
+    return sorted(name for name in names if not _is_hidden(name))
 
 
 def hidden_places(names: Iterable[str]) -> str:

@@ -21,6 +21,7 @@ from dpo.data.files import (
     hidden_places,
     is_hidden_data,
     is_other_data,
+    linked_folders,
     located,
     names_beside_pairs,
     names_in,
@@ -156,6 +157,7 @@ def _on_this_machine(name: str, source: SourceConfig) -> list[SourceFile]:
         inside = within(source.path, path)
         files.append(SourceFile(path, f"{name}: {inside.as_posix()}", None, own_split(inside)))
     _tell_unread(names_in(source), source.path)
+    _tell("links to folders are not followed", linked_folders(source), source.path)
     return files
 
 

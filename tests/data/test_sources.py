@@ -289,3 +289,20 @@ def test_an_unknown_format_names_the_choices() -> None:
     with pytest.raises(ConfigError, match=r"format=foo: choose one of auto, .* or module:function"):
         compose(["datasets=[hh]", "sources.hh.format=foo"])
     assert compose(["datasets=[hh]", "sources.hh.format=a.b:c"]).config.sources["hh"].format
+
+
+def test_links_to_folders_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Seen: a half of the rows lay behind a link, and ``--check`` found nothing wrong."""
+    (folder.parent / "other").mkdir()
+    (folder.parent / "other" / "b.jsonl").write_text(LINES)
+    expected = names(SourceConfig(path=str(folder)))
+    assert "links" not in capsys.readouterr().err
+    (folder / "deep" / "more").symlink_to(folder.parent / "other")
+    assert names(SourceConfig(path=str(folder))) == expected
+    assert f"links to folders are not followed: deep/more in {folder}" in capsys.readouterr().err
+    # what is named itself may be a link
+    assert names(SourceConfig(path=str(folder / "deep" / "more"))) == [("mine: b.jsonl", None)]
+    (folder / "alone").mkdir()
+    (folder / "alone" / "more").symlink_to(folder.parent / "other")
+    with pytest.raises(DataError, match=r"links to folders are not followed \(more\): name that"):
+        names(SourceConfig(path=str(folder / "alone")))
