@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from dpo.errors import DpoError
 from dpo.storage import progress
@@ -45,6 +47,7 @@ _MOST_MESSAGE_CHARS = 4000
 _BACKEND_WORDS = {"pending": "waiting"}
 _AWAY_SECONDS = 6 * 3600.0
 """An endpoint may be upgraded while its run goes on; one that is gone must not keep its place."""
+_CHECKOUT = Path(__file__).resolve().parents[2]
 _GLOBALS = threading.Lock()
 """Hydra and kfp's compiler keep what they are at in globals, and runs are sent by threads."""
 
@@ -208,8 +211,13 @@ def _verdict_text(outcome: Outcome) -> str:
 
 def _readable(message: str, settings: Settings) -> str:
     """A message without this machine's paths, for the community that reads it."""
-    text = message.replace(str(settings.data_dir.absolute()), "...")
-    return text[:_MOST_MESSAGE_CHARS]
+    data = settings.data_dir
+    places = {data.absolute(), data.resolve(), Path.cwd(), Path.home(), _CHECKOUT}
+    # as they are and as URLs have them; the longest first, for one may lie in another
+    names = {name for place in places for name in (str(place), quote(str(place)))}
+    for name in sorted(names - {"/"}, key=len, reverse=True):
+        message = re.sub(rf"{re.escape(name)}(?![\w-]|\.\w)", "...", message)
+    return message[:_MOST_MESSAGE_CHARS]
 
 
 # --- on Kubeflow ---

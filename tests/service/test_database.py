@@ -219,3 +219,19 @@ def test_runs_are_listed_newest_first_in_pages(database):
     assert len(database.runs(None, limit=10)) == 6
     assert database.runs([], limit=10) == []
     assert database.get(ids[0], ["umbrella"]) is None
+
+
+def test_messages_to_a_community_name_no_place_of_this_machine(tmp_path, monkeypatch):
+    """Seen: with a link in the path of the data folder its target was told, and URLs of it."""
+    (tmp_path / "real place").mkdir()
+    (tmp_path / "link").symlink_to("real place")
+    monkeypatch.setenv("HOME", "/home/who")
+    settings = Settings(data_dir=tmp_path / "link")
+    message = (
+        f"in {tmp_path / 'link'}/work/1, {settings.store_url}/a and {tmp_path}/real place. "
+        f"/home/who/.cache/m, /home/whom, {Path.cwd()}/lr.py, {Path(execution.__file__)}"
+    )
+    assert execution._readable(message, settings) == (
+        "in .../work/1, file://.../store/a and .... "
+        ".../.cache/m, /home/whom, .../lr.py, .../pipelines/service/execution.py"
+    )
