@@ -9,7 +9,6 @@ import hmac
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jwt
 
@@ -100,12 +99,14 @@ class _Issuer:
             )
         except (jwt.PyJWKClientConnectionError, OSError):
             raise Problem(503, "the issuer of tokens does not answer") from None
-        except jwt.PyJWTError as error:
+        except (jwt.PyJWTError, TypeError) as error:
+            # a TypeError where the token names an algorithm that the key is not for
             headers = {"WWW-Authenticate": 'Bearer realm="dpo", error="invalid_token"'}
             detail = f"the token is not accepted ({type(error).__name__})"
             raise Problem(401, detail, headers=headers) from None
-        listed = claims.get(self._claim, [])
+        listed = claims.get(self._claim)
         names = listed.split() if isinstance(listed, str) else listed
+        names = names if isinstance(names, list) else []
         allowed = {name for name in names if isinstance(name, str) and COMMUNITY.fullmatch(name)}
         return Caller(f"subject {_sha256(str(claims['sub']))[:8]}", frozenset(allowed))
 
@@ -116,8 +117,12 @@ class _Issuer:
             place = f"{self._issuer.rstrip('/')}/.well-known/openid-configuration"
             # the issuer is a setting of the operator, not of a caller
             with urllib.request.urlopen(place, timeout=5) as answer:  # nosec B310
-                document: dict[str, Any] = json.load(answer)
-            self._keys = jwt.PyJWKClient(document["jwks_uri"], cache_keys=True, timeout=5)
+                text = answer.read()
+            try:
+                keys = json.loads(text)["jwks_uri"]
+            except (ValueError, TypeError, KeyError):
+                raise OSError(f"{place} names no jwks_uri") from None
+            self._keys = jwt.PyJWKClient(keys, cache_keys=True, timeout=5)
         return self._keys
 
 

@@ -12,9 +12,11 @@ from types import SimpleNamespace
 
 import jwt
 import pytest
-from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from dpo.errors import ConfigError
+from pipelines.service.auth import Authenticator
+from pipelines.service.problems import Problem
 from pipelines.service.settings import Settings
 from tests.service.support import ROOT, TINY, Client, body, served
 
@@ -131,7 +133,7 @@ def issuer():
         values = {name: value for name, value in values.items() if value is not None}
         return jwt.encode(values, signed_with, algorithm, headers={"kid": "one"})
 
-    yield SimpleNamespace(url=url, token=token, key=key)
+    yield SimpleNamespace(url=url, token=token, key=key, documents=documents)
     server.shutdown()
     server.server_close()
 
@@ -145,6 +147,7 @@ def test_tokens_of_an_issuer_name_the_communities(issuer, tmp_path):
         assert bearer(client, issuer.token(communities="a acme")).get("/runs").json["runs"]
         assert bearer(client, issuer.token(communities=None)).get("/runs").json["runs"] == []
         assert bearer(client, issuer.token(communities="*")).get("/runs").json["runs"] == []
+        assert bearer(client, issuer.token(communities=7)).get("/runs").json["runs"] == []
         for bad in (
             issuer.token(aud="another"),
             issuer.token(iss="http://elsewhere"),
@@ -153,10 +156,21 @@ def test_tokens_of_an_issuer_name_the_communities(issuer, tmp_path):
             issuer.token(signed_with=other),
             issuer.token(signed_with="x" * 64, algorithm="HS256"),
             issuer.token(signed_with=None, algorithm="none"),
+            # of a kind that the issuer's key is not: it was answered 500
+            issuer.token(signed_with=ec.generate_private_key(ec.SECP256R1()), algorithm="ES256"),
         ):
             answer = bearer(client, bad).get("/runs")
             assert answer.status == 401
             assert bad not in answer.body.decode()
+
+
+def test_an_issuer_without_keys_is_no_error_of_the_service(issuer):
+    """A proxy's page that asks for a login, in place of the discovery document: it was a 500."""
+    issuer.documents["/proxy/.well-known/openid-configuration"] = ["please log in"]
+    asked = Settings(oidc_issuer=f"{issuer.url}/proxy", oidc_audience="dpo")
+    with pytest.raises(Problem, match="the issuer of tokens does not answer") as found:
+        Authenticator(asked).caller(f"Bearer {issuer.token()}", reading=True)
+    assert found.value.status == 503
 
 
 @pytest.mark.parametrize(
@@ -234,6 +248,8 @@ def test_the_service_and_its_checks_import_no_torch(tmp_path):
 import sys
 from pathlib import Path
 import pipelines.service.__main__, pipelines.service.worker
+from pipelines.service.auth import Authenticator
+from pipelines.service.problems import Problem
 from pipelines.service.settings import Settings
 from pipelines.service.submission import check
 settings = Settings(preset="toy", data_dir=Path({str(tmp_path)!r}))
