@@ -273,19 +273,18 @@ def check_place(output: Path) -> None:
         pass
 
 
-def _refuse_what_is_not_ours(output: Path) -> None:
-    """What takes the place of an output removes it: only what a step wrote may go.
-
-    Raises:
-        ArtifactError: a file, or a folder with something in it and no manifest of a step.
-    """
+def is_replaceable(output: Path) -> bool:
+    """Whether an output may take a place: what is there is removed, so only what a step wrote."""
     if not output.exists() or (output.is_dir() and next(output.iterdir(), None) is None):
-        return
+        return True
     try:
-        is_ours = "stage" in json.loads((output / MANIFEST).read_bytes())
+        return "stage" in json.loads((output / MANIFEST).read_bytes())
     except (OSError, ValueError, TypeError):
-        is_ours = False
-    if not is_ours:
+        return False
+
+
+def _refuse_what_is_not_ours(output: Path) -> None:
+    if not is_replaceable(output):
         raise ArtifactError(
             "what is there already was not written by a step, and the output would replace it",
             where=str(output),

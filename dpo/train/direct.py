@@ -30,7 +30,7 @@ from dpo.distributed.launch import n_hosts, processes_here
 from dpo.errors import ArtifactError, ConfigError, TrainingStopped
 from dpo.plan.split import check_counts
 from dpo.storage.fingerprint import code_fingerprint
-from dpo.storage.manifest import MANIFEST, Manifest, read_manifest
+from dpo.storage.manifest import MANIFEST, Manifest, check_place, is_replaceable, read_manifest
 from dpo.storage.progress import message
 from dpo.train.checkpoint import steps_in
 from dpo.train.place import ROOT_VARIABLE
@@ -55,6 +55,7 @@ def train_directly(
     check_counts(config, n_hosts() * processes_here())
     run_dir = output.parent if output is not None else make_run_dir(config)
     target = output or run_dir / "LATEST"
+    check_place(target)
     stage: Stage = "sft" if isinstance(config.loss, SFTLoss) else "preference"
     own = None if os.environ.get(ROOT_VARIABLE) else run_dir / "checkpoints" / target.name
     # checkpoints of other code are another run's
@@ -131,7 +132,8 @@ def _place(
     """Where to prepare for ``target``: ``folder``, or beside it where that is of use to others.
 
     ``dpo ingest output=out/data`` and ``dpo train output=out/policy`` share a folder: a training
-    that is not told of ``out/data`` would put its own in the place.
+    that is not told of ``out/data`` would put its own in the place. So would one of
+    ``datasets=[data/pairs.jsonl] output=policy``, in place of what it is to read.
 
     Args:
         folder: The place.
@@ -139,10 +141,13 @@ def _place(
         is_same: Whether what is in the place is what would be made.
         remade: Made anew for ``target`` as well, unless others were made from it.
     """
+    beside = folder.with_name(f"{target.name}-{folder.name}")
+    if not is_replaceable(folder):
+        message("train", f"{folder} stays, for no step wrote it: this run has {beside}")
+        return beside
     made = _manifest(folder)
     if not made or not _is_used(folder, target, remade) or is_same(made):
         return folder
-    beside = folder.with_name(f"{target.name}-{folder.name}")
     message("train", f"{folder} stays, since others were made from it: this run has {beside}")
     return beside
 

@@ -16,7 +16,7 @@ from dpo.config.compose import compose
 from dpo.config.places import builtin
 from dpo.config.stages import restrict
 from dpo.data.loader import LoaderState, Order
-from dpo.errors import ConfigError, TrainingError, TrainingStopped
+from dpo.errors import ArtifactError, ConfigError, TrainingError, TrainingStopped
 from dpo.storage.fingerprint import code_fingerprint
 from dpo.storage.manifest import read_manifest
 from dpo.train import direct, stage
@@ -367,3 +367,23 @@ def test_a_setting_of_another_trainer_is_told(prepared, tmp_path, capfd):
     assert "is of FSDPTrainer, and says nothing here: products are in float32" in (
         capfd.readouterr().err
     )
+
+
+def test_a_folder_of_the_users_own_is_not_the_place_to_prepare_in(tmp_path, capsys):
+    """``dpo train datasets=[data/pairs.jsonl] output=policy`` removed ``data`` and what it read."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "pairs.jsonl").write_text("mine")
+    place = direct._place(tmp_path / "data", tmp_path / "policy", lambda _: True)
+    assert place == tmp_path / "policy-data"
+    assert "data stays, for no step wrote it" in capsys.readouterr().err
+    assert direct._place(tmp_path / "reference", tmp_path / "policy", lambda _: True) == (
+        tmp_path / "reference"
+    )
+
+
+def test_an_output_that_is_none_is_refused_before_anything_is_prepared(tmp_path):
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "thesis.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="not written by a step"):
+        train_directly(compose(RUN).config, output=tmp_path / "policy")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["policy", "thesis.txt"]
