@@ -58,6 +58,8 @@ def train_directly(
     check_place(target)
     stage: Stage = "sft" if isinstance(config.loss, SFTLoss) else "preference"
     own = None if os.environ.get(ROOT_VARIABLE) else run_dir / "checkpoints" / target.name
+    if own:
+        _refuse_what_is_no_checkpoint(own)
     # checkpoints of other code are another run's
     code = code_fingerprint(stage)
     if (target / MANIFEST).is_file():
@@ -124,6 +126,18 @@ def _told_how_to_go_on(stage: Stage, run_dir: Path | None, own: Path | None) -> 
         if own and steps_in(own):
             message(stage, f"interrupted after a checkpoint: {again}")
         raise
+
+
+def _refuse_what_is_no_checkpoint(own: Path) -> None:
+    """The folder of a training's checkpoints goes with them at its end."""
+    there = [path.name for path in own.glob("*") if not path.name.startswith(".")]
+    if there and not steps_in(own) and "identity.json" not in there:
+        raise ArtifactError(
+            "what is there already are no checkpoints of a training: those of this one would lie "
+            "beside it, and all of it would be removed with them",
+            where=str(own),
+            fix="give the output another name or folder, or set local_run_dir",
+        )
 
 
 def _place(

@@ -387,3 +387,13 @@ def test_an_output_that_is_none_is_refused_before_anything_is_prepared(tmp_path)
     with pytest.raises(ArtifactError, match="not written by a step"):
         train_directly(compose(RUN).config, output=tmp_path / "policy")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["policy", "thesis.txt"]
+
+
+def test_another_programs_model_among_the_checkpoints_is_not_removed(tmp_path):
+    """Seen: ``output=policy`` removed ``checkpoints/policy`` at the end, whatever lay in it."""
+    (tmp_path / "checkpoints" / "policy").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "policy" / "model.safetensors").write_text("mine")
+    with pytest.raises(ArtifactError, match="no checkpoints of a training") as found:
+        train_directly(compose(RUN).config, output=tmp_path / "policy")
+    assert found.value.where == str(tmp_path / "checkpoints" / "policy")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
