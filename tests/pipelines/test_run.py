@@ -78,29 +78,6 @@ def test_a_second_run_finds_every_cacheable_step_cached(checkout, first):
     assert checkpoint(second) == checkpoint(first)
 
 
-@pytest.mark.long
-def test_a_run_of_another_folder_reads_its_files_there(checkout, first, tmp_path):
-    """Relative paths are the user's; a file of theirs is no module of ours, nor of Python's."""
-    # other rows: what equal ones give is taken from the cache, also by the tests that follow
-    rows = checkout.data.read_text(encoding="utf-8").splitlines(keepends=True)
-    (tmp_path / "pairs.jsonl").write_text("".join(rows[:-1]), encoding="utf-8")
-    shutil.copytree(checkout.folder / "dpo/modeling/tiny", tmp_path / "models/mine")
-    for name in ("random.py", "dpo.py"):
-        (tmp_path / name).write_text("raise SystemExit('not ours')")
-    own = ["--set", "datasets=[pairs.jsonl]", "--set", "model=models/mine", "--output", "json"]
-    done = subprocess.run(
-        [*checkout.command(), *own],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        env={**checkout.environment(), "PYTHONIOENCODING": "ascii"},
-    )
-    outcome = json.loads(done.stdout)
-    assert outcome["state"] == "succeeded", done.stderr
-    assert checkpoint(outcome).settings["model"]["name_or_path"] == "models/mine"
-
-
 def test_another_beta_reruns_preference_and_what_follows(checkout, first):
     outcome = checkout.outcome("--set", "loss.beta=0.2")
     assert ran(outcome) == ["preference", "evaluate"]
@@ -429,3 +406,27 @@ def test_a_sweep_that_cannot_work_starts_nothing(checkout, sweep, words):
     done = checkout.run("--sweep", sweep)
     assert done.returncode == 2
     assert words in done.stderr
+
+
+# the last one: what follows is compared with the run before it
+@pytest.mark.long
+def test_a_run_of_another_folder_reads_its_files_there(checkout, first, tmp_path):
+    """Relative paths are the user's; a file of theirs is no module of ours, nor of Python's."""
+    # other rows: what equal ones give is taken from the cache, also by the tests that follow
+    rows = checkout.data.read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "pairs.jsonl").write_text("".join(rows[:-1]), encoding="utf-8")
+    shutil.copytree(checkout.folder / "dpo/modeling/tiny", tmp_path / "models/mine")
+    for name in ("random.py", "dpo.py"):
+        (tmp_path / name).write_text("raise SystemExit('not ours')")
+    own = ["--set", "datasets=[pairs.jsonl]", "--set", "model=models/mine", "--output", "json"]
+    done = subprocess.run(
+        [*checkout.command(), *own],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**checkout.environment(), "PYTHONIOENCODING": "ascii"},
+    )
+    outcome = json.loads(done.stdout)
+    assert outcome["state"] == "succeeded", done.stderr
+    assert checkpoint(outcome).settings["model"]["name_or_path"] == "models/mine"
