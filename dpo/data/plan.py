@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from dpo.config.parameters import STARTS, stage_configs
 from dpo.config.schema import RunConfig
@@ -23,7 +21,8 @@ from dpo.errors import ConfigError
 from dpo.storage.adopt import read_artifact
 from dpo.storage.base_model import model_fingerprint
 from dpo.storage.fingerprint import code_fingerprint, source_fingerprint
-from dpo.storage.store import open_store
+from dpo.storage.folder import FolderStore
+from dpo.storage.store import Store, open_store
 
 _CACHED: tuple[Stage, ...] = ("ingest", "sft", "reference", "preference", "evaluate")
 _NEVER_CACHED: tuple[Stage, ...] = ("gate", "publish")
@@ -70,8 +69,9 @@ def plan_run(
     configs = stage_configs(parameters)
     publish = configs["publish"].publish
     if publish.store:
-        _check_outlives_pod(publish.store)
-        open_store(publish.store).check(create=publish.create_bucket)
+        store = open_store(publish.store)
+        _check_outlives_pod(store)
+        store.check(create=publish.create_bucket)
     elif store_needed:
         raise ConfigError(
             "there is no store to publish to",
@@ -89,20 +89,19 @@ def plan_run(
     return plan
 
 
-def _check_outlives_pod(store: str) -> None:
+def _check_outlives_pod(store: Store) -> None:
     """Refuse a store in the file system of a pod: the form takes any text, and the model that was
     published there would be gone with the pod. A volume that is mounted may be kept.
 
     Raises:
         ConfigError: it is such a folder.
     """
-    parts = urlsplit(store)
-    if parts.scheme != "file" or not os.environ.get(_POD_VARIABLE):
+    if not isinstance(store, FolderStore) or not os.environ.get(_POD_VARIABLE):
         return
-    folder = Path(unquote(parts.path))
-    if not any(os.path.ismount(place) for place in (folder, *folder.parents[:-1])):
+    if not any(map(os.path.ismount, (store.folder, *store.folder.parents[:-1]))):
         raise ConfigError(
-            f"{store} is a folder of this pod, and what is published there would be gone with it",
+            f"{store.root} is a folder of this pod, and what is published there would be gone with "
+            "it",
             where="publish_store",
             fix="name a bucket: s3://bucket/prefix or minio://bucket/prefix",
         )

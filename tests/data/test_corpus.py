@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import zstandard
 
 from dpo.data import check, unpack
 from dpo.errors import DataError
 from tests.data.conftest import GOOD, Ingest, good_row
+from tests.support.tables import as_bytes
 
 ROW = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
 LINE = json.dumps(ROW).encode() + b"\n"
@@ -38,15 +38,7 @@ def line(**fields: Any) -> bytes:
 
 
 def table(columns: dict[str, list[Any]], how: str = "parquet") -> bytes:
-    sink = io.BytesIO()
-    data = pa.table(columns)
-    if how == "parquet":
-        pq.write_table(data, sink)
-    else:
-        make = pa.ipc.new_file if how == "file" else pa.ipc.new_stream
-        with make(sink, data.schema) as writer:
-            writer.write_table(data)
-    return sink.getvalue()
+    return as_bytes(pa.table(columns), how)
 
 
 def zipped() -> bytes:

@@ -20,6 +20,7 @@ from dpo.data.json_stream import JsonSyntax, iter_document
 from dpo.data.lines import RawRow, piece_rows
 from dpo.data.readers import is_lines, line_pieces, rows
 from dpo.errors import DataError
+from tests.support.tables import as_bytes
 
 ROWS = [{"prompt": f"p{n}", "chosen": 'a\nb,"ü"', "rejected": "c"} for n in range(5)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
@@ -45,14 +46,7 @@ def zstd(data: bytes) -> bytes:
 def table(form: str, names: list[str]) -> bytes:
     """A table of one row, in Parquet or in Arrow's file or stream format."""
     made = pa.Table.from_arrays([pa.array([name]) for name in names], names=names)
-    sink = pa.BufferOutputStream()
-    if form == "parquet":
-        pq.write_table(made, sink)
-    else:
-        new = pa.ipc.new_file if form == "file" else pa.ipc.new_stream
-        with new(sink, made.schema) as writer:
-            writer.write_table(made)
-    return bytes(sink.getvalue())
+    return as_bytes(made, form)
 
 
 def csv_bytes() -> bytes:

@@ -228,10 +228,10 @@ def test_messages_to_a_community_name_no_place_of_this_machine(tmp_path, monkeyp
     monkeypatch.setenv("HOME", "/home/who")
     settings = Settings(data_dir=tmp_path / "link")
     message = (
-        f"in {tmp_path / 'link'}/work/1, {settings.store_url}/a and {tmp_path}/real place. "
+        f"in {tmp_path / 'link'}/jobs/1, {settings.store_url}/a and {tmp_path}/real place. "
         f"/home/who/.cache/m, /home/whom, {Path.cwd()}/lr.py, {Path(execution.__file__)}"
     )
     assert execution._readable(message, settings) == (
-        "in .../work/1, file://.../store/a and .... "
+        "in .../jobs/1, file://.../store/a and .... "
         ".../.cache/m, /home/whom, .../lr.py, .../pipelines/service/execution.py"
     )
