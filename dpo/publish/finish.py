@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from dpo.errors import ConfigError, DpoError, PipelineError
+from dpo.storage.outbound import port_of
 from dpo.storage.progress import message
 from dpo.storage.proxies import Proxy, proxy_for
 from dpo.storage.runs import MANIFEST_NAME, run_prefix, stored_run_manifest, write_run_manifest
@@ -27,7 +28,6 @@ SECRET_VARIABLE = "DPO_NOTIFY_SECRET"  # nosec B105
 SIGNATURE = "X-DPO-Signature"
 """``sha256=`` and the HMAC-SHA256 of the body, in hex, as the service signs its callbacks."""
 _TIMEOUT_SECONDS = 10.0
-_PORTS = {"http": 80, "https": 443}
 _GOOD_STATES = {"SUCCEEDED", "COMPLETE", "CACHED"}
 _GOOD_ENDS = {"succeeded", "refused"}
 
@@ -189,7 +189,7 @@ def _post(url: str, body: bytes) -> int:
 def _connection(parts: SplitResult, proxy: Proxy | None) -> http.client.HTTPConnection:
     """To the receiver, by the proxy that the environment names."""
     way = urlsplit(proxy.address) if proxy else parts
-    host, port = str(way.hostname), way.port or _PORTS[way.scheme]
+    host, port = str(way.hostname), port_of(way)
     if parts.scheme == "http":
         return http.client.HTTPConnection(host, port, timeout=_TIMEOUT_SECONDS)
     context = ssl.create_default_context()

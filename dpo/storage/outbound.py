@@ -13,6 +13,7 @@ import socket
 import ssl
 import urllib.request
 from collections.abc import Collection
+from contextlib import suppress
 from functools import partial
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -112,16 +113,13 @@ class _Connection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         """Resolve, check, connect to the first address that takes a connection."""
-        found = addresses_of(self.host, self.port, self._what, private=self._private)
+        *others, last = addresses_of(self.host, self.port, self._what, private=self._private)
         # localhost is ::1 as well, where few services listen
-        for remaining in reversed(range(len(found))):
-            try:
-                address = found[-1 - remaining]
+        for address in others:
+            with suppress(OSError):
                 self.sock = socket.create_connection((address, self.port), self.timeout)
                 return
-            except OSError:
-                if not remaining:
-                    raise
+        self.sock = socket.create_connection((last, self.port), self.timeout)
 
 
 class _SecureConnection(_Connection):

@@ -54,7 +54,7 @@ LATEST = "LATEST"
 FORMAT = 2
 """Of what lies in a checkpoint; 1 did not say so."""
 _FORMAT_KEY = "format of checkpoints"
-_IDENTITY = "identity.json"
+IDENTITY = "identity.json"
 _POSITION = "position.json"
 _TENSORS = "tensors"
 _SHOWN_DIFFERENCES = 5
@@ -271,7 +271,7 @@ class Checkpoints:
         # of all files in a folder that all hosts share; else of this host's, and what the other
         # hosts send to the store is compared there
         write_manifest(partial, "checkpoint")
-        write_atomically(self.folder / _IDENTITY, _canonical(self.identity))
+        write_atomically(self.folder / IDENTITY, _canonical(self.identity))
 
     def _send(self, partial: Path, name: str) -> None:
         if is_first_of_host():
@@ -306,7 +306,7 @@ class Checkpoints:
         assert self._mirror is not None
         if is_first():
             store = self._mirror.store
-            store.write(_IDENTITY, _canonical(self.identity).encode())
+            store.write(IDENTITY, _canonical(self.identity).encode())
             self._mirror.complete(partial, name)
             store.write(LATEST, f"{name}\n".encode())
             self._mirror.keep_newest(self.keep, _number_of(name))
@@ -361,9 +361,9 @@ class Checkpoints:
     def _known_identity(self) -> dict[str, Any]:
         try:
             if self._mirror:
-                text = self._mirror.store.read(_IDENTITY).decode()
+                text = self._mirror.store.read(IDENTITY).decode()
             else:
-                text = (self.folder / _IDENTITY).read_text(encoding="utf-8")
+                text = (self.folder / IDENTITY).read_text(encoding="utf-8")
             known: dict[str, Any] = dict(json.loads(text))
         except (OSError, ValueError, TypeError, StoreError):
             # cut off or gone: as one of another run, and of no known format

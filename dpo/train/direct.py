@@ -32,7 +32,7 @@ from dpo.plan.split import check_counts
 from dpo.storage.fingerprint import code_fingerprint
 from dpo.storage.manifest import MANIFEST, Manifest, check_place, is_replaceable, read_manifest
 from dpo.storage.progress import message
-from dpo.train.checkpoint import steps_in
+from dpo.train.checkpoint import IDENTITY, steps_in
 from dpo.train.place import ROOT_VARIABLE
 from dpo.train.reference import is_scored, run_reference
 from dpo.train.stage import check_checkpoints, run_train
@@ -131,7 +131,7 @@ def _told_how_to_go_on(stage: Stage, run_dir: Path | None, own: Path | None) -> 
 def _refuse_what_is_no_checkpoint(own: Path) -> None:
     """The folder of a training's checkpoints goes with them at its end."""
     there = [path.name for path in own.glob("*") if not path.name.startswith(".")]
-    if there and not steps_in(own) and "identity.json" not in there:
+    if there and not steps_in(own) and IDENTITY not in there:
         raise ArtifactError(
             "what is there already are no checkpoints of a training: those of this one would lie "
             "beside it, and all of it would be removed with them",
